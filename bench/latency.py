@@ -29,7 +29,7 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.job.speed import Speed
 from liar_ext.measure.latency import ratios
 from liar_ext.models.sites import Site
-from liar_ext.reconstruction.one_pass import reconstruct, with_bias
+from liar_ext.reconstruction.solve import reconstruct, with_bias
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.curve_allocation import (
     losses_of,

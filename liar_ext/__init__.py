@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from liar_ext.recipe import Recipe
     from liar_ext.reconstruction.hidden_size import narrow
     from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-    from liar_ext.reconstruction.one_pass import reconstruct
+    from liar_ext.reconstruction.solve import reconstruct
     from liar_ext.report.report import Report
     from liar_ext.selection.allocation import allocate
     from liar_ext.selection.costs import Costs, LatencyTable
@@ -114,7 +114,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "perplexity": "measure.evaluation",
     "prune": "job",
     "read_documents": "calibration.documents",
-    "reconstruct": "reconstruction.one_pass",
+    "reconstruct": "reconstruction.solve",
     "reconstruct_layerwise": "reconstruction.layerwise",
     "register_family": "models.registry",
     "save_pruned": "checkpoint.saving",

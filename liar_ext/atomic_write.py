@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, refusing
 
 MOST_OF_NAME = 200  # bytes; a name has at most 255
 SEAL, SEAL_BYTES, CHUNK = "file/digest", 16, 1 << 22
@@ -132,7 +132,7 @@ def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path
     ``operation`` is the command, and ``option`` the one of its options that names another place.
     """
     other, wrong = f"give another name with {option}", ""
-    try:
+    with refusing(f"{operation}: can't write {path}", other, OSError, ValueError):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             wrong = f"{path} is no ordinary file; "
         elif path.exists() and not is_ours(path):
@@ -141,8 +141,6 @@ def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path
             wrong = f"there is no folder {path.parent} to write into; make it, or "
         elif not os.access(path.parent, os.W_OK):
             wrong = f"{path.parent} may not be written to; "
-    except (OSError, ValueError) as error:
-        raise InputError(f"{operation}: can't write {path}: {one_line(error)}; {other}") from error
     if wrong:
         raise InputError(f"{operation}: {wrong}{other}")
 
@@ -159,13 +157,9 @@ def begins_with(mark: str) -> Callable[[Path], bool]:
 
 def write_whole(path: Path, data: str, operation: str, option: str) -> None:
     """Write a text file; raise InputError if it can't be written."""
-    try:
-        with atomic_write(path) as file:
-            file.write(data.encode())
-    except OSError as error:
-        raise InputError(
-            f"{operation}: can't write {path}: {one_line(error)}; give another name with {option}"
-        ) from error
+    hint = f"give another name with {option}"
+    with refusing(f"{operation}: can't write {path}", hint, OSError), atomic_write(path) as file:
+        file.write(data.encode())
 
 
 def _write(file: BinaryIO, seal: Any, part: bytes | Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -18,8 +20,7 @@ NO_MEMORY = (
 class InputError(ValueError):
     """Input that breaks a rule: operation, rule, what came, what to do.
 
-    The command line turns it into one line and exit code 2; any other exception is a defect of
-    ours and keeps its traceback.
+    The command turns it into one line and exit code 2; any other exception is a defect of ours.
     """
 
 
@@ -33,6 +34,19 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: in
     """Return a question with the known names nearest to a wrong one, if some are near."""
     near = difflib.get_close_matches(str(name)[:40], list(known), count)
     return f"did you mean {', '.join(near)}?" if near else otherwise
+
+
+def install(extra: str) -> str:
+    """Return the command that installs the packages of an extra, wherever it is run."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        needs = requires("liar_ext") or []
+    except PackageNotFoundError:
+        needs = []
+    some = (need.partition(";") for need in needs)
+    named = [need.strip() for need, _, at in some if re.search(rf"extra == ['\"]{extra}['\"]", at)]
+    return shlex.join(["pip", "install", *(named or [f".[{extra}]"])])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

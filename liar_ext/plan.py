@@ -55,8 +55,7 @@ class Budget:
     of : {"prunable", "params", "flops", "kv_cache", "latency"}
         What the cost counts: parameters of the sites that may be pruned; all parameters;
         floating-point operations of a forward pass over ``seq_len`` tokens; bytes of every token in
-        the key-value cache (MLPs stay whole); seconds of the whole model: ``keep=0.8`` is 1.25
-        times as fast, see :func:`liar_ext.measure_latency`.
+        the key-value cache (MLPs stay whole); seconds of the whole model.
     tile : int or "auto"
         Channels that an MLP keeps are a multiple of this, unless it keeps all. ``"auto"`` is 32,
         halved for a layer until that has eight steps.
@@ -65,9 +64,9 @@ class Budget:
     seq_len : int
         Sequence length in tokens at which FLOPs are counted.
     latency_phase : {"prefill", "decode", "both"}
-        Seconds of a prompt; of the tokens after it, one at a time with a key-value cache; of a
-        whole request. A model that does not generate has one forward pass over ``latency_prompt``
-        tokens (or one batch of images), and no ``decode``.
+        Seconds of a prompt; of the tokens after it, one at a time with a key-value cache; of both.
+        A model that does not generate has one forward pass over ``latency_prompt`` tokens (or one
+        batch of images), and no ``decode``.
     latency_batch, latency_prompt, latency_new_tokens : int
         Sequences at a time, tokens of a prompt, and tokens generated after it.
 
@@ -164,8 +163,8 @@ class Plan:
     model_type : str
         ``config.model_type`` of the model that the plan is for.
     attn_unit : str
-        What an attention unit is: ``"kv_group"`` or ``"head"``; ``"auto"``, which leaves it to the
-        model, only in a plan without sites, that narrows the hidden size alone.
+        What an attention unit is: ``"kv_group"`` or ``"head"``; ``"auto"`` only in a plan without
+        sites, that narrows the hidden size alone.
     sites : mapping of str to SitePlan
         One entry per site, by name such as ``"3.mlp"``.
     budget : mapping
@@ -197,12 +196,7 @@ class Plan:
         """Return the plan that does what ``first`` does to a model, and then what this one does.
 
         Unit i here is the i-th unit that ``first`` keeps: ``kept[i] = first.kept[self.kept[i]]``.
-
-        Raises
-        ------
-        InputError
-            If this plan can't be for what ``first`` leaves: another model type, other units or
-            another number of them.
+        InputError is raised if this plan can't be for what ``first`` leaves.
         """
         # A plan without sites of attention names a unit that nothing is counted in.
         has_attention = [p for p in (first, self) if "attn" in map(kind_of, p.sites)]

@@ -38,10 +38,10 @@ _TOLD: ContextVar[OnProgress | None] = ContextVar("liar_ext_told", default=None)
 
 
 class Bar(tqdm):
-    """A bar of tqdm on a terminal, or the line of the job; elsewhere a line of the log.
+    """A bar of tqdm on a terminal, or the line of the job; elsewhere lines of the log.
 
-    The log gets one every :data:`EVERY` seconds, at level INFO. Within :func:`told` a function is
-    called after each step instead. ``desc`` names the stage, up to a comma.
+    The log gets one every :data:`EVERY` seconds. Within :func:`told` a function is called after
+    each step instead. ``desc`` names the stage, up to a comma.
     """
 
     def __init__(
@@ -134,9 +134,9 @@ def _within(variable: ContextVar, value: object) -> Iterator[None]:
 
 
 def spare(stage: str, steps: int | None = None) -> None:
-    """Let the job that is shown know that steps of a stage take no time; all of them if None.
+    """Tell the job that is shown that steps of a stage, or all, were done before it was stopped.
 
-    A job that was stopped has done them. A bar counts them nevertheless.
+    A bar counts them nevertheless.
     """
     job = _JOB.get()
     known = None if job is None else job.stages.get(_name(stage))
@@ -183,8 +183,7 @@ class Timeline:
     def left(self, stage: str = "", steps: int = 0) -> float | None:
         """Return the seconds left, ``steps`` of a stage being done beside what is noted.
 
-        Time goes on as it did: ``gone · (work − done) / done``, what is spared being neither. None
-        before any work is done.
+        ``gone · (work − done) / done``, what is spared being neither; None before any is done.
         """
         work = done = 0.0
         for name, each in self.stages.items():

@@ -54,73 +54,51 @@ class SiteRow:
         return None not in counts and self.units_after < self.units_before
 
 
+# What a user has to know before trusting a result, with the sites that it concerns.
+TOLD = {
+    "dropped": "Up to {dropped} token rows per site held a non-finite value and were left out; "
+    "calibrate in a wider dtype.",
+    "unknown": "The errors of {names} ({count} sites) are not finite and say nothing; load the "
+    "model in a wider dtype.",
+    "silent": "Every error is 0: the activations do not vary over the calibration text, or the "
+    "removed units did nothing. Give other text, and look at the model's weights.",
+    "plainly": "The cross-validated error is least with plain dropping at {names} ({count} sites): "
+    "give more calibration text.",
+    "starved": "Fewer calibration tokens than the expert has channels reached {names} ({count} "
+    "experts): their channels are chosen, and compensated for, by little or nothing; give more "
+    "calibration text.",
+    "on host": "The GPU had no memory to solve {names} ({count} sites), so the CPU did.",
+    "by blocks": "An allocation failed in the solve of {names} ({count} sites), so it was done by "
+    "blocks, in a file, more slowly: give more memory.",
+    "few": "{tokens} calibration tokens are few for sites of {widest} features; the "
+    "cross-validated errors say what that costs.",
+}
+
+
 def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -> list[str]:
-    """Return what a user has to know before trusting the result.
+    """Return those of ``TOLD`` that hold.
 
     ``mode`` is that of reconstruction, ``tokens`` are those of calibration, and ``widest`` counts
     the features of the widest site.
     """
-    pruned = [row for row in rows if row.is_pruned]
+    pruned, kept_plain = [row for row in rows if row.is_pruned], mode in ("none", "bias")
     dropped = max((row.dropped_rows for row in rows), default=0)
     silent = all(row.error < NO_ERROR and row.holdout_error < NO_ERROR for row in pruned)
-    unknown = [row.name for row in rows if not math.isfinite(row.error + row.holdout_error)]
-    plainly = [row.name for row in pruned if math.isinf(row.damp) and mode not in ("none", "bias")]
-    starved = [row for row in rows if row.tokens is not None and row.tokens < row.units_before]
-    told = (  # whether, or at which sites; and what is said of them
-        (
-            dropped > 0,
-            f"Up to {dropped} token rows per site held a non-finite value and were left out; "
-            "calibrate in a wider dtype.",
-        ),
-        (
-            unknown,
-            "The errors of {names} ({count} sites) are not finite and say nothing; load the model "
-            "in a wider dtype.",
-        ),
-        (
-            bool(pruned) and silent,
-            "Every error is 0: the activations do not vary over the calibration text, or the "
-            "removed units did nothing. Give other text, and look at the model's weights.",
-        ),
-        (
-            plainly,
-            "The cross-validated error is least with plain dropping at {names} ({count} sites): "
-            "give more calibration text.",
-        ),
-        (
-            [f"{row.name} ({row.tokens})" for row in starved],
-            "Fewer calibration tokens than the expert has channels reached {names} ({count} "
-            "experts): their channels are chosen, and compensated for, by little or nothing; give "
-            "more calibration text.",
-        ),
-        (
-            [row.name for row in rows if row.path.endswith(ON_HOST)],
-            "The GPU had no memory to solve {names} ({count} sites), so the CPU did.",
-        ),
-        (
-            [row.name for row in rows if BY_BLOCKS in row.path],
-            "An allocation failed in the solve of {names} ({count} sites), so it was done by "
-            "blocks, in a file, more slowly: give more memory.",
-        ),
-        (
-            any(row.target != "dense-input" for row in pruned),
-            "Layerwise errors count what the layers before have lost, on text that those were "
-            "solved for: fresh text can show several times as much. Judge the model by --eval, "
-            "--certify or its own task.",
-        ),
-        (
-            tokens < 2 * widest,
-            f"{tokens} calibration tokens are few for sites of {widest} features; the "
-            "cross-validated errors say what that costs.",
-        ),
-    )
-    return [
-        said if of is True else said.format(names=_first(of), count=len(of))
-        for of, said in told
-        if of
-    ]
-
-
-def _first(names: Sequence[str]) -> str:
-    """Return eight names at most."""
-    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+    few = [row for row in rows if row.tokens is not None and row.tokens < row.units_before]
+    found = {  # at which sites; of all of them there are no names
+        "dropped": dropped > 0,
+        "unknown": [r.name for r in rows if not math.isfinite(r.error + r.holdout_error)],
+        "silent": bool(pruned) and silent,
+        "plainly": [r.name for r in pruned if math.isinf(r.damp) and not kept_plain],
+        "starved": [f"{row.name} ({row.tokens})" for row in few],
+        "on host": [row.name for row in rows if row.path.endswith(ON_HOST)],
+        "by blocks": [row.name for row in rows if BY_BLOCKS in row.path],
+        "few": tokens < 2 * widest,
+    }
+    numbers = {"dropped": dropped, "tokens": tokens, "widest": widest}
+    told = []
+    for name, at in found.items():
+        names = at if isinstance(at, list) else []
+        some = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        told += [TOLD[name].format(names=some, count=len(names), **numbers)] * bool(at)
+    return told

@@ -1,7 +1,6 @@
-"""Read JSON that a stranger may have written: bounded, typed, cleaned.
+"""Read JSON that a stranger may have written: text is printable and bounded, numbers are finite.
 
-Text is printable and of bounded length, numbers are finite. What is no value of its kind is None or
-empty.
+What is no value of its kind is None or empty.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, refusing
 
 MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB, an index of 10⁵ tensors less
 MOST_TEXT = 400  # characters of one value
@@ -27,14 +26,10 @@ def read_object(path: Path, operation: str) -> tuple[dict[str, Any], str]:
     """Return the object of a JSON file, and the SHA-256 of the file; InputError if it is none."""
     if not os.path.lexists(path):
         raise InputError(f"{operation}: there is no file {path}")
-    try:
+    with refusing(f"{operation}: {path} can't be read", "copy it again", *UNREADABLE):
         value, data = read_value(path)
         if not isinstance(value, dict):
             raise ValueError(f"it is a {type(value).__name__} and no object")
-    except UNREADABLE as error:
-        raise InputError(
-            f"{operation}: {path} can't be read: {one_line(error)}; copy it again"
-        ) from error
     return value, hashlib.sha256(data).hexdigest()
 
 

@@ -14,6 +14,8 @@ def refused(capsys, *arguments: object) -> str:
     """Run a command that must be refused; return its error and hint as one line."""
     capsys.readouterr()
     assert run(*arguments) == 2
-    said = capsys.readouterr().err.replace("\nhint: ", "; ")
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    said = "".join(line for line in lines if not line.startswith("warning: "))
+    said = said.replace("\nhint: ", "; ")
     assert said.startswith("error: ") and said.count("\n") == 1
     return said

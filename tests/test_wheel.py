@@ -21,7 +21,7 @@ for module in pkgutil.walk_packages(liar_ext.__path__, "liar_ext."):
             importlib.import_module(module.name)
         except liar_ext.InputError as error:  # it needs a package that is installed apart
             assert module.name.startswith("liar_ext.integrations."), module.name
-            assert "pip install '.[" in str(error), error
+            assert "pip install " in str(error), error
         except ModuleNotFoundError as error:  # a kernel in Triton, which no CPU build of torch has
             assert (module.name, error.name) == ("liar_ext.ops.gram_triton", "triton"), error
         print(module.name)

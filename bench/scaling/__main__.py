@@ -29,7 +29,7 @@ from bench.scaling.rates import (
     rate,
 )
 from bench.scaling.shapes import SHAPES, Settings, Shape, bytes_at_once
-from liar_ext.calibration.passes import MEMORY as MOST_ROOM
+from liar_ext.calibration.saved_sums import MEMORY as MOST_ROOM
 
 BEGIN, END = "<!-- tables: make scaling -->", "<!-- end of tables -->"
 DISK = 3e9  # bytes a second that files are read and written at: assumed, for a local NVMe drive
@@ -112,7 +112,7 @@ def table(shape: Shape, name: str, settings: Settings, shares: dict[str, float])
 def fitted(shape: Shape, settings: Settings, devices: int) -> Settings:
     """Return the settings with sums in groups, or block by block where a device is too small.
 
-    Room for sums is as in :func:`liar_ext.calibration.passes.room_for_sums`, on each device.
+    Room for sums is as in :func:`liar_ext.calibration.saved_sums.room_for_sums`, on each device.
     """
     free = DEVICE - bytes_at_once(shape, replace(settings, room=0))["weights"]
     room = int(min(MOST_ROOM, max(free, 0) / 2))

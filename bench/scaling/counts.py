@@ -78,7 +78,7 @@ def head(shape: Shape, rows: int) -> int:
 
 
 def calibration(shape: Shape, settings: Settings) -> Iterator[Work]:
-    """Count :class:`liar_ext.calibration.passes.Passes`; by blocks a walk for each reading.
+    """Count :class:`liar_ext.calibration.collect.Passes`; by blocks a walk for each reading.
 
     Of G groups of sites a pass each, and in one pass G − 1 again on the way back. A pass ends at
     its last site; there is no head. ``gram_update_`` makes one triangle, and reads and writes it
@@ -276,7 +276,7 @@ def half(n: int, columns: int) -> int:
 
 
 def one_pass(shape: Shape, settings: Settings) -> Work:
-    """Count :func:`liar_ext.reconstruction.one_pass.reconstruct`: the ladder for every site."""
+    """Count :func:`liar_ext.reconstruction.solve.reconstruct`: the ladder for every site."""
     work = Work("solves", SITES)
     for kind, d in shape.features.items():
         n = settings.stays(shape, kind)

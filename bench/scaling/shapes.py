@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from liar_ext.calibration.passes import split
-from liar_ext.calibration.saved_sums import bytes_of_sums
+from liar_ext.calibration.saved_sums import bytes_of_sums, split
 from liar_ext.job.estimate import bytes_of_solve
 from liar_ext.reconstruction.ridge import DAMP_LADDER
 
@@ -113,7 +112,7 @@ class Settings:
 def groups_of(shape: Shape, settings: Settings) -> list[list[tuple[int, str]]]:
     """Return the sites, block and kind, that each pass of calibration sums.
 
-    Counts :func:`liar_ext.calibration.passes.group_sites`.
+    Counts :func:`liar_ext.calibration.saved_sums.group_sites`.
     """
     at = [(block, kind) for block in range(shape.layers) for kind in ("attn", "mlp")]
     sizes = [bytes_of_sums(shape.features[kind]) for _, kind in at]
@@ -124,7 +123,7 @@ def bytes_at_once(shape: Shape, settings: Settings) -> dict[str, int]:
     """Return what a job holds on a device, activations aside, by what takes it.
 
     Counts :func:`liar_ext.job.estimate.bytes_by_blocks`, whose factors were measured, and
-    :class:`liar_ext.calibration.passes.Passes` where the model is whole.
+    :class:`liar_ext.calibration.collect.Passes` where the model is whole.
     """
     widest = max(shape.features.values())
     steps = ["towards"] if settings.layerwise else ["linear"]

@@ -2,10 +2,17 @@
 
 Per site ``NAME.gram`` ``(2, d (d + 1) / 2)``, ``NAME.total`` ``(2, d)`` and ``NAME.count``
 ``(2, 2)``. ``sequences/digest`` ``(S,)`` int64 has a digest of each sequence,
-``documents/digest`` one of each document that they were drawn of, ``text/...`` the text, see
-:mod:`liar_ext.calibration.kept_text`; all of them may be missing. ``file/digest``, 16 bytes at the
-end of the file, is the BLAKE2b digest of all before it. Metadata: ``liar_bank``, the version of
-this layout, and ``source``, JSON. Version 1 had sums and source alone.
+``documents/digest`` one of each document that they were drawn of. Of the text, S sequences in B
+batches::
+
+    text/batches          (B, 3) int32     sequences, tokens, and whether there is a mask
+    text/input_ids        (Σ,)   int32     all tokens, batch after batch
+    text/attention_mask   (Σ,)   uint8     of the batches that have one
+    text/fold             (S,)   uint8
+    text/source           (S,)   int32     which text each is of; left out where none is said
+
+All of these may be missing. ``file/digest``, 16 bytes at the end of the file, is the BLAKE2b digest
+of all before it. Metadata: ``liar_bank``, the version of this layout, and ``source``, JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -25,16 +32,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liar_ext.atomic_write import SEAL, Held, is_sealed, write_tensors
-from liar_ext.calibration import kept_text
-from liar_ext.calibration.bank_source import check_source
+from liar_ext.calibration.bank_source import MOST_ID, NAMES, Text, check_source
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.environment import available_memory
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 
 BANK_VERSION = 2
 PARTS = ("gram", "total", "count")
 SEQUENCES, DOCUMENTS = "sequences/digest", "documents/digest"
-EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **kept_text.PARTS}
+TEXT = {
+    "text/batches": "I32",
+    "text/input_ids": "I32",
+    "text/attention_mask": "U8",
+    "text/fold": "U8",
+    "text/source": "I32",
+}
+EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **TEXT}
 Sums = tuple[Tensor, Tensor, Tensor]  # gram, total, count
 Header = dict[str, tuple[str, list[int]]]  # dtype and shape by name
 
@@ -47,14 +60,14 @@ class Stored:
     sums: dict[str, Sums] = field(default_factory=dict)
     sequences: Tensor | None = None
     documents: Tensor | None = None
-    text: kept_text.Text | None = None
+    text: Text | None = None
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Tell whether a tensor holds neither a NaN nor an infinity.
 
-    By its least and greatest value, of which a NaN is both: one pass that makes no copy, where
-    :func:`torch.isfinite` takes some forty times as long and a byte for each value.
+    By its least and greatest value, of which a NaN is both, in a fortieth of the time of
+    :func:`torch.isfinite`, and without a copy.
     """
     tensor = tensor.detach()
     if tensor.is_complex():
@@ -69,33 +82,28 @@ def all_finite(tensor: Tensor) -> bool:
 def write_bank(
     path: str | os.PathLike[str], bank: Stored, take: Callable[[str, Path], None] | None = None
 ) -> None:
-    """Write a bank; the file is there whole or not at all, and a site at a time is packed.
+    """Write a bank, one packed site at a time; raise InputError if that can't be done.
 
-    ``take`` is as for :func:`liar_ext.atomic_write.atomic_write`. InputError is raised if the bank
-    can't be written.
+    ``take`` is as for :func:`liar_ext.atomic_write.atomic_write`.
     """
     extras = {SEQUENCES: bank.sequences, DOCUMENTS: bank.documents}
-    extras |= {} if bank.text is None else kept_text.pack(bank.text)
+    extras |= {} if bank.text is None else pack(bank.text)
     tensors: dict[str, Tensor | Held] = {}
     for name, (gram, total, count) in bank.sums.items():
         tensors |= {f"{name}.gram": Triangles(gram), f"{name}.total": total, f"{name}.count": count}
     tensors |= {name: value for name, value in extras.items() if value is not None}
     source = json.dumps(bank.source, allow_nan=False)
-    try:
+    hint = "nothing was left behind, free space or name another file"
+    with refusing(f"MomentBank.save: can't write {os.fspath(path)!r}", hint, OSError):
         write_tensors(path, tensors, {"liar_bank": str(BANK_VERSION), "source": source}, take)
-    except OSError as error:
-        raise InputError(
-            f"MomentBank.save: can't write {os.fspath(path)!r}: {one_line(error)}; nothing was "
-            "left behind, free space or name another file"
-        ) from error
 
 
 def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
     """Return what a file holds; without ``sums`` only the facts, which are read in no time.
 
-    Names, shapes, dtypes and what memory they take are checked by the header before a byte of
-    them is read, then the digest of the file, then the numbers. InputError is raised if the file is
-    no bank of this version, is damaged, or holds what no calibration gives.
+    The header, with the memory that it asks for, is checked before anything is read, then the
+    digest of the file, then the numbers. InputError if it is no bank of this version, is damaged,
+    or holds what no calibration gives.
     """
     with _refusing(path):
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -116,7 +124,7 @@ def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
             if stored.sequences is not None and stored.sequences.shape != (count,):
                 raise ValueError(f"{SEQUENCES} must be of {count} sequences")
             if "text/fold" in tensors:
-                stored.text = kept_text.unpack(tensors, count)
+                stored.text = unpack(tensors, count)
             if sums:
                 stored.sums = {name: _sums(file, name, d) for name, d in widths.items()}
             return stored
@@ -166,7 +174,6 @@ def unpacked(triangles: Tensor, d: int) -> Tensor:
 
 
 def _source(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the facts of a bank of this version."""
     version = metadata.get("liar_bank")
     if version != str(BANK_VERSION):
         raise ValueError(f"liar_bank must be {BANK_VERSION}, got {version}")
@@ -180,7 +187,6 @@ def _source(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _extras(header: Header) -> list[str]:
-    """Return the names of what is no sum."""
     names = [name for name in header if "/" in name]
     for name in names:
         if name not in EXTRAS:
@@ -190,14 +196,13 @@ def _extras(header: Header) -> list[str]:
             raise ValueError(f"{name} must be {EXTRAS[name]}, got {dtype}")
     if SEAL not in names:
         raise ValueError(f"it has no {SEAL}")
-    text = set(names) & kept_text.PARTS.keys()
-    if text and not text >= kept_text.PARTS.keys() - {"text/source"}:
+    text = set(names) & TEXT.keys()
+    if text and not text >= TEXT.keys() - {"text/source"}:
         raise ValueError("of the text some is missing")
     return names
 
 
 def _widths(header: Header) -> dict[str, int]:
-    """Return the number of features by site name."""
     names = sorted({key.rpartition(".")[0] for key in header})
     if header.keys() != {f"{name}.{part}" for name in names for part in PARTS}:
         raise ValueError("each site must have gram, total and count, and nothing else")
@@ -234,3 +239,55 @@ def _sums(file: safe_open, name: str, d: int) -> Sums:
     if not finite or (gram.diagonal(dim1=1, dim2=2) < 0).any() or (count < 0).any():
         raise ValueError(f"sums of {name} must be finite, sums of squares and counts not < 0")
     return gram, total, count
+
+
+def pack(text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of a text."""
+    shapes = [[*batch["input_ids"].shape, int("attention_mask" in batch)] for batch in text]
+
+    def joined(name: str) -> Tensor:
+        parts = [batch[name].flatten() for batch in text if name in batch]
+        return torch.cat([torch.zeros(0, dtype=torch.long), *parts])
+
+    packed = {
+        "text/batches": torch.tensor(shapes, dtype=torch.int32).view(-1, 3),
+        "text/input_ids": joined("input_ids").int(),
+        "text/attention_mask": joined("attention_mask").byte(),
+        "text/fold": joined("fold").byte(),
+    }
+    if all("source" in batch for batch in text):
+        packed["text/source"] = joined("source").int()
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor], sequences: int) -> Text:
+    """Return the batches of packed tensors.
+
+    Raise ValueError if they contradict one another, or hold what no text gives.
+    """
+    shapes = tensors["text/batches"]
+    if shapes.dim() != 2 or shapes.shape[1] != 3 or (shapes[:, :2] < 1).any():
+        raise ValueError("text/batches must be (batches, 3), of at least a sequence and a token")
+    if ((shapes[:, 2] != 0) & (shapes[:, 2] != 1)).any():
+        raise ValueError("text/batches must say by 0 or 1 whether there is a mask")
+    rows, widths, masked = shapes.long().unbind(1)
+    sizes = {"input_ids": rows * widths, "attention_mask": rows * widths * masked, "fold": rows}
+    sizes |= {"source": rows} if "text/source" in tensors else {}
+    parts = {}
+    for name, size in sizes.items():
+        value = tensors[f"text/{name}"].long()
+        if value.shape != (int(size.sum()),) or int(rows.sum()) != sequences:
+            raise ValueError(f"text/{name} must hold {int(size.sum())} of {sequences} sequences")
+        parts[name] = value.split(size.tolist())
+        most = {"attention_mask": 1, "fold": FOLDS - 1}.get(name, MOST_ID)
+        if name != "source" and ((value < 0) | (value > most)).any():
+            raise ValueError("token ids must be at least 0, masks and folds 0 or 1")
+    text: Text = []
+    for index, (count, width, has_mask) in enumerate(shapes.tolist()):
+        batch = {name: values[index] for name, values in parts.items()}
+        if not has_mask:
+            del batch["attention_mask"]
+        text.append(
+            {n: each.view(count, width) if n in NAMES else each for n, each in batch.items()}
+        )
+    return text

@@ -18,15 +18,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from liar_ext import untrusted
+from liar_ext.calibration.batches import Batch, Batches, read_batches
 from liar_ext.errors import InputError
 
+NAMES = ("input_ids", "attention_mask")
+MOST_ID = 2**31 - 1
+SAMPLED = 64  # values of each weight that tell one model from another
+Text = list[dict[str, Tensor]]
 Source = dict[str, Any]
 Check = Callable[[Any], bool]
 # Facts that must be the same for sums to add up, with what a person can do where they aren't; what
@@ -60,8 +66,10 @@ def combine(
     """
     _check_alike(mine, theirs)
     both = (mine, theirs)
-    data = [each for bank in both for each in bank.get("data", ())]
-    known = all(digests is not None for digests in sequences)
+    merged = {**theirs, **mine}
+    for key in merged.keys() & {"data", "calibrations", "texts"}:
+        merged[key] = [each for bank in both for each in bank.get(key, ())]
+    data, known = merged.get("data", ()), all(digests is not None for digests in sequences)
     twice = int(torch.isin(*sequences).sum()) if known else 0
     if len(set(data)) < len(data) or twice:
         what = f"{twice} sequences" if twice else "sums"
@@ -69,18 +77,15 @@ def combine(
             f"MomentBank.merge: both banks hold {what} over the same text, which would count it "
             "twice; calibrate on other text"
         )
-    merged = {**theirs, **mine}
     for key in ("sequences", "tokens"):
         merged[key] = sum(bank.get(key, 0) for bank in both)
-    for key in merged.keys() & {"data", "calibrations", "texts"}:
-        merged[key] = [each for bank in both for each in bank.get(key, ())]
     if "texts" in merged:
         merged["texts"] = list(dict.fromkeys(merged["texts"]))
     if "routed" in merged:
-        parts = [bank.get("routed", {}) for bank in both]
+        one, two = (bank.get("routed", {}) for bank in both)
+        pairs = {name: (one.get(name, (0, 0)), two.get(name, (0, 0))) for name in {**one, **two}}
         merged["routed"] = {
-            name: [sum(part.get(name, (0, 0))[fold] for part in parts) for fold in (0, 1)]
-            for name in {**parts[0], **parts[1]}
+            name: [sum(fold) for fold in zip(*pair, strict=True)] for name, pair in pairs.items()
         }
     if "seq_len" in merged:
         merged["seq_len"] = max(bank.get("seq_len", 0) for bank in both)
@@ -89,7 +94,6 @@ def combine(
 
 
 def _check_alike(mine: Source, theirs: Source) -> None:
-    """Raise InputError unless two banks are of one model, in the same units."""
     for name, advice in SHARED.items():
         said = name in mine and name in theirs
         if mine.get(name) != theirs.get(name) and (said or name not in UNSAID):
@@ -161,3 +165,88 @@ CHECKS: dict[str, Check] = {
     "calibrations": _list_of(_record(True, **_drawn)),
     "sensitivities": _list_of(_record(key=_string, sites=_named(_number))),
 }
+
+
+def text_of(batch: Batch) -> dict[str, Tensor] | None:
+    """Return a batch as a bank keeps it; None where it is not text alone."""
+    ids = batch.inputs.get("input_ids")
+    if batch.labels or not set(batch.inputs) <= set(NAMES) or ids is None or ids.dim() != 2:
+        return None
+    if any(each.is_floating_point() or each.shape != ids.shape for each in batch.inputs.values()):
+        return None
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= MOST_ID:
+        return None
+    kept = {name: value.detach().long().cpu() for name, value in batch.inputs.items()}
+    kept["fold"] = batch.fold.cpu()
+    if batch.source is not None:
+        kept["source"] = batch.source.long().cpu()
+    return kept
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of the names, shapes and some values of tensors, quick to take."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in tensors:
+        step = max(tensor.numel() // SAMPLED, 1)
+        # An index, not a flattened copy: tied and transposed weights are views.
+        some = tensor.detach().reshape(-1)[::step] if tensor.is_contiguous() else tensor.sum()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(some.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_of(batches: Batches) -> str:
+    """Return a digest of all that batches hold, but for labels."""
+    seen = Seen()
+    for batch in read_batches(batches):
+        seen.add(batch)
+    return seen.digest.hexdigest()
+
+
+def _update(digest: blake2b, name: str, value: Tensor) -> None:
+    digest.update(f"{name} {tuple(value.shape)}".encode())
+    digest.update(value.detach().double().cpu().contiguous().numpy().tobytes())
+
+
+class Seen:
+    """What is kept of the batches that were run: digests, and the text if it is asked for."""
+
+    def __init__(self, keep_text: bool = False) -> None:
+        self.digest = blake2b(digest_size=16)
+        self.sequences: list[int] = []  # a digest of each
+        self.text: Text | None = [] if keep_text else None
+        self.batches = self.longest = 0  # longest: in tokens
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch in."""
+        for name, value in sorted({**batch.inputs, "fold": batch.fold}.items()):
+            _update(self.digest, name, value)
+        self.batches += 1
+        self.sequences += [self._digest(batch, row) for row in range(len(batch))]
+        ids = batch.inputs.get("input_ids")
+        self.longest = max(self.longest, 0 if ids is None else ids.shape[-1])
+        if self.text is not None:
+            kept = text_of(batch)
+            if kept is None:
+                self.text = None
+            else:
+                self.text.append(kept)
+
+    @staticmethod
+    def _digest(batch: Batch, row: int) -> int:
+        """Return a digest of 8 bytes of a sequence, without its padding and its fold."""
+        digest = blake2b(digest_size=8)
+        for name, value in sorted(batch.inputs.items()):
+            own = value[row]
+            if name == "attention_mask":
+                continue
+            if batch.mask is not None and own.shape[:1] == batch.mask.shape[1:]:
+                own = own[batch.mask[row].to(own.device)]
+            _update(digest, name, own)
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
+    def facts(self, tokens: int, routed: dict[str, list[int]]) -> dict[str, object]:
+        """Return what a bank says of its text; ``routed`` if there are experts."""
+        said = {"sequences": len(self.sequences), "tokens": tokens, "seq_len": self.longest}
+        said["data"] = [self.digest.hexdigest()]
+        return said | ({"routed": routed} if routed else {})

@@ -70,9 +70,8 @@ def read_batches(batches: Batches) -> Iterator[Batch]:
     """Yield batches in their one form; sequences without a ``fold`` alternate from 0.
 
     A batch is a mapping of keyword arguments of a model, or ``input_ids`` alone. Its
-    ``attention_mask`` ``(batch, tokens)`` is zero where a token is padding, ``fold`` ``(batch,)``
-    is 0 or 1, ``source`` ``(batch,)`` says by a number which of several texts a sequence is of, by
-    -1 that it is of none. Anything else raises InputError.
+    ``attention_mask`` ``(batch, tokens)`` is zero where a token is padding; ``fold`` and ``source``
+    ``(batch,)`` are as in :class:`Batch`. Anything else raises InputError.
     """
     sequences = 0
     for batch in batches:
@@ -122,11 +121,10 @@ def probe_batches(
 ) -> list[dict[str, Tensor]]:
     """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
 
-    Every source gives equally many of them, and each at least one; what is of no text, a source
-    below 0, gives none where there is text. Of a text the first ``PROBE_LENGTH`` tokens are taken.
-    Sequences of one batch stay together, and those without padding are put together, ``rows`` at
-    most, so that short ones need few passes. With ``every`` all sequences are as of one source,
-    and no batch has more than ``rows``.
+    Every source gives equally many, and at least one; what is of no text, a source below 0, gives
+    none where there is text. Of a text the first ``PROBE_LENGTH`` tokens are taken. Sequences
+    without padding are put together, ``rows`` at most. With ``every`` all are as of one source, and
+    no batch has more than ``rows``.
     """
     read = [_beginning(batch) for batch in read_batches(batches)]
     places: dict[int, list[tuple[int, int]]] = {}

@@ -8,16 +8,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext import distributed
 from liar_ext.calibration.bank_file import all_finite
+from liar_ext.calibration.bank_source import Seen, fingerprint_of
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
-from liar_ext.calibration.kept_text import Seen, fingerprint_of
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
-from liar_ext.calibration.saved_sums import SavedSums
+from liar_ext.calibration.saved_sums import SUMS, SavedSums, group_sites, room_for_sums
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
 from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.errors import InputError
@@ -56,11 +57,10 @@ def calibrate(
     at : sequence of Site, optional
         Sites to collect; all of the model's by default.
     keep_text : bool
-        Keep the batches in the bank, where they are token ids alone, and in the file that it is
-        saved to: what runs the model over them later needs no other text then.
+        Keep the batches in the bank and its file, where they are token ids alone.
     checkpoint : path or Checkpoint, optional
         A folder to save the sums so far in, and to go on from if it has some, of the same model
-        and batches: the result is bit-identical. It stays when all is done.
+        and batches, to the same bits. It stays when all is done.
     progress : bool
         Show a progress bar.
 
@@ -109,7 +109,6 @@ def collect(
 
     Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar. A
     forward pass ends where all taps have got their tensor. Moments go on where ``saved`` has them.
-
     Batches are split round robin among ranks; in the end each has the sums over all of them.
     """
     count, seen, saved = distributed.world_size(), Seen(keep_text), saved or SavedSums(None)
@@ -134,7 +133,12 @@ def collect(
             seen.add(batch)
             if index >= saved.done:
                 if index % count == distributed.rank():
-                    _run(model, body, batch, current)
+                    inputs = complete_inputs(model, batch.inputs, batch.labels)
+                    batch = replace(batch, inputs=inputs).to(device_of(model))
+                    current.set(batch)
+                    with suppress(Ended):
+                        body(**batch.inputs)
+                    current.tokens += current.counted
                 if seen.batches % count == 0:
                     saved.save(seen.batches, so_far)
             elif seen.batches == saved.done:
@@ -144,26 +148,27 @@ def collect(
         elif seen.batches > saved.done:
             saved.save(seen.batches, so_far, now=True)
         _check_alike(facts["model"], seen.digest.hexdigest())
-    return _checked(MomentBank(moments), facts, seen, current)
+    return _checked(moments, facts, seen, current)
 
 
 def _checked(
-    bank: MomentBank, facts: dict[str, object], seen: Seen, current: InFlight
+    moments: dict[str, Moments | Squares],
+    facts: dict[str, object],
+    seen: Seen,
+    current: InFlight,
 ) -> MomentBank:
     """Return the bank of all ranks' sums, with what they are over, if they are usable."""
     tokens, routed = _counted(current)
-    check_sums(bank, len(seen.sequences), routed)
+    check_sums(moments, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
     weighed = {*facts.get("relative", ()), *routed}
-    plain = [sums for name, sums in bank.items() if name not in weighed]
+    plain = [sums for name, sums in moments.items() if name not in weighed]
     tokens = int(plain[0].tokens.sum()) if plain else tokens
-    bank.source = facts | seen.facts(tokens, routed)
-    bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
-    return bank
+    source = facts | seen.facts(tokens, routed)
+    return MomentBank(moments, source, seen.text, torch.tensor(seen.sequences))
 
 
 def _facts_of(model: nn.Module, taps: Sequence[Tap] = ()) -> dict[str, object]:
-    """Return what tells a model from others, and which taps are relative."""
     relative = sorted(tap.name for tap in taps if tap.relative)
     return {
         "model_type": model.config.model_type,
@@ -173,18 +178,77 @@ def _facts_of(model: nn.Module, taps: Sequence[Tap] = ()) -> dict[str, object]:
     }
 
 
-def _run(model: nn.Module, body: nn.Module, batch: Batch, current: InFlight) -> None:
-    """Run a batch until all taps have got their tensor."""
-    batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
-    batch = batch.to(device_of(model))
-    current.set(batch)
-    with suppress(Ended):
-        body(**batch.inputs)
-    current.tokens += current.counted
+class Passes:
+    """The moments of all sites, in groups that fit into memory at once: a pass for each.
+
+    Iterating gives the groups, in order and with their moments at hand as :attr:`bank`; going
+    :meth:`back` takes them the other way round, and begins with the moments that are there still.
+
+    Sums may take ``memory`` bytes at a time, by default what :func:`room_for_sums` says. Groups
+    that a ``bank`` over these batches holds take no pass, and those that are ``saved`` in a
+    checkpoint are not taken again. ``summed`` are the numbers of the groups that took a pass.
+    """
+
+    probes: Any = None  # what is measured on the way, see :class:`ProbeStreams`
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        at: Sequence[Site],
+        memory: int | None = None,
+        *,
+        bank: MomentBank | None = None,
+        saved: Checkpoint | None = None,
+        progress: bool = False,
+    ) -> None:
+        check_finite_weights(model)
+        self.model, self.progress = model, progress
+        if bank is not None:
+            check_bank_is_of(bank, model, at)
+        self.groups = group_sites(at, room_for_sums(model, memory))
+        once = len(self.groups) == 1 and saved is None
+        self.batches = batches if once else list(batches)
+        self.bank = MomentBank({}) if bank is None else bank
+        self.saved, self.summed = saved, []
+
+    def restore(self, found: Mapping[str, dict]) -> None:
+        """Go on where a checkpoint ends; here each group does so by itself."""
+
+    def finish(self, found: Mapping[str, dict]) -> None:
+        """Save what is known of a group beside its sums: nothing here."""
+
+    @property
+    def taken(self) -> int:
+        """How many passes it took."""
+        return len(self.summed)
+
+    def __iter__(self) -> Iterator[Sequence[Site]]:
+        return map(self._load, range(len(self.groups)))
+
+    def back(self) -> Iterator[Sequence[Site]]:
+        """Return the groups, last first."""
+        return map(self._load, reversed(range(len(self.groups))))
+
+    def _load(self, number: int) -> Sequence[Site]:
+        group = self.groups[number]
+        if not all(site.name in self.bank for site in group):
+            self.bank = MomentBank({})  # its memory is for the next
+            if self.saved is None or number not in self.summed:
+                self.summed.append(number)
+            title, named, saved = "calibrate", {}, None
+            if len(self.groups) > 1:
+                title = f"calibrate, pass {self.taken}"
+                named = {"key": f"{SUMS}-{number + 1}", "group": f" of group {number + 1}"}
+            if self.saved is not None:
+                saved = SavedSums(self.saved, of=len(self.batches), **named)
+            how = {"saved": saved, "title": title, "progress": self.progress}
+            self.bank = collect_at(self.model, self.batches, group, **how)
+        return group
 
 
 def check_not_padding(index: int, batch: Batch) -> None:
-    """Raise InputError if a batch holds no token."""
+    """Raise InputError if a batch holds only padding."""
     if batch.mask is not None and not batch.mask.any():
         raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
 
@@ -193,24 +257,22 @@ def check_not_padding(index: int, batch: Batch) -> None:
 def summing(
     model: nn.Module, taps: Sequence[Tap], ends: float = math.inf
 ) -> Iterator[tuple[dict[str, Moments | Squares], InFlight]]:
-    """Give the sums of taps, to which every run of the model adds, and the batch that is run.
+    """Give the sums of taps, in the end those of all ranks, and the batch that adds to them.
 
-    In the end they are those of all ranks. ``ends`` is how many taps end a run.
+    ``ends`` is how many taps end a run.
     """
     moments, current = {}, InFlight()
     with ExitStack() as stack:
         for tap in taps:
             module = model.get_submodule(tap.module)
-            here = device_of(module, device_of(model))
-            moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
-            add = adding(tap, moments[tap.name], current, ends)
-            stack.enter_context(watched(module, add))
+            sums = tap.sums.zeros(tap.d_in, device=device_of(module, device_of(model)))
+            moments[tap.name] = sums
+            stack.enter_context(watched(module, adding(tap, sums, current, ends)))
         yield moments, current
     _added(moments)
 
 
 def _added(moments: dict[str, Moments | Squares]) -> dict[str, Moments | Squares]:
-    """Add the sums of all ranks up, in place."""
     for sums in moments.values():
         distributed.all_reduce(*vars(sums).values())
     return moments
@@ -239,7 +301,9 @@ def _check_alike(*digests: str) -> None:
                 )
 
 
-def check_sums(bank: MomentBank, sequences: int, routed: Collection[str] = ()) -> None:
+def check_sums(
+    bank: Mapping[str, Moments | Squares], sequences: int, routed: Collection[str] = ()
+) -> None:
     """Raise InputError unless sums over ``sequences`` are finite, and each fold has tokens.
 
     Sites that tokens are ``routed`` to may have none.

@@ -29,11 +29,10 @@ class Documents(list):
 def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object]]) -> Documents:
     """Return the documents of a text file, a JSON-lines file, a folder or a dataset.
 
-    A file is one document; each line of a ``.jsonl`` file is one (its field ``text``); a folder
-    holds one per file; a dataset of the ``datasets`` library, written ``NAME[:CONFIG[:SPLIT]]``
-    (split ``train`` if not given), holds one per row (its column ``text``). A dataset is streamed,
-    and its first ``MOST_OF_A_DATASET`` characters are read; the notes say so if there is more. A
-    ``datasets.Dataset`` or ``IterableDataset``, prepared in any way, serves as its name does.
+    A file is one document, a line of a ``.jsonl`` file one in its field ``text``, and a folder has
+    one per file. A dataset of the ``datasets`` library, ``NAME[:CONFIG[:SPLIT]]``, split ``train``
+    if not given, or a ``Dataset`` itself, has one per row in its column ``text``; the first
+    ``MOST_OF_A_DATASET`` characters are read, and the notes say so if there is more.
 
     Raises
     ------
@@ -63,9 +62,8 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
 def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
     """Raise InputError if documents of the evaluation are calibrated on.
 
-    Documents are compared by a hash of their text without case and white space, wherever they come
-    from. Those of less than ``TELLING`` characters, such as headings, stand in many texts; they
-    count if at least half of the evaluation is shared.
+    Documents are compared by a hash of their text without case and white space. Those of less than
+    ``TELLING`` characters, such as headings, count if at least half of the evaluation is shared.
     """
     check_apart_from(document_digests(calibration), evaluation)
 
@@ -132,11 +130,17 @@ def _read_file(path: Path) -> list[str]:
 
 def _read_line(line: str, place: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise InputError(
+            f'text: {place} is no JSON; write {{"text": "..."}} on each line'
+        ) from None
+    text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise InputError(f'text: {place} must be a JSON object with a field "text", a string')
+        came = f"fields {', '.join(row)[:80] or '(none)'}" if isinstance(row, dict) else "none"
+        raise InputError(
+            f'text: {place} must be a JSON object with a field "text", a string, got {came}'
+        )
     return checked(text, place)
 
 
@@ -192,7 +196,7 @@ def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: r
     except ImportError:
         raise InputError(
             f"text: no file {source}, and dataset names need the package datasets; "
-            "pip install '.[eval]' or give a text file"
+            "pip install datasets, or give a text file"
         ) from None
     name, config, split = (*source.split(":"), "", "")[:3]
     failure = None

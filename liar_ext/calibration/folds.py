@@ -102,8 +102,8 @@ def split_documents(
     """Split the documents of one source into parts, and say what was done to few documents.
 
     In an order drawn with ``seed`` each goes to the part that has least of its share, the number
-    of sequences wanted, until a part has ``most`` characters, about. If there are fewer documents
-    than parts, they are cut into blocks first, see :func:`cut_blocks`.
+    of sequences wanted, until a part has ``most`` characters, about. Fewer documents than parts are
+    cut into blocks first, see :func:`cut_blocks`.
     """
     if len(documents) < len(shares):
         parts = cut_blocks("\n\n".join(documents), len(shares), seq_len, most)
@@ -128,9 +128,8 @@ def split_documents(
 def cut_blocks(text: str, parts: int, seq_len: int, most: int) -> list[list[str]]:
     """Cut a text into blocks of consecutive paragraphs, and return them by part, in turns.
 
-    A block begins at a paragraph, or line or word if there is none near, and the paragraph before
-    it, or an eighth of a block if that is less, belongs to no block. So one part never holds the
-    next sentence of another.
+    A block begins at a paragraph, line or word. The paragraph before it, or an eighth of a block if
+    that is less, belongs to no block, so that no part holds the next sentence of another.
     """
     spans = block_spans(text, parts, seq_len)
     each = max(most * parts // len(spans), 1)
@@ -211,10 +210,7 @@ def seed_of(rows: Iterable[Sequence[int] | Tensor], seed: int) -> int:
 
 
 def fraction_of(asked: float | str, causal: bool, written: bool) -> float:
-    """Return the fraction of random tokens: of "auto" a quarter for language models.
-
-    Those that write text of their own need none, and encoders gain nothing by them.
-    """
+    """Return the fraction of random tokens: of "auto" a quarter for models that write no text."""
     if asked != "auto":
         return float(asked)
     return RANDOM_TOKENS if causal and not written else 0.0
@@ -229,9 +225,9 @@ def random_sequences(
 ) -> list[tuple[int, list[int]]]:
     """Return copies of some rows, evenly spread, with random tokens, after the row each is of.
 
-    They are ``fraction`` of all. Special tokens stay; every other one is drawn evenly from those of
-    the vocabulary below ``vocab_size`` that aren't special, or InputError is raised if there are
-    none. The draw depends on the rows, so that other text has other ones beside it.
+    They are ``fraction`` of all. Special tokens stay; every other one is drawn evenly from those
+    below ``vocab_size`` that aren't special. The draw depends on the rows, so that other text has
+    other ones beside it.
     """
     count = count_beside(len(rows), fraction)
     if not count:

@@ -36,13 +36,12 @@ def write_documents(
     """Let a model write documents: each token is drawn from the model's own distribution.
 
     ``x_t ~ p(· | x_0 … x_{t−1})`` at temperature 1, nothing cut off, from the token that begins a
-    document on. The text has the kinds of text that the model was trained on, about as often, and
-    needs no data.
+    document on: text as the model was trained on, without any data.
 
     Parameters
     ----------
     model, tokenizer
-        A causal language model of transformers, which is as it was afterwards, and its tokenizer.
+        A causal language model of transformers, which stays as it is, and its tokenizer.
     documents, tokens : int
         How many to write, and tokens of each.
     seed : int
@@ -77,8 +76,7 @@ def write_sequences(
     """Let a model write sequences, as :func:`write_documents` does, and leave them tokens.
 
     They are ``count``, but one at least for each fold, of ``seq_len`` tokens, begin as windows of
-    text do, and take turns in going to the two folds. For an estimate the first ``written`` tokens
-    of each are repeated. ::
+    text do, and go to the folds by turns. For an estimate only ``written`` tokens are written. ::
 
         text = calibration_sequences([read_documents("text.txt")], tokenizer, samples=64)
         both = text.beside(write_sequences(model, tokenizer, count=21, seq_len=512))
@@ -112,8 +110,7 @@ def _write(
     config, width = model.config.get_text_config(), next(model.parameters()).element_size()
     each = max(2 * config.num_hidden_layers * config.hidden_size * tokens * width, 1)
     rows = min(MOST_ROWS, max(1, CACHE_BYTES // each), count)
-    written: list[Tensor] = []
-    training = model.training
+    written, training = [], model.training
     cuda = [device] if device.type == "cuda" else []
     bar = Bar(total=count, desc="write", disable=not progress)
     with torch.random.fork_rng(devices=cuda), bar:

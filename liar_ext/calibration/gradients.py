@@ -1,8 +1,6 @@
-"""Gradient statistics of units: one backward pass over the calibration text.
+"""Gradient statistics of units, for criteria with ``needs="gradient"``: one backward pass.
 
-Only the criteria with ``needs="gradient"`` read them. They are off the default path: everything
-else in this package runs the model forward only. The loss is that of next-token prediction, or
-whatever the model's head computes from ``labels``.
+The loss is that of next-token prediction, or what the model's head computes from ``labels``.
 """
 
 from __future__ import annotations
@@ -24,16 +22,13 @@ from liar_ext.models.running import IGNORED, complete_inputs, device_of, evaluat
 from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.progress import Bar
 
-Owned = list[tuple[str | None, list[nn.Parameter]]]  # by producer, and None for the consumer
-
 
 @dataclass(frozen=True)
 class SiteGradients:
     """What the loss says of the units of one site.
 
     A unit owns, in each producer, its rows with their biases, and in the consumer its columns.
-    ``g = ∂L/∂w`` is the gradient of the mean loss ``L`` over all items of the text (predicted
-    tokens, or labels), the sum of all batches before anything else is done to it.
+    ``g = ∂L/∂w`` is the gradient of the mean loss ``L`` over all predicted tokens, or labels.
 
     Parameters
     ----------
@@ -84,13 +79,12 @@ def collect_gradients(
     Notes
     -----
     Memory: beyond the model, one gradient of all weights of the sites and their running sum in
-    float32 (float64 for a float64 model), and the activations of one batch that the backward pass
-    needs, with the gradients of the consumers' inputs. Smaller batches need less of the latter.
+    float32 (float64 for a float64 model), and the activations of one batch.
     """
     check_owned(at)
     device = device_of(model)
-    owned = {site.name: _owned_parameters(model, site) for site in at}
-    parameters = [each for layers in owned.values() for _, own in layers for each in own]
+    owned = [(site, *pair) for site in at for pair in _owned(model, site)]
+    parameters = [each for *_, each in owned]
     wide = [torch.promote_types(each.dtype, torch.float32) for each in parameters]
     sums = [each.new_zeros(each.shape, dtype=t) for each, t in zip(parameters, wide, strict=True)]
     fisher = {
@@ -123,14 +117,14 @@ def collect_gradients(
             f"gradients: {sequences} sequences hold nothing to predict; give a list of batches, "
             "not an iterator that was read before, with at least 2 tokens or a label each"
         )
-    products = (
-        parameter.detach().to(total.dtype) * total / items
-        for parameter, total in zip(parameters, sums, strict=True)
-    )
-    return {
-        site.name: _summarise(site, owned[site.name], products, fisher[site.name] / sequences)
-        for site in at
-    }
+    layers: dict[str, dict[str | None, Tensor]] = {site.name: {} for site in at}
+    for (site, path, parameter), total in zip(owned, sums, strict=True):
+        product = parameter.detach().to(total.dtype) * total / items
+        both = torch.stack([_per_unit(site, each, path) for each in (product, product.abs())])
+        own = layers[site.name]
+        own[path] = own[path] + both if path in own else both
+    stacked = {name: torch.stack([*own.values()], 1) for name, own in layers.items()}
+    return {name: SiteGradients(*stacked[name], fisher[name] / sequences) for name in stacked}
 
 
 def check_owned(at: Sequence[Site]) -> None:
@@ -152,17 +146,13 @@ def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor | Batch) -
 
 
 def _by_mask(x: Tensor, gradient: Tensor, batch: Batch, width: int) -> Tensor:
-    """Return ``Σ_t Σ_{j∈u} x_stj g_stj``, ``(sequences, units)`` float64.
-
-    No loss depends on padding, whose gradient is zero.
-    """
+    """Return ``Σ_t Σ_{j∈u} x_stj g_stj``, ``(sequences, units)`` float64."""
     both = (a.detach().reshape(len(batch), -1, a.shape[-1]) for a in (x, gradient))
     sums = [(one.double() * other.double()).sum(0) for one, other in zip(*both, strict=True)]
     return torch.stack(sums).unflatten(1, (-1, width)).sum(2)
 
 
 def _summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Return the loss of a batch summed over its items, and how many there are."""
     if not _asks_next(model):
         return _head_loss(model, batch)
     ids, mask = batch.inputs["input_ids"], batch.mask
@@ -199,25 +189,12 @@ def _head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return loss * count, count
 
 
-def _owned_parameters(model: nn.Module, site: Site) -> Owned:
-    """Return the parameters of each layer in which units own something, the consumer last."""
-    owned: Owned = []
+def _owned(model: nn.Module, site: Site) -> Iterator[tuple[str | None, nn.Parameter]]:
+    """Yield the parameters in which units own something, by producer, and None for the consumer."""
     for path in site.producers:
         layer = model.get_submodule(path)
-        owned.append((path, [each for each in (layer.weight, layer.bias) if each is not None]))
-    return [*owned, (None, [model.get_submodule(site.consumer).weight])]
-
-
-def _summarise(
-    site: Site, owned: Owned, products: Iterator[Tensor], fisher: Tensor
-) -> SiteGradients:
-    """Sum the products w·g of a site's parameters, next in ``products``, over what a unit owns."""
-    signed, absolute = [], []
-    for path, own in owned:
-        parts = [next(products) for _ in own]
-        signed.append(sum(_per_unit(site, part, path) for part in parts))
-        absolute.append(sum(_per_unit(site, part.abs(), path) for part in parts))
-    return SiteGradients(torch.stack(signed), torch.stack(absolute), fisher)
+        yield from ((path, each) for each in (layer.weight, layer.bias) if each is not None)
+    yield None, model.get_submodule(site.consumer).weight
 
 
 def _per_unit(site: Site, values: Tensor, producer: str | None) -> Tensor:

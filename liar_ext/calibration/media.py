@@ -19,7 +19,7 @@ from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.documents import TELLING, Documents, read_text, rows_of_dataset
 from liar_ext.calibration.folds import Sequences, in_turns, padded
 from liar_ext.environment import errors_alone
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, install, refusing
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
 
 AUDIO, IMAGES = "audio", "images"
@@ -79,9 +79,8 @@ class Files(Documents):
 def read_files(source: str | os.PathLike[str], kind: str) -> Files:
     """Return the recordings or pictures, ``kind``, of a file, a folder or a dataset.
 
-    A folder holds one per file, in folders or not; other files are passed over. What is said in
-    ``NAME.wav`` stands in ``NAME.txt`` beside it, if anywhere. A dataset, written
-    ``NAME[:CONFIG[:SPLIT]]``, has a column ``audio`` or ``image``, and maybe one of
+    What is said in ``NAME.wav`` of a folder stands in ``NAME.txt`` beside it, if anywhere. A
+    dataset, ``NAME[:CONFIG[:SPLIT]]``, has a column ``audio`` or ``image``, and maybe one of
     :data:`TEXTS`. Of more than :data:`MOST_FILES` evenly spread ones are read, or the first ones
     of a dataset. If there is none, InputError is raised.
     """
@@ -150,7 +149,7 @@ def _undecoded(rows: Any) -> Any:
 
 
 def decode_image(item: Item) -> Any:
-    """Return a picture in RGB; raise InputError if the file can't be read."""
+    """Return a picture in RGB."""
     with _decoding(item, "an image", "images are read by the package pillow", "vision"):
         from PIL import Image
 
@@ -158,10 +157,7 @@ def decode_image(item: Item) -> Any:
 
 
 def decode_audio(item: Item, rate: int) -> Any:
-    """Return the samples of a recording at a rate, float32, the mean of its channels.
-
-    Raise InputError if the file can't be read, or is empty.
-    """
+    """Return the samples of a recording at a rate, float32, the mean of its channels."""
     packages = "recordings are read by the packages soundfile and soxr"
     with _decoding(item, "a recording", packages, "speech"):
         import soundfile
@@ -177,17 +173,12 @@ def decode_audio(item: Item, rate: int) -> Any:
 @contextmanager
 def _decoding(item: Item, what: str, packages: str, extra: str) -> Iterator[None]:
     """Name the packages that are missing, or the file that a library can't decode."""
-    try:
-        yield
-    except InputError:
-        raise
+    failure, hint = f"data: {item.place} can't be read as {what}", "copy it again, or take it out"
+    try:  # each library has errors of its own
+        with refusing(failure, hint, Exception, but=(ImportError,)):
+            yield
     except ImportError:
-        raise InputError(f"data: {packages}; pip install 'liar_ext[{extra}]'") from None
-    except Exception as error:  # each library has errors of its own
-        raise InputError(
-            f"data: {item.place} can't be read as {what}: {one_line(error)}; copy it again, or "
-            "take it out"
-        ) from error
+        raise InputError(f"data: {packages}; {install(extra)}") from None
 
 
 def kind_read(main_input: str) -> str | None:
@@ -196,12 +187,10 @@ def kind_read(main_input: str) -> str | None:
 
 
 class Reader:
-    """Makes the inputs of a model from files.
+    """Makes the inputs of a model from files of a ``kind``, by its ``processor``.
 
     Of a model that writes what it hears the decoder reads what is said in a recording. Where that
     is unknown the model itself writes it down.
-
-    ``kind`` is "audio" or "images", ``processor`` the model's image processor or feature extractor.
     """
 
     def __init__(self, kind: str, model: nn.Module, processor: Any, tokenizer: Any = None) -> None:
@@ -255,11 +244,8 @@ class Reader:
                 room = most
             windows[-1].append(clip)
             room -= len(clip[0])
-        found = []
-        for some in windows:
-            samples, texts = zip(*some, strict=True)
-            found.append((np.concatenate(samples), " ".join(texts) if all(texts) else ""))
-        return found
+        pairs = (zip(*some, strict=True) for some in windows)
+        return [(np.concatenate(x), " ".join(said) if all(said) else "") for x, said in pairs]
 
     def inputs(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """Return the inputs of the model's forward pass."""
@@ -280,13 +266,10 @@ class Reader:
         name, given = INPUTS[self.kind], {"return_tensors": "pt"}
         if self.kind == AUDIO:
             given["sampling_rate"] = self.processor.sampling_rate
-        try:
+        failure = f"{type(self.processor).__name__} can't make one batch of these {self.kind}"
+        # Sizes that don't go together, and whatever a processor raises.
+        with refusing(f"data: {failure}", "give the processor one size for all of them", Exception):
             found = self.processor(list(content), **given)[name]
-        except Exception as error:  # sizes that don't go together, and whatever a processor raises
-            raise InputError(
-                f"data: {type(self.processor).__name__} can't make one batch of these {self.kind}: "
-                f"{error}; give the processor one size for all of them"
-            ) from error
         return {name: found.to(self.model.dtype)}
 
     @torch.no_grad()
@@ -317,10 +300,9 @@ def calibration_inputs(
 ) -> Sequences:
     """Draw files of several sources, in two folds; each source contributes evenly.
 
-    ``samples`` are files, half of them for each fold, and all that there are if they are fewer;
-    ``certify`` and ``judge`` files come beside them, as for
-    :class:`liar_ext.calibration.texts.Text`. Recordings of one fold and source are put together,
-    see :meth:`Reader.joined`. If there are fewer files than parts, InputError is raised.
+    ``samples`` files, or all, are for calibration; ``certify`` and ``judge`` come beside them, as
+    for :class:`liar_ext.calibration.texts.Text`. Recordings of one fold and source are put
+    together, see :meth:`Reader.joined`. If there are too few files, InputError is raised.
     """
     shares = [samples // FOLDS, samples - samples // FOLDS, certify, judge]
     parts: list[Part] = [[] for _ in shares]

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.calibration.bank_file import Stored, all_finite, read_bank, write_bank
-from liar_ext.calibration.bank_source import combine, renumbered
+from liar_ext.calibration.bank_source import Text, combine, renumbered
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.kept_text import Text
 from liar_ext.errors import InputError
 
 ROW_BLOCK = 256  # of a triangle that is mirrored
@@ -24,9 +23,8 @@ ROW_BLOCK = 256  # of a triangle that is mirrored
 class Moments:
     """First and second moments of one consumer's input, kept in two folds.
 
-    ``gram[f] = Σ_t w_t x_t x_tᵀ``, ``total[f] = Σ_t w_t x_t`` and
-    ``count[f] = [Σ_t w_t, rows dropped]`` over the tokens ``t`` of fold
-    ``f``. They are sums, not means: folds, shards, ranks and resumed runs add up.
+    ``gram[f] = Σ_t w_t x_t x_tᵀ``, ``total[f] = Σ_t w_t x_t`` and ``count[f] = [Σ_t w_t, rows
+    dropped]`` over the tokens ``t`` of fold ``f``: sums, so that shards, ranks and runs add up.
 
     Parameters
     ----------
@@ -57,11 +55,8 @@ class Moments:
         cls, d_in: int, *, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu"
     ) -> Moments:
         """Return moments of no tokens for ``d_in`` features."""
-        return cls(
-            torch.zeros(FOLDS, d_in, d_in, dtype=dtype, device=device),
-            torch.zeros(FOLDS, d_in, dtype=dtype, device=device),
-            torch.zeros(FOLDS, 2, dtype=torch.float64, device=device),
-        )
+        sums = (torch.zeros(FOLDS, *s, dtype=dtype, device=device) for s in ((d_in, d_in), (d_in,)))
+        return cls(*sums, torch.zeros(FOLDS, 2, dtype=torch.float64, device=device))
 
     @property
     def d_in(self) -> int:
@@ -83,10 +78,7 @@ class Moments:
         ops.gram_update_(self.gram[fold], self.total[fold], self.count[fold], x, weight=weight)
 
     def merge(self, other: Moments) -> None:
-        """Add the sums of ``other`` to these, fold by fold.
-
-        InputError is raised if the numbers of features differ, or these are the same sums.
-        """
+        """Add the sums of ``other``, which must be others over the same features, fold by fold."""
         if other is self:
             raise InputError(
                 "Moments.merge: sums cannot be merged with themselves, which would count every "
@@ -230,10 +222,9 @@ class MomentBank(Mapping[str, Moments]):
     def merge(self, other: MomentBank) -> None:
         """Add another bank of the same model on other text, site by site.
 
-        Counts of tokens and sequences add up exactly. Each sum is added in its own dtype, float64,
-        in which ``A + B`` and ``B + A`` are the same bits, and other groupings of three and more
-        banks differ by rounding, some 1e-16 of a sum. Text is kept where both have it, and measured
-        sensitivities are dropped.
+        Counts add up exactly, and sums in float64: ``A + B`` and ``B + A`` are the same bits, other
+        groupings differ by rounding. Text is kept where both have it, and measured sensitivities
+        are dropped.
 
         Raises
         ------
@@ -270,9 +261,8 @@ class MomentBank(Mapping[str, Moments]):
     ) -> None:
         """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank_file`.
 
-        The file is there whole or not at all; one that was there is replaced, unless ``take`` does
-        otherwise, see :func:`liar_ext.atomic_write.atomic_write`. It holds the calibration text as
-        token ids, if the bank does: see ``keep_text`` of :func:`liar_ext.calibrate`.
+        The file is there whole or not at all. ``take`` moves it to its place, by default over one
+        that is there. It holds the calibration text as token ids, if the bank does.
         """
         sums = {name: (part.gram, part.total, part.count) for name, part in self.moments.items()}
         stored = Stored(self.source, sums, self.sequences, self.documents, self.text)

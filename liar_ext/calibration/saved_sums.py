@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from liar_ext.calibration.bank_file import PARTS, Triangles, unpacked
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments
 from liar_ext.checkpoint_store import Checkpoint, reading
-from liar_ext.distributed import broadcast, is_first
+from liar_ext.distributed import broadcast, gather, is_first, local_world_size
 from liar_ext.environment import available_memory
 from liar_ext.errors import InputError
+from liar_ext.models.sites import Site, teams_of
 
 SUMS = "calibration"
+# Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
+MEMORY = 32 << 30
+Item = TypeVar("Item")
 
 
 def bytes_of_sums(features: int) -> int:
@@ -32,6 +37,39 @@ def check_memory(operation: str, needed: int) -> None:
             f"{operation}: the sums of all sites take {needed / 2**30:.3g} GiB at once, and "
             f"{free / 2**30:.3g} are free; free some, or let liar prune --memory sum them in groups"
         )
+
+
+def room_for_sums(model: nn.Module, memory: int | None = None) -> int:
+    """Return the bytes that sums may take: ``memory``, if that is given.
+
+    Else ``MEMORY``, or half of what is free now on any device in use, the CPU included. Of several
+    ranks each may take so many; those of one machine share its memory, and the least counts.
+    """
+    if memory is not None:
+        return memory
+    devices = {parameter.device for parameter in model.parameters()}
+    free = [torch.cuda.mem_get_info(at)[0] for at in devices if at.type == "cuda"]
+    if any(at.type == "cpu" for at in devices):
+        free += [count // local_world_size() for count in [available_memory()] if count is not None]
+    return min(gather(min([MEMORY, *(count // 2 for count in free)])))
+
+
+def group_sites(at: Sequence[Site], memory: int) -> list[Sequence[Site]]:
+    """Return groups of sites whose sums fit; the experts of a layer stay together."""
+    teams = list(teams_of(at).values())
+    sizes = [sum(bytes_of_sums(site.d_in) for site in team) for team in teams]
+    return [[site for team in some for site in team] for some in split(teams, sizes, memory)]
+
+
+def split(items: Sequence[Item], sizes: Sequence[int], limit: int) -> list[Sequence[Item]]:
+    """Return runs of ``items`` whose sizes add up to at most ``limit``, or that are of one item."""
+    starts, total = [0], 0
+    for index, size in enumerate(sizes):
+        if total + size > limit and index > starts[-1]:
+            starts.append(index)
+            total = 0
+        total += size
+    return [items[a:b] for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
 
 
 def packed(moments: Mapping[str, Moments]) -> dict[str, Tensor | Triangles]:
@@ -56,9 +94,9 @@ def restored(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, M
 
 
 class SavedSums:
-    """The sums of one pass over ``of`` batches, under a key; all ranks must call each method.
+    """The sums of one pass over ``of`` batches, under a key of a checkpoint, if there is one.
 
-    Without a checkpoint nothing is saved.
+    All ranks must call each method.
     """
 
     def __init__(
@@ -71,11 +109,9 @@ class SavedSums:
         self._widths: dict[str, int] = {}
 
     def restore(self, moments: Mapping[str, Moments], facts: Mapping[str, Any]) -> None:
-        """Copy saved sums into ``moments``, and note how many batches they include.
+        """Copy saved sums into ``moments``, at the first rank, and note how many batches they are.
 
-        The first rank has them, and the others begin with none, as sums of ranks are added up.
-        ``facts`` are those of the model. InputError is raised if the sums belong to other sites or
-        another model, or are damaged.
+        InputError is raised if they are of other sites or, by its ``facts``, another model.
         """
         known = None if self.saved is None else self.saved.get(self.key)
         self._widths = widths = {name: sums.d_in for name, sums in moments.items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from liar_ext.calibration.batches import FOLDS, Batch
 from liar_ext.calibration.moments import Moments, Squares
@@ -22,18 +23,16 @@ class Ended(Exception):
     """
 
 
-@contextmanager
-def watched(module: nn.Module, callback: Callable[[tuple, object], None]) -> Iterator[None]:
-    """Call ``callback`` with the positional arguments and the output of each run of a module."""
+def watched(module: nn.Module, callback: Callable[[tuple, object], None]) -> RemovableHandle:
+    """Call ``callback`` with the positional arguments and the output of each run of a module.
+
+    The handle is a context, at whose end this ends.
+    """
 
     def hook(_: nn.Module, args: tuple, output: object) -> None:
         callback(args, output)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(hook)
 
 
 @contextmanager
@@ -130,11 +129,8 @@ def adding(tap: Tap, moments: Moments | Squares, current: InFlight, ends: float)
 
     def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
         x = tap.take(arguments, output)
-        if isinstance(x, Routed):
-            pieces = _routed(tap, x, current)
-        else:
-            pieces = _pieces(tap, x, current, output if tap.relative else None)
-        for fold, tokens, weight in pieces:
+        pieces = _routed if isinstance(x, Routed) else _pieces
+        for fold, tokens, weight in pieces(tap, x, current, output):
             moments.update(tokens, fold, weight)
         current.seen.add(tap.name)
         if len(current.seen) == ends:
@@ -143,40 +139,34 @@ def adding(tap: Tap, moments: Moments | Squares, current: InFlight, ends: float)
     return add
 
 
-def _pieces(tap: Tap, x: Tensor, current: InFlight, output: Tensor | None = None) -> list[Piece]:
-    """Return the tokens of a tensor by fold; ``output`` is what they count relative to, if any."""
+def _pieces(tap: Tap, x: Tensor, current: InFlight, output: Tensor) -> Iterator[Piece]:
     weight = current.batch.mask_of(tap.mask)
     # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
     if x.dim() == 2:
         x = x.unflatten(0, (len(current.batch), -1))
     weight = None if weight is None else weight.to(x.device)
-    if output is not None:
+    if tap.relative:
         used = torch.ones(x.shape[:2], device=x.device) if weight is None else weight
         current.counted = int(used.sum())
         weight = used * relative_weights(output.reshape(*x.shape[:2], -1))
     if tap.first or x.shape[1] == 1:
         x, weight = x[:, :1], None if weight is None else weight[:, :1]
-    pieces = []
     for fold, rows in current.rows.items():
         rows = rows if isinstance(rows, slice) else rows.to(x.device)
         counts = None if weight is None else weight[rows].flatten()
-        pieces.append((fold, x[rows].flatten(0, -2), counts))
-    return pieces
+        yield fold, x[rows].flatten(0, -2), counts
 
 
-def _routed(tap: Tap, routed: Routed, current: InFlight) -> list[Piece]:
-    """Return the tokens that reach an expert, for ``Σ r² x xᵀ`` over those that aren't padding."""
+def _routed(tap: Tap, routed: Routed, current: InFlight, _: Tensor) -> Iterator[Piece]:
+    """Yield the tokens that reach an expert, for ``Σ r² x xᵀ`` over those that aren't padding."""
     device, batch = routed.x.device, current.batch
     each = routed.tokens // len(batch)
-    fold = batch.fold.to(device).repeat_interleave(each)[routed.token]
+    folds = batch.fold.to(device).repeat_interleave(each)[routed.token]
     used = batch.counting(routed.tokens, device)[routed.token]
-    weight = routed.weight.double().square()
-    pieces = []
-    for index in range(FOLDS):
-        here = used & (fold == index)
-        pieces.append((index, routed.x[here], weight[here]))
     current.counted = routed.tokens if batch.mask is None else int(batch.mask.sum())
     found = current.routed.setdefault(tap.name, [0] * FOLDS)
-    for index, x, _ in pieces:
-        found[index] += len(x)
-    return pieces
+    for fold in range(FOLDS):
+        here = used & (folds == fold)
+        x = routed.x[here]
+        found[fold] += len(x)
+        yield fold, x, routed.weight[here].double().square()

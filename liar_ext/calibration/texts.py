@@ -28,6 +28,7 @@ from liar_ext.errors import InputError
 
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
 ENOUGH, TIMES = 1 << 22, 16
+LONE = ("blocks", "halves")  # how a lone document is cut
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Text:
     Parameters
     ----------
     samples : int
-        Sequences to draw, half of them for each fold; all there are if the text holds fewer. Of
-        documents that aren't packed as many are drawn as make ``samples · seq_len`` tokens.
+        Sequences to draw, half of them for each fold, or all there are. Of documents that aren't
+        packed as many are drawn as make ``samples · seq_len`` tokens.
     seq_len : int
         Tokens per sequence, special ones included.
     seed : int
@@ -51,11 +52,9 @@ class Text:
         Sequences of documents that no other sequence comes from, returned as
         :attr:`Sequences.certification` and :attr:`Sequences.judging`.
     lone : {"blocks", "halves"}
-        A source that is a single document is cut into blocks of paragraphs, which take turns in
-        going to the folds, or into two halves, one for each.
+        A lone document is cut into blocks of paragraphs, by turns for each fold, or in halves.
     random_tokens : float
-        Fraction of all sequences that are of random tokens, in [0, 0.9], beside ``samples``. See
-        :func:`liar_ext.calibration.folds.random_sequences`.
+        Fraction of all sequences that are of random tokens, in [0, 0.9], beside ``samples``.
     vocab_size : int, optional
         Tokens that the model has embeddings of; by default all of the tokenizer's.
 
@@ -78,13 +77,12 @@ class Text:
     def __post_init__(self) -> None:
         check_fraction("calibration", "random_tokens", self.random_tokens)
         samples, seq_len, seed, lone = self.samples, self.seq_len, self.seed, self.lone
+        large, cut = samples >= FOLDS and seq_len >= 2, ("blocks",) if self.apart else LONE
         rules = {
-            f"samples and seq_len must be at least 2, got {samples} and {seq_len}": (
-                samples >= FOLDS and seq_len >= 2
-            ),
+            f"samples and seq_len must be at least 2, got {samples} and {seq_len}": large,
             f"seed must be at least 0 and less than 2^63, got {seed}": 0 <= seed < 1 << 63,
             f'lone must be "blocks", or "halves" without certify and judge, got {lone!r}': (
-                lone == "blocks" or (lone == "halves" and not self.apart)
+                lone in cut
             ),
         }
         for name, n in self.apart.items():
@@ -104,9 +102,8 @@ def calibration_sequences(
 ) -> Sequences:
     """Draw calibration sequences from several texts, in two folds split by document.
 
-    Each source (a list of documents) contributes evenly, as far as it reaches. Documents are drawn
-    first, and what is drawn is tokenised: all of a source up to some millions of characters.
-    Sequences of random tokens come beside them.
+    Each source contributes evenly, as far as it reaches. Documents are drawn first, and what is
+    drawn is tokenised: all of a source up to some millions of characters.
 
     Parameters
     ----------
@@ -117,9 +114,7 @@ def calibration_sequences(
     text : Text, optional
         How to draw; by default 128 sequences of 512 tokens.
     **choices
-        Fields of :class:`liar_ext.calibration.texts.Text` that are otherwise: ``samples``,
-        ``seq_len``, ``seed``, ``packed``, ``certify``, ``judge``, ``lone``, ``random_tokens``,
-        ``vocab_size``.
+        Fields of :class:`liar_ext.calibration.texts.Text` that are otherwise: ``samples``, ...
 
     Raises
     ------
@@ -167,9 +162,8 @@ def evaluation_sequences(
 ) -> Sequences:
     """Cut text into consecutive windows of ``seq_len`` tokens; ``samples`` takes every n-th.
 
-    Windows begin as those of :func:`calibration_sequences` do. If a few windows are asked for of
-    very much text, every n-th document is read. Not ``packed``, for encoders, each document is a
-    sequence, cut after ``seq_len`` tokens, or each piece of such a length of a lone document.
+    Windows begin as those of :func:`calibration_sequences` do. Not ``packed``, for encoders, each
+    document is a sequence, cut after ``seq_len`` tokens, or each such piece of a lone document.
 
     Raises
     ------
@@ -183,7 +177,7 @@ def evaluation_sequences(
         )
     notes = tuple(getattr(documents, "notes", ()))
     if packed:
-        if samples is not None:
+        if samples is not None:  # of very much text every n-th document is enough
             most = max(4 * ENOUGH, TIMES * samples * seq_len * CHARACTERS)
             documents = documents[:: -(-sum(map(len, documents)) // most) or 1]
         prefix = document_prefix(tokenizer)
@@ -271,7 +265,6 @@ def _queue(
     prefix: list[int],
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """Return sequences of one part of a source, in an order that is drawn."""
     if text.packed:
         windows = _packed_windows(pieces, tokenizer, text.seq_len, prefix)
         order = torch.randperm(len(windows), generator=generator).tolist()
@@ -284,7 +277,6 @@ def _queue(
 def _packed_windows(
     documents: Sequence[str], tokenizer, seq_len: int, prefix: list[int]
 ) -> list[list[int]]:
-    """Return full windows of joined documents, each with the prefix of a document."""
     joined = "\n\n".join(documents)
     tokens = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     step = seq_len - len(prefix)
@@ -316,7 +308,6 @@ def _take_evenly(queues: list[list[list[int]]], tokens: int) -> list[tuple[list[
 
 
 def _check_filled(drawn: Sequence[Sequence], sources: Sequence[Sequence[str]], text: Text) -> None:
-    """Raise InputError unless every part got the sequences that it cannot do without."""
     if all(drawn[:FOLDS]) and all(len(part) >= FOLDS for part in drawn[FOLDS:]):
         return
     characters = sum(len(each) for documents in sources for each in documents)

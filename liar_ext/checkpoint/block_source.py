@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.atomic_write import WORDS
+from liar_ext.calibration.bank_source import fingerprint_of
 from liar_ext.calibration.collect import check_finite_tensors
-from liar_ext.calibration.kept_text import fingerprint_of
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import load_pruned, load_tokenizer, placement, read_dense
 from liar_ext.checkpoint.reading import reading, stock_class
@@ -167,8 +167,8 @@ def load_offloaded(
         from accelerate.hooks import remove_hook_from_submodules
     except Exception as error:  # a broken package raises anything
         raise InputError(
-            f"load_model: reading a model block by block needs accelerate ({one_line(error, 160)});"
-            " pip install '.[large]'"
+            f"load_model: reading a model block by block needs accelerate "
+            f"({one_line(error, 160)}); pip install accelerate"
         ) from error
     path = Path(name)
     if path.suffix == ".gguf":

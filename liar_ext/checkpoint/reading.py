@@ -32,9 +32,9 @@ def read_marked_config(folder: Path) -> dict[str, Any]:
     mark = fields.get("liar")
     if mark is None:
         raise InputError(
-            f"load_pruned: {folder} isn't a pruned model that says so; load it with plain "
-            "transformers. If apply_plan had sliced it, save it again with save_pruned(model, "
-            "folder, plan): save_pretrained alone writes the dense sizes into config.json"
+            f"load_pruned: {folder} holds a dense model; give a folder that liar prune wrote, load "
+            "it with transformers, or save what apply_plan sliced by save_pruned(model, folder, "
+            "plan)"
         )
     mark = mark if isinstance(mark, Mapping) else {"version": mark}
     version, layers = mark.get("version"), mark.get("layers")

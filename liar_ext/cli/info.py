@@ -15,7 +15,7 @@ import torch
 import liar_ext
 from liar_ext.cli.output import show
 from liar_ext.environment import available_memory, version_of
-from liar_ext.errors import one_line
+from liar_ext.errors import install, one_line
 from liar_ext.export import export
 from liar_ext.models.registry import FAMILIES, overview, plain
 from liar_ext.recipe.fields import CRITERIA
@@ -162,7 +162,7 @@ def lines(found: dict) -> list[str]:
 
 def _install(name: str) -> str:
     extra = PACKAGES[name]
-    return f"missing: pip install '.[{extra}]'" if extra else f"missing: pip install {name}"
+    return f"missing: {install(extra)}" if extra else f"missing: pip install {name}"
 
 
 def _size(count: int) -> str:

@@ -43,8 +43,9 @@ SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
 WRITTEN = "written"  # key of generated text in a checkpoint
 ONE_KIND = (
     "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
-    "another kind as well, or let the model write a share of its own with --self-text 0.25."
+    "another kind as well"
 )
+OWN_SHARE = ", or let the model write a share of its own with --self-text 0.25"
 UNMEASURED = (
     "The text is too short to measure --schedule auto on: layers are solved layer by layer, or in "
     "one pass if a norm reads the output of each layer."
@@ -227,7 +228,7 @@ def _draw(
 def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[str]:
     """Return what a user has to know of the kinds of calibration text."""
     alone = len(set(names)) == 1 and SELF not in names and self_text == 0
-    return [ONE_KIND] if alone and causal else []
+    return [f"{ONE_KIND}{OWN_SHARE}."] if alone and causal else []
 
 
 def evaluation_batches(

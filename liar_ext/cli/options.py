@@ -49,7 +49,7 @@ def add_field(group: argparse._ActionsContainer, each: Field) -> None:
     if each.name == "criterion":
         help += ": " + ", ".join(CRITERIA)
     if default not in (None, ()) and not isinstance(default, bool):
-        help += f" (default: {'all' if default == names else default})"
+        help += f" (default: {'all' if isinstance(default, tuple) else default})"
     add = partial(group.add_argument, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
     kind = each.type.split(" ")[0]
     metavar = facts["metavar"] or {"int": "N", "float": "F"}.get(kind, each.name.upper())
@@ -217,7 +217,7 @@ class PrintCompletion(argparse.Action):
         try:
             import shtab
         except ImportError:
-            parser.error("--print-completion needs shtab; run pip install '.[completion]'")
+            parser.error("--print-completion needs shtab; run pip install shtab")
         for each in (parser, *parser.of_command.values()):
             for action in each._actions:
                 if action.metavar in PATHS:

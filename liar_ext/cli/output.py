@@ -21,8 +21,13 @@ from liar_ext.report.report import Report
 from liar_ext.report.tables import BYTES
 
 
-def say(report: Report, options: argparse.Namespace, start: float) -> None:
-    """Print what came out, and what to do with it; log it where that is asked for."""
+def say(
+    report: Report, options: argparse.Namespace, start: float, known: Sequence[str] = ()
+) -> None:
+    """Print what came out, and what to do with it; log it where that is asked for.
+
+    The warnings that are ``known`` have been given before.
+    """
     if getattr(options, "log", None):
         log(report, options.log, options.out)
     seconds, folder = time.perf_counter() - start, options.out
@@ -56,7 +61,7 @@ def say(report: Report, options: argparse.Namespace, start: float) -> None:
     lines += [f"{'load':20} {load}"]
     lines += [f"{'next' * (not at):20} {command}" for at, command in enumerate(following)]
     lines.append(f"{folder}: saved after {seconds:.0f} s")
-    return show(options, {}, lines, report.warnings)
+    return show(options, {}, lines, [each for each in report.warnings if each not in known])
 
 
 def show(

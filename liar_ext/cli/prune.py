@@ -20,6 +20,7 @@ from liar_ext.checkpoint.saving import check_folder
 from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import (
+    OWN_SHARE,
     SKETCHED,
     Given,
     TextAndOwn,
@@ -34,9 +35,8 @@ from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.dry_run import describe, describe_streamed
-from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job
-from liar_ext.job.pruning import check_resumable
+from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.progress import OnProgress, told
 from liar_ext.recipe import Recipe
@@ -90,6 +90,9 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         given.add_to(report, given.model)
 
     with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
+        early = () if options.json or not is_first() else given.notes
+        for note in early:  # while there is time to stop
+            warnings.warn(note, stacklevel=2)
         let_write(given, saved, progress=options.progress)
         job = Job(
             given.model,
@@ -106,7 +109,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite, "annotate": annotate}
         report = prune_folder(given.store, job, options.out, **how)
     if is_first():
-        say(report, options, start)
+        say(report, options, start, early)
     return report
 
 
@@ -150,6 +153,7 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
     (given.store,) = stores
     if writes(recipe, given.model):
         given.warnings.append(NONE_WRITTEN)
+    given.warnings = [each.replace(OWN_SHARE, "") for each in given.warnings]
     return given
 
 

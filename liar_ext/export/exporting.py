@@ -22,7 +22,7 @@ from liar_ext.checkpoint.fingerprint import add_to_manifest, digest, strangers, 
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
 from liar_ext.checkpoint.names import EXPORTS_FILE, MARKER_FILE
 from liar_ext.checkpoint.placing import beside, clean_leftovers, put_in_place
-from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.errors import InputError, install, one_line, refusing
 from liar_ext.export import FORMATS, Exported, Format
 
 NO_PATH = (OSError, ValueError, RuntimeError)  # of a name that no file can have, or a loop
@@ -94,8 +94,8 @@ def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[...
             import_module(package)
         except Exception as error:  # a broken package raises anything
             raise InputError(
-                f"export: --to {to} needs the package {package} ({one_line(error, 160)}); pip "
-                f"install '.[{row.extra}]'"
+                f"export: --to {to} needs the package {package} ({one_line(error, 160)}); "
+                f"{install(row.extra)}"
             ) from error
     run = import_module(row.module).export
     known = inspect.signature(run).parameters.values()

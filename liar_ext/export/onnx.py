@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -104,12 +105,10 @@ def export(
     if first != path:
         notes.append(_to_int8(graph, first, path))
     _write_companions(out, model, tokenizer, sentence, processor)
-    how = f"Load with onnxruntime.InferenceSession('OUT/{FILE}')"
-    notes.append(
-        f"{how}, or with optimum."
-        if sentence is None
-        else f"{how} and ask for {EMBEDDING}, or with SentenceTransformer('OUT', backend='onnx')."
-    )
+    how = f"Load with onnxruntime.InferenceSession({str(out / FILE)!r})"
+    notes.append(f"{how}." if sentence is None else f"{how}, and ask for {EMBEDDING}.")
+    if find_spec("optimum") is not None:
+        notes.append("optimum reads the folder, too, and so sentence-transformers' backend='onnx'.")
     if tokenizer is None and model.main_input_name == "input_ids":
         notes.append("The folder has no tokenizer, so none was written: put one beside the graph.")
     return Exported("onnx", (out,), tuple(notes))

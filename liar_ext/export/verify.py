@@ -243,7 +243,7 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError("verify: pip install 'liar_ext[onnx]' to run an ONNX graph") from error
+        raise InputError("verify: ONNX needs onnxruntime; pip install onnxruntime") from error
     with refusing(f"verify: onnxruntime can't run {path}", "", Exception):
         session = onnxruntime.InferenceSession(
             path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]

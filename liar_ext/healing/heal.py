@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batches, read_batches
-from liar_ext.calibration.kept_text import digest_of, fingerprint_of
 from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError

@@ -35,7 +35,7 @@ try:
     from llmcompressor.modifiers.quantization import QuantizationMixin
 except ImportError as error:
     raise InputError(
-        f"llmcompressor: cannot be imported ({error}); pip install '.[llmcompressor]' in "
+        f"llmcompressor: cannot be imported ({error}); pip install llmcompressor in "
         "an environment of its own, since it takes other versions of transformers"
     ) from error
 

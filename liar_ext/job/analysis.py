@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import Passes
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import broadcast
@@ -22,7 +22,7 @@ from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
 from liar_ext.progress import spare
 from liar_ext.reconstruction.hidden_size import Narrowing, narrow
-from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.reconstruction.solve import with_bias
 from liar_ext.reconstruction.streams import StreamedBatches
 from liar_ext.selection.allocation import allocate
 from liar_ext.selection.curve_allocation import losses_of, predict_divergence, rounding
@@ -51,8 +51,9 @@ class Base:
     @property
     def weights(self) -> Mapping[str, Any]:
         """New weights of what stays in it, beside those of sites."""
-        found = {} if self.narrowing is None else self.narrowing.weights
-        return found if self.experts is None else self.experts.scales
+        if self.experts is not None:
+            return self.experts.scales
+        return {} if self.narrowing is None else self.narrowing.weights
 
     def in_full(self, plan: Plan) -> Plan:
         """Return a plan of its sites with what the copy lacks."""
@@ -87,26 +88,24 @@ def narrowed(job: Job) -> Base:
     """Return the model to prune: the job's, or a copy with fewer hidden features or experts."""
     recipe, model = job.recipe, job.model
     settings = {"damp": recipe.damp, "mode": recipe.reconstruct, "progress": job.progress}
+    narrowing = experts = None
     if recipe.keep_experts != 1.0:
         with job.clock("experts"):
-            given = model, job.batches, recipe.keep_experts
-            experts = choose_experts(*given, memory=job.room, **settings)
-            copy = experts.applied_to_copy(model)
-        return Base(copy, job.sites(copy), experts=experts)
-    if not job.narrows:
-        return Base(model, job.sites(model))
-    with job.clock("narrow"):
-        settings |= {"tile": recipe.tile, "memory": recipe.memory}
-        narrowing = narrow(model, job.batches, recipe.keep_hidden, **settings)
-        copy = narrowing.applied_to_copy(model)
-    return Base(copy, job.sites(copy), narrowing)
+            settings["memory"] = job.room
+            experts = choose_experts(model, job.batches, recipe.keep_experts, **settings)
+            model = experts.applied_to_copy(model)
+    elif job.narrows:
+        with job.clock("narrow"):
+            settings |= {"tile": recipe.tile, "memory": recipe.memory}
+            narrowing = narrow(model, job.batches, recipe.keep_hidden, **settings)
+            model = narrowing.applied_to_copy(model)
+    return Base(model, job.sites(model), narrowing, experts)
 
 
 def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Passes | None:
-    """Return the moments of all sites, in groups that fit; None where only a copy is made.
+    """Return the moments of all sites, to be summed in groups; None where only a copy is made.
 
-    They are summed where :func:`analyze` and the solves ask for them. ``along`` is other text that
-    passes the blocks of a walk.
+    ``along`` is other text that passes the blocks of a walk.
     """
     whole = base.model is job.model and job.recipe.keep_vocab == 1.0
     if not whole and job.recipe.keep == 1.0:

@@ -29,7 +29,7 @@ from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
-from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.reconstruction.solve import with_bias
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.sections import latency_lines
 from liar_ext.report.tables import Table, to_text

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batches
-from liar_ext.calibration.passes import group_sites, split
-from liar_ext.calibration.saved_sums import bytes_of_sums
+from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
@@ -67,23 +66,27 @@ def stages_of(job: Any, rate: float = RATE) -> dict[str, Estimate]:
     Empty if the batches can't be counted before they are run. Sites keep the budget's fraction.
     ``rate`` is in operations in float32 a second.
     """
-    recipe, model, at = job.recipe, job.model, job.sites(job.model)
+    recipe, at = job.recipe, job.sites(job.model)
     if not isinstance(job.batches, Sequence) or not job.batches or not at:
         return {}
+    found = {name: Estimate(work / rate, size, steps) for name, steps, work, size in _stages(job)}
+    smaller = job.narrows or recipe.keep_experts != 1.0 or recipe.keep_vocab != 1.0
+    if recipe.keep == 1.0 and smaller:
+        found = {name: found[name] for name in ("evaluate", "narrow", "solve") if name in found}
+    return {name: each for name, each in found.items() if each.steps}
+
+
+def _stages(job: Any) -> Iterator[tuple[str, int, float, int]]:
+    """Yield name, steps, work and bytes of each stage, of no steps if it isn't asked for."""
+    recipe, model, at = job.recipe, job.model, job.sites(job.model)
     batches = list(read_batches(job.batches))
     tokens, count = sum(map(tokens_of, batches)), len(batches)
     body, head = work_of_token(model, at)
     forward, groups = body * tokens, group_sites(at, job.room)
     layerwise, curve = recipe.schedule == "layerwise", recipe.allocation == "curve"
-    both = job.judged is not None
-    one_pass = both or not layerwise
+    one_pass = job.judged is not None or not layerwise
     affine = recipe.reconstruct in WITH_BIAS or _has_biases(model, at)
     held = max(sum(bytes_of_sums(site.d_in) for site in group) for group in groups)
-    stages: dict[str, Estimate] = {}
-
-    def add(name: str, steps: int, work: float, size: int = 0) -> None:
-        if steps:
-            stages[name] = Estimate(work / rate, size, steps)
 
     def peak(*steps: str) -> int:
         return held + max(bytes_of_solve(site.d_in, site.d_out, steps) for site in at)
@@ -93,44 +96,37 @@ def stages_of(job: Any, rate: float = RATE) -> dict[str, Estimate]:
         share = (1 + 1 / len({site.path for site in at})) / 2
         return sum(map(tokens_of, probes)) * (body + head + len(at) * (share * body + head))
 
-    if job.evaluate_on:
-        work = 2 * sum(map(tokens_of, job.evaluate_on)) * (body + head)
-        add("evaluate", 2 * len(job.evaluate_on), work)
-    for each in _narrowing(job, count, tokens, forward) if job.narrows else ():
-        add(*each)
-    smaller = job.narrows or recipe.keep_experts != 1.0 or recipe.keep_vocab != 1.0
-    if recipe.keep == 1.0 and smaller:
-        return stages
-    passes = len(groups) if layerwise and not both else 2 * len(groups) - 1
+    held_out = job.evaluate_on or ()
+    yield "evaluate", 2 * len(held_out), 2 * sum(map(tokens_of, held_out)) * (body + head), 0
+    if job.narrows:
+        yield from _narrowing(job, count, tokens, forward)
+    passes = 2 * len(groups) - 1 if one_pass else len(groups)
     sums = sum(tokens * site.active * site.d_in**2 for site in at)
-    add("calibrate", passes * count, passes * (forward + sums / len(groups)), held)
-    if get_criterion(recipe.criterion).needs == "gradient":
-        work = len(groups) * BACKWARD * (forward + head * tokens)
-        add("gradients", len(groups) * count, work, held)
-    solves = curve * sum(_solve(site, recipe, FOLDS + 1) for site in at)
+    yield "calibrate", passes * count, passes * (forward + sums / len(groups)), held
+    backward = len(groups) * (get_criterion(recipe.criterion).needs == "gradient")
+    yield "gradients", backward * count, backward * BACKWARD * (forward + head * tokens), held
+    solves = 0.0
     if curve:
-        add("curves", len(at), sum(map(_curve, at)), peak("curve"))
-        probes = probe_batches(batches)
-        add("sensitivity", len(probes) * len(at), probed(probes), held)
+        probes, solves = probe_batches(batches), sum(_solve(site, recipe, FOLDS + 1) for site in at)
+        yield "curves", len(at), sum(map(_curve, at)), peak("curve")
+        yield "sensitivity", len(probes) * len(at), probed(probes), held
     if one_pass:
         solves += sum(_solve(site, recipe, _solves(recipe)) for site in at)
     steps = (curve + one_pass) * len(at)
-    add("reconstruct", steps, solves, peak("affine" if affine else "linear"))
+    yield "reconstruct", steps, solves, peak("affine" if affine else "linear")
     if layerwise:
         work = WALKED * forward + sum(_towards(site, recipe, tokens) for site in at)
         size = bytes_of_states(model, at, tokens, layerwise=True)
         size += peak("towards, affine" if affine else "towards")
-        add("layerwise", len({site.path for site in at}), work, size)
+        yield "layerwise", len({site.path for site in at}), work, size
     if recipe.rescale:
         probes = rescale_batches(batches)
-        add("rescale", len(probes), probed(probes))
-    return stages
+        yield "rescale", len(probes), probed(probes), 0
 
 
 def _narrowing(
     job: Any, count: int, tokens: int, forward: float
 ) -> Iterator[tuple[str, int, float, int]]:
-    """Yield name, steps, work and bytes of what a smaller hidden size takes."""
     recipe, hidden = job.recipe, hidden_of(job.model)
     kept = count_kept(hidden, recipe.keep_hidden, recipe.tile)
     width, sources = kept + hidden.size, len(hidden.sources)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.gradients import check_loss, check_owned
-from liar_ext.calibration.kept_text import digest_of, fingerprint_of
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import room_for_sums
+from liar_ext.calibration.saved_sums import room_for_sums
 from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
@@ -39,7 +39,7 @@ from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.whole_experts import count_experts_kept
 
 if TYPE_CHECKING:
-    from liar_ext.job.folder import Folder
+    from liar_ext.job.pruning import Folder
 
 NO_GAIN = (
     "a norm reads what each gives, and there a walk gains nothing; "
@@ -169,7 +169,6 @@ def tokens_gone(model: nn.Module) -> int:
 
 
 def _check_sizes(job: Job) -> None:
-    """Refuse fewer experts, tokens or hidden features where there can't be."""
     model, recipe = job.model, job.recipe
     if recipe.keep_experts != 1.0:
         count_experts_kept(model, recipe.keep_experts)
@@ -183,7 +182,6 @@ def _check_sizes(job: Job) -> None:
 
 
 def _warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:
-    """Say which kinds of sites are asked for and can't lose a unit."""
     for kind in (each for each in kinds if each in KINDS):
         some, reason = [site for site in at if site.kind == kind], why_whole(model, kind)
         if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
@@ -242,27 +240,22 @@ def _in_one_pass(job: Job, reason: str, notes: list[str]) -> Job:
 
 
 def recorded(job: Job) -> Job:
-    """Return a prepared job as its checkpoint has it, where it is recorded.
+    """Return a prepared job as its checkpoint has it; raise InputError if that is of another job.
 
-    What depends on the memory that is free stays what it was: other groups of sites would have
-    other sums. Raise InputError if the checkpoint is of another job.
+    What depends on the memory that is free stays what it was: other groups have other sums.
     """
     if job.saved is None:
         return job
-    texts = {
-        "calibration text": job.batches,
-        "fresh text": job.certify_on,
-        "judged text": job.judged,
-    }
+    texts = {"calibration": job.batches, "fresh": job.certify_on, "judged": job.judged}
     if job.walk is None:
         weights, kept = fingerprint_of(job.model.state_dict().items()), {"room": job.room}
     else:
         weights, kept = job.walk.source.fingerprint(), {"keep_sums": job.shares.keep_sums}
-        texts["held-out text"] = job.evaluate_on  # whose hidden states are saved
+        texts["held-out"] = job.evaluate_on  # whose hidden states are saved
     facts = {
         "weights": weights,
         "dtype": str(job.model.dtype),
-        **{name: None if text is None else digest_of(text) for name, text in texts.items()},
+        **{f"{n} text": None if each is None else digest_of(each) for n, each in texts.items()},
         "bank": None if job.bank is None else job.bank.source.get("data"),
         "settings": job.recipe.to_dict(),
     }

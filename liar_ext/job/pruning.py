@@ -1,21 +1,26 @@
-"""The whole job, in the order of its steps."""
+"""The whole job, in the order of its steps; on a model in memory, or from folder to folder."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from liar_ext.calibration.batches import Batches
+from liar_ext.calibration.batches import Batches, read_batch, read_batches
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import stock_config
-from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.checkpoint_store import Checkpoint, opened
+from liar_ext.checkpoint.block_source import BlockStore
+from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
+from liar_ext.checkpoint.saving import Shards, check_folder, fill_folder, writing
+from liar_ext.checkpoint_store import RESULT, Checkpoint, opened
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
@@ -30,6 +35,7 @@ from liar_ext.progress import OnProgress, Stage, Timeline, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import PruneOptions, TextOptions, check_keywords
 from liar_ext.recipe.fields import DTYPES, recipe_fields
+from liar_ext.reconstruction.streams import StreamedBatches, Walk
 from liar_ext.report.report import Report, versions
 from liar_ext.rows import SiteRow, what_to_know
 
@@ -69,7 +75,7 @@ def prune(
     ----------
     model : nn.Module
         A transformers model of a known family, dense or pruned before; it is changed only in the
-        last step. Its config then says the new sizes, so that ``model.save_pretrained`` works.
+        last step, with its config, so that ``model.save_pretrained`` works.
     batches : iterable of mapping, optional
         The calibration set; see :func:`liar_ext.calibrate`. The text of ``bank`` if not given.
     recipe : Recipe, Budget or float, optional
@@ -77,21 +83,18 @@ def prune(
         parameters that may stay, or a :class:`liar_ext.Budget`.
     bank : MomentBank, optional
         The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
-        not summed again. ``batches`` is still what sensitivities, gradients and walks run over;
-        where the bank has the sensitivities that the recipe asks for, those aren't measured.
+        not summed again. Sensitivities, unless the bank has them, gradients and walks still run
+        over ``batches``.
     checkpoint : path, optional
         A folder to keep what is done in, and to go on from where it has something of this very
-        job. The result has the same bits. The folder stays when all is done. Any number of ranks
-        can go on from it.
+        job, with any number of ranks. The result has the same bits. The folder stays.
     progress : bool or callable
         Show progress bars; or call ``progress(stage, done, total, seconds_left)`` after each step
-        instead. ``total`` and ``seconds_left`` are None if they are unknown. An exception of the
-        callable ends the job.
+        instead, the last two None if unknown. An exception of the callable ends the job.
     **choices
         Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
-        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...; ``preset``, such as
-        ``"fast"``; ``sites``, such as ``"mlp"``. Fields by which the command loads the model and
-        draws the text are refused: :func:`liar_ext.compress` takes them.
+        ``criterion``, ``schedule``, ...; ``preset``, such as ``"fast"``; ``sites``, such as
+        ``"mlp"``. Those that load the model and draw the text are of :func:`liar_ext.compress`.
 
     Returns
     -------
@@ -141,6 +144,58 @@ def prune(
         report = run(Job(model, batches, built, bool(progress), bank, saved=saved, **texts))
     for note in report.warnings if is_first() else ():
         warnings.warn(note, stacklevel=2)
+    return report
+
+
+def prune_folder(
+    store: BlockStore | None,
+    job: Job,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    annotate: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Prune a model and save it, as :func:`liar_ext.prune` and :func:`liar_ext.save_pruned` do.
+
+    With a ``store`` the model is read block by block and written as it is solved. Of several ranks
+    each calls this alike; the first one writes the folder.
+
+    Parameters
+    ----------
+    store : BlockStore, optional
+        The dense model and its tokenizer, unless the job's model is in memory.
+    job : Job
+        Of its model; with a store within ``limit`` bytes for each process.
+    folder : path
+        Where the pruned model goes; hidden states that don't fit into memory lie beside it.
+    annotate : callable
+        Adds what else is known to the report before it is written.
+
+    Raises
+    ------
+    InputError
+        If a choice, the data or the budget can't be used, or the memory isn't enough for a block.
+    """
+    if is_first():
+        check_folder(folder, overwrite)
+    with ExitStack() as stack:
+        out = Folder(lambda: stack.enter_context(writing(folder, overwrite, checked=True)))
+        if store is not None:
+            walk = Walk(store, job.recipe.attn_unit, job.saved, job.progress)
+            stack.callback(store.close)
+            stack.callback(walk.states.close)
+            parents = Path(folder).resolve().parents
+            walk.states.folder = next(path for path in parents if path.is_dir())
+            out.walk_along(walk)
+            batches, tokenizer = list(read_batches(job.batches)), store.tokenizer
+            job = replace(job, batches=batches, walk=walk, out=out)
+        report = run(job)
+        if is_first():
+            annotate(report)
+            if job.saved is not None:
+                job.saved.put(RESULT, facts={"plan": report.plan.to_json()})
+            out.complete(job.model, report, tokenizer)
     return report
 
 
@@ -260,11 +315,10 @@ def report_of(
         settings["narrow_passes"] = base.source["passes"]
         grid |= {"tile": recipe.tile, "hidden": base.narrowing.grid}
     left = sum(each.params_after for each in rows) if rows else sum(s.params for s in base.at)
-    said, solved_rows = [], [*rows, *hidden]
-    if solved_rows:
-        widest = max(site.d_in for site in base.at)
-        said = what_to_know(solved_rows, recipe.reconstruct, source["tokens"], widest)
-    said = [*said, *job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
+    said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
+    if rows or hidden:
+        given = [*rows, *hidden], recipe.reconstruct, source["tokens"]
+        said = what_to_know(*given, max(site.d_in for site in base.at)) + said
     # What was measured is measured again where the recipe is.
     asked = recipe if job.judged is None else replace(recipe, schedule="auto")
     return Report(
@@ -286,3 +340,37 @@ def report_of(
         warnings=said + ([] if speed is None else speed.warnings()),
         loading=stock_config.how_to_load(model, plan),
     )
+
+
+class Folder:
+    """The folder of a pruned model, written by the first rank; blocks go there as they are solved.
+
+    ``begin`` returns the path to write to. ``fixed`` is the input that the folder is verified by.
+    """
+
+    def __init__(self, begin: Callable[[], Path]) -> None:
+        self.begin, self.walk, self.shards = begin, None, None
+
+    def walk_along(self, walk: Walk) -> None:
+        """Take the blocks of a walk."""
+        dtype, inputs = walk.model.dtype, fixed_inputs(walk.model)
+        given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        fixed = [read_batch(given)] if is_first() else []
+        self.walk, self.fixed = walk, StreamedBatches("fingerprint", walk, fixed)
+
+    def add(self, index: int | None, size: int) -> None:
+        """Write a block, or what lies outside of the blocks, in shards of ``size`` bytes."""
+        if not is_first():
+            return
+        if self.shards is None:
+            self.path = self.begin()
+            self.shards = Shards(self.walk.model, self.path, size)
+        with self.walk.source.head() if index is None else nullcontext():
+            self.shards.add(self.walk.source.tensors(index))
+
+    def complete(self, model: nn.Module, report: Report, tokenizer: Any) -> None:
+        """Write all else that a folder has."""
+        path = self.begin() if self.shards is None else self.path
+        with nullcontext() if self.walk is None else self.fixed.answering():
+            given = {"report": report, "tokenizer": tokenizer, "shards": self.shards}
+            fill_folder(model, path, report.plan, **given)

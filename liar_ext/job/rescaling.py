@@ -54,9 +54,7 @@ class Handle:
 class Rescaled:
     """What :meth:`Rescaling.fit` found.
 
-    Divergences are on the text that scales were fitted on, per row as
-    :meth:`liar_ext.selection.divergence.DenseOutputs.divergence` has it; None where outputs aren't
-    finite.
+    Divergences are per row, on the text that scales were fitted on; None where not finite.
     """
 
     scales: dict[str, float] = field(default_factory=dict)  # 1 + s by layer; empty if none is good
@@ -104,8 +102,8 @@ class Rescaling:
         bar = Bar(list(self._dense.outputs.items()), desc="rescale", disable=not progress)
         with evaluating(pruned):
             own = {at: _expansion(dense, pruned, handles, blocks) for at, dense in bar}
-        shares = {at: each for share in gather(own) for at, each in share.items()}
-        found = [shares[at] for at in sorted(shares)]
+        pairs = [pair for share in gather(own) for pair in share.items()]
+        found = [each for _, each in sorted(pairs, key=lambda pair: pair[0])]
         rows = sum(each.rows for each in found)
         before = sum(each.divergence for each in found) / max(rows, 1)
         if not rows or not math.isfinite(before):
@@ -127,8 +125,8 @@ class Rescaling:
 def handles_of(model: nn.Module, at: Sequence[Site]) -> list[Handle]:
     """Return what can be scaled: a module for each layer of sites, and the last norm.
 
-    Experts have none: what a layer of them gives is no output of one module's weights. Where a
-    norm follows a consumer, scaling its input changes nothing, and the norm is the module.
+    Experts have none: what a layer of them gives is no output of one module's weights. A norm that
+    follows a consumer takes its place: scaling its input changes nothing.
     """
     row, (blocks, places) = stream_of(model), blocks_before(model, at)
     handles = []
@@ -164,7 +162,7 @@ class Expansion:
 
 
 def best_step(found: Sequence[Expansion]) -> tuple[float, float, Tensor | None]:
-    """Return μ, what held-out rows change by per row, and the step; None where none is better.
+    """Return μ, the held-out change per row, and the step; None where none is better.
 
     Each batch is judged by what is fitted on all others.
     """
@@ -198,7 +196,6 @@ def _step(slope: Tensor, curvature: Tensor, damp: float) -> Tensor:
 def _expansion(
     dense: DenseOutputs, pruned: nn.Module, handles: Sequence[Handle], blocks: Sequence[nn.Module]
 ) -> Expansion:
-    """Return the sums over the rows of one batch."""
     with recorded(blocks) as given:
         rows = dense.outputs(pruned).float()
     slopes, root, centre = dense.metric(rows)
@@ -219,7 +216,7 @@ def _expansion(
 
 
 def _derivative(dense: DenseOutputs, pruned: nn.Module, handle: Handle, rows: Tensor) -> Tensor:
-    """Return what the outputs change by for a scale, per unit of it; ``rows`` are those without."""
+    """Return the change of the outputs per unit of a scale; ``rows`` are those without."""
 
     def at(factor: float) -> Tensor:
         with _scaled(pruned, {handle: factor}):
@@ -232,18 +229,14 @@ def _derivative(dense: DenseOutputs, pruned: nn.Module, handle: Handle, rows: Te
 
 @contextmanager
 def _scaled(model: nn.Module, factors: Mapping[Handle, float]) -> Iterator[None]:
-    """Multiply what some modules give while the context is open."""
     with ExitStack() as stack:
         for handle, factor in factors.items():
-            hook = model.get_submodule(handle.path).register_forward_hook(
-                lambda _, args, output, factor=factor: output * factor
-            )
-            stack.callback(hook.remove)
+            scale = lambda _, args, output, factor=factor: output * factor  # noqa: E731
+            stack.enter_context(model.get_submodule(handle.path).register_forward_hook(scale))
         yield
 
 
 def _multiply(module: nn.Module, factor: float, offset: float) -> None:
-    """Multiply what a module gives, by its parameters."""
     weight, bias = module.weight, getattr(module, "bias", None)
     weight.copy_((weight.double() + offset) * factor - offset)
     if isinstance(bias, Tensor):

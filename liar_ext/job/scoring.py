@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batches
-from liar_ext.calibration.collect import check_bank_is_of
+from liar_ext.calibration.collect import Passes, check_bank_is_of
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import Passes
 from liar_ext.distributed import share
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_bias
@@ -42,16 +41,9 @@ def find_scores(job: Job, passes: Passes, at: Sequence[Site]) -> dict[str, Tenso
     recipe = job.recipe
 
     def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
-        return score(
-            passes.model,
-            passes.bank,
-            missing,
-            recipe.criterion,
-            seed=recipe.seed,
-            batches=passes.batches,
-            per=_per(recipe),
-            progress=job.bars,
-        )
+        how = {"seed": recipe.seed, "batches": passes.batches, "per": _per(recipe)}
+        given = passes.model, passes.bank, missing, recipe.criterion
+        return score(*given, **how, progress=job.bars)
 
     return job.known.get("score", score_key(recipe), at, partial(share, compute=compute))
 

@@ -203,16 +203,14 @@ def split_warnings(chosen: Sequence[float], held_out: Mapping[str, Any]) -> list
     """Return warnings of tokens per byte, before and after, of the text that chose and of other."""
     before, after = held_out.get("tokens_per_byte", chosen)
     more, of_chosen = after / before - 1, chosen[1] / chosen[0] - 1
-    advice = "Name text of that kind with --vocab-text, or keep more tokens."
+    needs = f"The smaller vocabulary needs {more:.0%} more tokens for the"
     if held_out and more > of_chosen + MORE:
         return [
-            f"The smaller vocabulary needs {more:.0%} more tokens for the held-out text, and "
-            f"{of_chosen:.0%} more for the text that chose it. Name more text of the held-out kind "
-            "with --vocab-text, or keep more tokens."
+            f"{needs} held-out text, and {of_chosen:.0%} more for the text that chose it. Name "
+            "more text of the held-out kind with --vocab-text, or keep more tokens."
         ]
     if 1 + more > SPLIT:
         kind = "held-out" if held_out else "chosen"
-        return [
-            f"The smaller vocabulary needs {more:.0%} more tokens for the {kind} text. {advice}"
-        ]
+        advice = "Name text of that kind with --vocab-text, or keep more tokens."
+        return [f"{needs} {kind} text. {advice}"]
     return []

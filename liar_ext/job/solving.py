@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
+from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import Passes
 from liar_ext.distributed import alone, is_first
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.running import predicts_next_token
@@ -22,7 +22,7 @@ from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved as Block
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise, solve_layerwise
-from liar_ext.reconstruction.one_pass import certified_errors, reconstruct_shared
+from liar_ext.reconstruction.solve import certified_errors, reconstruct_shared
 from liar_ext.reconstruction.streams import StreamedBatches
 from liar_ext.rows import SiteRow
 from liar_ext.selection.divergence import Divergence
@@ -147,12 +147,13 @@ def _solve(job: Job, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights
         settings |= {"fresh": job.certify_on or (), "saved": job.saved}
         with job.clock("reconstruct"):
             return reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
-    found = {}
+    weights, rows = {}, {}
     for group in job.clock.each("calibrate", passes.back()):
         with job.clock("reconstruct"):
             # A name for the bank would keep it while the next group's is summed.
-            found |= reconstruct_shared(passes.model, passes.bank, plan, group, **settings)
-    return {name: found[name][0] for name in found}, [found[name][1] for name in plan.sites]
+            some = reconstruct_shared(passes.model, passes.bank, plan, group, **settings)
+            weights, rows = weights | some[0], rows | some[1]
+    return weights, [rows[name] for name in plan.sites]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 from liar_ext.errors import InputError
 from liar_ext.measure.latency import measure_latency, plan_of, ratios, sliced, where
-from liar_ext.measure.speed import Clock, Quartiles
+from liar_ext.measure.speed import Quartiles
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
 from liar_ext.selection.costs import Costs, LatencyTable
@@ -40,13 +40,12 @@ class Speed:
         budget: Budget,
         table: LatencyTable | None = None,
         *,
-        clock: Clock | None = None,
         progress: bool = False,
     ) -> None:
-        self.model, self.at, self.budget, self.clock = model, list(at), budget, clock
+        self.model, self.at, self.budget = model, list(at), budget
         self.given = table is not None
         if table is None:
-            table = measure_latency(model, budget, at, clock=clock, progress=progress)
+            table = measure_latency(model, budget, at, progress=progress)
         table.check(budget)
         self.table = self.last = table
         here = where(model)
@@ -104,7 +103,7 @@ class Speed:
             return
         models = {"pruned": sliced(self.model, plan_of(self.model, self.at, counts))}
         models["dense"] = self.model
-        self.measured = ratios(models, self.budget, clock=self.clock)["pruned"]
+        self.measured = ratios(models, self.budget)["pruned"]
         self.timed = counts
 
     def facts(self) -> dict[str, object]:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
-from liar_ext.calibration.collect import check_not_padding, check_sums, summing
+from liar_ext.calibration.collect import Passes, check_not_padding, check_sums, summing
 from liar_ext.calibration.moments import MomentBank, Moments
-from liar_ext.calibration.passes import Passes
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
 from liar_ext.calibration.taps import is_relative, tap_at
 from liar_ext.checkpoint.block_source import BlockStore
@@ -29,7 +28,7 @@ from liar_ext.plan import Budget, Plan
 from liar_ext.progress import Bar, spare
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved, solve_blocks
-from liar_ext.reconstruction.one_pass import reconstruct_shared
+from liar_ext.reconstruction.solve import reconstruct_shared
 from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
 from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
 from liar_ext.selection.sensitivity import mean_divergences, pruned_site
@@ -184,12 +183,8 @@ class StreamedPasses(Passes):
             if self.keep and not self.kept:  # the plan was known
                 self._restore_sums(range(done, len(self.walk.blocks)))
             for group in self.back():
-                settings = {"mode": mode, "damp": damp}
-                found = reconstruct_shared(self.model, self.bank, plan, group, **settings)
-                rows = {name: row for name, (_, row) in found.items()}
-                weights = {name: given for name, (given, _) in found.items()}
-                found.clear()
-                yield self.index, weights, rows
+                how = {"mode": mode, "damp": damp}  # a name for the bank would keep it
+                yield self.index, *reconstruct_shared(self.model, self.bank, plan, group, **how)
 
         def streams() -> Streams:
             return {} if self.keep else {"text": self.text.hidden}
@@ -213,7 +208,7 @@ class StreamedPasses(Passes):
         taps = [tap_at(self.model, site) for site in group]
         with summing(self.model, taps) as (moments, current):
             self.text.advance(index, current.set)
-        check_sums(MomentBank(moments), self.source["sequences"])
+        check_sums(moments, self.source["sequences"])
         if group:
             # All sites see all tokens, but for rows that are not finite: those of the first count.
             tokens = int(moments[group[0].name].tokens.sum())

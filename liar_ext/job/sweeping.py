@@ -147,9 +147,9 @@ def sweep(
 ) -> list[Point]:
     """Decide what several budgets keep, from one calibration, and prune a copy for each if asked.
 
-    Moments, scores and error curves are computed once, and so are sensitivities: with 0.8 of each
-    site left, for all budgets. With a bank there is no pass over the calibration text; with one
-    that has the sensitivities, no forward pass at all::
+    Moments, scores, error curves and sensitivities, with 0.8 of each site left, are computed once.
+    With a bank there is no pass over the calibration text; with one that has the sensitivities, no
+    forward pass at all::
 
         bank = MomentBank.load("moments.safetensors")
         for point in sweep(model, bank=bank, keep=(0.9, 0.8, 0.7)):
@@ -172,8 +172,8 @@ def sweep(
     evaluate_on : sequence of mapping, optional
         As for :func:`liar_ext.prune`: each budget's model is made, and measured.
     on_result : callable, optional
-        Called with each pruned copy and its report, to save it for one; it may keep the copy.
-        Without this and ``evaluate_on`` nothing is solved, which takes much longer than to decide.
+        Called with each pruned copy, which it may keep, and its report. Without this and
+        ``evaluate_on`` plans are made and nothing is solved.
     **choices
         Fields of the recipe that are other than in ``recipe``, or than by default.
 
@@ -219,8 +219,5 @@ def recipes_of(recipe: Recipe, keep: Sequence[float | Budget]) -> list[Recipe]:
     """Return the recipe of each budget."""
     if not keep:
         raise InputError("sweep: needs at least one budget, got none; give keep=[0.9, 0.8], say")
-    found = []
-    for each in keep:
-        budget = asdict(each) if isinstance(each, Budget) else {"keep": each}
-        found.append(replace(recipe, **budget))
-    return found
+    budgets = (asdict(each) if isinstance(each, Budget) else {"keep": each} for each in keep)
+    return [replace(recipe, **each) for each in budgets]

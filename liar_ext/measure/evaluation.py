@@ -18,7 +18,7 @@ from torch import nn
 
 from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader
-from liar_ext.errors import InputError, did_you_mean, one_line
+from liar_ext.errors import InputError, did_you_mean, install, one_line
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.progress import Bar
 from liar_ext.selection.divergence import DenseOutputs
@@ -227,7 +227,7 @@ def _import() -> Any:
         import lm_eval.tasks
     except Exception as error:  # a broken package raises anything
         raise InputError(
-            f"eval: tasks need lm-eval ({one_line(error, 160)}); pip install '.[eval]'"
+            f"eval: tasks need lm-eval ({one_line(error, 160)}); {install('eval')}"
         ) from error
     return lm_eval
 
@@ -285,8 +285,7 @@ def word_errors(
         from jiwer import process_words
     except ImportError:
         raise InputError(
-            "eval: word error rates are counted by the package jiwer; "
-            "pip install 'liar_ext[speech]'"
+            "eval: word error rates are counted by the package jiwer; pip install jiwer"
         ) from None
     silent = [item.place for item in items if not item.text]
     if silent or not reader.writes or not items:

@@ -6,6 +6,7 @@ The words are those of csrc/launchers. Each raises RuntimeError, as the launcher
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -24,55 +25,33 @@ def check_gram_update(
     weight: Tensor | None = None,
 ) -> None:
     """Hold the rules of ``gram_update_``, and tell autograd that the sums change."""
-    rule = partial(_rule, "gram_update_")
-    flat = total.dim() == 1 and total.is_contiguous()
-    rule(flat, f"total must be (d,) and contiguous, got {_shape(total)}")
+    rule, shaped = partial(_rule, "gram_update_"), partial(_shaped, "gram_update_")
+    shaped("total", total, total.dim() == 1 and total.is_contiguous(), "(d,) and contiguous")
     d = columns = len(total)
-    rule(
-        x.dim() == 2 and x.shape[1] == d,
-        f"x must be (tokens, {d}), got {_shape(x)}; flatten batch and sequence first",
-    )
+    flat = x.dim() == 2 and x.shape[1] == d
+    shaped("x", x, flat, f"(tokens, {d})", "; flatten batch and sequence first")
     tokens = len(x)
     if y is not None:
-        rule(
-            y.dim() == 2 and len(y) == tokens,
-            f"y must be ({tokens}, dy), got {_shape(y)}; give one row per row of x",
-        )
+        rows = y.dim() == 2 and len(y) == tokens
+        shaped("y", y, rows, f"({tokens}, dy)", "; give one row per row of x")
         rule(y.dtype == x.dtype, "y must have the dtype of x; convert it first")
         columns = y.shape[1]
-    rule(gram.shape == (d, columns), f"gram must be ({d}, {columns}), got {_shape(gram)}")
-    rule(
-        (columns <= 1 or gram.stride(1) == 1) and (d <= 1 or gram.stride(0) >= columns),
-        "gram must have contiguous columns and rows that do not overlap; allocate it with "
-        "torch.zeros",
-    )
+    shaped("gram", gram, gram.shape == (d, columns), f"({d}, {columns})")
+    apart = (columns <= 1 or gram.stride(1) == 1) and (d <= 1 or gram.stride(0) >= columns)
+    hint = "contiguous columns and rows that do not overlap; allocate it with torch.zeros"
+    rule(apart, f"gram must have {hint}")
     both = gram.dtype in SUMS and gram.dtype == total.dtype
     rule(both, "gram and total must both be float32 or both be float64")
     two = count.shape == (2,) and count.dtype == torch.float64 and count.is_contiguous()
-    rule(two, f"count must be (2,) float64 and contiguous, got {_shape(count)}")
+    shaped("count", count, two, "(2,) float64 and contiguous")
     rule(x.dtype in FLOATS, "x must be float16, bfloat16, float32 or float64; convert it first")
     if weight is not None:
-        rule(
-            weight.shape == (tokens,),
-            f"weight must be ({tokens},), got {_shape(weight)}; give one weight per row of x",
-        )
+        each = weight.shape == (tokens,)
+        shaped("weight", weight, each, f"({tokens},)", "; give one weight per row of x")
         known = weight.dtype in (torch.bool, *SUMS)
         rule(known, "weight must be bool, float32 or float64; convert it first")
     written = {"gram": gram, "total": total, "count": count}
-    read = {"x": x, "y": y, "weight": weight}
-    same_device("gram_update_", "x", **written, **read)
-    for index, (name, one) in enumerate(written.items()):
-        for other in (*list(written)[index + 1 :], *read):
-            rule(
-                _apart(one, {**written, **read}[other]),
-                f"{name} must have memory of its own, but shares some with {other}; clone one of "
-                "them",
-            )
-        rule(
-            not one.requires_grad and not one.is_inference(),
-            f"{name} must be a tensor that may be written in place; detach or clone one that "
-            "requires a gradient or was made in inference mode",
-        )
+    _check_written("gram_update_", written, {"x": x, "y": y, "weight": weight})
     torch.autograd.graph.increment_version((gram, total, count))
 
 
@@ -89,59 +68,36 @@ def check_reconstruct(
     values: bool = True,
 ) -> None:
     """Hold the rules of ``reconstruct``: without ``values`` those that wait for none."""
-    rule, lead = partial(_rule, "reconstruct"), tuple(weight.shape[:-2])
-    rule(
-        weight.dim() in (2, 3) and weight.dtype in FLOATS,
-        f"weight must be a float tensor (d_out, d), or (sites, d_out, d), got {_shape(weight)}",
-    )
+    rule, shaped = partial(_rule, "reconstruct"), partial(_shaped, "reconstruct")
+    lead = tuple(weight.shape[:-2])
+    matrix = weight.dim() in (2, 3) and weight.dtype in FLOATS
+    shaped("weight", weight, matrix, "a float tensor (d_out, d), or (sites, d_out, d)")
     d_out, d = weight.shape[-2:]
-
-    def matrix(name: str, one: Tensor | None, shape: tuple, dtypes: tuple, hint: str) -> None:
-        if one is not None:
-            rule(one.shape == shape, f"{name} must be {shape}, got {_shape(one)}{hint}")
-            what = "float32 or float64" if dtypes is SUMS else "a float tensor"
-            rule(one.dtype in dtypes, f"{name} must be {what}; convert it first")
-
+    others = {"gram": gram, "kept": kept, "damps": damps, "holdout": holdout, "cross": cross}
+    square, wide = (*lead, d, d), (*lead, d, d_out)
     hint = "; give the moments of the layer that weight is of"
-    matrix("gram", gram, (*lead, d, d), SUMS, hint)
-    wanted = "(sites, n)" if lead else "(n,)"
-    rule(
-        kept.shape[:-1] == lead
-        and kept.dim() == 1 + len(lead)
-        and kept.dtype == torch.int64
-        and (kept.shape[-1] <= 1 or kept.stride(-1) == 1),
-        f"kept must be {wanted} int64 and contiguous, got {_shape(kept)}",
-    )
-    rule(
-        damps.dim() == 1 and damps.dtype == torch.float64 and damps.is_contiguous(),
-        f"damps must be (L,) float64 and contiguous, got {_shape(damps)}",
-    )
-    matrix("holdout", holdout, (*lead, d, d), SUMS, hint)
-    matrix("cross", cross, (*lead, d, d_out), FLOATS, "")
-    matrix("holdout_cross", holdout_cross, (*lead, d, d_out), FLOATS, "")
+    _check_matrix("gram", gram, square, SUMS, hint)
+    indices = kept.shape[:-1] == lead and kept.dim() == 1 + len(lead) and kept.dtype == torch.int64
+    indices = indices and (kept.shape[-1] <= 1 or kept.stride(-1) == 1)
+    shaped("kept", kept, indices, f"{'(sites, n)' if lead else '(n,)'} int64 and contiguous")
+    ladder = damps.dim() == 1 and damps.dtype == torch.float64 and damps.is_contiguous()
+    shaped("damps", damps, ladder, "(L,) float64 and contiguous")
+    _check_matrix("holdout", holdout, square, SUMS, hint)
+    _check_matrix("cross", cross, wide, FLOATS)
+    _check_matrix("holdout_cross", holdout_cross, wide, FLOATS)
     rule(
         (holdout_cross is not None) == (holdout is not None and cross is not None),
         "holdout_cross must be given exactly when both holdout and cross are",
     )
-    others = {"gram": gram, "kept": kept, "damps": damps, "holdout": holdout, "cross": cross}
     same_device("reconstruct", "weight", weight=weight, holdout_cross=holdout_cross, **others)
-    if not values:
-        return
-    for row in kept.tolist() if lead else [kept.tolist()]:
+    for row in (kept.tolist() if lead else [kept.tolist()]) if values else ():
         for k, index in enumerate(row):
-            inside = 0 <= index < d
-            rule(inside, f"kept must index {d} features, got {index} at position {k}")
-            rule(
-                k == 0 or row[k - 1] < index,
-                f"kept must be strictly ascending, got {row[k - 1]} before {index}; sort it and "
-                "drop duplicates",
-            )
-    for k, damp in enumerate(damps.tolist()):
-        rule(
-            damp >= 0,
-            f"damps must be at least 0, got {damp:g} at position {k}; use infinity for plain "
-            "dropping",
-        )
+            rule(0 <= index < d, f"kept must index {d} features, got {index} at position {k}")
+            hint = f"got {row[k - 1]} before {index}; sort it and drop duplicates"
+            rule(k == 0 or row[k - 1] < index, f"kept must be strictly ascending, {hint}")
+    for k, damp in enumerate(damps.tolist() if values else ()):
+        hint = f"got {damp:g} at position {k}; use infinity for plain dropping"
+        rule(damp >= 0, f"damps must be at least 0, {hint}")
 
 
 def check_obs_curve(
@@ -149,16 +105,11 @@ def check_obs_curve(
 ) -> None:
     """Hold the rules of ``obs_curve``."""
     rule = partial(_rule, "obs_curve")
-    rule(
-        weight.dim() == 2 and weight.dtype in FLOATS,
-        f"weight must be a float tensor (d_out, d), got {_shape(weight)}",
-    )
+    matrix = weight.dim() == 2 and weight.dtype in FLOATS
+    _shaped("obs_curve", "weight", weight, matrix, "a float tensor (d_out, d)")
     d = weight.shape[1]
-    rule(
-        gram.shape == (d, d),
-        f"gram must be ({d}, {d}), got {_shape(gram)}; give the moments of the layer that weight "
-        "is of",
-    )
+    hint = "; give the moments of the layer that weight is of"
+    _shaped("obs_curve", "gram", gram, gram.shape == (d, d), f"({d}, {d})", hint)
     rule(gram.dtype in SUMS, "gram must be float32 or float64; convert it first")
     rule(
         width >= 1 and d > 0 and d % width == 0,
@@ -194,8 +145,33 @@ def _rule(op: str, holds: bool, message: str) -> None:
         raise RuntimeError(f"{op}: {message}")
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
+def _shaped(op: str, name: str, tensor: Tensor, holds: bool, must: str, hint: str = "") -> None:
+    """Refuse a tensor that must be of another form."""
+    _rule(op, holds, f"{name} must be {must}, got {tuple(tensor.shape)}{hint}")
+
+
+def _check_matrix(
+    name: str, one: Tensor | None, shape: tuple, dtypes: tuple, hint: str = ""
+) -> None:
+    """Hold the rules of ``reconstruct`` for sums, if there are any."""
+    if one is not None:
+        _shaped("reconstruct", name, one, one.shape == shape, f"{shape}", hint)
+        what = "float32 or float64" if dtypes is SUMS else "a float tensor"
+        _rule("reconstruct", one.dtype in dtypes, f"{name} must be {what}; convert it first")
+
+
+def _check_written(
+    op: str, written: Mapping[str, Tensor], read: Mapping[str, Tensor | None]
+) -> None:
+    """Refuse tensors to write into that share memory, or that autograd keeps."""
+    same_device(op, "x", **written, **read)
+    for index, (name, one) in enumerate(written.items()):
+        for other in (*list(written)[index + 1 :], *read):
+            hint = f"memory of its own, but shares some with {other}; clone one of them"
+            _rule(op, _apart(one, {**written, **read}[other]), f"{name} must have {hint}")
+        hint = "detach or clone one that requires a gradient or was made in inference mode"
+        free = not one.requires_grad and not one.is_inference()
+        _rule(op, free, f"{name} must be a tensor that may be written in place; {hint}")
 
 
 def _apart(one: Tensor, other: Tensor | None) -> bool:

@@ -41,7 +41,7 @@ def checked(
 
 
 def is_number(value: Any, kind: type = numbers.Real) -> bool:
-    """Tell whether a value is a number, which true and false aren't."""
+    """Tell whether a value is a number, and not true or false."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -86,9 +86,9 @@ def share(example: str) -> Check:
 
     def check(name: str, value: Any) -> float:
         found = number(name, value)
-        if not 0.0 < found <= 1.0:
-            raise InputError(f"recipe: {name} must be in (0, 1], got {found}; {example}")
-        return found
+        if 0.0 < found <= 1.0:
+            return found
+        raise InputError(f"recipe: {name} must be in (0, 1], got {found}; {example}")
 
     return check
 
@@ -131,10 +131,9 @@ def read_tokens(text: str) -> float | int | str:
 
 def read_gibibytes(text: str) -> int | str:
     """Read GiB as bytes."""
-    try:
+    with suppress(ValueError, OverflowError):  # no number, or none that is finite
         return int(float(text) * 2**30)
-    except (ValueError, OverflowError):  # no number, or none that is finite
-        return text
+    return text
 
 
 def read_sites(text: Any) -> Any:

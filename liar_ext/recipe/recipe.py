@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from liar_ext.errors import InputError, did_you_mean
+from liar_ext.errors import InputError, did_you_mean, refusing
 from liar_ext.plan import Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.fields import GROUPS, PRESETS, Fields, recipe_fields
@@ -37,11 +37,9 @@ REMOVED: dict[str, tuple[Any, ...]] = {
 class Recipe(Fields):
     """Every choice of a job, shared by :func:`liar_ext.prune`, the command, report and folder.
 
-    The command loads the model and draws the text; :func:`liar_ext.prune` is given both, and
-    refuses the fields for it as keywords. docs/options.md has the reasons for all defaults.
-    A field of a wrong type or value, or that does not go with another, raises InputError.
-    ``text_digests`` are of the texts that a job read, by their names. ``liar prune`` refuses to
-    repeat the job if one has changed; a recipe with other texts has none.
+    docs/options.md has the reasons for all defaults. A field of a wrong type or value, or that does
+    not go with another, raises InputError. ``text_digests`` are of the texts that a job read, by
+    their names: ``liar prune`` refuses to repeat the job if one has changed.
     """
 
     text_digests: Mapping[str, str] = field(
@@ -89,8 +87,7 @@ class Recipe(Fields):
         """Return the recipe with what ``schedule="auto"`` stands for where nothing is measured.
 
         ``layerwise``, or ``one-pass`` where ``reconstruct`` is ``none`` or ``bias``: these solve
-        for no target. A job solves in one pass, too, where its model can't be walked, or where a
-        norm reads what consumers give; its report says so.
+        for no target. A job of a model that can't be walked says so in its report.
         """
         if self.schedule != "auto":
             return self
@@ -271,12 +268,8 @@ def from_json(written: str) -> Any:
             raise InputError("recipe: JSON must name each field once")
         return dict(pairs)
 
-    try:
+    with refusing("recipe: not JSON", "", ValueError, RecursionError):
         return json.loads(written, object_pairs_hook=once)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"recipe: not JSON: {str(error)[:120]}") from error
 
 
 def plain(value: Any) -> Any:

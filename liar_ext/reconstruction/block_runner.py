@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.taps import Ended, replaced, watched
+from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.taps import Ended, is_relative, relative_weights, replaced, watched
 from liar_ext.errors import InputError
-from liar_ext.models.experts import called_at
+from liar_ext.models.experts import called_at, routed_input
 from liar_ext.models.family import HeadInput
 from liar_ext.models.running import body_of, device_of
 from liar_ext.models.sites import Site, teams_of
+from liar_ext.reconstruction.ridge import Tokens
 
 Forward = Callable[..., Tensor]
 
@@ -33,12 +35,9 @@ class Run:
 class Blocks:
     """The blocks of a model, each to be run by itself with the arguments that the model gives it.
 
-    Masks and positions are made anew for every run by the model's own code: it is run up to the
-    block with all blocks before it switched off. So nothing but hidden states has to be stored.
-
-    Several stacks of blocks, such as an encoder and a decoder, are counted through in the order of
-    computation. A later one may read what an earlier one gave; the last block of that gives then
-    what :meth:`answering` says.
+    Masks and positions are made anew for every run by the model's own code, which is run up to the
+    block with all blocks before it switched off. Several stacks of blocks, such as an encoder and a
+    decoder, are counted through in the order of computation; :meth:`answering` says what one gave.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
@@ -54,6 +53,7 @@ class Blocks:
         for site in sites:
             at.setdefault(site.path, []).append(site)
         self.layers: list[dict[str, list[Site]]] = [teams_of(here) for here in at.values()]
+        self._stacks = [here[0].part for here in at.values()]  # by block
         self._index = {path: index for index, path in enumerate(at)}
         self._blocks = [model.get_submodule(path) for path in at]
         self._forwards = [block.forward for block in self._blocks]
@@ -70,12 +70,12 @@ class Blocks:
 
     def begins(self, index: int) -> bool:
         """Tell whether a block is the first of its stack."""
-        return index == 0 or self._stack(index) != self._stack(index - 1)
+        return index == 0 or self._stacks[index].name != self._stacks[index - 1].name
 
     def read_later(self, index: int) -> bool:
         """Tell whether a stack after that of block ``index`` reads what comes out of the blocks."""
-        rest = (self._first_site(later).part for later in range(index + 1, len(self)))
-        return any(part.cross_attn and part.name != self._stack(index) for part in rest)
+        own = self._stacks[index].name
+        return any(each.cross_attn and each.name != own for each in self._stacks[index + 1 :])
 
     def device(self, index: int) -> torch.device:
         """Return where a block computes; blocks may be spread over several devices."""
@@ -93,8 +93,7 @@ class Blocks:
     def answering(self, answers: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
         """Let the model's forward go on from the hidden states that are given after some blocks.
 
-        No block is run by that; :meth:`run` must have run one of each stack before, to know what
-        blocks return.
+        :meth:`run` must have run a block of each stack before, to know what blocks return.
         """
         before, self._wanted, self._answers = self._wanted, len(self), answers
         try:
@@ -105,17 +104,17 @@ class Blocks:
     def enter(self, index: int, inputs: Mapping[str, Tensor]) -> tuple[tuple, dict]:
         """Return the arguments that block ``index`` gets for a batch, hidden states first.
 
-        Hidden states are those of the dense model where a stack begins, and meaningless further on.
+        Those are of the dense model where a stack begins, and meaningless further on.
         """
         self._wanted = index
         try:
             self._body(**inputs)
         except Ended as ended:
             args, kwargs = ended.args
-            if not args:
-                kwargs = dict(kwargs)
-                args = (kwargs.pop("hidden_states"),)
-            return args, kwargs
+            if args:
+                return args, kwargs
+            kwargs = dict(kwargs)
+            return (kwargs.pop("hidden_states"),), kwargs
         raise InputError(f"layerwise: {type(self._body).__name__} never calls its block {index}")
 
     def run(
@@ -154,16 +153,16 @@ class Blocks:
                 return run
         if isinstance(output, tuple):
             beside = [any(each is other for other in carried) for each in output[1:]]
-            self.beside.setdefault(self._stack(index), beside)
+            self.beside.setdefault(self._stacks[index].name, beside)
         run.output = output[0] if isinstance(output, tuple) else output
         return run
 
     def adds_plainly(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> bool:
-        """Tell whether the block adds the consumer's output to the stream as it is.
+        """Tell whether the block adds the consumer's output to the stream as it is, to rounding.
 
-        Judged by running the block on ``hidden``, to rounding: with all that comes later silent,
-        the stream after it is the one before it plus what the consumers of attention up to this one
-        put out; an MLP's consumer adds its own to what there is without.
+        Judged by running it on ``hidden``: with all that comes later silent, the stream after it is
+        the one before it plus what the consumers of attention up to this one put out; an MLP's
+        consumer adds its own to what there is without.
         """
         index = self.index_of(site)
         order = list(self.layers[index])
@@ -200,9 +199,8 @@ class Blocks:
     ) -> tuple[str | None, bool]:
         """Return the path of the norm that reads the stream plus the consumer's output, or None.
 
-        BERT and its kin add first and normalise then. Judged by running the block on ``hidden``,
-        to rounding: what the norm reads is what it reads with a silent consumer, plus what the
-        consumer puts out. A norm that reads the consumer's output alone is none. Also tells whether
+        As in BERT. Judged by running the block on ``hidden``, to rounding: what the norm reads is
+        what it reads with a silent consumer, plus what the consumer puts out. Also tells whether
         the block gives what that norm does, bit for bit.
         """
         run, read = self._norms_read(site, inputs, hidden)
@@ -223,7 +221,6 @@ class Blocks:
         hidden: Tensor,
         consumers: Mapping[str, Forward] | None = None,
     ) -> tuple[Run, dict[str, Tensor]]:
-        """Run a block, and return with it what each of its norms reads, by path."""
         read: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for name, module in self._model.get_submodule(site.path).named_modules():
@@ -233,7 +230,7 @@ class Blocks:
             return self.run(self.index_of(site), inputs, hidden, consumers), read
 
     def _arrive(self, index: int) -> Callable:
-        """Return the forward that stands in for a block: pass hidden states on, or stop there."""
+        """Return a stand-in for a block's forward: pass hidden states on, or stop there."""
 
         def forward(*args, **kwargs):
             if index == self._wanted:
@@ -241,7 +238,7 @@ class Blocks:
             hidden = args[0] if args else kwargs["hidden_states"]
             if index in self._answers:
                 hidden = self._answers[index]().to(hidden.device)
-            beside = self.beside.get(self._stack(index))
+            beside = self.beside.get(self._stacks[index].name)
             if beside is None:
                 return hidden
             if any(beside) and self._maker(index) is not None:
@@ -250,14 +247,8 @@ class Blocks:
 
         return forward
 
-    def _first_site(self, index: int) -> Site:
-        return next(iter(self.layers[index].values()))[0]
-
-    def _stack(self, index: int) -> str:
-        return self._first_site(index).part.name
-
     def _maker(self, index: int) -> HeadInput | None:
-        """Return what a block makes for itself and all blocks after it, if it does."""
+        """Return what makes something in a block for itself and all blocks after it."""
         inputs = (layer[0].wiring.head_input for layer in self.layers[index].values())
         made = (each for each in inputs if each and each.table and each.output is not None)
         return next(made, None) if self.begins(index) else None
@@ -290,13 +281,11 @@ def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) 
     def after(_: nn.Module, args: tuple, output: object) -> None:
         wrote.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(after) for block in blocks]
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(block.register_forward_hook(after))
         body_of(model)(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     names = list(stacks.values())
     # Blocks may lie on several devices.
     return len(read) == len(blocks) and all(
@@ -330,3 +319,58 @@ def _note(seen: dict, name: str, keep: Callable, *, ends: bool = False) -> Calla
 
 def _input(args: tuple[Tensor, ...], _: Tensor) -> Tensor:
     return args[0]
+
+
+def rows_of(
+    model: nn.Module,
+    layer: Sequence[Site],
+    read: Tensor | tuple[Tensor, Tensor, Tensor],
+    residual: Tensor,
+    used: Tensor,
+) -> Iterator[Tokens]:
+    """Yield the rows of each site of a layer: of one site, or of all experts.
+
+    ``read`` is what the consumer reads, or what the module of all experts is called with: tokens,
+    chosen experts and their weights. ``residual`` is of the layer's output, asked of all experts
+    alike. ``used`` is what each counts, see :func:`counted`.
+    """
+    if layer[0].expert is None:
+        yield read.flatten(0, -2), residual, used
+        return
+    _, _, given = read
+    residual = residual / given.sum(-1, keepdim=True).to(residual)
+    for site in layer:
+        routed = routed_input(model, site, read)
+        here = used[routed.token]
+        asked = residual[routed.token][here]
+        yield routed.x[here], asked, routed.weight[here].double().square()
+
+
+def counted(
+    batch: Batch, site: Site, tokens: int, output: Tensor, total: Tensor | None = None
+) -> Tensor:
+    """Return what each of ``tokens`` rows counts: 0 for padding, and 1 unless a norm follows.
+
+    That divides by the size of what it reads, the ``output`` or the ``total`` of it and the stream;
+    see :func:`liar_ext.calibration.taps.relative_weights`.
+    """
+    used = batch.counting(tokens, output.device, site.part.mask)
+    if total is not None:
+        return used * relative_weights(total.flatten(0, -2), centred=True)
+    return used * relative_weights(output.flatten(0, -2)) if is_relative(site) else used
+
+
+def layer_forward(model: nn.Module, layer: Sequence[Site], new: Mapping[str, Forward]) -> Forward:
+    """Return what takes the place of a layer's consumer, or of the module of all experts."""
+    if layer[0].expert is None:
+        return new[layer[0].name]
+
+    def experts(*args: Tensor) -> Tensor:
+        total = torch.zeros_like(args[0])
+        for site in layer:
+            routed = routed_input(model, site, args)
+            given = new[site.name](routed.x) * routed.weight[:, None]
+            total.index_add_(0, routed.token, given.to(total.dtype))
+        return total
+
+    return experts

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import FOLDS, Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds, symmetric
-from liar_ext.calibration.passes import room_for_sums, split
+from liar_ext.calibration.saved_sums import room_for_sums, split
 from liar_ext.calibration.taps import Tap
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
@@ -105,8 +105,7 @@ def narrow(
         ``"auto"`` as for :class:`liar_ext.Budget`.
     memory : int, optional
         Bytes that sums may take at a time, but at least those of one norm; by default 32 GiB,
-        or half of what is free on a device in use, the CPU included. The result is the same bit for
-        bit, whatever it is.
+        or half of what is free on a device in use. The result has the same bits.
     progress : bool
         Show progress bars.
 
@@ -123,12 +122,10 @@ def narrow(
     Notes
     -----
     Two passes over the batches: one to choose, one for the sums over ``[norm_K(h_K); norm(h)]``,
-    which take ``16 (n_kept + hidden)²`` bytes a norm. Where those of all norms are more than
-    ``memory``, they are summed and solved in groups, one pass each. Beside that, a solve takes up
-    to nine times the sums of its norm, and the new weights take what the old ones take.
-
-    Held-out errors are solved on one fold and judged on the other; which features stay and the
-    scales of the norms are decided on both. A head that is tied to the embedding is only sliced.
+    ``16 (n_kept + hidden)²`` bytes a norm; where those of all norms are more than ``memory``, one
+    for each group of them. A solve takes up to nine times the sums of its norm. Which features stay
+    and the scales of the norms are decided on both folds. A head that is tied to the embedding is
+    only sliced.
 
     Source: docs/method.md, section "Hidden size".
     """

@@ -63,19 +63,18 @@ def reconstruct_layerwise(
     Parameters
     ----------
     model : nn.Module
-        The dense model; it is read, and as it was afterwards.
+        The dense model; it stays as it is.
     batches : iterable of mapping
-        See :func:`liar_ext.calibrate`; ``attention_mask`` and ``fold`` mean the same here.
+        See :func:`liar_ext.calibrate`.
     plan : Plan
         What stays.
     mode : {"auto", "linear", "affine"}
-        The affine form is for consumers that have a bias, or gain one by the plan; any other gets
-        the plain form. ``auto`` is the affine one.
+        ``auto`` and ``affine``: affine for consumers that have a bias, or gain one by the plan.
     damp : float or "auto"
         λ, or the held-out choice.
     fresh : iterable of mapping
-        Batches that ``batches`` lacks: no solve reads them, and each row has its error on them, as
-        ``certified_error``, relative to their ``Σ |W x̂|²``.
+        Batches that no solve reads: each row has its error on them, as ``certified_error``,
+        relative to their ``Σ |W x̂|²``.
     saved : Checkpoint, optional
         Where blocks that are done are kept, and read.
     progress : bool
@@ -96,10 +95,9 @@ def reconstruct_layerwise(
 
     Notes
     -----
-    Memory: two streams of tokens × hidden, up to four more and the input of one MLP consumer while
-    a block is worked on, all on the CPU; and the sums of one layer. Work: one run of each dense
-    block, one per site of each pruned block, and one more unless both its sites add to the stream
-    as they are.
+    Memory: on the CPU two streams of tokens × hidden, and up to four more with the input of one MLP
+    consumer for the block at hand; and the sums of one layer. Work: one run of each dense block,
+    one per site of each pruned block, and one more unless both add to the stream as they are.
 
     Source: docs/method.md, section "Layerwise reconstruction".
     """
@@ -126,8 +124,7 @@ def solve_layerwise(
 ) -> Iterator[Solved]:
     """Yield the blocks, each with its weights in memory and solved on those before it.
 
-    Without ``along`` the walk ends with the last site of the plan. All else is as for
-    :func:`reconstruct_layerwise` and :func:`solve_blocks`.
+    Without ``along`` the walk ends with the last site of the plan.
     """
     every = [site for block in walk.blocks.layers for layer in block.values() for site in layer]
     plan.check_sites({site.name for site in every}, "layerwise")
@@ -148,7 +145,8 @@ def solve_layerwise(
     with walk.begun():
         solver.start(batches, fresh)
         key = "layerwise" if along is None else "pruning"
-        yield from solve_blocks(walk, key, steps, solver.streams, solver.numbers, along or ())
+        numbers = [part.number for part in solver.parts]
+        yield from solve_blocks(walk, key, steps, solver.streams, numbers, along or ())
 
 
 def solve_blocks(
@@ -163,7 +161,7 @@ def solve_blocks(
 
     ``steps`` is given how many blocks are done, and the hidden states behind them; ``streams``
     returns all that it needs of these, of which this rank has some ``numbers``. ``along`` is text
-    that passes each block when whoever takes it is done with it.
+    that passes each block once it is sliced.
     """
     own = {each.name: each.numbers for each in along}
 

@@ -13,6 +13,7 @@ from liar_ext import ops
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments, centre, symmetric
 from liar_ext.errors import InputError
+from liar_ext.models.sites import Site
 from liar_ext.plan import MODES
 from liar_ext.reconstruction.ladder import (
     Choice,
@@ -26,6 +27,8 @@ from liar_ext.reconstruction.ladder import (
 WITH_BIAS = ("bias", "affine")
 DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1, 1.0, math.inf)
 BOTH = list(range(FOLDS))
+# x̂, the residual r and what each token counts, bool or a number: a row per token.
+Tokens = tuple[Tensor, Tensor, Tensor]
 PAIRED_BYTES = 64 << 20  # sums of both folds up to here are solved in one call
 
 
@@ -97,6 +100,31 @@ class Residual:
         wide, scale = r.detach()[used].double(), weight[used].double()[:, None]
         self.total[fold] += (scale * wide).sum(0)
         self.energy[fold] += (scale * wide.square()).sum()
+
+
+@dataclass
+class LayerSums:
+    """Sums of x̂ and r over the tokens of one site, and how many tokens there were."""
+
+    moments: Moments
+    residual: Residual
+    rows: int = 0
+
+    @classmethod
+    def zeros(cls, site: Site, device: torch.device) -> LayerSums:
+        """Return the sums over no tokens."""
+        residual = Residual.zeros(site.d_in, site.d_out, device=device)
+        return cls(Moments.zeros(site.d_in, device=device), residual)
+
+    def add(self, rows: Tokens, fold: int) -> None:
+        """Add tokens to a fold; those with a value that isn't finite are left out and counted."""
+        (x, r, weight), moments = rows, self.moments
+        self.rows += int((weight > 0).sum())
+        x = x.to(r.dtype)
+        usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
+        moments.count[fold, 1] += (weight.bool() & ~usable).sum()
+        moments.update(x, fold, weight * usable)
+        self.residual.update(x, r, fold, weight * usable)
 
 
 @dataclass(frozen=True)

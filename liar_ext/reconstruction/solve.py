@@ -1,20 +1,34 @@
-"""Solve one consumer from its sums, in memory or, if an allocation fails, in a file."""
+"""Solve one consumer from its sums, and all sites of a plan from theirs, in one pass."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import Moments, check_finite, check_folds, symmetric
-from liar_ext.errors import InputError
-from liar_ext.models.sites import Site
+from liar_ext.distributed import share
+from liar_ext.errors import InputError, solving
+from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.ops.reference import NOT_FINITE
+from liar_ext.plan import Plan
+from liar_ext.progress import Bar
 from liar_ext.reconstruction import low_memory, ridge
 from liar_ext.reconstruction.ladder import slices
-from liar_ext.reconstruction.ridge import BOTH, Residual, check_settings, damp_ladder, ratio
+from liar_ext.reconstruction.ridge import (
+    BOTH,
+    WITH_BIAS,
+    Residual,
+    check_settings,
+    damp_ladder,
+    form_of_expert,
+    ratio,
+)
 from liar_ext.rows import BY_BLOCKS, ON_HOST, SiteRow
 
 
@@ -76,12 +90,10 @@ def solve(
 
     λ and α have the least error ``Σ |W' x_K + b' − y*|²`` on held-out tokens: solved on fold A and
     judged on fold B, and the other way round. The returned weight is solved with them on both
-    folds together. If ``step`` begins at 0, the result is never worse on held-out
-    tokens than the one without a target.
+    folds. If ``step`` begins at 0, it is never worse on held-out tokens than without a target.
 
-    The solve is done on the device of the sums; if a GPU has no memory for it, on the CPU; and if
-    an allocation fails there, once more by :mod:`liar_ext.reconstruction.low_memory`. The path of
-    the solution says so (:data:`ON_HOST`, :data:`BY_BLOCKS`).
+    Where the device of the sums has no memory for the solve, it is done on the CPU, and there, if
+    need be, by :mod:`liar_ext.reconstruction.low_memory`; the path of the solution says so.
 
     Parameters
     ----------
@@ -113,12 +125,11 @@ def solve(
         If a fold has no tokens and ``mode`` isn't ``none``, or a given damp leaves ``G_KK + Λ``
         singular.
     MemoryError, RuntimeError
-        If an allocation fails by blocks as well, or the file can't be made.
+        If an allocation fails by blocks as well.
 
     Notes
     -----
-    Source: LIAR, arXiv:2407.13331; docs/method.md, sections "Reconstruction", "Choice of λ" and
-    "Layerwise reconstruction".
+    Source: LIAR, arXiv:2407.13331; docs/method.md, "Reconstruction" and "Choice of λ".
     """
     device, weight, kept = moments.gram.device, weight.detach(), kept.to(moments.gram.device)
 
@@ -142,7 +153,6 @@ def solve(
 
 
 def _on_host(sums: Moments | Residual) -> Moments | Residual:
-    """Return sums with their tensors on the CPU."""
     return type(sums)(*(part.cpu() for part in vars(sums).values()))
 
 
@@ -234,3 +244,123 @@ def error_on(
         error += 2 * ((lost.mT * target.cross.sum(0)).sum() + shift @ target.total.sum(0))
         error += target.energy.sum()
     return float(error.clamp(min=0) / ((old @ gram) * old).sum())
+
+
+def reconstruct(
+    model: nn.Module,
+    bank: Mapping[str, Moments],
+    plan: Plan,
+    *,
+    mode: str = "auto",
+    damp: float | str = "auto",
+    progress: bool = False,
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
+    """Solve every site of ``plan`` and return its new consumer weights and its report row.
+
+    See :func:`liar_ext.reconstruction.solve.solve` for the mathematics. The model stays as it is;
+    hand the weights to :func:`liar_ext.apply_plan`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model.
+    bank : mapping of str to Moments
+        From :func:`liar_ext.calibrate`.
+    plan : Plan
+        What stays; for the modes that give a bias, from :func:`with_bias`.
+    mode : {"auto", "none", "bias", "linear", "affine"}
+        Form of the new weights; ``auto`` is affine at consumers that have a bias, linear at others.
+        Experts can't gain a bias; those that lack one get the form without it.
+    damp : float or "auto"
+        λ, or ``"auto"``: the one of a ladder with the least held-out error, per site.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    weights : dict of str to (Tensor, Tensor or None)
+        New consumer weight ``(d_out, n_kept)`` and bias ``(d_out,)`` by site name.
+    rows : list of SiteRow
+        One per site of the plan, in the plan's order.
+
+    Raises
+    ------
+    InputError
+        If the mode or damp is unknown, or the bank lacks a site of the plan.
+    """
+    check_settings(mode, damp)
+    by_name = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    plan.check_sites(by_name.keys() & bank.keys(), "reconstruct")
+    weights, rows = {}, []
+    routed = getattr(bank, "source", {}).get("routed", {})
+    for name, kept in Bar(plan.sites.items(), desc="reconstruct", disable=not progress):
+        start, site, moments, form = time.perf_counter(), by_name[name], bank[name], mode
+        weight, bias = get_consumer_weight(model, site), get_consumer_bias(model, site)
+        if site.expert is not None:
+            form = form_of_expert(mode, bias is not None, moments)
+        with solving(name):
+            features = site.features(kept.kept)
+            solution = solve(weight, bias, moments, features, mode=form, damp=damp)
+        weights[name] = (solution.weight, solution.bias)
+        row = solution.row_of(
+            site,
+            len(kept.kept),
+            dropped_rows=moments.dropped_rows,
+            seconds=time.perf_counter() - start,
+            tokens=sum(routed[name]) if name in routed else None,
+        )
+        rows.append(row)
+    return weights, rows
+
+
+def reconstruct_shared(
+    model: nn.Module,
+    bank: Mapping[str, Moments],
+    plan: Plan,
+    at: Sequence[Site],
+    **settings: object,
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, SiteRow]]:
+    """Return weights and rows by name of some sites of a plan, which ranks share.
+
+    ``settings`` are those of :func:`reconstruct`.
+    """
+
+    def solve_own(mine: Sequence[Site]) -> dict[str, tuple]:
+        here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
+        weights, rows = reconstruct(model, bank, here, **settings)
+        return {row.name: (weights[row.name], row) for row in rows}
+
+    found = share(at, solve_own)
+    return {name: new for name, (new, _) in found.items()}, {
+        n: row for n, (_, row) in found.items()
+    }
+
+
+def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
+    """Return the plan with a bias for each consumer that lacks one, where ``mode`` needs it.
+
+    Experts gain none, as their module has no place for it.
+    """
+    if mode not in WITH_BIAS:
+        return plan
+    planned = dict(plan.sites)
+    for site in sites(model, attn_unit=plan.attn_unit):
+        if site.name in planned and site.expert is None:
+            bias = get_consumer_bias(model, site) is None
+            planned[site.name] = replace(planned[site.name], bias=bias)
+    return replace(plan, sites=planned)
+
+
+def certified_errors(
+    passes: Passes, plan: Plan, weights: Mapping[str, tuple[Tensor, Tensor | None]]
+) -> dict[str, float]:
+    """Return the error of each site's new weights, by name, on the dense inputs of fresh text.
+
+    ``passes`` run the dense model over text that no decision saw: an unbiased estimate.
+    """
+    errors = {}
+    for site in (site for group in passes for site in group):
+        given = (get(passes.model, site) for get in (get_consumer_weight, get_consumer_bias))
+        kept, name = site.features(plan.sites[site.name].kept), site.name
+        errors[name] = error_on(*given, kept, weights[name], passes.bank[name])
+    return errors

@@ -12,24 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
-from liar_ext.calibration.hidden_states import Held
 from liar_ext.distributed import all_reduce, broadcast, gather, is_first, rank, share, world_size
 from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
-from liar_ext.reconstruction.block_runner import Run
-from liar_ext.reconstruction.layer_sums import (
-    Forward,
-    LayerSums,
-    Rows,
-    counted,
-    layer_forward,
-    rows_of,
-)
-from liar_ext.reconstruction.ridge import form_of_expert
+from liar_ext.reconstruction.block_runner import Forward, Run, counted, layer_forward, rows_of
+from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_of_expert
 from liar_ext.reconstruction.solve import Solution, error_on, solve
-from liar_ext.reconstruction.streams import Part, Stream, Streams, Walk, Weights, with_inputs
+from liar_ext.reconstruction.streams import Held, Part, Stream, Streams, Walk, Weights, with_inputs
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
@@ -62,8 +53,7 @@ class LayerwiseSolver:
         for index, batch in enumerate(read_batches(batches)):
             folds += batch.fold.tolist()
             mine = index % world_size() == rank()
-            if mine:
-                batch = with_inputs(self.model, batch)
+            batch = with_inputs(self.model, batch) if mine else batch
             for fold in range(FOLDS):
                 rows, number = (batch.fold == fold).nonzero().flatten(), next(numbers)
                 if len(rows) and mine:
@@ -76,18 +66,12 @@ class LayerwiseSolver:
         for index, batch in enumerate(read_batches(fresh)):
             self.certifies, number = True, next(numbers)
             if index % world_size() == rank():
-                batch = with_inputs(self.model, batch)
-                self.fresh.append(self._entered(batch, None, number))
+                self.fresh.append(self._entered(with_inputs(self.model, batch), None, number))
 
     @property
     def parts(self) -> list[Part]:
         """All that this rank has."""
         return [*self.text, *self.fresh]
-
-    @property
-    def numbers(self) -> list[int]:
-        """Which of all parts these are, whatever ranks there are."""
-        return [part.number for part in self.parts]
 
     def _entered(self, batch: Batch, fold: int | None, number: int) -> Part:
         streams = (Stream(self.states.hold(hidden)) for hidden in 2 * [self._first(0, batch)])
@@ -177,10 +161,10 @@ class LayerwiseSolver:
     def _solve(
         self, layer: Sequence[Site], target: str, consumers: Mapping[str, Forward]
     ) -> Forward:
-        """Solve the sites of a layer on their sums, and return what takes its consumer's place."""
+        """Solve the sites of a layer, and return what takes its consumer's place."""
         start, new = time.perf_counter(), {}
         found = self._collect(self.text, layer, target, consumers)
-        sums = dict(zip((site.name for site in layer), found, strict=True))
+        sums = {site.name: each for site, each in zip(layer, found, strict=True)}
         found = share(layer, lambda mine: {s.name: self._solution(s, sums[s.name]) for s in mine})
         fresh = [None] * len(layer)
         if self.certifies:
@@ -223,7 +207,7 @@ class LayerwiseSolver:
         target: str,
         consumers: Mapping[str, Forward],
     ) -> list[LayerSums]:
-        """Return the sums over x̂ and the residual, of all ranks; those of fresh text in fold 0."""
+        """Return the sums of all ranks over x̂ and the residual; those of fresh text in fold 0."""
         device = self.blocks.device(self.blocks.index_of(layer[0]))
         sums = [LayerSums.zeros(site, device) for site in layer]
         for part in parts:
@@ -247,13 +231,12 @@ class LayerwiseSolver:
         settings = {"target": sums.residual, "step": (0.0, 1.0), "mode": mode, "damp": self.damp}
         return vars(solve(weight, bias, sums.moments, site.features(planned.kept), **settings))
 
-    def _error(self, site: Site, solution: Solution, sums: LayerSums) -> float:
-        """Return the error of a site on the sums over fresh text."""
+    def _error(self, site: Site, solution: Solution, fresh: LayerSums) -> float:
         kept, new = site.features(self.plan.sites[site.name].kept), (solution.weight, solution.bias)
-        return error_on(*self._given(site), kept, new, sums.moments, sums.residual)
+        return error_on(*self._given(site), kept, new, fresh.moments, fresh.residual)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
-        """Return the consumer that a site has from now on, as a function of all its features."""
+        """Return the new consumer of a site, as a function of all its features."""
         weight, bias = self._given(site)
         features = site.features(self.plan.sites[site.name].kept).to(weight.device)
         new = solution.weight.to(weight.dtype)
@@ -261,16 +244,14 @@ class LayerwiseSolver:
         return lambda x: nn.functional.linear(x[..., features], new, new_bias)
 
     def _given(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        """Return the dense weight and bias of a site."""
         return get_consumer_weight(self.model, site), get_consumer_bias(self.model, site)
 
     def _read(
         self, layer: Sequence[Site], target: str, part: Part, consumers: Mapping[str, Forward]
-    ) -> list[Rows]:
-        """Return what the consumers of a layer read of a part, and what they fall short by.
+    ) -> list[Tokens]:
+        """Return what the consumers of a layer read of a part, and the residual.
 
-        The residual is what the dense model has there less what the pruned one has with the dense
-        weight in this site.
+        That is what the dense model has there, less what the pruned one has with the dense weight.
         """
         site, name = layer[0], layer[0].team
         # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
@@ -279,7 +260,6 @@ class LayerwiseSolver:
         hidden = part.pruned.get()
         run = self._run(self.blocks.index_of(site), part, part.pruned, consumers, end)
         read, output = run.seen[name]
-
         r = part.goals[name].get() - self._reached(site, target, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
         r = r.to(output.device).flatten(0, -2)
@@ -304,7 +284,7 @@ class LayerwiseSolver:
         return self.states.hold(stream), self.states.hold(x)
 
     def _target_at(self, site: Site) -> str:
-        """Return the target that the arithmetic of the block allows: "stream", else "branch"."""
+        """Return the target that the block allows: "stream" where it adds plainly, or "branch"."""
         plain, norm, ends = broadcast(self._sum_at(site) if is_first() else None)
         if norm is not None:
             self.blocks.norms[site.team] = norm
@@ -313,7 +293,7 @@ class LayerwiseSolver:
         return "stream" if plain or norm is not None else "branch"
 
     def _sum_at(self, site: Site) -> tuple[bool, str | None, bool]:
-        """Tell whether a block adds what a site gives plainly, or which norm reads and ends it."""
+        """Tell whether a block adds plainly; else which norm reads, and ends, it."""
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
         hidden = part.dense.get()[:1].to(self.blocks.device(self.blocks.index_of(site)))

@@ -79,8 +79,8 @@ def drawing(operation: str) -> Iterator[Any]:
         from matplotlib.figure import Figure
     except Exception as error:  # a broken package raises anything
         raise InputError(
-            f"{operation}: pictures need matplotlib ({one_line(error, 160)}): pip install "
-            "'.[report]'"
+            f"{operation}: pictures need matplotlib ({one_line(error, 160)}); pip install "
+            "matplotlib"
         ) from error
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
         with warnings.catch_warnings():

@@ -69,6 +69,13 @@ def sizes(params: Mapping, evaluation: Mapping, latency: Mapping, dtype: str = "
     return Table("Sizes and quality", RATIO, rows)
 
 
+LAYERWISE = (
+    " Layer by layer they count what the layers before have lost, on text that those were solved "
+    "for: fresh text can show several times as much. Judge the model by --eval, --certify or its "
+    "own task."
+)
+
+
 def sites(title: str, rows: Sequence[SiteRow]) -> Table:
     """Return a row for each site, or each place where hidden features are read."""
     has_certified = any(row.certified_error is not None for row in rows)
@@ -93,6 +100,8 @@ def sites(title: str, rows: Sequence[SiteRow]) -> Table:
     heads += ["certified"] * has_certified
     heads += ["condition", "dropped rows", "path", "target", "s"]
     said = ERRORS + has_certified * " Certified: measured on text that no decision has seen."
+    if any(row.target != "dense-input" for row in rows):
+        said += LAYERWISE
     return Table(title, heads, cells, (0, len(heads) - 3, len(heads) - 2), said)
 
 

@@ -207,11 +207,14 @@ class _Problem:
         least = problem.spent([0] * len(teams))
         if least > problem.limit:
             outside = fixed / total
+            hint = "raise keep, or lower tile"
+            if budget.of == "params" and outside > 0.5 * budget.keep:
+                hint = "raise keep, or remove tokens (keep_vocab) or features (keep_hidden), too"
             beside = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
             raise InputError(
                 f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile="
                 f"{budget.tile} the sites can go down to "
-                f"{(least + fixed) / total:.4g}{beside}; raise keep, or lower tile"
+                f"{(least + fixed) / total:.4g}{beside}; {hint}"
             )
         return problem
 

@@ -24,7 +24,11 @@ PER = ("unit", "feature")
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What a criterion may look at: never the model."""
+    """What a criterion may look at: never the model.
+
+    ``moments`` are sums of x and x xᵀ over the calibration text. What they don't hold, such as the
+    mean of |x|, can be collected by hooks on the consumer before, and found by the ``site``.
+    """
 
     weight: Tensor  # the consumer's W, (d_out, d_in) float64, on the device of the moments
     moments: Moments  # of its input x, (tokens, d_in)
@@ -32,6 +36,7 @@ class SiteStatistics:
     generator: torch.Generator  # seeded per site
     groups: int = 1  # equal runs of units that must lose equally many
     gradients: SiteGradients | None = None  # for a criterion that needs them
+    site: str = ""  # its name, such as "3.mlp"
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
 def get_criterion(name: str) -> Criterion:
     """Return a registered criterion; raise InputError with the known names if there is none."""
     if name not in _CRITERIA:
-        hint = did_you_mean(name, _CRITERIA, f"known: {', '.join(sorted(_CRITERIA))}")
+        known = f"known: {', '.join(sorted(_CRITERIA))}; @liar_ext.criterion adds one in Python"
+        hint = did_you_mean(name, _CRITERIA, known)
         raise InputError(f"score: unknown criterion {name!r}; {hint}")
     return _CRITERIA[name]
 
@@ -154,6 +160,7 @@ def score(
             generator=torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode())),
             groups=site.groups,
             gradients=None if own is None else own.to(device),
+            site=site.name,
         )
         # Of an expert that no token reached only the weights are known.
         function = chosen.function if moments.tokens.sum() > 0 else magnitude

@@ -12,7 +12,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.models.running import complete_inputs
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
-from liar_ext.reconstruction.one_pass import reconstruct_shared, with_bias
+from liar_ext.reconstruction.solve import reconstruct_shared, with_bias
 from liar_ext.selection.allocation import allocate, allowed_counts, probe_plan, site_step
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares
@@ -61,8 +61,7 @@ def probe_sites(
     plan = probe_plan(at, scores, budget, model_type=model.config.model_type)
     plan = with_bias(plan, model, mode)
     settings = {"mode": mode, "damp": CURVE_DAMP, "progress": progress}
-    solved = reconstruct_shared(model, bank, plan, at, **settings)
-    weights = {name: solved[name][0] for name in solved}
+    weights, _ = reconstruct_shared(model, bank, plan, at, **settings)
     errors = {}
     for team in teams_of(at).values():
         shares = energy_shares(model, bank, team)

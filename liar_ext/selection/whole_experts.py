@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, count_tokens, read_batches
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.calibration.passes import room_for_sums, split
+from liar_ext.calibration.saved_sums import room_for_sums, split
 from liar_ext.calibration.taps import Ended, watched
 from liar_ext.errors import InputError
 from liar_ext.models.experts import called_at, choice_of, gated, reroute, router_of

@@ -20,7 +20,7 @@ from liar_ext.checkpoint.stock_config import shapes_of
 from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import one_line
 from liar_ext.models.running import base_path, config_parts, evaluating
-from liar_ext.suggest.small_config import TOKEN, candidates, seconds, tall
+from liar_ext.suggest.small_config import CANDIDATES, SECONDS, TOKEN, TRIED, is_deep, shrink
 
 MOST_NUMBERS, MOST_MODULES = 20_000_000, 5_000  # 160 MB of float64; a second to build
 MOST_VARIANTS = 24
@@ -54,7 +54,7 @@ def prepare(model_class: type[nn.Module], config: Any) -> Tried:
     """Build the tiny models of a class, from a config of any sizes."""
     first = make_instance(model_class, config)
     shapes = shapes_of(first.model)
-    others = _possible(lambda make: _instance(model_class, make()), seconds(config))
+    others = _possible(lambda each: _instance(model_class, shrink(config, *each)), SECONDS)
     other = next((each for each in others if shapes != shapes_of(each.model)), None)
     instances = [first] if other is None else [first, other]
     models = [each.model for each in instances]
@@ -62,7 +62,10 @@ def prepare(model_class: type[nn.Module], config: Any) -> Tried:
         fields = first.model.config.to_dict()
         names = [name for name, value in fields.items() if type(value) is int and value > 1]
         models += _possible(lambda name: _doubled(first.model, name), names[:MOST_VARIANTS])
-    whole = _possible(lambda make: build(model_class, make(), "meta"), tall(config))
+    whole = _possible(
+        lambda each: build(model_class, shrink(config, *each, layers=True), "meta"),
+        () if is_deep(config) else TRIED,
+    )
     return Tried(instances, models, next(whole, None))
 
 
@@ -89,10 +92,10 @@ def make_instance(model_class: type[nn.Module], config: Any) -> Instance:
     """Return the first small version of a model that can be built and run."""
     tried: list[dict[str, Any]] = []
     reasons: list[str] = []
-    for make in candidates(config):
+    for each in CANDIDATES:
         try:
             with quiet():
-                version = make()
+                version = shrink(config, *each)
                 if version.to_dict() in tried:
                     continue
                 tried.append(version.to_dict())

@@ -7,8 +7,7 @@ stay equal. Nothing is built here, so that a config of any size costs nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -49,29 +48,11 @@ class Sizes(NamedTuple):
 FIRST, SECOND = Sizes(4, 6, 8, 20), Sizes(5, 5, 16, 28)
 # For classes whose heads share no keys, and for heads of which a part alone is rotated.
 ALONE, WIDE = Sizes(4, 4, 8, 20), Sizes(4, 6, 32, 20)
+# Sizes, and whether heads have one of their own where a field names it, so that the features that
+# heads have together aren't the hidden size; some classes refuse that.
 TRIED = ((FIRST, True), (FIRST, False), (ALONE, False), (WIDE, False))
-
-
-def candidates(config: Any) -> list[Callable[[], Any]]:
-    """Return what makes small versions of a config, the best one first, and at last itself.
-
-    A version has heads of its own size where a field names it, so that the features that heads
-    have together aren't the hidden size; some classes refuse that.
-    """
-    small = [partial(shrink, config, *each) for each in (*TRIED, (None, False))]
-    return [*small, partial(_rebuilt, config, config.to_dict())]
-
-
-def seconds(config: Any) -> list[Callable[[], Any]]:
-    """Return what makes versions of a config with other sizes than :func:`candidates` has."""
-    return [partial(shrink, config, SECOND, free) for free in (True, False)]
-
-
-def tall(config: Any) -> list[Callable[[], Any]]:
-    """Return what makes small versions of a config with all its layers, if it may have them."""
-    if most_layers(config.to_dict(), _names(config)) > MOST_DEPTH:
-        return []
-    return [partial(shrink, config, *each, layers=True) for each in TRIED]
+SECONDS = ((SECOND, True), (SECOND, False))
+CANDIDATES = (*TRIED, (None, False), (None, False, True))  # the last is the config itself
 
 
 def check_sizes(config: Any) -> str:
@@ -114,11 +95,13 @@ def shrink(config: Any, sizes: Sizes | None, free: bool = False, layers: bool = 
             less = _narrow(_few_tokens(less), names, sizes, free)
         return less | {key: small(part, {}) for key, part in _parts(less).items()}
 
-    return _rebuilt(config, small(config.to_dict(), _names(config)))
-
-
-def _rebuilt(config: Any, fields: Fields) -> Any:
+    fields = small(config.to_dict(), _names(config))
     return type(config).from_dict({k: v for k, v in fields.items() if k not in LABELS})
+
+
+def is_deep(config: Any) -> bool:
+    """Tell whether a config claims more layers than are built."""
+    return most_layers(config.to_dict(), _names(config)) > MOST_DEPTH
 
 
 def _parts(fields: Fields) -> dict[str, Fields]:

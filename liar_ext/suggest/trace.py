@@ -39,11 +39,13 @@ class Layer(NamedTuple):
     output: Tensor
 
     @property
-    def rows(self) -> int:  # noqa: D102
+    def rows(self) -> int:
+        """Features that it puts out."""
         return self.output.shape[-1]
 
     @property
-    def columns(self) -> int:  # noqa: D102
+    def columns(self) -> int:
+        """Features that it reads."""
         return self.input.shape[-1]
 
 
@@ -193,7 +195,7 @@ class Trace:
                 self.layers[name] = Layer(self._modules[name], how, *runs[0])
 
     def _reading(self, moved: str | None, of: Iterable[str] | None = None) -> list[str]:
-        """Return the modules ``of`` which the input depends on a layer, or the block's input."""
+        """Return those modules ``of`` some that read a layer's output, or the block's input."""
         found = self._inputs(moved, math.nan, of)
         for name, read in found.items():
             if name in self.layers and read.shape != self.layers[name].input.shape:

@@ -64,7 +64,7 @@ def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
         ("empty.txt", b"", "holds no text"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "must be UTF-8, got byte 0xe9 at position 3"),
         ("rows.jsonl", b'{"body": "x"}', 'line 1 must be a JSON object with a field "text"'),
-        ("rows.jsonl", b'{"text": "x"}\nnot json', "line 2 must be"),
+        ("rows.jsonl", b'{"text": "x"}\nnot json', "line 2 is no JSON"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, message):
@@ -99,8 +99,10 @@ def test_json_lines_end_at_line_feeds_only(tmp_path, separator):
         ('{"text": null}', 'line 2 must be a JSON object with a field "text", a string'),
         ('{"text": 3}', "a string"),
         ('["text"]', "a string"),
-        ("[" * 100_000, "a string"),
-        ('{"text": ' + "9" * 5000 + "}", "a string"),
+        ('{"body": "x", "id": 3}', 'a field "text", a string, got fields body, id'),
+        ('{"text": "x"', "line 2 is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ('{"text": ' + "9" * 5000 + "}", "is no JSON"),
         (r'{"text": "x\ud800"}', r"line 2 must be Unicode, got the lone surrogate U\+D800"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny
 
 from liar_ext import environment
-from liar_ext.calibration import passes
+from liar_ext.calibration import saved_sums
 from liar_ext.environment import available_memory, process_memory
 
 
@@ -68,11 +68,11 @@ def test_this_machine_has_some():
 
 @pytest.mark.parametrize(("free", "room"), [(100, 50), (None, 1000), (10_000, 1000)])
 def test_sums_take_half_of_what_is_free(monkeypatch, free, room):
-    monkeypatch.setattr(passes, "available_memory", lambda: free)
+    monkeypatch.setattr(saved_sums, "available_memory", lambda: free)
     model = tiny("llama")
-    monkeypatch.setattr(passes, "MEMORY", 1000)
-    assert passes.room_for_sums(model) == room
-    assert passes.room_for_sums(model, 70) == 70
+    monkeypatch.setattr(saved_sums, "MEMORY", 1000)
+    assert saved_sums.room_for_sums(model) == room
+    assert saved_sums.room_for_sums(model, 70) == 70
 
 
 @pytest.mark.parametrize("folder", ["proc", "missing"])

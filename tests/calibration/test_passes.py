@@ -12,7 +12,8 @@ from tiny import batches, outputs, tiny
 
 from liar_ext import InputError, calibrate, prune, sites
 from liar_ext.calibration import collect as calibration
-from liar_ext.calibration.passes import Passes, group_sites, split
+from liar_ext.calibration.collect import Passes
+from liar_ext.calibration.saved_sums import group_sites, split
 
 
 def bytes_of_most(model) -> int:
@@ -129,7 +130,7 @@ def test_moments_that_are_there_are_not_summed_again(schedule, monkeypatch):
     bank = calibrate(model, data)
     settings = {"keep": 0.6, "schedule": schedule}
     expected = prune(twin, data, certify_on=batches(model, 2), **settings)
-    again = "liar_ext.calibration.passes.collect_at"
+    again = "liar_ext.calibration.collect.collect_at"
     monkeypatch.setattr(again, lambda *_, **__: pytest.fail("summed again"))
     report = prune(model, data, bank=bank, **settings)
     assert report.plan == expected.plan

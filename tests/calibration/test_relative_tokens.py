@@ -13,7 +13,7 @@ from tiny_decoders import DECODERS
 from liar_ext import Budget, InputError, MomentBank, calibrate, prune, sites
 from liar_ext.calibration.taps import is_relative, relative_weights
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-from liar_ext.reconstruction.one_pass import reconstruct
+from liar_ext.reconstruction.solve import reconstruct
 from liar_ext.selection.allocation import even_plan
 
 NORMED = ("gemma3_text", "olmo2", "exaone4", "glm4")

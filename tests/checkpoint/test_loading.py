@@ -236,9 +236,9 @@ def test_a_folder_that_is_not_ours(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no readable config.json"):
         load_pruned(tmp_path / "missing")
     tiny("llama").save_pretrained(tmp_path / "dense")
-    with pytest.raises(InputError, match="isn't a pruned model that says so"):
+    with pytest.raises(InputError, match="holds a dense model"):
         load_pruned(tmp_path / "dense")
-    with pytest.raises(InputError, match="isn't a pruned model that says so"):
+    with pytest.raises(InputError, match="holds a dense model"):
         verify_pruned(tmp_path / "dense")
 
 
@@ -246,7 +246,7 @@ def test_what_apply_plan_alone_left_is_refused_with_the_way_to_save_it(tmp_path:
     """Its config says the dense sizes, of which no loader can know better."""
     model, plan = pruned("llama", equal_plan)
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(InputError, match=r"save it again with save_pruned\(model, folder, plan\)"):
+    with pytest.raises(InputError, match=r"sliced by save_pruned\(model, folder, plan\)"):
         load_pruned(tmp_path / "saved")
     with pytest.raises(RuntimeError, match="size"):
         type(model).from_pretrained(tmp_path / "saved")

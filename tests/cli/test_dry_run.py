@@ -5,7 +5,7 @@ import torch
 from tiny import NARROWABLE, batches, tiny
 
 from liar_ext import InputError, Recipe, cli, prune
-from liar_ext.calibration import generated, passes
+from liar_ext.calibration import generated, saved_sums
 from liar_ext.job.dry_run import describe
 
 
@@ -100,7 +100,7 @@ def test_a_dry_run_writes_beginnings_of_its_own_text_alone(
 def test_an_estimate_covers_every_site(monkeypatch):
     """With sums that are taken in groups, the first group may lack a kind of site."""
     model = tiny("llama")
-    assert len(passes.group_sites(list(_sites(model)), 9_000)) > 3
+    assert len(saved_sums.group_sites(list(_sites(model)), 9_000)) > 3
     lines = describe(model, in_folds(model), Recipe(keep=0.7, memory=9_000))
     assert any(line.startswith("time: about") for line in lines)
 

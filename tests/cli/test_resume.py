@@ -17,7 +17,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
 from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import inputs, resume
-from liar_ext.job import folder
+from liar_ext.job import pruning
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
@@ -288,7 +288,7 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
     }
     option = {"prune": "--out", "calibrate": "--bank"}[command]
     more = ["--keep", 0.7, "--preset", "fast"] if command == "prune" else []
-    of, name = (folder, "fill_folder") if command == "prune" else (MomentBank, "save")
+    of, name = (pruning, "fill_folder") if command == "prune" else (MomentBank, "save")
     work = getattr(of, name)
 
     def meanwhile(*given, **more):
@@ -306,13 +306,13 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
 def test_a_folder_that_appears_before_the_result_is_written_costs_no_work(
     llama_folder, corpus, tmp_path, capsys, monkeypatch
 ):
-    job = folder.run
+    job = pruning.run
 
     def meanwhile(*given, **more):
         (tmp_path / "result").mkdir()
         return job(*given, **more)
 
-    monkeypatch.setattr(folder, "run", meanwhile)
+    monkeypatch.setattr(pruning, "run", meanwhile)
     arguments = [llama_folder, "--calibration", corpus[0], *SIZES[:8], "--preset", "fast"]
     error = refused(capsys, "prune", *arguments, "--out", tmp_path / "result")
     (kept,) = (path for path in tmp_path.iterdir() if path.name != "result")

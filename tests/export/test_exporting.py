@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -14,6 +15,7 @@ from folders import equal_plan
 from liar_ext import InputError, cli
 from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.checkpoint.names import EXPORTS_FILE
+from liar_ext.errors import install
 from liar_ext.export import FORMATS, Exported, Format, export
 from liar_ext.export.exporting import read_record
 
@@ -171,6 +173,9 @@ def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(FORMATS, "file", Format("nowhere", "", ".x", ("no_such_package",), "some"))
     with pytest.raises(InputError, match=r"no_such_package \(.*\); pip install '\.\[some\]'"):
         export(folder, "file")
+    assert re.fullmatch(
+        r"pip install 'onnx>=\S+' 'onnxscript>=\S+' 'onnxruntime>=\S+'", install("onnx")
+    )
 
 
 def test_a_hostile_record_is_neither_followed_nor_fatal(folder, tmp_path):

@@ -10,7 +10,7 @@ from tiny import batches, outputs, same_weights, tiny
 
 import liar_ext
 from liar_ext import Budget, InputError, MomentBank, Recipe, calibrate, prune, sweep
-from liar_ext.calibration import passes
+from liar_ext.calibration import collect
 from liar_ext.job import scoring
 from liar_ext.job.preparing import Job
 from liar_ext.job.pruning import run
@@ -58,7 +58,7 @@ def test_each_budget_is_what_it_is_from_scratch(family, choices, banks, monkeypa
     before = outputs(model)
     with monkeypatch.context() as patch:
         if "keep_hidden" not in choices:  # all of its moments are others
-            patch.setattr(passes, "collect_at", lambda *_, **__: pytest.fail("summed again"))
+            patch.setattr(collect, "collect_at", lambda *_, **__: pytest.fail("summed again"))
         points = sweep(
             model,
             bank=banks[family],

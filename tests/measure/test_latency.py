@@ -166,7 +166,7 @@ def test_costs_are_corrected_by_what_whole_plans_take(monkeypatch):
     table = table_for(model, at, budget, fixed=0.02)
     found = []
 
-    def timed(models, budget, clock):
+    def timed(models, budget):
         counts = {site.name: site.units for site in sites(models["pruned"])}
         added = Costs.measured(replace(speed.table, scale=1.0), at)
         plan = plan_of(model, at, counts)

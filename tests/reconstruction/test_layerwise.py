@@ -22,8 +22,7 @@ from liar_ext import (
     sites,
 )
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.one_pass import with_bias
-from liar_ext.reconstruction.solve import solve
+from liar_ext.reconstruction.solve import solve, with_bias
 from liar_ext.reconstruction.streams import InMemory, Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
 

@@ -223,7 +223,6 @@ def test_a_report_without_a_recipe_shows_its_settings(tmp_path):
     [
         (replace(ROW, dropped_rows=3), "linear", 9999, "Up to 3 token rows"),
         (replace(ROW, damp=math.inf), "linear", 9999, "least with plain dropping at 3.mlp"),
-        (replace(ROW, target="stream"), "linear", 9999, "fresh text can show several times"),
         (ROW, "linear", 99, "99 calibration tokens are few"),
         (replace(ROW, error=math.nan), "linear", 9999, "are not finite"),
     ],
@@ -241,6 +240,11 @@ def test_the_clock_adds_stages_of_one_name():
             pass
     assert list(clock.each("b", [1, 2])) == [1, 2]
     assert clock.seconds.keys() == {"a", "b"} and all(s >= 0 for s in clock.seconds.values())
+
+
+def test_errors_of_a_walk_are_said_to_count_what_was_lost_before():
+    notes = [sites("", [replace(ROW, target=t)]).note for t in ("dense-input", "stream")]
+    assert [("fresh text can show several times" in note) for note in notes] == [False, True]
 
 
 def test_a_notebook_shows_sizes_warnings_and_sites_as_text():

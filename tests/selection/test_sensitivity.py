@@ -21,7 +21,7 @@ from liar_ext import (
     site_divergences,
     sites,
 )
-from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.reconstruction.solve import with_bias
 from liar_ext.selection.allocation import probe_plan
 from liar_ext.selection.divergence import DenseOutputs
 

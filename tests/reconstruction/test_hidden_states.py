@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from liar_ext import InputError
-from liar_ext.calibration import hidden_states
-from liar_ext.calibration.hidden_states import HiddenStates
+from liar_ext.reconstruction import streams
+from liar_ext.reconstruction.streams import HiddenStates
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -55,7 +55,7 @@ def test_nothing_of_the_file_is_to_be_seen(tmp_path):
 
 
 def test_long_tensors_are_moved_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(hidden_states, "MOST_AT_ONCE", 7)
+    monkeypatch.setattr(streams, "MOST_AT_ONCE", 7)
     tensor = torch.randn(33)
     assert torch.equal(HiddenStates(0, tmp_path).hold(tensor).get(), tensor)
 
