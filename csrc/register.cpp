@@ -50,6 +50,12 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
   m.def(
       "obs_curve(Tensor weight, Tensor gram, int width, float damp, int at_least, int groups=1) -> "
       "(Tensor order, Tensor error, Tensor info)");
+  // Parts of the last two, on CUDA alone.
+  m.def("_solve_small(Tensor block, Tensor side, Tensor shifts) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_eliminate_(Tensor h, Tensor v, Tensor unit, Tensor(a!) lost, Tensor(b!) order, "
+      "Tensor(c!) error, Tensor(d!) left, Tensor(e!) right, Tensor(f!) gone, "
+      "Tensor(g!) h_diagonal, Tensor(h!) v_diagonal, int first, int per_group) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {

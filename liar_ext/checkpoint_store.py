@@ -24,7 +24,7 @@ from torch import Tensor
 
 from liar_ext.atomic_write import SEAL, Held, is_sealed, is_unfinished, tensor_of, write_tensors
 from liar_ext.distributed import broadcast, gather, is_first, rank
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 
 VERSION = 6  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
@@ -45,29 +45,28 @@ class Checkpoint(AbstractContextManager):
         self, folder: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.folder, self.clock = Path(folder), clock
+        self._failure = f"checkpoint: can't write into {os.fspath(self.folder)!r}"
         self._start, self._lock = clock(), None
         self._saved: dict[str, tuple[float, float]] = {}  # by key: end of the save, its seconds
         if is_first():
             self._open()
 
     def _open(self) -> None:
+        kinds = OSError, ValueError
         try:
-            if any((self.folder / name).exists() for name in OLDER):
-                raise of_other_version(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A link would lead to somebody else's file.
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._lock = os.open(self.folder / LOCK_FILE, flags, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with refusing(self._failure, "name another folder", *kinds, but=(BlockingIOError,)):
+                if any((self.folder / name).exists() for name in OLDER):
+                    raise of_other_version(self.folder)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # A link would lead to somebody else's file.
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._lock = os.open(self.folder / LOCK_FILE, flags, 0o666)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"checkpoint: another process works in {self.folder}; wait for it, or name another "
                 "folder"
             ) from None
-        except (OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise self._refusal(error, "name another folder") from error
 
     def begin(self, job: Mapping[str, Any], **kept: Any) -> dict[str, Any]:
         """Record facts of this job, and return all recorded ones.
@@ -121,12 +120,10 @@ class Checkpoint(AbstractContextManager):
         """
         if not is_first():
             return
-        start = self.clock()
-        try:
-            write_tensors(self.path(key), tensors or {}, {"facts": json.dumps(dict(facts or {}))})
-        except OSError as error:
-            advice = "free space, and liar resume goes on from what was saved before"
-            raise self._refusal(error, advice) from error
+        start, said = self.clock(), {"facts": json.dumps(dict(facts or {}))}
+        advice = "free space, and liar resume goes on from what was saved before"
+        with refusing(self._failure, advice, OSError):
+            write_tensors(self.path(key), tensors or {}, said)
         self._saved[key] = self.clock(), self.clock() - start
 
     def put_shared(
@@ -186,10 +183,6 @@ class Checkpoint(AbstractContextManager):
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def _refusal(self, error: Exception, advice: str) -> InputError:
-        where = os.fspath(self.folder)
-        return InputError(f"checkpoint: can't write into {where!r}: {one_line(error)}; {advice}")
 
 
 class Stored(Mapping[str, Tensor]):

@@ -1,5 +1,4 @@
-// The launchers behind the schemas of register.cpp and launchers/cuda/register.cpp. Names end in
-// the device.
+// The launchers behind the schemas of register.cpp. Names end in the device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

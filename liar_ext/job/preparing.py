@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
@@ -26,6 +27,7 @@ from liar_ext.job.solving import hold_out
 from liar_ext.job.speed import Speed
 from liar_ext.job.streamed import Shares, check_blocks, share_out
 from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, why_whole
 from liar_ext.plan import KINDS
 from liar_ext.progress import Clock
@@ -36,6 +38,7 @@ from liar_ext.reconstruction.streams import Walk
 from liar_ext.selection.allocation import check_budget, even_plan
 from liar_ext.selection.costs import Costs, LatencyTable, total_cost
 from liar_ext.selection.criteria import get_criterion
+from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.selection.whole_experts import count_experts_kept
 
 if TYPE_CHECKING:
@@ -179,6 +182,14 @@ def _check_sizes(job: Job) -> None:
         )
     if job.narrows:
         count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
+        for batch in (job.certify_on or ())[:1]:
+            with torch.no_grad(), evaluating(model):
+                if DenseOutputs(model, batch, positions=1).has_logits:
+                    continue
+            raise InputError(
+                "prune: certify compares hidden states, whose size keep_hidden changes: "
+                f"{type(model).__name__} gives no logits; leave one of them out"
+            )
 
 
 def _warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:
