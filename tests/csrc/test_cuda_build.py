@@ -39,7 +39,7 @@ def test_versions_of_cuda_are_told():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", {*OPERATORS, *KERNELS})
+@pytest.mark.parametrize("name", sorted({*OPERATORS, *KERNELS}))
 def test_kernels_are_registered_for_cuda(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"liar_ext::{name}", "CUDA")
 
