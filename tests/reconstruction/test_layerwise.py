@@ -291,7 +291,6 @@ def test_the_whole_job(name, mode):
     assert {row.path.split(",")[0] for row in report.sites} == {mode}
     assert torch.isfinite(outputs(model)).all()
     assert "| stream |" in report.to_markdown() or "stream |" in report.to_markdown()
-    assert any("Judge the model by --eval" in warning for warning in report.warnings)
 
 
 def test_the_model_is_not_changed_even_by_a_failure():
