@@ -33,7 +33,7 @@ from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.cli.output import check_device
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.job.sharing import SmallerVocabulary
+from liar_ext.job.sharing import SmallerVocabulary, shares_budget
 from liar_ext.job.solving import LEAST
 from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
@@ -121,7 +121,7 @@ def load(
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     if kind is None:
         texts.check_seq_len(model, recipe.seq_len)
-    if sketch and recipe.keep_vocab == "auto" and recipe.of == "params" and recipe.keep < 1:
+    if sketch and shares_budget(recipe):
         raise InputError(
             "prune: --dry-run can't tell how --keep-vocab auto shares a budget of params, which it "
             "measures on pruned models; give a number of tokens, or leave --dry-run out"

@@ -18,6 +18,7 @@ from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import given_fields, recipe_of
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
+from liar_ext.job.sharing import shares_budget
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.embeddings import Evaluator
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
             "sweep: liar sweep needs MODEL and --bank FILE, which liar calibrate writes, or MODEL "
             "and --calibration TEXT, MODEL before it"
         )
-    if recipe.keep_vocab == "auto" and recipe.of == "params":
+    if shares_budget(recipe):
         raise InputError(
             "sweep: --keep-vocab auto takes another vocabulary for each budget of params; give a "
             "number of tokens, or run liar prune for each"

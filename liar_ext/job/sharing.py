@@ -34,6 +34,15 @@ SPLIT = 1.05  # times as many tokens per byte as before, from which on a warning
 MORE = 0.02  # more of them on held-out text than on the text that chose
 
 
+def shares_budget(recipe: Recipe) -> bool:
+    """Tell whether the size of the vocabulary is chosen in one budget with heads and channels.
+
+    Not with fewer hidden features or experts, of whose smaller model ``keep`` is a fraction.
+    """
+    whole = recipe.keep_hidden == recipe.keep_experts == 1.0
+    return recipe.keep_vocab == "auto" and recipe.of == "params" and recipe.keep < 1 and whole
+
+
 class SmallerVocabulary:
     """What a recipe leaves of the vocabulary, and how much that changes.
 
@@ -88,7 +97,7 @@ class SmallerVocabulary:
         most = JUDGED_PIECES if predicts_next_token(self.model) else JUDGED_DOCUMENTS
         counted, quality = count(texts), self._quality(recipe, judging, most)
         given = counted, self.model, self.tokenizer, quality
-        if recipe.of == "params" and recipe.keep < 1:
+        if shares_budget(recipe):
             with alone():
                 chosen, auto = share_budget(*given, recipe, self._draw(), self._progress)
         else:
@@ -171,7 +180,7 @@ def share_budget(
         try:
             measure(size)
         except InputError as error:  # sites can't go down so far, or more tokens must stay
-            refused = error
+            refused = refused or error
         if tried and best() != min(tried):
             break
     if not tried:
@@ -184,11 +193,13 @@ def share_budget(
 
 
 def _sizes(size: int) -> Iterator[int]:
-    """Yield sizes from all tokens on, each three quarters of the one before."""
-    found = size
-    while found > STEP:
+    """Yield sizes from all tokens on, each about three quarters of the one before."""
+    yield size
+    before = size
+    # Rounding to multiples of 64 ends it: three quarters of 128 are 128 again.
+    while (found := size_of(int(before * SMALLER), size)) < before:
         yield found
-        found = size_of(int(found * SMALLER), size)
+        before = found
 
 
 def _between(sizes: list[int], best: int) -> list[int]:

@@ -207,9 +207,8 @@ class _Problem:
         least = problem.spent([0] * len(teams))
         if least > problem.limit:
             outside = fixed / total
-            hint = "raise keep, or lower tile"
-            if budget.of == "params" and outside > 0.5 * budget.keep:
-                hint = "raise keep, or remove tokens (keep_vocab) or features (keep_hidden), too"
+            more = ", or remove tokens or features, too (keep_vocab, keep_hidden)"
+            hint = "raise keep, or lower tile" + more * (budget.of == "params")
             beside = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
             raise InputError(
                 f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile="

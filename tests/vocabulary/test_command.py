@@ -26,7 +26,7 @@ from liar_ext import (
 )
 from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.export.verify import verify_everywhere
-from liar_ext.job.sharing import split_warnings
+from liar_ext.job.sharing import shares_budget, split_warnings
 from liar_ext.job.vocabulary import LOSSES
 
 KEPT = 384
@@ -208,6 +208,24 @@ def test_tokens_heads_and_channels_share_a_budget_of_parameters(
         run(folder, [documents], tmp_path / "no", "--keep-vocab", "auto", *more, "--dry-run") == 2
     )
     assert "give a number of tokens, or leave --dry-run out" in capsys.readouterr().err
+    # What no size can meet is said of the budget, not of the last size that was tried.
+    more += ["--keep-vocab", "auto", "--keep", "0.01"]
+    assert run(folder, [documents], tmp_path / "no", *more) == 2
+    assert "no plan keeps 0.01 of params" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "shared"),
+    [({}, True), ({"keep": 1.0}, False), ({"of": "prunable"}, False)]
+    + [
+        ({"keep_hidden": 0.75}, False),
+        ({"keep_experts": 0.5}, False),
+        ({"keep_vocab": 0.5}, False),
+    ],
+)
+def test_a_budget_is_shared_where_it_counts_all_parameters(more, shared):
+    given = {"of": "params", "keep": 0.5, "keep_vocab": "auto"} | more
+    assert shares_budget(Recipe(**given)) is shared
 
 
 def test_a_sweep_has_one_vocabulary_for_all_budgets(folder, corpus, tmp_path, capsys):
