@@ -26,8 +26,13 @@ class InputError(ValueError):
 
 def one_line(error: object, length: int = 300) -> str:
     """Return what an error or a message says as one line, cut to ``length`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Return text that drives no terminal: what is not printable is shown as U+FFFD."""
+    return "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: int = 1) -> str:

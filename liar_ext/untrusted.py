@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError, refusing
+from liar_ext.errors import InputError, printable, refusing
 
 MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB, an index of 10⁵ tensors less
 MOST_TEXT = 400  # characters of one value
@@ -54,7 +54,7 @@ def text(value: Any, most: int = MOST_TEXT) -> str:
         flat = len(value) <= most and not any(isinstance(each, list | dict) for each in value)
         value = ", ".join(map(str, value)) if flat else f"{len(value):,} entries"
     said = str(value)[: most + 1] if not isinstance(value, int) or abs(value) < LARGEST else "?"
-    said = "".join(each if each.isprintable() else "\ufffd" for each in said)
+    said = printable(said)
     return said if len(said) <= most else said[:most] + "…"
 
 

@@ -135,13 +135,13 @@ def _read_line(line: str, place: str) -> str:
         raise InputError(
             f'text: {place} is no JSON; write {{"text": "..."}} on each line'
         ) from None
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        came = f"fields {', '.join(row)[:80] or '(none)'}" if isinstance(row, dict) else "none"
+    fields = row if isinstance(row, dict) else {}
+    if not isinstance(fields.get("text"), str):
+        came = f"fields {', '.join(fields)[:80]}" if fields else "none"
         raise InputError(
             f'text: {place} must be a JSON object with a field "text", a string, got {came}'
         )
-    return checked(text, place)
+    return checked(fields["text"], place)
 
 
 def checked(text: str, place: str) -> str:

@@ -19,7 +19,8 @@ from liar_ext.cli.messages import error_lines, shown, silence_of_others
 from liar_ext.cli.options import Parser, PrintCompletion
 from liar_ext.errors import InputError, did_you_mean, is_out_of_memory, one_line
 
-SAME = {"--text": "--calibration"}  # another command's name for an option
+# What another command calls an option.
+ALIASES = {"--text": "--calibration"}
 
 
 def _call(place: str, *given: object) -> int | None:
@@ -89,7 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         known = top.of_command[options.command]
         given = rest[0].partition("=")[0]
-        hint = did_you_mean(SAME.get(given, given), known._option_string_actions)
+        hint = did_you_mean(ALIASES.get(given, given), known._option_string_actions)
         what = "option" if rest[0].startswith("-") else "argument"
         known.error(f"unknown {what} {rest[0]}" + (f"; {hint}" if hint else ""))
     return options

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.errors import did_you_mean, one_line
+from liar_ext.errors import did_you_mean, one_line, printable
 from liar_ext.recipe.fields import option_of, recipe_fields
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def shown(progress: bool, quiet: bool) -> Iterator[None]:
             def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
                 if category is not UserWarning:
                     return other(message, category, *where)
-                said = OPERATION.sub("", " ".join(str(message).split()), count=1)
+                said = OPERATION.sub("", printable(" ".join(str(message).split())), count=1)
                 print(_painted("warning"), said, file=sys.stderr, flush=True)
 
             warnings.showwarning = show

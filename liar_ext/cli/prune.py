@@ -90,9 +90,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         given.add_to(report, given.model)
 
     with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
-        early = () if options.json or not is_first() else given.notes
-        for note in early:  # while there is time to stop
-            warnings.warn(note, stacklevel=2)
+        early = _warned_early(given, options)
         let_write(given, saved, progress=options.progress)
         job = Job(
             given.model,
@@ -111,6 +109,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     if is_first():
         say(report, options, start, early)
     return report
+
+
+def _warned_early(given: Given, options: argparse.Namespace) -> Sequence[str]:
+    """Warn of what the text lacks while there is time to stop; return what was said."""
+    notes = given.notes if is_first() and not options.json else ()
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return notes
 
 
 def _sketched(given: Given, options: argparse.Namespace) -> list[str]:

@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from liar_ext.errors import printable
+
 MOST_ROWS = 512  # of a table in HTML
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MEASURES = {  # of the whole model on held-out inputs, and what they are
@@ -82,7 +84,7 @@ def in_markdown(value: str) -> str:
 
 def plain(value: str) -> str:
     """Return text of a stranger as one line of Markdown that shows it as it is."""
-    line = "".join(each if each.isprintable() else "\ufffd" for each in " ".join(value.split()))
+    line = printable(" ".join(value.split()))
     return re.sub(r"([\\`&#|\[\]])", r"\\\1", line).replace("<", "&lt;")
 
 

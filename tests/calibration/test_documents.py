@@ -101,6 +101,7 @@ def test_json_lines_end_at_line_feeds_only(tmp_path, separator):
         ('["text"]', "a string"),
         ('{"body": "x", "id": 3}', 'a field "text", a string, got fields body, id'),
         ('{"text": "x"', "line 2 is no JSON"),
+        ("{}", "a string, got none"),
         ("[" * 100_000, "is no JSON"),
         ('{"text": ' + "9" * 5000 + "}", "is no JSON"),
         (r'{"text": "x\ud800"}', r"line 2 must be Unicode, got the lone surrogate U\+D800"),

@@ -212,6 +212,23 @@ def test_text_that_does_not_vary_is_warned_of(llama_folder, tmp_path, capsys):
     assert "warning: Every error is 0: the activations do not vary" in capsys.readouterr().err
 
 
+def test_what_the_text_lacks_is_said_once(llama_folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 20)
+    text = ("--calibration", tmp_path / "text.txt", "--samples", 99, "--seq-len", 16)
+    assert run("prune", llama_folder, *text, "--preset", "fast", "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().err.count("of 99 sequences") == 1
+    report = json.loads((tmp_path / "out/liar/report.json").read_text())
+    assert sum("of 99 sequences" in each for each in report["warnings"]) == 1
+
+
+def test_a_message_drives_no_terminal(llama_folder, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"\x1b[31mred": 1}))
+    text = ("--calibration", tmp_path / "text.jsonl", "--out", tmp_path / "out")
+    assert run("prune", llama_folder, *text) == 2
+    error = capsys.readouterr().err
+    assert "got fields \ufffd[31mred" in error and "\x1b" not in error
+
+
 def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_path, capsys):
     command = ("eval", llama_folder, "--text", corpus[1], "--seq-len", 32, "--quiet", "--output")
     assert run(*command, tmp_path / "a.json") == run(*command, tmp_path / "a.json") == 0
@@ -445,6 +462,7 @@ def refuse(llama_folder, corpus, tmp_path, capsys):
     [
         ("prnue", "there is no command prnue\nhint: did you mean prune?"),
         ("prune m --keeep 1", "unknown option --keeep\nhint: did you mean --keep?"),
+        ("prune m --text t", "unknown option --text\nhint: did you mean --calibration?"),
         ("prune m --preset fats", "got 'fats'\nhint: did you mean fast?"),
         ("export m --to onx", "got 'onx'\nhint: did you mean onnx?"),
         ("prune m --calibration t --out o --criterion wand", "'wand'\nhint: did you mean wanda?"),
