@@ -303,19 +303,16 @@ def vocabulary(found: Mapping[str, Any]) -> Table:
 def vocabulary_sizes(found: Mapping[str, Any]) -> Table:
     """Return the sizes that ``--keep-vocab auto`` has tried."""
     name, most = found["judged_by"].replace("_", " "), found["most_loss"]
-    steps = [(*step, None)[:4] for step in found["curve"]]
-    rows = [
-        (figure(tokens, ","), figure(loss, ".2%"), figure(rate, ".4g"), figure(kept, ".1%"))
-        for tokens, loss, rate, kept in steps
-    ]
+    heads = {"tokens": ",", "loss": ".2%", "tokens per byte": ".4g"}
+    if most is None:
+        heads["kept by heads and channels alone"] = ".1%"
+    rows = [tuple(map(figure, step, heads.values())) for step in found["curve"]]
     note = f"Loss of {name} on documents that chose no token. " + (
         "Heads and channels were pruned to the rest of the budget, in one pass. The best was taken."
         if most is None
         else f"The smallest size was taken that loses at most {most:.1%}."
     )
-    heads = ("tokens", "loss", "tokens per byte", "kept by heads and channels alone")
-    some = slice(4 if most is None else 3)
-    return Table("Sizes of the vocabulary", heads[some], [row[some] for row in rows], (), note)
+    return Table("Sizes of the vocabulary", tuple(heads), rows, (), note)
 
 
 def _both(pair: Sequence[float | None] | None) -> list[str]:

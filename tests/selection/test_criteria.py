@@ -94,6 +94,7 @@ def test_users_register_their_own(job):
 
     @criterion("last", source="test")
     def last(stats):
+        assert stats.site in [site.name for site in at]
         return torch.arange(stats.weight.shape[1] // stats.width).double()
 
     @criterion("last_feature", source="test")
