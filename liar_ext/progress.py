@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -53,6 +53,8 @@ class Bar(tqdm):
         self.logs = not disable and bool(self.told or _PLAIN.get() or not file.isatty())
         self.logged = time.monotonic()
         settings.setdefault("leave", self.job is None)
+        shown = self.job is not None and not disable
+        self.number = self.job.begin(desc) if shown else ""
         super().__init__(*args, disable=disable or self.logs, desc=desc, **settings)
         self.desc, self._ended = desc, threading.Event()
         if self.logs and self.told is None:  # a step may take longer than two lines are apart
@@ -62,7 +64,7 @@ class Bar(tqdm):
     def __str__(self) -> str:
         if self.job is None:
             return super().__str__()
-        return self.job.line(self.desc, self.n, self.total)
+        return self.job.line(self.number, self.desc, self.n, self.total)
 
     def __iter__(self) -> Iterator:
         """Yield the steps."""
@@ -157,22 +159,35 @@ class Stage:
 class Timeline:
     """How far a job is: counted work that is done, by the time that it took.
 
-    A bar of a stage that isn't in ``stages`` counts as no work.
+    A bar of a stage that isn't in ``stages`` counts as no work. ``bars`` names the stages of all
+    bars, in order; by default each stage has one.
     """
 
     def __init__(
         self,
         title: str,
         stages: Mapping[str, Stage],
+        bars: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.title, self.stages, self.clock = title, dict(stages), clock
         self.start, self.logged = clock(), time.monotonic()
-        self.begun: list[str] = []
+        self.bars, self.begun = list(bars or stages), 0
 
     def shown(self) -> AbstractContextManager[None]:
         """Let bars that are made in the context be the line of this job."""
         return _within(_JOB, self)
+
+    def begin(self, stage: str) -> str:
+        """Return the number of a bar that begins, ``[3/5]``; of one not expected the job's title.
+
+        Bars that were left out, since a checkpoint has what they do, count as well.
+        """
+        name = _name(stage)
+        if name not in self.bars[self.begun :]:
+            return self.title
+        self.begun = self.bars.index(name, self.begun) + 1
+        return f"[{self.begun}/{len(self.bars)}]"
 
     def advance(self, stage: str, steps: int) -> None:
         """Note steps that are done."""
@@ -194,15 +209,8 @@ class Timeline:
             done += step * min(max(so_far - each.spared, 0), to_do)
         return (self.clock() - self.start) * (work - done) / done if done else None
 
-    def line(self, stage: str, steps: int, total: int | None) -> str:
-        """Return ``[3/5] measuring sensitivity 37/60 · 4:10 elapsed, about 3:30 remaining``.
-
-        Stages count in the order in which they begin.
-        """
-        name, number = _name(stage), self.title
-        if name in self.stages:
-            self.begun += [name] * (name not in self.begun)
-            number = f"[{len(self.begun)}/{len(self.stages)}]"
+    def line(self, number: str, stage: str, steps: int, total: int | None) -> str:
+        """Return ``[3/5] measuring sensitivity 37/60 · 4:10 elapsed, about 3:30 remaining``."""
         of = "" if total is None else f"/{total}"
         elapsed = _shown(self.clock() - self.start)
         said = f"{number} {_title(stage)} {steps}{of} · {elapsed} elapsed"

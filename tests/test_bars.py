@@ -30,27 +30,38 @@ def clock(monkeypatch):
 def test_a_line_says_what_is_done_and_what_is_left(clock):
     """Half of the work is done after 250 seconds, so that as many are left."""
     stages = {"calibrate": Stage(10, 30.0), "sensitivity": Stage(60, 40.0)}
-    job = Timeline("prune", stages, lambda: clock[0])
-    assert job.line("calibrate", 0, 10) == (
+    job = Timeline("prune", stages, clock=lambda: clock[0])
+    assert job.line("[1/2]", "calibrate", 0, 10) == (
         "[1/2] collecting activation statistics 0/10 · 0:00 elapsed"
     )
     job.advance("calibrate, pass 1", 10)
     clock[0] += 250
     said = "[2/2] measuring sensitivity 30/60 · 4:10 elapsed, about 1:40 remaining"
     assert job.left("sensitivity", 30) == pytest.approx(100.0)  # 250 s · 20 / 50
-    assert job.line("sensitivity", 30, 60) == said
+    assert job.line("[2/2]", "sensitivity", 30, 60) == said
     clock[0] += 3600
-    assert job.line("sensitivity", 60, 60).endswith("1:04:10 elapsed, about 0:00 remaining")
+    said = job.line("[2/2]", "sensitivity", 60, 60)
+    assert said.endswith("1:04:10 elapsed, about 0:00 remaining")
     said = "prune generating text 3 · 1:04:10 elapsed, about 1:25:33 remaining"
-    assert job.line("write", 3, None) == said
-    assert job.line("calibrate, pass 2", 3, 10).startswith(
-        "[2/2] collecting activation statistics, pass 2 3/10"  # stages that have begun
-    )
+    assert job.line("prune", "write", 3, None) == said
+    said = "[2/2] collecting activation statistics, pass 2 3/10"
+    assert job.line("[2/2]", "calibrate, pass 2", 3, 10).startswith(said)
+
+
+def test_each_bar_of_a_job_has_a_number_of_its_own():
+    """Also the second of a stage; what a checkpoint has leaves its number out."""
+    stages = {name: Stage(4, 1.0) for name in ("calibrate", "curves", "reconstruct")}
+    order = ["calibrate", "reconstruct", "curves", "reconstruct"]
+    whole, resumed = (Timeline("prune", stages, order) for _ in range(2))
+    assert [whole.begin(each) for each in order] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert resumed.begin("calibrate, pass 1") == "[1/4]" and resumed.begin("curves") == "[3/4]"
+    assert resumed.begin("write") == "prune" and resumed.begin("reconstruct") == "[4/4]"
+    assert resumed.begin("calibrate") == "prune"  # nobody expected another
 
 
 def test_what_was_done_before_a_stop_takes_no_time(clock):
     stages = {"calibrate": Stage(10, 30.0), "curves": Stage(4, 10.0), "layerwise": Stage(6, 60.0)}
-    job = Timeline("prune", stages, lambda: clock[0])
+    job = Timeline("prune", stages, clock=lambda: clock[0])
     with job.shown():
         spare("curves")
         spare("calibrate, pass 1", 10)
@@ -102,7 +113,8 @@ def test_without_a_terminal_the_log_has_a_line_every_30_seconds(plain, clock, ca
     """Also on a terminal, if it is asked for."""
     caplog.set_level(logging.INFO, "liar_ext")
     out = Terminal() if plain else io.StringIO()
-    job = Timeline("prune", {"curves": Stage(4, 1.0), "probes": Stage(4, 3.0)}, lambda: clock[0])
+    stages = {"curves": Stage(4, 1.0), "probes": Stage(4, 3.0)}
+    job = Timeline("prune", stages, clock=lambda: clock[0])
     with job.shown(), plain_lines(plain):
         for _ in Bar(range(4), desc="curves", file=out):
             clock[0] += 10

@@ -208,6 +208,7 @@ def _restored(job: Job, passes: Passes, facts: Mapping[str, Any]) -> Decision:
     if job.walk is not None:
         passes.source |= facts["source"]
         spare("calibrate", len(job.walk.blocks))  # of the first walk
+        spare("sensitivity")
         return decision
     if job.bank is None:
         passes.bank = MomentBank(source=facts["source"])

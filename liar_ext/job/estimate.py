@@ -138,6 +138,24 @@ def _narrowing(
     yield "solve", sources, NORM * sources * _ridge(kept, hidden.size, _solves(recipe)), peak
 
 
+def bars_of(job: Any, stages: Mapping[str, Estimate]) -> list[str]:
+    """Return the stages of a job in the order of its bars: some have several."""
+    if job.walk is not None:
+        second = [name for name in stages if name in ("layerwise", "from memory")] or ["calibrate"]
+        order = ["calibrate", "sensitivity", "evaluate", *second]
+    else:
+        groups = len(group_sites(job.sites(job.model), job.room))
+        curve = ["curves", "reconstruct", "sensitivity"] * (job.recipe.allocation == "curve")
+        order = ["evaluate", *["calibrate", "gradients", *curve] * groups]
+        if job.judged is not None or job.recipe.schedule == "one-pass":
+            order += ["reconstruct", *["calibrate", "reconstruct"] * (groups - 1)]
+        order += ["layerwise", "rescale"]
+        if "narrow" in stages:
+            runs = stages["narrow"].steps // len(job.batches) - 1
+            order[1:1] = ["narrow", *["narrow", "solve"] * runs]
+    return [name for name in [*order, "evaluate"] if name in stages]
+
+
 def before_plan(at: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
     """Return the steps, by stage, that come before the plan; None for all of a stage."""
     probed = len(at) if recipe.allocation == "curve" else 0
@@ -145,23 +163,32 @@ def before_plan(at: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
     return {**stages, "reconstruct": probed}
 
 
-def by_blocks(stages: Mapping[str, Estimate], blocks: int, kept: bool) -> dict[str, Estimate]:
+def by_blocks(
+    stages: Mapping[str, Estimate], blocks: int, kept: bool, head: float
+) -> dict[str, Estimate]:
     """Return the stages of a job that reads one block at a time: its two walks over the blocks.
 
     A job in one pass solves on the second, from statistics that were ``kept`` or collected again.
+    Probes and held-out text pass the blocks there; the output head, which is this fraction of
+    their work, is run after a walk.
     """
     if not stages:
         return {}
-    seconds = {name: each.seconds for name, each in stages.items()}
-    size, solves = max(each.bytes for each in stages.values()), seconds.get("reconstruct", 0.0)
-    first = sum(seconds.get(name, 0.0) for name in ("calibrate", "curves", "sensitivity"))
-    if "layerwise" in seconds:
-        walks = {"calibrate": first + solves, "layerwise": seconds["layerwise"]}
+    seconds = dict.fromkeys(("curves", "sensitivity", "reconstruct"), 0.0)
+    seconds |= {name: each.seconds for name, each in stages.items()}
+    first = seconds["calibrate"] + seconds["curves"] + (1 - head) * seconds["sensitivity"]
+    solves, second = seconds["reconstruct"], {}
+    if "layerwise" in stages:
+        first, second = first + solves, {"layerwise": (seconds["layerwise"], blocks)}
     elif kept:
-        walks = {"calibrate": first, "from memory": solves}
+        second = {"from memory": (solves, blocks)}
     else:
-        return {"calibrate": Estimate(first + seconds["calibrate"] + solves, size, 2 * blocks)}
-    return {name: Estimate(each, size, blocks) for name, each in walks.items()}
+        first, blocks = first + seconds["calibrate"] + solves, 2 * blocks
+    work = {"calibrate": (first, blocks), **second}
+    for name in [each for each in ("sensitivity", "evaluate") if each in stages]:
+        work[name] = head * seconds[name], stages[name].steps
+    size = max(each.bytes for each in stages.values())
+    return {name: Estimate(each, size, steps) for name, (each, steps) in work.items()}
 
 
 def work_of_token(model: nn.Module, at: Sequence[Site]) -> tuple[float, int]:

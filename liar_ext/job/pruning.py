@@ -24,7 +24,7 @@ from liar_ext.checkpoint_store import RESULT, Checkpoint, opened
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
-from liar_ext.job.estimate import by_blocks, stages_of
+from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
 from liar_ext.job.preparing import Job, prepare, recorded
 from liar_ext.job.rescaling import Rescaling, rescale_batches
 from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
@@ -229,9 +229,11 @@ def _timeline(job: Job) -> Timeline:
     stages = stages_of(job) if job.progress else {}
     if job.walk is not None:
         job.walk.states.memory = job.shares.states
-        stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums)
+        body, head = work_of_token(job.model, job.sites(job.model))
+        share = head / (body / 2 + head)  # of a probe, which runs half of the blocks on average
+        stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums, share)
     shown = {name: Stage(each.steps, each.seconds) for name, each in stages.items()}
-    return Timeline("prune", shown)
+    return Timeline("prune", shown, bars_of(job, stages) if stages else ())
 
 
 def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Plan, list[SiteRow]]:

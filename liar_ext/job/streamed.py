@@ -335,6 +335,7 @@ class ProbeStreams:
         own = dict(zip(self.dense.numbers, self.dense.batches, strict=True))
         probes = {name: stream.answering_for for name, stream in self.streams.items()}
         with self.walk.begun(), self.walk.source.head():
-            values = mean_divergences(self.walk.model, own, self.dense.answering_for, probes)
+            given = self.walk.model, own, self.dense.answering_for, probes
+            values = mean_divergences(*given, progress=self.walk.progress)
         measured = dict(zip(probes, values, strict=True))
         return sensitivities_of(self.errors, dict.fromkeys(self.errors, 0.0) | measured)

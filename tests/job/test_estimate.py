@@ -52,7 +52,7 @@ def test_every_stage_makes_the_steps_that_are_expected(timelines, family, choice
     assert {name: each.done for name, each in job.stages.items()} == {
         name: each.steps for name, each in job.stages.items()
     }
-    assert job.left() == 0
+    assert job.left() == 0 and job.begun == len(job.bars)
 
 
 def test_a_quiet_job_counts_nothing(timelines):
@@ -68,13 +68,17 @@ def test_walks_over_blocks_have_the_work_of_all_stages():
         "sensitivity": Estimate(7.0, 40, 24),
         "reconstruct": Estimate(11.0, 60, 6),
     }
-    walk = by_blocks({**stages, "layerwise": Estimate(13.0, 70, 3)}, 3, kept=False)
-    assert walk == {"calibrate": Estimate(26.0, 70, 3), "layerwise": Estimate(13.0, 70, 3)}
-    once = by_blocks(stages, 3, kept=True)
-    assert once == {"calibrate": Estimate(15.0, 60, 3), "from memory": Estimate(11.0, 60, 3)}
-    again = by_blocks(stages, 3, kept=False)
-    assert again == {"calibrate": Estimate(3.0 + 15.0 + 11.0, 60, 6)}
-    assert by_blocks({}, 3, kept=True) == {}
+    probes = {"sensitivity": Estimate(0.25 * 7.0, 60, 24)}
+    how = {"blocks": 3, "head": 0.25}
+    walk = by_blocks({**stages, "layerwise": Estimate(13.0, 70, 3)}, kept=False, **how)
+    assert walk.pop("sensitivity") == Estimate(0.25 * 7.0, 70, 24)
+    assert walk == {"calibrate": Estimate(24.25, 70, 3), "layerwise": Estimate(13.0, 70, 3)}
+    once = by_blocks(stages, kept=True, **how)
+    memory = {"from memory": Estimate(11.0, 60, 3)}
+    assert once == {"calibrate": Estimate(13.25, 60, 3), **memory, **probes}
+    again = by_blocks(stages, kept=False, **how)
+    assert again == {"calibrate": Estimate(3.0 + 13.25 + 11.0, 60, 6), **probes}
+    assert by_blocks({}, kept=True, **how) == {}
 
 
 @pytest.mark.parametrize("schedule", ["layerwise", "one-pass"])
