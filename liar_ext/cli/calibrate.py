@@ -53,11 +53,11 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     start = time.perf_counter()
     check_bank_place(options.bank, "calibrate", options.overwrite)
     check_apart(options)
-    loaded = load(recipe, progress=options.progress)
-    at = sites(loaded.model, attn_unit=recipe.attn_unit)
-    check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
-    packed = predicts_next_token(loaded.model)
     with checkpoint_of(recipe, options) as saved:
+        loaded = load(recipe, progress=options.progress)
+        at = sites(loaded.model, attn_unit=recipe.attn_unit)
+        check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
+        packed = predicts_next_token(loaded.model)
         let_write(loaded, saved, progress=options.progress)
         how = {"keep_text": not options.no_text, "checkpoint": saved}
         bank = calibrate(loaded.model, loaded.calibration, at, **how, progress=options.progress)

@@ -45,13 +45,13 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     overwrite = in_place or options.overwrite
     check_folder(options.out, overwrite)
     check_apart(options)
-    given = load(recipe, progress=options.progress, judge=max(recipe.samples // TRAINED, 2))
-    _check_text(given)
-    spread = placement(recipe.device)
-    model = load_pruned(options.folder, dtype="auto", **spread)
-    model = model if spread else model.to(recipe.device)
-    before = _perplexity(model, given, options)
     with checkpoint_of(recipe, options) as saved:
+        given = load(recipe, progress=options.progress, judge=max(recipe.samples // TRAINED, 2))
+        _check_text(given)
+        spread = placement(recipe.device)
+        model = load_pruned(options.folder, dtype="auto", **spread)
+        model = model if spread else model.to(recipe.device)
+        before = _perplexity(model, given, options)
         let_write(given, saved, progress=options.progress)
         found = heal(
             model,

@@ -67,48 +67,54 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     if options.checkpoint:
         check_resumable(recipe)
     check_apart(options)
-    if options.max_memory is not None:
-        given = load_blocks(recipe, options)
-    elif options.bank:
-        given = load_by_bank(recipe, options)
-    else:
-        asked = {"sketch": sketch, "judge": sequences_to_judge(recipe)}
-        given = load(recipe, progress=options.progress, **asked)
     if sketch:
+        given = _loaded(recipe, options, sketch=True)
         lines = _sketched(given, options)
         if is_first():
             show(options, {"dry_run": lines}, lines)
         return None
-    loaded = time.perf_counter() - start
+    with checkpoint_of(recipe, options) as saved:
+        given = _loaded(recipe, options)
+        loaded = time.perf_counter() - start
 
-    def annotate(report: Report) -> None:
-        own = isinstance(given.calibration, TextAndOwn)
-        before = {"load": loaded, **({"write": given.calibration.seconds} if own else {})}
-        # Those of saving are added where the report is written.
-        report.seconds = {**before, **report.seconds, "save": 0.0}
-        report.seconds["total"] = time.perf_counter() - start
-        given.add_to(report, given.model)
+        def annotate(report: Report) -> None:
+            own = isinstance(given.calibration, TextAndOwn)
+            before = {"load": loaded, **({"write": given.calibration.seconds} if own else {})}
+            # Those of saving are added where the report is written.
+            report.seconds = {**before, **report.seconds, "save": 0.0}
+            report.seconds["total"] = time.perf_counter() - start
+            given.add_to(report, given.model)
 
-    with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
-        early = _warned_early(given, options)
-        let_write(given, saved, progress=options.progress)
-        job = Job(
-            given.model,
-            given.calibration,
-            given.recipe,
-            options.progress,
-            given.bank,
-            saved=saved,
-            judged=given.judging,
-            evaluate_on=given.evaluation,
-            certify_on=given.certification,
-            limit=options.max_memory or 0,
-        )
-        how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite, "annotate": annotate}
-        report = prune_folder(given.store, job, options.out, **how)
+        with naming_memory("prune: out of memory"):
+            early = _warned_early(given, options)
+            let_write(given, saved, progress=options.progress)
+            job = Job(
+                given.model,
+                given.calibration,
+                given.recipe,
+                options.progress,
+                given.bank,
+                saved=saved,
+                judged=given.judging,
+                evaluate_on=given.evaluation,
+                certify_on=given.certification,
+                limit=options.max_memory or 0,
+            )
+            how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite}
+            report = prune_folder(given.store, job, options.out, **how, annotate=annotate)
     if is_first():
         say(report, options, start, early)
     return report
+
+
+def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -> Given:
+    """Return what a recipe names, loaded as the options say."""
+    if options.max_memory is not None:
+        return load_blocks(recipe, options)
+    if options.bank:
+        return load_by_bank(recipe, options)
+    judge = sequences_to_judge(recipe)
+    return load(recipe, progress=options.progress, sketch=sketch, judge=judge)
 
 
 def _warned_early(given: Given, options: argparse.Namespace) -> Sequence[str]:

@@ -125,7 +125,8 @@ def check_apart(options: argparse.Namespace) -> None:
 def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Checkpoint | None]:
     """Open the checkpoint of a job, if there is to be one.
 
-    The first rank removes it when the job is done, or is refused before anything was saved.
+    Before a model is read, since only one process may work there. The first rank removes it when
+    the job is done, or is refused before anything was saved.
     """
     folder, first = options.checkpoint, is_first()
     if not folder:
@@ -138,7 +139,7 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Check
             job = {"command": options.command, "recipe": recipe.to_dict(), "options": own}
             saved.begin(job, folder=os.getcwd())
             yield saved
-        except InputError:
+        except (InputError, OSError):
             if new and names_in(folder) <= NOTHING_DONE:
                 remove(folder)
             raise

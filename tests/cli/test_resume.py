@@ -225,6 +225,18 @@ def test_a_checkpoint_of_an_older_version_is_refused(name, llama_folder, corpus,
     assert [path.name for path in folder.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["prune", "calibrate"])
+def test_a_checkpoint_in_use_is_refused_before_a_model_is_read(name, corpus, tmp_path, capsys):
+    """A model that isn't there would be the first to be missed; and what is new is gone again."""
+    command = [name, tmp_path / "no-model", "--calibration", corpus[0], "--out", tmp_path / "p"]
+    command += ["--checkpoint", tmp_path / "c"]
+    with Checkpoint(tmp_path / "c"):
+        assert "another process works in" in refused(capsys, *command)
+    (tmp_path / "c/.lock").unlink()
+    assert "no-model doesn't exist" in refused(capsys, *command)
+    assert not (tmp_path / "c").exists()
+
+
 def test_the_lock_of_a_checkpoint_follows_no_link(llama_folder, corpus, tmp_path, capsys):
     own = tmp_path / "own"
     own.write_text("mine")
