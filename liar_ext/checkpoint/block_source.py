@@ -23,7 +23,13 @@ from liar_ext.atomic_write import WORDS
 from liar_ext.calibration.bank_source import fingerprint_of
 from liar_ext.calibration.collect import check_finite_tensors
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
-from liar_ext.checkpoint.loading import load_pruned, load_tokenizer, placement, read_dense
+from liar_ext.checkpoint.loading import (
+    load_pruned,
+    load_tokenizer,
+    placement,
+    reach_hub,
+    read_dense,
+)
 from liar_ext.checkpoint.reading import reading, stock_class
 from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import InputError, one_line, refusing
@@ -210,6 +216,8 @@ def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str,
 
     if Path(name).is_dir():
         inspect_folder(Path(name), "load_model")
+    else:
+        reach_hub(name)
     with quiet(), reading(name, "load_model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         model = skeleton(stock_class(config.to_dict(), "load_model"), config)

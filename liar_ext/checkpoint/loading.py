@@ -174,6 +174,7 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
                 "and the weights are those of the model without its head."
             ]
         return model
+    reach_hub(name)
     try:
         with quiet(), reading(name, "load_model"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -185,6 +186,27 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         ) from error
     check_keys(info, name, "load_model", strict=False)
     return model
+
+
+def reach_hub(name: str | os.PathLike[str]) -> None:
+    """Raise InputError unless there is a local copy of a model, or the hub answers.
+
+    It is asked once: a download asks six times, which takes 23 seconds where there is no network.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    file = os.fspath(name), "config.json"
+    try:
+        if not isinstance(try_to_load_from_cache(*file), str):
+            get_hf_file_metadata(hf_hub_url(*file))
+    except (HfHubHTTPError, HFValidationError):
+        return  # of which a download says more
+    except Exception as error:  # of httpx, or of requests
+        raise InputError(
+            f"load_model: there is no folder {name} here; the hub can't be reached: "
+            f"{one_line(error, 160)}"
+        ) from error
 
 
 def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
@@ -258,6 +280,7 @@ def kind_of(name: str) -> str | None:
         else:
             from transformers import AutoConfig
 
+            reach_hub(name)
             fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
         return kind_read(stock_class(fields, "load_model").main_input_name)
     except Exception:  # transformers raises a dozen kinds

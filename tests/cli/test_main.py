@@ -189,9 +189,29 @@ def test_a_typo_in_the_name_of_a_folder(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "minilm").mkdir()
-    for name, said in (("minlm", "did you mean minilm? "), ("no/where", "the hub says: ")):
+    for name, said in (
+        ("minlm", "did you mean minilm? "),
+        ("no/where", "the hub can't be reached"),
+    ):
         assert run("eval", name, "--text", corpus[1]) == 2
         assert f"error: there is no folder {name} here\nhint: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--max-memory", "4GiB"]])
+def test_a_hub_out_of_reach_is_asked_once_at_a_time(more, corpus, tmp_path, capsys, monkeypatch):
+    """For what the model reads, and to load it; a download would ask six times, with waits."""
+    asked = []
+
+    def refuse(url: str) -> None:
+        asked.append(url)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    command = ["prune", "no/where", "--calibration", corpus[0], "--out", tmp_path / "out"]
+    assert run(*command, *more) == 2
+    said = "error: there is no folder no/where here\nhint: the hub can't be reached: no route"
+    assert said in capsys.readouterr().err
+    assert len(asked) == 2 and asked[0].endswith("/no/where/resolve/main/config.json")
 
 
 def test_values_that_are_too_large_are_told(llama_folder, corpus, tmp_path, capsys):
