@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from liar_ext.checkpoint import load_model, load_pruned
     from liar_ext.checkpoint.saving import save_pruned
     from liar_ext.cli.prune import compress
+    from liar_ext.cli.sweep import compare_methods
     from liar_ext.errors import InputError
     from liar_ext.export.verify import verify_pruned
     from liar_ext.healing.heal import heal
@@ -58,6 +59,7 @@ __all__ = [
     "calibrate",
     "calibration_sequences",
     "choose_tokens",
+    "compare_methods",
     "compress",
     "criterion",
     "encoder_similarity",
@@ -100,6 +102,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "calibrate": "calibration.collect",
     "calibration_sequences": "calibration.texts",
     "choose_tokens": "vocabulary.keep",
+    "compare_methods": "cli.sweep",
     "compress": "cli.prune",
     "criterion": "selection.criteria",
     "encoder_similarity": "measure.embeddings",

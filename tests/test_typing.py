@@ -32,7 +32,8 @@ report = liar_ext.prune(model, batches, keep=0.8, preset="fast", sites="mlp", pr
 print(report.summary(), report.plan.sites if report.plan else {}, liar_ext.__version__)
 liar_ext.save_pruned(model, "pruned", report=report, tokenizer=tokenizer)
 found = liar_ext.compress("model", text="text.jsonl", keep=0.5, out=Path("small"), samples=16)
-print(found.to_json(), liar_ext.Report.load("small").params)
+compared = liar_ext.compare_methods("model", "text.jsonl", eval="held_out.txt", seeds=[0])
+print(compared["dense"], found.to_json(), liar_ext.Report.load("small").params)
 for point in liar_ext.sweep(model, batches, Recipe(), keep=(0.9, 0.8)):
     print(point.to_dict())
 liar_ext.calibrate(model, batches).save("bank")

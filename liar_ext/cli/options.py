@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field
 from functools import partial
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable, shown
 from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of, recipe_fields
 
+Path = str | os.PathLike[str]
 NUMBERS = {"int": int, "float": float}  # types that fields begin with
 
 
@@ -224,6 +226,12 @@ class PrintCompletion(argparse.Action):
                     action.complete = shtab.FILE
         print(shtab.complete(parser, values))
         parser.exit()
+
+
+def paths_of(text: Path | Sequence[Path]) -> tuple[str, ...]:
+    """Return the names of one path, or of several."""
+    texts = [text] if isinstance(text, str | os.PathLike) else text
+    return tuple(os.fspath(each) for each in texts)
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:

@@ -29,7 +29,7 @@ from liar_ext.cli.inputs import (
     load,
     writes,
 )
-from liar_ext.cli.options import check_complete, read_size, recipe_of
+from liar_ext.cli.options import Path, check_complete, paths_of, read_size, recipe_of
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import alone, is_first
@@ -187,7 +187,6 @@ def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
     check_complete("prune", given, example)
 
 
-Path = str | os.PathLike[str]
 OWN = ("text", "out", "recipe", "bank", "checkpoint", "progress")
 INSTEAD = {
     "calibration": "give it as text",
@@ -261,8 +260,7 @@ def compress(
     max_memory, overwrite = options.pop("max_memory", None), options.pop("overwrite", False)
     given = dict(options, model=os.fspath(model))
     if text is not None:
-        texts = [text] if isinstance(text, str | os.PathLike) else text
-        given["calibration"] = tuple(os.fspath(each) for each in texts)
+        given["calibration"] = paths_of(text)
     start = Recipe.load(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     built = Recipe.build(start, **given)
     if not built.calibration and bank is None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
+from pathlib import Path as Folder
 from statistics import mean
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
+from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
-from liar_ext.cli.options import given_fields, recipe_of
+from liar_ext.cli.options import Path, given_fields, paths_of, recipe_of
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.job.sharing import shares_budget
@@ -23,6 +27,7 @@ from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
+from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
 from liar_ext.report.tables import Table, figure, measured, quality, to_text
@@ -45,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
             "sweep: --keep-vocab auto takes another vocabulary for each budget of params; give a "
             "number of tokens, or run liar prune for each"
         )
-    folders = {each: Path(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
+    folders = {each: Folder(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
     if len(set(folders.values())) < len(folders):
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
     for folder in folders.values():
@@ -91,6 +96,14 @@ def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
 
 
 METHODS = {"liar": "balanced"}  # presets that have another name here
+INSTEAD = {
+    "calibration": "give it as text",
+    "certify": "no errors on fresh text are compared",
+    "max_memory": "copies of the model are pruned in memory",
+    "overwrite": "nothing is written",
+    "preset": "give methods",
+    "seed": "give seeds",
+}
 Row = dict[str, Any]
 
 
@@ -101,21 +114,74 @@ def run_compare_methods(options: argparse.Namespace) -> None:
         raise InputError(
             "compare-methods: needs MODEL, --calibration TEXT and --eval TEXT, MODEL before them"
         )
-    for name in ("methods", "seeds"):
-        if len(set(getattr(options, name))) < len(getattr(options, name)):
-            raise InputError(f"compare-methods: --{name} must name each once")
+    given |= {name: getattr(options, name) for name in ("methods", "seeds", "progress")}
+    found = compare_methods(given.pop("model"), given.pop("calibration"), **given)
+    show(options, found, to_text(table_of_methods(found["dense"], found["runs"])))
+
+
+def compare_methods(
+    model: Path,
+    text: Path | Sequence[Path],
+    *,
+    methods: Sequence[str] = ("flap", "wanda-sp", "liar"),
+    seeds: Sequence[int] = (0, 1),
+    progress: bool = False,
+    **options: Unpack[CompressOptions],
+) -> dict[str, Any]:
+    """Prune copies of a model by several methods, and measure each: ``liar compare-methods``.
+
+    Options of the command are keywords, with their defaults there, and hold for all methods::
+
+        found = compare_methods("gpt2", "text.txt", eval="held_out.txt", keep=0.8)
+        for run in found["runs"]:
+            print(run["method"], run["seed"], run["perplexity"])
+
+    Parameters
+    ----------
+    model : str or path
+        Model folder, hub id, or GGUF file.
+    text : str or path, or a sequence of them
+        Calibration text.
+    methods : sequence of str
+        Presets, or ``"liar"`` for ``"balanced"``.
+    seeds : sequence of int
+        Random seeds: each method is run with each of them.
+    progress : bool
+        Show progress bars.
+    **options
+        ``eval``, the held-out text, and other fields of the recipe.
+
+    Returns
+    -------
+    dict
+        What the command prints with ``--json``. ``dense`` has the numbers of the dense model,
+        ``runs`` those of each method and seed: ``params``, ``seconds``, and ``perplexity`` or what
+        :func:`liar_ext.encoder_similarity` measures.
+
+    Raises
+    ------
+    InputError
+        If a file, the model or an option cannot be used.
+    """
+    known = CompressOptions.__annotations__
+    check_keywords("compare_methods", options, known, INSTEAD)
+    if options.get("eval") is None:
+        raise InputError("compare_methods: needs held-out text; give eval='held_out.txt', say")
+    for name, given in {"methods": methods, "seeds": seeds}.items():
+        if len(set(given)) < len(given):
+            raise InputError(f"compare_methods: {name} must name each once, got {list(given)}")
+    shared = {**options, "model": os.fspath(model), "calibration": paths_of(text)}
     recipes = {
-        (method, seed): Recipe.build(preset=METHODS.get(method, method), **{**given, "seed": seed})
-        for seed in options.seeds
-        for method in options.methods
+        (method, seed): Recipe.build(preset=METHODS.get(method, method), **{**shared, "seed": seed})
+        for seed in seeds
+        for method in methods
     }
-    dense, rows = compare(recipes, progress=options.progress)
-    show(options, {"dense": dense, "runs": rows}, to_text(table_of_methods(dense, rows)))
+    with nullcontext() if progress else no_bars():
+        dense, rows = compare(recipes, progress)
+    return {"dense": dense, "runs": rows}
 
 
-def compare(
-    recipes: Mapping[tuple[str, int], Recipe], progress: bool = False
-) -> tuple[Row, list[Row]]:
+def compare(recipes: Mapping[tuple[str, int], Recipe], progress: bool) -> tuple[Row, list[Row]]:
     """Return the numbers of the dense model, and of each recipe, by method and seed.
 
     Recipes on the same text share its statistics.

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny
 from transformers import BertModel
 
-from liar_ext import cli, compress
+from liar_ext import InputError, cli, compare_methods, compress
 from liar_ext.job.sweeping import Sweep
 
 SHORT = {"keep": 0.5, "samples": 8, "seq_len": 16, "eval_samples": 4}
@@ -39,6 +39,17 @@ def test_each_method_has_the_numbers_of_prune(llama_folder, corpus, tmp_path, ca
     assert found["dense"]["perplexity"] == pytest.approx(judged["dense"]["perplexity"])
 
 
+def test_in_python_the_numbers_are_the_same(llama_folder, corpus, capsys):
+    command = words(llama_folder, corpus, "--methods", "flap", "--seeds", "3", "--json")
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    texts = {"text": [corpus[0]], "eval": str(corpus[1])}
+    again = compare_methods(llama_folder, **texts, methods=["flap"], seeds=[3], **SHORT)
+    for each in (found, again):
+        del each["runs"][0]["seconds"]
+    assert again == found and capsys.readouterr().out == ""
+
+
 def test_an_encoder_is_compared_with_the_dense_one(tokenizer, corpus, capsys, tmp_path):
     BertModel(tiny("bert").config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -60,7 +71,7 @@ def test_the_table_has_mean_and_spread(llama_folder, corpus, capsys):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--seeds", "1", "1"], "--seeds must name each once"), (["--keep", "0"], "keep must be in")],
+    [(["--seeds", "1", "1"], "seeds must name each once"), (["--keep", "0"], "keep must be in")],
 )
 def test_what_cannot_be_compared_is_refused(more, message, llama_folder, corpus, capsys):
     assert cli.main(words(llama_folder, corpus, *more)) == 2
@@ -70,3 +81,18 @@ def test_what_cannot_be_compared_is_refused(more, message, llama_folder, corpus,
 def test_what_is_missing_is_named(llama_folder, capsys):
     assert cli.main(["compare-methods", str(llama_folder)]) == 2
     assert "needs MODEL, --calibration TEXT and --eval TEXT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "compare_methods: needs held-out text; give eval="),
+        ({"seed": 1}, "seed is no keyword in Python: give seeds"),
+        ({"methods": ["flap", "flap"], "eval": "b.txt"}, "methods must name each once"),
+        ({"methods": ["snip"], "eval": "b.txt"}, "preset must be one of"),
+        ({"keeep": 0.5}, "there is no keyword keeep; did you mean keep?"),
+    ],
+)
+def test_a_call_that_cannot_be_is_refused_before_anything_is_read(options, message):
+    with pytest.raises(InputError, match=message):
+        compare_methods("nowhere", "nowhere.txt", **options)
