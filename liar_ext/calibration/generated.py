@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.documents import Documents
 from liar_ext.calibration.folds import Sequences, of_no_text
 from liar_ext.calibration.texts import document_prefix
+from liar_ext.environment import available_memory
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, known_tokens, predicts_next_token
 from liar_ext.progress import Bar
@@ -113,7 +117,7 @@ def _write(
     written, training = [], model.training
     cuda = [device] if device.type == "cuda" else []
     bar = Bar(total=count, desc="write", disable=not progress)
-    with torch.random.fork_rng(devices=cuda), bar:
+    with torch.random.fork_rng(devices=cuda), bar, packed(model, rows):
         torch.manual_seed(seed)
         model.eval()
         try:
@@ -123,6 +127,33 @@ def _write(
         finally:
             model.train(training)
     return torch.cat(written)
+
+
+@contextmanager
+def packed(model: nn.Module, rows: int) -> Iterator[None]:
+    """Let linear layers in float32 on an x86 CPU multiply few rows by oneDNN, for the context.
+
+    Their weights are copied into its layout, if a copy fits into half of the memory that is free.
+    On an AMD EPYC with AVX-512 products of 5 rows took 0.42 of the time of ``torch.mm``, of 43 rows
+    0.61. Results differ by rounding alone.
+    """
+    every = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    cpu = torch.device("cpu")
+    every = [m for m in every if (m.weight.device, m.weight.dtype) == (cpu, torch.float32)]
+    room, known = available_memory(), torch.backends.mkldnn.is_available()
+    size = sum(m.weight.nbytes for m in every)
+    if not known or "AVX" not in torch.backends.cpu.get_cpu_capability() or 2 * size > (room or 0):
+        yield
+        return
+    multiply, pack = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
+    try:
+        for module in every:
+            given = pack(module.weight.detach(), rows), module.bias, "none", [], ""
+            module.forward = lambda x, given=given: multiply(x, *given)
+        yield
+    finally:
+        for module in every:
+            vars(module).pop("forward", None)
 
 
 def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:

@@ -69,6 +69,38 @@ def test_documents_are_written_in_rounds_that_fit_in_memory(tokenizer, monkeypat
     assert len(written(tokenizer)) == 3
 
 
+def patched(model) -> set[str]:
+    return {name for name, module in model.named_modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_layers_give_the_same_but_for_rounding(bias):
+    model = tiny("llama", attention_bias=bias, mlp_bias=bias)
+    ids = torch.arange(20).view(5, 4) % 16
+    with torch.no_grad():
+        expected = model(ids).logits
+        with generated.packed(model, 5):
+            assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+            supported = torch.backends.mkldnn.is_available()
+            supported &= "AVX" in torch.backends.cpu.get_cpu_capability()
+            assert len(patched(model)) == (22 if supported else 0)  # 7 a block, and the head
+        assert torch.equal(model(ids).logits, expected) and not patched(model)
+
+
+def test_layers_stay_as_they_are_after_an_error_without_memory_or_in_float64(monkeypatch):
+    model = tiny("llama")
+    with pytest.raises(ZeroDivisionError), generated.packed(model, 5):
+        raise ZeroDivisionError
+    assert not patched(model)
+    for room in (None, 0):
+        monkeypatch.setattr(generated, "available_memory", lambda room=room: room)
+        with generated.packed(model, 5):
+            assert not patched(model)
+    monkeypatch.undo()
+    with generated.packed(model.double(), 5):
+        assert not patched(model)
+
+
 def test_what_cannot_write_is_refused(tokenizer):
     with pytest.raises(
         InputError,
