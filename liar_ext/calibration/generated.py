@@ -134,8 +134,7 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
     """Let linear layers in float32 on an x86 CPU multiply few rows by oneDNN, for the context.
 
     Their weights are copied into its layout, if a copy fits into half of the memory that is free.
-    On an AMD EPYC with AVX-512 products of 5 rows took 0.42 of the time of ``torch.mm``, of 43 rows
-    0.61. Results differ by rounding alone.
+    Results differ by rounding alone; docs/performance.md says how much faster it is.
     """
     every = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
     cpu = torch.device("cpu")
