@@ -16,6 +16,7 @@ from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
+from liar_ext.job.scoring import SENSITIVITY, Known, score_key, sensitivity_key
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.plan import Budget
@@ -85,6 +86,7 @@ def _stages(job: Any) -> Iterator[tuple[str, int, float, int]]:
     forward, groups = body * tokens, group_sites(at, job.room)
     layerwise, curve = recipe.schedule == "layerwise", recipe.allocation == "curve"
     one_pass = job.judged is not None or not layerwise
+    drawn, measured = _unknown(job, at) if curve else (False, False)
     affine = recipe.reconstruct in WITH_BIAS or _has_biases(model, at)
     held = max(sum(bytes_of_sums(site.d_in) for site in group) for group in groups)
 
@@ -101,18 +103,20 @@ def _stages(job: Any) -> Iterator[tuple[str, int, float, int]]:
     if job.narrows:
         yield from _narrowing(job, count, tokens, forward)
     passes = 2 * len(groups) - 1 if one_pass else len(groups)
+    passes *= job.bank is None
     sums = sum(tokens * site.active * site.d_in**2 for site in at)
     yield "calibrate", passes * count, passes * (forward + sums / len(groups)), held
     backward = len(groups) * (get_criterion(recipe.criterion).needs == "gradient")
     yield "gradients", backward * count, backward * BACKWARD * (forward + head * tokens), held
     solves = 0.0
-    if curve:
-        probes, solves = probe_batches(batches), sum(_solve(site, recipe, FOLDS + 1) for site in at)
+    if drawn:
         yield "curves", len(at), sum(map(_curve, at)), peak("curve")
+    if measured:
+        probes, solves = probe_batches(batches), sum(_solve(site, recipe, FOLDS + 1) for site in at)
         yield "sensitivity", len(probes) * len(at), probed(probes), held
     if one_pass:
         solves += sum(_solve(site, recipe, _solves(recipe)) for site in at)
-    steps = (curve + one_pass) * len(at)
+    steps = (measured + one_pass) * len(at)
     yield "reconstruct", steps, solves, peak("affine" if affine else "linear")
     if layerwise:
         work = WALKED * forward + sum(_towards(site, recipe, tokens) for site in at)
@@ -122,6 +126,13 @@ def _stages(job: Any) -> Iterator[tuple[str, int, float, int]]:
     if recipe.rescale:
         probes = rescale_batches(batches)
         yield "rescale", len(probes), probed(probes), 0
+
+
+def _unknown(job: Any, at: Sequence[Site]) -> tuple[bool, bool]:
+    """Tell whether error curves, and sensitivities, are still to be found."""
+    recipe, known = job.recipe, job.known or Known()
+    key = sensitivity_key(recipe, known, job.model, at)
+    return not known.has("curve", score_key(recipe), at), not known.has(SENSITIVITY, key, at)
 
 
 def _narrowing(
@@ -145,8 +156,8 @@ def bars_of(job: Any, stages: Mapping[str, Estimate]) -> list[str]:
         order = ["calibrate", "sensitivity", "evaluate", *second]
     else:
         groups = len(group_sites(job.sites(job.model), job.room))
-        curve = ["curves", "reconstruct", "sensitivity"] * (job.recipe.allocation == "curve")
-        order = ["evaluate", *["calibrate", "gradients", *curve] * groups]
+        probes = ["reconstruct", "sensitivity"] * ("sensitivity" in stages)
+        order = ["evaluate", *["calibrate", "gradients", "curves", *probes] * groups]
         if job.judged is not None or job.recipe.schedule == "one-pass":
             order += ["reconstruct", *["calibrate", "reconstruct"] * (groups - 1)]
         order += ["layerwise", "rescale"]

@@ -10,6 +10,7 @@ from tiny import batches, tiny
 from liar_ext import Recipe, prune
 from liar_ext.job import pruning
 from liar_ext.job.estimate import Estimate, by_blocks
+from liar_ext.job.sweeping import Sweep
 from liar_ext.progress import Bar, Timeline
 
 SMALL = 16 * 24**2  # bytes: a group of sites for each
@@ -53,6 +54,18 @@ def test_every_stage_makes_the_steps_that_are_expected(timelines, family, choice
         name: each.steps for name, each in job.stages.items()
     }
     assert job.left() == 0 and job.begun == len(job.bars)
+
+
+def test_what_a_bank_or_a_job_before_has_is_no_stage(timelines):
+    model = tiny("llama")
+    work = Sweep(model, batches(model, 8), progress=True, probe_keep=0.8)
+    for keep in (0.6, 0.5):
+        work.prune(Recipe(keep=keep, tile=1, schedule="one-pass"))
+    first, second = timelines
+    assert first.bars == ["curves", "reconstruct", "sensitivity", "reconstruct"]
+    assert second.bars == ["reconstruct"]
+    for job in timelines:
+        assert job.begun == len(job.bars) and job.left() == 0
 
 
 def test_a_quiet_job_counts_nothing(timelines):
