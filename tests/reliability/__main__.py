@@ -189,17 +189,18 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     old = json.loads(RECORD.read_text(encoding="utf-8"))["checks"] if RECORD.exists() else []
     rows = {row["check"]: row for row in old}
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    where = f"{platform.system()}, Python {platform.python_version()}, {versions}"
     for check in load_checks(options.checks):
         count = check.SHORT if options.short else check.FULL
         row = rows[check.TITLE] = attack(check, count, options.seed)
-        print(f"{check.TITLE}: {row['cases']} cases, {row['calls']} calls, {row['verdicts']}")
+        said = f"{check.TITLE}: {row['cases']} cases, {row['calls']} calls, {row['verdicts']}"
+        print(said, flush=True)
+        if not options.short:  # a run that is stopped leaves what it has done
+            record = {"where": where, "checks": list(rows.values())}
+            RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            TABLE.write_text(to_markdown(record), encoding="utf-8")
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    where = f"{platform.system()}, Python {platform.python_version()}, {versions}"
-    record = {"where": where, "checks": list(rows.values())}
-    if not options.short:
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        TABLE.write_text(to_markdown(record), encoding="utf-8")
     return int(any(row["bad"] for row in rows.values()))
 
 
