@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -136,23 +136,34 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
     Their weights are copied into its layout, if a copy fits into half of the memory that is free.
     Results differ by rounding alone; docs/performance.md says how much faster it is.
     """
+    cpu, room = torch.device("cpu"), available_memory() or 0
     every = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    cpu = torch.device("cpu")
     every = [m for m in every if (m.weight.device, m.weight.dtype) == (cpu, torch.float32)]
-    room, known = available_memory(), torch.backends.mkldnn.is_available()
-    size = sum(m.weight.nbytes for m in every)
-    if not known or "AVX" not in torch.backends.cpu.get_cpu_capability() or 2 * size > (room or 0):
-        yield
-        return
-    multiply, pack = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
+    known = torch.backends.mkldnn.is_available() and (
+        "AVX" in torch.backends.cpu.get_cpu_capability()
+        and 2 * sum(m.weight.nbytes for m in every) <= room
+    )
     try:
-        for module in every:
-            given = pack(module.weight.detach(), rows), module.bias, "none", [], ""
-            module.forward = lambda x, given=given: multiply(x, *given)
+        for module in every if known else ():
+            module.forward = _by_onednn(module, rows)
+    except (RuntimeError, MemoryError):  # no memory after all, for which these need not be fast
+        _unpack(every)
+    try:
         yield
     finally:
-        for module in every:
-            vars(module).pop("forward", None)
+        _unpack(every)
+
+
+def _by_onednn(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
+    """Return the forward function of a layer, with its weights in oneDNN's layout."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+    given = weight, layer.bias, "none", [], ""
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, *given)
+
+
+def _unpack(layers: Sequence[nn.Linear]) -> None:
+    for layer in layers:
+        vars(layer).pop("forward", None)
 
 
 def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:

@@ -97,6 +97,17 @@ def test_layers_stay_as_they_are_after_an_error_without_memory_or_in_float64(mon
         with generated.packed(model, 5):
             assert not patched(model)
     monkeypatch.undo()
+    by_onednn, packs = generated._by_onednn, iter([True, False])
+
+    def short(*given):
+        if next(packs):
+            return by_onednn(*given)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generated, "_by_onednn", short)
+        with generated.packed(model, 5):
+            assert not patched(model)
     with generated.packed(model.double(), 5):
         assert not patched(model)
 
