@@ -34,7 +34,7 @@ STAGES = {
     "Measure retrieval and speed": 20,
     "Convert SmolLM2-135M-Instruct from GGUF, once": 12,
     "Prune SmolLM2 to 90 %, preset fast": 45,
-    "Prune SmolLM2 to 90 %, preset balanced": 330,
+    "Prune SmolLM2 to 90 %, preset balanced": 300,
     "Measure perplexity, speed and continuations": 50,
 }
 
