@@ -31,8 +31,9 @@ INTRODUCTION = """# Reliability: attacks, and what came of them
 
 See here which faults the package was attacked with, before you trust it with your models. No attack
 led to a wrong answer, lost data, or foreign code that ran, unless the last column says so.
-`make reliability` runs all attacks ({minutes:.0f} minutes on one core here) and writes this page.
-`make test-all` runs a few of each, `make test` of the short ones.
+`make reliability` runs all attacks, in some twenty minutes of an idle core, and writes this page.
+This run took {minutes:.0f} minutes. `make test-all` runs a few of each, `make test` of the short
+ones.
 
 ## Results
 
