@@ -18,7 +18,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable, shown
 from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of, recipe_fields
 
-Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 NUMBERS = {"int": int, "float": float}  # types that fields begin with
 
 
@@ -228,7 +228,7 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def paths_of(text: Path | Sequence[Path]) -> tuple[str, ...]:
+def paths_of(text: StrPath | Sequence[StrPath]) -> tuple[str, ...]:
     """Return the names of one path, or of several."""
     texts = [text] if isinstance(text, str | os.PathLike) else text
     return tuple(os.fspath(each) for each in texts)

@@ -29,7 +29,7 @@ from liar_ext.cli.inputs import (
     load,
     writes,
 )
-from liar_ext.cli.options import Path, check_complete, paths_of, read_size, recipe_of
+from liar_ext.cli.options import StrPath, check_complete, paths_of, read_size, recipe_of
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import alone, is_first
@@ -196,13 +196,13 @@ INSTEAD = {
 
 
 def compress(
-    model: Path,
-    text: Path | Sequence[Path] | None = None,
+    model: StrPath,
+    text: StrPath | Sequence[StrPath] | None = None,
     *,
-    out: Path,
-    recipe: Recipe | Path | None = None,
-    bank: Path | None = None,
-    checkpoint: Path | None = None,
+    out: StrPath,
+    recipe: Recipe | StrPath | None = None,
+    bank: StrPath | None = None,
+    checkpoint: StrPath | None = None,
     progress: bool | OnProgress = False,
     **options: Unpack[CompressOptions],
 ) -> Report:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path as Folder
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -19,7 +19,7 @@ from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
-from liar_ext.cli.options import Path, given_fields, paths_of, recipe_of
+from liar_ext.cli.options import StrPath, given_fields, paths_of, recipe_of
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.job.sharing import shares_budget
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
             "sweep: --keep-vocab auto takes another vocabulary for each budget of params; give a "
             "number of tokens, or run liar prune for each"
         )
-    folders = {each: Folder(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
+    folders = {each: Path(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
     if len(set(folders.values())) < len(folders):
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
     for folder in folders.values():
@@ -120,8 +120,8 @@ def run_compare_methods(options: argparse.Namespace) -> None:
 
 
 def compare_methods(
-    model: Path,
-    text: Path | Sequence[Path],
+    model: StrPath,
+    text: StrPath | Sequence[StrPath],
     *,
     methods: Sequence[str] = ("flap", "wanda-sp", "liar"),
     seeds: Sequence[int] = (0, 1),
