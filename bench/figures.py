@@ -213,6 +213,27 @@ def healing(figure) -> None:
     panels[0].legend(loc="best")
 
 
+def vocabulary(figure) -> None:
+    """Draw what models lose on each text, alone by tokens removed."""
+    rows = [row for row in read("vocabulary")["rows"] if "," not in row[3]]
+    models = list(dict.fromkeys(row[0] for row in rows))
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            for text in row[4].split("; ") if row[0] == model else ():
+                name, percent = re.match(r"(.+) [\d.]+ \(([-+]?[\d.]+) %\)", text).groups()
+                lost = float(percent) if "bits" in name else 100 - float(percent)
+                name = name.replace(" bits per byte", "")
+                own = ", chosen by both" if row[2] == "news and STS-B" else ""
+                curves.setdefault(name + own, []).append((number(row[3]), lost))
+        for (name, points), colour in zip(curves.items(), COLOURS.values(), strict=False):
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
+        axes.set(title=model, xlabel="million parameters")
+        axes.legend(loc="best")
+        axes.invert_xaxis()
+    figure.axes[0].set_ylabel("% lost, of score or bits per byte")
+
+
 # Each picture: what it is drawn from, and its inches.
 PICTURES: dict[Callable, tuple[tuple[str, ...], tuple[float, float]]] = {
     overview: (("peers",), (7.5, 4)),
@@ -223,6 +244,7 @@ PICTURES: dict[Callable, tuple[tuple[str, ...], tuple[float, float]]] = {
     steps: (("steps",), (7.5, 2.8)),
     gram: (("gram",), (7.5, 4.6)),
     healing: (("healing",), (8, 3.4)),
+    vocabulary: (("vocabulary",), (9, 3.2)),
 }
 
 

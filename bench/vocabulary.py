@@ -3,8 +3,9 @@
     python -m bench.vocabulary --news FOLDER --stsb FOLDER --texts FOLDER [--models NAME ...]
 
 Encoders are judged by recall@1 (BBC title to body) and Spearman correlation on STS-B; language
-models by bits per byte, because tokens differ. Rows are kept in out/vocabulary, and one that is
-there is not measured again; docs/data/vocabulary.json has the table.
+models by bits per byte, because tokens differ. Speed is in bytes of news per CPU second, against
+the whole model. Rows are kept in out/vocabulary, and one that is there is not measured again;
+docs/data/vocabulary.json has the table.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,16 @@ from liar_ext import (
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import document_prefix
 from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.measure.speed import Settings, measure
 from liar_ext.vocabulary.keep import plain, tokens_per_byte
 
 ROOT = Path(__file__).parents[1]
 KEPT, TABLE = ROOT / "out" / "vocabulary" / "rows.json", ROOT / "docs" / "data" / "vocabulary.json"
-COLUMNS = ("model", "vocabulary", "chosen by", "parameters", "quality", "tokens per byte")
+COLUMNS = ("model", "vocabulary", "chosen by", "parameters", "quality", "tokens per byte", "speed")
 CHARACTERS = 1200  # of each document that a language model is judged by
 DOCUMENTS = 16
 HALF = {"keep": 0.5, "samples": 128, "seq_len": 256}
+TIMED = Settings(rounds=3, batches=(1,))
 # Vocabulary, the texts that choose, and whether half of heads and channels goes, too. "auto" shares
 # a budget of 12 million parameters between all of them.
 ENCODER_ROWS = (
@@ -87,7 +91,10 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         chosen = "all tokens" if row["keep"] == 1.0 else row["chosen_by"]
         size = f"{row['params'] / 1e6:.1f} M" + ", half of heads and channels" * row["half"]
         size += ", one budget" * (row["keep"] == "auto")
-        cells.append([row["model"], vocabulary, chosen, size, "; ".join(quality), "; ".join(rates)])
+        longer = row["tokens_per_byte"]["news"] / dense["tokens_per_byte"]["news"]
+        speed = [f"{what} {ratio / longer:.2f}×" for what, ratio in row["speed"].items()]
+        texts = ("; ".join(each) for each in (quality, rates, speed))
+        cells.append([row["model"], vocabulary, chosen, size, *texts])
     notes = ["BBC news: articles that chose no token, title to body"]
     if any("bits" in row[4] for row in cells):
         notes.append(f"bits per byte: {DOCUMENTS} documents of {CHARACTERS:,} characters each")
@@ -128,7 +135,8 @@ def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
             "news recall@1": News(test, tokenizer, cls=False)(model),
             "STS-B": Similarity(pairs["test"], tokenizer, cls=False)(model),
         }
-        yield row | facts(model, tokenizer, kinds) | {"quality": judged}
+        found = {"quality": judged, "speed": speed(model, folder)}
+        yield row | facts(model, tokenizer, kinds) | found
 
 
 def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str, Any]]:
@@ -150,7 +158,8 @@ def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
             continue
         model, tokenizer = smaller(folder, chosen_by, keep)
         judged = {f"{kind} bits per byte": bits(model, tokenizer, kinds[kind]) for kind in kinds}
-        yield row | facts(model, tokenizer, kinds) | {"quality": judged}
+        found = {"quality": judged, "speed": speed(model, folder)}
+        yield row | facts(model, tokenizer, kinds) | found
 
 
 def smaller(folder: Path, texts: Sequence[str], keep: float) -> tuple[nn.Module, Any]:
@@ -185,6 +194,13 @@ def facts(model: nn.Module, tokenizer: Any, kinds: dict[str, list[str]]) -> dict
     rates = {kind: round(tokens_per_byte(backend, texts), 4) for kind, texts in kinds.items()}
     size = {"tokens": len(tokenizer), "params": params, "megabytes": round(4 * params / 1e6, 1)}
     return size | {"tokens_per_byte": rates}
+
+
+def speed(model: nn.Module, folder: Path) -> dict[str, float]:
+    """Return how many times as many tokens in a CPU second as the whole model, in turns."""
+    models = {"pruned": model, "dense": load_model(str(folder), "float32", "cpu")[0]}
+    rates = measure(models, TIMED, clock=time.process_time)
+    return {each.what: each.ratio.median for each in rates if each.unit != "ms"}
 
 
 def pieces(documents: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Pruned folders of three families in every consumer, each cell in a process of its own.
 
-``make matrix`` runs it: {Llama-like, Qwen2, BERT-like} × {equal, unequal, hidden} × consumers. Rows
-are kept in ``OUT/matrix.json`` as they come, and folders beside it; a second run makes what is
-missing, and where the code has changed OUT should be removed first. A cell that
+``make matrix`` runs it: {Llama-like, Qwen2, BERT-like} × {equal, unequal, hidden, tokens} ×
+consumers. Rows are kept in ``OUT/matrix.json`` as they come, and folders beside it; a second run
+makes what is missing, and where the code has changed OUT should be removed first. A cell that
 cannot be is run nevertheless: it must be refused, with a reason that ``refusals.py`` expects. The
 exit code is 1 if a cell fails, or one that is expected to be refused is not.
 
@@ -92,12 +92,13 @@ def make_jobs(options: argparse.Namespace, out: Path) -> dict[str, dict[str, Any
     write_task(held_out, out / "tasks")
     jobs = {}
     for family in FAMILIES:
-        ids = out / f"{family}.npy"
-        if not ids.exists():
-            write_tokens(dense[family], held_out, ids)
         for layers in LAYERS:
             folder = out / f"{family}-{layers}"
             prune(dense[family], folder, family, layers, options.texts / "web.jsonl")
+            tokenizer, ids = dense[family], out / f"{family}.npy"
+            if layers == "tokens":
+                tokenizer, ids = folder, folder.with_suffix(".npy")
+            write_tokens(tokenizer, held_out, ids)
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             for consumer in page.CONSUMERS:
                 jobs[page.key(consumer, family, layers)] = {

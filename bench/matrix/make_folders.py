@@ -1,4 +1,4 @@
-"""The nine pruned folders of the matrix, and the texts, tokens and task that cells run on."""
+"""The pruned folders of the matrix, and the texts, tokens and task that cells run on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ LAYERS = {
     "equal": EQUAL,
     "unequal": ("--allocation", "global"),
     "hidden": (*EQUAL, "--keep-hidden", "0.8"),
+    "tokens": (*EQUAL, "--keep-vocab", "0.5"),
 }
 FAMILIES = {
     "Llama-like": "SmolLM2-135M-Instruct",
@@ -24,7 +25,7 @@ FAMILIES = {
 }
 AUTO = {"BERT-like": "AutoModel"}
 # The config of BERT has no field for fewer heads: with equal layers only channels are pruned.
-MORE = {("BERT-like", "equal"): ("--sites", "mlp"), ("BERT-like", "hidden"): ("--sites", "mlp")}
+MORE = {("BERT-like", each): ("--sites", "mlp") for each in ("equal", "hidden", "tokens")}
 WINDOWS, TOKENS, ITEMS = 2, 256, 40
 SENTENCES = (
     "A plane is taking off.",
@@ -73,8 +74,10 @@ def prune(dense: Path, out: Path, family: str, layers: str, text: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def write_tokens(dense: Path, held_out: Path, out: Path) -> None:
-    """Write token ids of held-out text, shape (windows, tokens)."""
+def write_tokens(folder: Path, held_out: Path, out: Path) -> None:
+    """Write ids of held-out text by a folder's tokenizer, shape (windows, tokens), unless there."""
+    if out.exists():
+        return
     from transformers import AutoTokenizer
 
     from liar_ext.calibration.documents import read_documents
@@ -82,7 +85,7 @@ def write_tokens(dense: Path, held_out: Path, out: Path) -> None:
 
     drawn = evaluation_sequences(
         read_documents(str(held_out)),
-        AutoTokenizer.from_pretrained(dense),
+        AutoTokenizer.from_pretrained(folder),
         seq_len=TOKENS,
         samples=WINDOWS,
     )
