@@ -8,6 +8,7 @@ modules of one folder may import one another.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from liar_ext import _MODULES  # where each public name is
+from liar_ext import _MODULES, InputError  # where each public name is
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "liar_ext"
@@ -157,3 +158,27 @@ def test_what_is_too_long_is_found(small):
     (small / "low" / "b.py").write_text("x = 1\n" * 401)
     (small / "high" / "a.py").write_text("def f():\n" + "    x = 1\n" * 81)
     assert too_long(small) == ["high/a.py: f, 82 lines", "low/b.py: 401 lines"]
+
+
+@pytest.mark.parametrize("folder", ["bench", "demo"])
+def test_what_benches_and_the_demo_call_is_there(folder):
+    for path in modules(ROOT / folder):
+        text = path.read_text(encoding="utf-8")
+        for script, name in re.findall(r'script\("([\w/.]+)"\)\.(\w+)', text):
+            tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+            assert name in {getattr(node, "name", "") for node in tree.body}, f"{path}: {script}"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("liar_ext"):
+                missing = {each.name for each in node.names if not defines(node.module, each.name)}
+                assert not missing, f"{path}: {node.module} has no {missing}"
+
+
+def defines(module: str, name: str) -> bool:
+    """Tell whether a module has a name; also if a package that it needs is not installed."""
+    try:
+        found = importlib.import_module(module)
+    except InputError:
+        return True
+    except ModuleNotFoundError as error:
+        return not (error.name or "").startswith("liar_ext")
+    return hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}") is not None

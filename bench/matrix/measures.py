@@ -38,11 +38,10 @@ def load(job: dict, folder: str | Path | None = None) -> Any:
 
 def fingerprint_gap(job: dict, folder: str | Path, code: bool, perplexity: bool = True) -> Row:
     """Return how far a folder's outputs are from those of the model that was saved."""
-    worker = script("liar_ext/export/verify_worker.py")
     given = {"folder": str(folder), "loader": job["auto"], "code": code, "device": "cpu"}
     given["fingerprint"] = next(map(str, Path(job["folder"]).glob("liar/fingerprint*")))
     given["ids"] = job["ids"] if perplexity and job["causal"] else None
-    found = worker.run(given)
+    found = script("liar_ext/export/verify_worker.py").do(given)
     largest = float(np.abs(_expected(given["fingerprint"])).max())
     good = found["difference"] <= SAME * max(1.0, largest)
     number = f"{found['difference']:.0e}"
@@ -107,6 +106,6 @@ def quality(job: dict, model: Any) -> Any:
     """Return the perplexity of a decoder on the cell's tokens, or embeddings by an encoder."""
     if not job["causal"]:
         return pooled(job, model=model)
-    worker = script("liar_ext/export/verify_worker.py")
+    ids = torch.from_numpy(np.load(job["ids"]))
     with torch.no_grad():
-        return worker.perplexity(model, torch.from_numpy(np.load(job["ids"])))
+        return script("liar_ext/export/verify_worker.py").perplexity(model, ids)
