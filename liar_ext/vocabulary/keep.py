@@ -10,11 +10,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.errors import InputError
+from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.vocabulary.pieces import Pieces, read_pieces
 from liar_ext.vocabulary.slicing import check_rows, needed_tokens, slice_tokens, token_parameters
 
@@ -28,6 +31,7 @@ SAMPLES = (
 STEP = 64  # vocabularies are multiples of it: kernels and tensor parallelism divide by it
 CHUNK = 256  # documents that are tokenized at once
 LINES = 20_000  # that are read by both tokenizers, to prove that they agree
+STARTS, START = 64, 128  # beginnings of documents that a model goes on from, and their tokens
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Counted:
         self, model: nn.Module, tokenizer: Any, texts: Sequence[str], scripts: Sequence[str] = ()
     ) -> None:
         token_parameters(model)  # refuses what can't be sliced, before any text is read
+        self.model, self.tokenizer = model, tokenizer
         self.texts, self.spec = texts, spec_of(tokenizer)
         self.pieces = read_pieces(self.spec)
         self.size = len(self.pieces.names)
@@ -70,12 +75,24 @@ class Counted:
         lines = [line for text in self.texts for line in text.splitlines() if line.strip()]
         return list(zip(lines[:LINES], encode(self.old, lines[:LINES]), strict=True))
 
+    @cached_property
+    def expected(self) -> np.ndarray:
+        """Each token's mean probability as the next one of the texts; 0 if the model has none."""
+        if not predicts_next_token(self.model) or not self.counts.any():
+            return np.zeros(len(self.counts))
+        return expected_tokens(self.model, self.tokenizer, self.texts, len(self.counts))
+
     def choose(self, keep: float | int) -> Choice | None:
-        """Return the most frequent tokens with all that they need; None if that is all of them."""
+        """Return the most frequent tokens with all that they need; None if that is all of them.
+
+        If more tokens stay than the texts have, a language model says which.
+        """
         size = size_of(keep, self.size)
         if size >= self.size:
             return None
-        order = order_of(self.pieces, choose(self.pieces, self.counts, size, self.needed))
+        unseen = size > (self.counts > 0).sum()
+        scores = self.counts + self.expected if unseen else self.counts
+        order = order_of(self.pieces, choose(self.pieces, scores, size, self.needed))
         spec = json.dumps(edited(self.spec, self.pieces, order))
         new, total = plain(spec), int(self.counts.sum())
         rates = [total / size_in_bytes(self.texts), tokens_per_byte(new, self.texts)]
@@ -98,6 +115,9 @@ def choose_tokens(
     scripts: Sequence[str] = (),
 ) -> Choice | None:
     """Choose the tokens of a smaller vocabulary by their counts in some texts.
+
+    A language model adds each token's mean probability as the next one, ``mean_t p(token | text
+    before t)``, where tokens that the texts lack are to stay.
 
     Parameters
     ----------
@@ -237,6 +257,25 @@ def counts_of(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> np.nda
     for ids in encode(tokenizer, texts):
         counts += np.bincount(ids, minlength=tokens)
     return counts
+
+
+@torch.no_grad()
+def expected_tokens(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], tokens: int
+) -> np.ndarray:
+    """Return ``mean_t p(token | text before t)`` of each token, over beginnings of documents."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or START
+    how = {"seq_len": min(START, known), "samples": STARTS, "packed": False}
+    drawn = evaluation_sequences([each for each in texts if each.strip()], tokenizer, **how)
+    total, positions = 0.0, 0
+    with evaluating(model):
+        for batch in drawn.batches(1):  # the logits of one sequence are many
+            logits = model(input_ids=batch["input_ids"].to(device_of(model))).logits[0, :, :tokens]
+            total = total + logits.float().softmax(-1).sum(0, dtype=torch.float64)
+            positions += len(logits)
+    found = np.zeros(tokens)
+    found[: len(total)] = (total / positions).cpu()
+    return found
 
 
 def choose(pieces: Pieces, counts: np.ndarray, size: int, needed: Collection[int]) -> set[int]:

@@ -28,6 +28,7 @@ from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.export.verify import verify_everywhere
 from liar_ext.job.sharing import shares_budget, split_warnings
 from liar_ext.job.vocabulary import LOSSES
+from liar_ext.vocabulary.keep import Counted, choose
 
 KEPT = 384
 SHORT = ["--samples", "8", "--seq-len", "16", "--quiet", "--self-text", "0"]
@@ -329,6 +330,24 @@ def test_in_python_text_is_drawn_afterwards(folder, corpus, tmp_path):
             save_pruned(model, tmp_path / "out", report=report, tokenizer=wrong)
     save_pruned(model, tmp_path / "out", report=report, tokenizer=smaller)
     assert compare_tokenization(tmp_path / "out")
+
+
+def test_a_language_model_says_which_unseen_tokens_stay(folder):
+    model, tokenizer = load_model(str(folder))
+    texts = ["the weather", " ", "a day"]
+    rows = [
+        model(**tokenizer(text, return_tensors="pt")).logits[0] for text in (texts[0], texts[2])
+    ]
+    wanted = torch.cat(rows).double().softmax(-1).mean(0)
+    counted = Counted(model, tokenizer, texts)
+    torch.testing.assert_close(torch.from_numpy(counted.expected), wanted, atol=1e-6, rtol=1e-4)
+    seen = set(counted.counts.nonzero()[0])
+    kept = set(counted.choose(KEPT).order)
+    assert seen <= kept
+    alone = choose(counted.pieces, counted.counts, KEPT, counted.needed)
+    assert wanted[sorted(kept - alone)].sum() > wanted[sorted(alone - kept)].sum()
+    encoder = Counted(tiny("bert", vocab_size=TOKENS), tokenizer, texts)
+    assert not encoder.expected.any()
 
 
 def test_a_slow_tokenizer_is_refused():
