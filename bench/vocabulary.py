@@ -135,7 +135,7 @@ def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
             "news recall@1": News(test, tokenizer, cls=False)(model),
             "STS-B": Similarity(pairs["test"], tokenizer, cls=False)(model),
         }
-        found = {"quality": judged, "speed": speed(model, folder)}
+        found = {"quality": judged, "speed": speed(model, folder, keep == 1.0 and not half)}
         yield row | facts(model, tokenizer, kinds) | found
 
 
@@ -158,7 +158,7 @@ def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
             continue
         model, tokenizer = smaller(folder, chosen_by, keep)
         judged = {f"{kind} bits per byte": bits(model, tokenizer, kinds[kind]) for kind in kinds}
-        found = {"quality": judged, "speed": speed(model, folder)}
+        found = {"quality": judged, "speed": speed(model, folder, keep == 1.0)}
         yield row | facts(model, tokenizer, kinds) | found
 
 
@@ -196,8 +196,10 @@ def facts(model: nn.Module, tokenizer: Any, kinds: dict[str, list[str]]) -> dict
     return size | {"tokens_per_byte": rates}
 
 
-def speed(model: nn.Module, folder: Path) -> dict[str, float]:
+def speed(model: nn.Module, folder: Path, whole: bool) -> dict[str, float]:
     """Return how many times as many tokens in a CPU second as the whole model, in turns."""
+    if whole:
+        return {}
     models = {"pruned": model, "dense": load_model(str(folder), "float32", "cpu")[0]}
     rates = measure(models, TIMED, clock=time.process_time)
     return {each.what: each.ratio.median for each in rates if each.unit != "ms"}

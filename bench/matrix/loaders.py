@@ -58,7 +58,7 @@ def lm_eval(job: dict) -> Row:
         options = ["--tasks", "continuations", "--include-path", job["tasks"], "--quiet"]
         command = [sys.executable, "-m", "liar_ext", "eval", job["folder"], *options]
         done = subprocess.run(command, capture_output=True, text=True)
-        raise RuntimeError(f"{done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{done.returncode}: {done.stderr}")
     import lm_eval as harness
     from lm_eval.tasks import TaskManager
 

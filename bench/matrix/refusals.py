@@ -37,7 +37,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"lm-eval / BERT-like / .*",
-        r"must be a causal language model",
+        r"needs a causal language model",
         "an encoder predicts no next token, and `liar eval --tasks` says so; lm-eval's own loader "
         "would put a random head onto it",
     ),
