@@ -36,6 +36,7 @@ def _load() -> ctypes.CDLL:
     torch.cuda.is_current_stream_capturing = lambda: False
     # Its clock would choose torch, which runs on the host, and no test would see a kernel.
     os.environ.setdefault("LIAR_GRAM", "csrc")
+    os.environ.setdefault("LIAR_SOLVE", "csrc")
     # Registers the operators of the package first.
     dispatch = importlib.import_module("liar_ext.ops.dispatch")
     loaded = ctypes.CDLL(launchers)

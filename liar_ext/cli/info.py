@@ -144,7 +144,11 @@ def lines(found: dict) -> list[str]:
         "extension": build.get("extension")
         or f"loaded, uses {build['cpu_kernel']} of {build['cpu_kernels']}",
         "CUDA": cuda,
-        **({"Gram backend": build["gram"]} if "gram" in build else {}),
+        **{
+            f"{name} backend": build[name.lower()]
+            for name in ("Gram", "solve", "curve")
+            if name.lower() in build
+        },
         "devices": ", ".join(
             f"{device} ({name})" if name else device for device, name in found["devices"].items()
         ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liar_ext.ops import dispatch, gram_choice
+from liar_ext.ops import dispatch, gram_choice, solve_choice
 
 __all__ = ["build_info", "gram_update_", "obs_curve", "reconstruct"]
 
@@ -214,13 +214,18 @@ def build_info() -> dict[str, str]:
     of ``cpu_kernels``), ``cuda`` (whether CUDA kernels were compiled in) and, if they were,
     ``cuda_archs`` (compute capabilities), ``cuda_runtime`` (CUDA's version that they want),
     ``cuda_driver`` (the newest that the driver knows, or none) and ``cuda_devices`` (how many).
-    Without an extension ``extension`` says why, and torch is the kernel. After updates on a GPU
-    ``gram`` names the backends that were chosen, see :mod:`liar_ext.ops.gram_choice`.
+    Without an extension ``extension`` says why, and torch is the kernel. After calls on a GPU
+    ``gram``, ``solve`` and ``curve`` name the backends that were chosen, see
+    :mod:`liar_ext.ops.choice`.
     """
-    chosen = "; ".join(gram_choice.chooser.lines())
-    gram = {"gram": chosen} if chosen else {}
+    choosers = {
+        "gram": gram_choice.chooser,
+        "solve": solve_choice.solves,
+        "curve": solve_choice.curves,
+    }
+    chosen = {name: "; ".join(said) for name, each in choosers.items() if (said := each.lines())}
     if dispatch.MISSING:
-        return gram | {
+        return chosen | {
             "extension": f"not in use: {dispatch.MISSING}",
             "compiler": "none",
             "torch_target": torch.__version__,
@@ -230,4 +235,4 @@ def build_info() -> dict[str, str]:
             "cuda": "not compiled",
         }
     lines = torch.ops.liar_ext.build_info().splitlines()
-    return gram | dict(line.split("=", 1) for line in lines)
+    return chosen | dict(line.split("=", 1) for line in lines)

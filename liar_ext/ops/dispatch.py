@@ -40,12 +40,11 @@ def _load() -> str:
     return ""
 
 
-SMALL = 128  # kept features of a system that one CUDA block solves
 MISSING = _load()
-_library = torch.library.Library("liar_ext", "DEF" if MISSING else "IMPL")
+library = torch.library.Library("liar_ext", "DEF" if MISSING else "IMPL")
 if MISSING:
     for _schema in SCHEMAS:
-        _library.define(_schema)
+        library.define(_schema)
 
 PLAIN = {
     "gram_update_": reference.gram_update_,
@@ -118,39 +117,6 @@ def by_reference(name: str, device: str):
     return refer
 
 
-def reconstruct_on_cuda(weight, gram, kept, *more):
-    """Solve by cuSOLVER, and small systems by a kernel, without waiting for a value."""
-    checks.check_reconstruct(weight, gram, kept, *more, values=False)
-    small = kept.shape[-1] <= SMALL and serves(weight.device)
-    with torch.no_grad():
-        solve = _solve_small if small else None
-        return reference.reconstruct(weight, gram, kept, *more, solve=solve)
-
-
-def _solve_small(block, side, shifts):
-    contiguous = block.contiguous(), side.contiguous(), shifts
-    x, code, diagonal = torch.ops.liar_ext._solve_small(*contiguous)
-    return zip(x, code, reference.condition_of(diagonal), strict=True)
-
-
-def obs_curve_on_cuda(weight, gram, *more):
-    """Eliminate single features by a kernel, and wider units by libraries."""
-    checks.check_obs_curve(weight, gram, *more)
-    kernel = serves(weight.device) and more[0] == 1
-    with torch.no_grad():
-        eliminate = _eliminate if kernel else None
-        return curve.obs_curve(weight, gram, *more, eliminate=eliminate)
-
-
-def _eliminate(s, first, count):
-    rows = s.h.new_empty(2, count, len(s.unit))
-    gone = torch.zeros_like(s.unit, dtype=torch.bool)
-    diagonals = (each.diagonal().clone() for each in (s.h, s.v))
-    state = s.h, s.v, s.unit, s.lost, s.order, s.error
-    torch.ops.liar_ext._eliminate_(*state, *rows, gone, *diagonals, first, s.per_group)
-    return *rows, gone
-
-
 @functools.cache
 def runs_kernels(device: torch.device) -> bool:
     """Tell whether a CUDA device can run kernels of Ampere and later: cp.async, bfloat16 mma."""
@@ -167,9 +133,8 @@ KERNELS = {  # dispatch keys that the extension which is loaded has kernels for
     for device in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key("liar_ext::gram_update_", device)
 }
-_library.impl("reconstruct", reconstruct_on_cuda, "CUDA")
-_library.impl("obs_curve", obs_curve_on_cuda, "CUDA")
 for _device in ("CPU", "CUDA", "XPU", "MPS", "PrivateUse1"):
-    for _name in PLAIN if _device not in KERNELS else ():
+    # On CUDA the others are half library, half kernel: liar_ext.ops.solve_choice registers them.
+    for _name in ("gram_update_",) if _device == "CUDA" else PLAIN:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"liar_ext::{_name}", _device):
-            _library.impl(_name, by_reference(_name, _device), _device)
+            library.impl(_name, by_reference(_name, _device), _device)

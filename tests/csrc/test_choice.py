@@ -1,4 +1,4 @@
-"""Which backend a Gram update takes on a GPU, on the simulated one, with planted faults."""
+"""Which backend an operator takes on a GPU, on the simulated one, with planted faults."""
 
 import json
 import os
@@ -21,10 +21,13 @@ import os, time, warnings
 from pathlib import Path
 import torch
 from liar_ext import ops
-from liar_ext.ops import gram_choice, reference
-from liar_ext.ops.gram_choice import Chooser, Kind
+from dataclasses import replace
+from liar_ext.errors import InputError
+from liar_ext.ops import choice, curve, gram_choice, reference, solve_choice
+from liar_ext.ops.choice import Chooser
+from liar_ext.ops.gram_choice import Kind
 
-del os.environ["LIAR_GRAM"]
+del os.environ["LIAR_GRAM"], os.environ["LIAR_SOLVE"]
 right = reference.gram_update_
 calls = []
 
@@ -51,12 +54,15 @@ def full(gram, total, count, x, y=None, weight=None):
 def kind(dtype=torch.bfloat16, **more):
     return Kind(torch.device("cuda", 0), dtype, torch.float64, False, False, 64, 32)
 
-def choose(**backends):
+def chooser_of(backends, operator=gram_choice.OPERATOR):
+    return Chooser(replace(operator, backends=lambda device: backends))
+
+def choose(operator=gram_choice.OPERATOR, asked=kind(), **backends):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        chooser = Chooser(lambda device: backends)
+        chooser = chooser_of(backends, operator)
         try:
-            print(chooser.choose(kind()), *(str(one.message)[:210] for one in said), sep=" | ")
+            print(chooser.choose(asked), *(str(one.message)[:210] for one in said), sep=" | ")
         except RuntimeError as error:
             print(f"{type(error).__name__}: {error}")
     return chooser
@@ -104,7 +110,7 @@ def test_a_measurement_is_kept_and_a_spoilt_file_is_measured_again(tmp_path):
     said = script(
         """
         first = choose(a=slow, b=right)
-        path = gram_choice.cache_file()
+        path = choice.cache_file()
         print(len(calls), *first.lines())
         calls.clear()
         choose(a=slow, b=right)
@@ -121,9 +127,9 @@ def test_a_measurement_is_kept_and_a_spoilt_file_is_measured_again(tmp_path):
     assert said[0] == said[2] == said[-1].replace("a", "b") == "b"
     assert said[1].startswith("5 cuda:0 bfloat16 float64 64 × 32: b (a 5")
     assert said[3] == "1" and said[5:12:2] == ["5"] * 4
-    kept = json.loads((tmp_path / "liar_ext" / "gram.json").read_text())
+    kept = json.loads((tmp_path / "liar_ext" / "backends.json").read_text())
     ((key, times),) = kept.items()
-    assert key.startswith("a simulated GPU, torch ") and set(times) == {"a", "b"}
+    assert key.startswith("gram_update_ on a simulated GPU, torch ") and set(times) == {"a", "b"}
 
 
 def test_a_backend_is_forced_by_name(tmp_path):
@@ -132,8 +138,8 @@ def test_a_backend_is_forced_by_name(tmp_path):
         choose(a=slow, b=right, torch=wrong)
         os.environ["LIAR_GRAM"] = "a"
         try:
-            Chooser(lambda device: {"torch": right}).choose(kind())
-        except ops.gram_choice.InputError as error:
+            chooser_of({"torch": right}).choose(kind())
+        except InputError as error:
             print(error)
         """,
         tmp_path,
@@ -193,3 +199,107 @@ def test_a_card_older_than_the_kernels_is_served_by_torch(tmp_path):
         tmp_path,
     )
     assert said == ["torch", "True"]
+
+
+def test_planted_faults_of_solves(tmp_path):
+    said = script(
+        """
+        asked = solve_choice.Kind(torch.device("cuda", 0), (128, 64, 2))
+        operator, library = solve_choice.solves.operator, reference.solve_by_library
+
+        def wrong(block, side, shifts):
+            for x, code, condition in library(block, side, shifts):
+                if len(block) > 100:
+                    x[100, 3] *= 1.00001
+                yield x, code, condition
+
+        def no_code(block, side, shifts):
+            return ((x.nan_to_num(), 0 * code, 1) for x, code, _ in library(block, side, shifts))
+
+        def last_only(block, side, shifts):
+            return [*library(block, side, shifts[-1:])] * len(shifts)
+
+        def slow(*system):
+            time.sleep(0.05)
+            return library(*system)
+
+        for each in (wrong, no_code, last_only, raises, slow):
+            choose(operator, asked, a=each, b=library)
+        print(*chooser_of({"a": library}, operator).lines())
+        """,
+        tmp_path,
+    )
+    assert all(
+        line.startswith("b | liar_ext: the a backend of reconstruct is") for line in said[:4]
+    )
+    assert "128 kept features: W'[2, 3, 100] is" in said[0]
+    assert " is right" in said[1] and " is right" in said[2]
+    assert "it raises RuntimeError: no kernel image" in said[3]
+    assert said[4] == "b"
+
+
+def test_planted_faults_of_curves(tmp_path):
+    said = script(
+        """
+        asked = solve_choice.Kind(torch.device("cuda", 0), (64,))
+        operator, library = solve_choice.curves.operator, curve.eliminate_panel
+
+        def no_rounds(s, first, count):
+            lost = s.lost.clone()
+            found = library(s, first, count)
+            s.lost.copy_(lost)
+            return found
+
+        def wrong(s, first, count):
+            left, right, gone = library(s, first, count)
+            left[-1, 0] += 1e-4
+            return left, right, gone
+
+        def slow(s, first, count):
+            time.sleep(0.05)
+            return library(s, first, count)
+
+        for each in (no_rounds, wrong, raises, slow):
+            choose(operator, asked, a=each, b=library)
+        """,
+        tmp_path,
+    )
+    assert all(line.startswith("b | liar_ext: the a backend of obs_curve is") for line in said[:3])
+    assert said[3] == "b"
+
+
+def test_each_size_goes_where_the_rule_says(tmp_path):
+    """Small systems and single features are chosen for, and the kernels pass the check."""
+    said = script(
+        """
+        device = torch.device("cuda", 0)
+        for each in (solve_choice.solves, solve_choice.curves):
+            found = each.backends(device)
+            print(*found, *(each.operator.fault(one, solve_choice.Kind(device)) or "right"
+                            for one in found.values()))
+        def choices():
+            return len(solve_choice.solves.chosen), len(solve_choice.curves.chosen)
+
+        damps = torch.tensor([0.1, 1.0], dtype=torch.float64, device="cuda")
+        gram, weight = torch.eye(200, device="cuda").double(), torch.randn(5, 200, device="cuda")
+        ops.reconstruct(weight, gram, torch.arange(129, device="cuda"), damps)
+        ops.obs_curve(weight, gram, 2, 0.1, 90)
+        print(*choices())
+        ops.reconstruct(weight, gram, torch.arange(128, device="cuda"), damps)
+        ops.reconstruct(weight, gram, torch.arange(127, device="cuda"), damps)
+        ops.obs_curve(weight, gram, 1, 0.1, 190)
+        print(*choices())
+        info = ops.build_info()
+        print(info["solve"], info["curve"], sep="\\n")
+        torch.cuda.get_device_capability = lambda device=None: (7, 5)
+        ops.dispatch.runs_kernels.cache_clear()
+        ops.reconstruct(weight, gram, torch.arange(5, device="cuda"), damps)
+        ops.obs_curve(weight, gram, 1, 0.1, 190)
+        print(*choices())
+        """,
+        tmp_path,
+    )
+    assert said[:2] == ["csrc torch right right"] * 2
+    assert said[2:4] == ["0 0", "1 1"] and said[6] == "1 1"
+    assert said[4].startswith("cuda:0 128 × 32 × 2: ") and "csrc " in said[4]
+    assert said[5].startswith("cuda:0 256: ") and "csrc " in said[5]
