@@ -32,6 +32,8 @@ namespace {
 
 constexpr int64_t kPanelRows = 64;  // rows of L: the panels of L and R fit a second-level cache
 constexpr int64_t kFewRows = 8;     // below, packing costs more than it saves
+// Multiply-adds over all units that are worth a second thread.
+constexpr int64_t kAloneWork = 1 << 22;
 
 /// x ← C⁻¹ x for x (n, cols), where C = Uᵀ and U is upper triangular (n, n); all row-major.
 void solve_lower(int64_t n, int64_t cols, const double* u, double* x, int64_t x_row) {
@@ -54,12 +56,16 @@ class Elimination {
         w_(args.width),
         slots_(args.d / args.width),
         panel_(std::max<int64_t>(1, kPanelRows / args.width) * args.width),
+        crew_(args.d * args.width * args.width > kAloneWork ? pool : Pool{}),
         unit_(static_cast<size_t>(slots_)),
         open_(static_cast<size_t>(slots_), 1),
         left_(static_cast<size_t>(panel_ * args.d)),
         right_(static_cast<size_t>(panel_ * args.d)),
         inverse_blocks_(static_cast<size_t>(args.d * w_)),
-        energy_blocks_(static_cast<size_t>(args.d * w_)) {
+        energy_blocks_(static_cast<size_t>(args.d * w_)),
+        cost_(static_cast<size_t>(slots_)),
+        factor_(static_cast<size_t>(w_ * w_)),
+        square_(static_cast<size_t>(w_ * w_)) {
     for (int64_t s = 0; s < slots_; ++s) unit_[static_cast<size_t>(s)] = s;
   }
 
@@ -112,10 +118,10 @@ class Elimination {
 
   /// c (rows, cols) += scale · aᵀ b, with a (steps, rows) and b (steps, cols).
   void add_product(int64_t rows, int64_t cols, int64_t steps, double scale, const double* a,
-                   int64_t a_row, const double* b, double* c, int64_t c_row) const {
+                   int64_t a_row, const double* b, double* c, int64_t c_row,
+                   const Pool& pool) const {
     if (rows >= kFewRows) {
-      liar::add_product({{a, a_row}, {b, a_.d}, steps, rows, cols, scale, c, c_row}, kernel_,
-                        pool_);
+      liar::add_product({{a, a_row}, {b, a_.d}, steps, rows, cols, scale, c, c_row}, kernel_, pool);
       return;
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -127,8 +133,8 @@ class Elimination {
   }
 
   /// Overwrites the upper triangle of a (n, n) by U, a = UᵀU; false if there is none.
-  bool factor(int64_t n, double* a) const {
-    if (n > 1) return factor_upper(a, n, kernel_, pool_) == 0;
+  bool factor(int64_t n, double* a, const Pool& pool) const {
+    if (n > 1) return factor_upper(a, n, kernel_, pool) == 0;
     const bool positive = a[0] > 0;
     a[0] = std::sqrt(a[0]);
     return positive;
@@ -156,15 +162,22 @@ class Elimination {
     return i >= j ? matrix[i * a_.d + j] : matrix[j * a_.d + i];
   }
 
+  bool closed(int64_t slot) const {
+    const int64_t group = unit_[static_cast<size_t>(slot)] / (a_.d / w_ / a_.groups);
+    return !open_[static_cast<size_t>(slot)] || gone_[static_cast<size_t>(group)];
+  }
+
   /// The slot of least cost in a group that has not lost a unit in this round; -1 if H is spoilt.
   int64_t cheapest() {
-    const int64_t per_group = a_.d / w_ / a_.groups;
+    parallel_tasks(crew_, slots_, [&](int64_t s) {
+      if (!closed(s)) cost_[static_cast<size_t>(s)] = cost_of(s);
+    });
     int64_t best = -1;
     double least = std::numeric_limits<double>::infinity();
     for (int64_t s = 0; s < slots_; ++s) {
+      if (closed(s)) continue;
       const int64_t unit = unit_[static_cast<size_t>(s)];
-      if (!open_[static_cast<size_t>(s)] || gone_[static_cast<size_t>(unit / per_group)]) continue;
-      const double cost = cost_of(s);
+      const double cost = cost_[static_cast<size_t>(s)];
       // Slots are not in the order of the units: break ties by the unit.
       if (cost < least || (cost == least && best >= 0 && unit < unit_[static_cast<size_t>(best)])) {
         best = s;
@@ -180,27 +193,26 @@ class Elimination {
   /// tr(M_uu S⁻¹), not below 0; NaN if S is not positive definite.
   double cost_of(int64_t slot) {
     if (w_ == 1) return not_below_zero(*energy_block(slot) / *inverse_block(slot));
-    factor_.assign(inverse_block(slot), inverse_block(slot) + w_ * w_);
-    if (!factor(w_, factor_.data())) return std::numeric_limits<double>::quiet_NaN();
-    square_.assign(energy_block(slot), energy_block(slot) + w_ * w_);
-    return whiten_square();
+    const Workspace both = Workspace::of_doubles(2 * w_ * w_);
+    double *root = both.doubles(), *square = root + w_ * w_;
+    std::copy_n(inverse_block(slot), w_ * w_, root);
+    if (!factor(w_, root, Pool{})) return std::numeric_limits<double>::quiet_NaN();
+    std::copy_n(energy_block(slot), w_ * w_, square);
+    return whiten(root, square);
   }
 
-  /// square_ ← N = C⁻¹ square_ C⁻ᵀ with C = factor_; returns its trace, not below 0.
-  double whiten_square() {
+  /// square ← N = C⁻¹ square C⁻ᵀ with C = rootᵀ; returns its trace, not below 0.
+  double whiten(const double* root, double* square) const {
     const auto transpose = [&] {
       for (int64_t i = 0; i < w_; ++i) {
-        for (int64_t j = 0; j < i; ++j) {
-          std::swap(square_[static_cast<size_t>(i * w_ + j)],
-                    square_[static_cast<size_t>(j * w_ + i)]);
-        }
+        for (int64_t j = 0; j < i; ++j) std::swap(square[i * w_ + j], square[j * w_ + i]);
       }
     };
-    solve_lower(w_, w_, factor_.data(), square_.data(), w_);
+    solve_lower(w_, w_, root, square, w_);
     transpose();
-    solve_lower(w_, w_, factor_.data(), square_.data(), w_);
+    solve_lower(w_, w_, root, square, w_);
     double trace = 0;
-    for (int64_t i = 0; i < w_; ++i) trace += square_[static_cast<size_t>(i * w_ + i)];
+    for (int64_t i = 0; i < w_; ++i) trace += square[i * w_ + i];
     return not_below_zero(trace);
   }
 
@@ -215,23 +227,21 @@ class Elimination {
     }
     // What this panel has taken from these rows so far.
     const double *l = left_.data(), *r = right_.data();
-    add_product(w_, n, rows_, -1, l + first, a_.d, l, left, a_.d);
-    add_product(w_, n, rows_, -1, l + first, a_.d, r, right, a_.d);
-    add_product(w_, n, rows_, -1, r + first, a_.d, l, right, a_.d);
+    add_product(w_, n, rows_, -1, l + first, a_.d, l, left, a_.d, pool_);
+    add_product(w_, n, rows_, -1, l + first, a_.d, r, right, a_.d, pool_);
+    add_product(w_, n, rows_, -1, r + first, a_.d, l, right, a_.d, pool_);
 
-    factor_.resize(static_cast<size_t>(w_ * w_));
-    square_.resize(static_cast<size_t>(w_ * w_));
     for (int64_t i = 0; i < w_; ++i) {
       for (int64_t j = 0; j < w_; ++j) {
         factor_[static_cast<size_t>(i * w_ + j)] = left[i * a_.d + first + j];
         square_[static_cast<size_t>(i * w_ + j)] = right[i * a_.d + first + j];
       }
     }
-    if (!factor(w_, factor_.data())) return false;
-    *cost = whiten_square();
+    if (!factor(w_, factor_.data(), pool_)) return false;
+    *cost = whiten(factor_.data(), square_.data());
     solve_lower(w_, n, factor_.data(), left, a_.d);
     solve_lower(w_, n, factor_.data(), right, a_.d);
-    add_product(w_, n, w_, -0.5, square_.data(), w_, left, right, a_.d);  // N is symmetric
+    add_product(w_, n, w_, -0.5, square_.data(), w_, left, right, a_.d, pool_);  // N is symmetric
 
     open_[static_cast<size_t>(slot)] = 0;
     gone_[static_cast<size_t>(unit_[static_cast<size_t>(slot)] / (a_.d / w_ / a_.groups))] = 1;
@@ -248,13 +258,13 @@ class Elimination {
       }
       return;
     }
-    for (int64_t s = 0; s < slots_; ++s) {
-      if (!open_[static_cast<size_t>(s)]) continue;
+    parallel_tasks(crew_, slots_, [&](int64_t s) {
+      if (!open_[static_cast<size_t>(s)]) return;
       const double *l = left + s * w_, *r = right + s * w_;
-      add_product(w_, w_, w_, -1, l, a_.d, l, inverse_block(s), w_);
-      add_product(w_, w_, w_, -1, l, a_.d, r, energy_block(s), w_);
-      add_product(w_, w_, w_, -1, r, a_.d, l, energy_block(s), w_);
-    }
+      add_product(w_, w_, w_, -1, l, a_.d, l, inverse_block(s), w_, Pool{});
+      add_product(w_, w_, w_, -1, l, a_.d, r, energy_block(s), w_, Pool{});
+      add_product(w_, w_, w_, -1, r, a_.d, l, energy_block(s), w_, Pool{});
+    });
   }
 
   /// Applies the panel to H and M and closes the ranks.
@@ -300,6 +310,7 @@ class Elimination {
   const int64_t w_;
   int64_t slots_;     // units that are left, or went within the panel
   int64_t panel_;     // rows of L that are collected
+  const Pool crew_;   // works on units side by side, where they are wide enough
   int64_t rows_ = 0;  // of them, so far
   double condition_ = 1;
   std::vector<int64_t> unit_;         // by slot
@@ -307,6 +318,7 @@ class Elimination {
   std::vector<char> gone_;            // by group: whether it lost a unit in this round
   std::vector<double> left_, right_;  // L and R, (panel, d)
   std::vector<double> inverse_blocks_, energy_blocks_;  // by slot, (width, width)
+  std::vector<double> cost_;                            // by slot
   std::vector<double> factor_, square_;                 // C and N of one unit
 };
 
