@@ -35,6 +35,7 @@ KERNEL_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512.cpp": AVX512,
     "kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "kernels_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }
 
 

@@ -73,8 +73,9 @@ class Update {
 
     // A short chunk takes no more room than it needs. One line of padding keeps the panels of a
     // row off the same cache sets.
+    const int64_t at_once = kernel->tokens_per_step * kernel->steps_at_once;
     const int64_t steps =
-        std::min(kChunkSteps, (rows.size + kernel->tokens_per_step - 1) / kernel->tokens_per_step);
+        std::min(kChunkSteps, (rows.size + at_once - 1) / at_once * kernel->steps_at_once);
     Panels p{};
     p.left_stride = p.right_stride = steps * kernel->panel * kernel->slot_bytes + 64;
     p.left_chunk = panels(u.x.cols) * p.left_stride;

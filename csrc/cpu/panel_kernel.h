@@ -86,6 +86,7 @@ struct PanelKernel {
   int64_t rows;             // features of the left side in a register tile; divides `panel`
   int64_t slot_bytes;       // bytes per feature and step
   int64_t tokens_per_step;  // 1, or 2 where a step holds a pair of tokens
+  int64_t steps_at_once;    // panels have room for a multiple of so many steps
   bool (*within)(DType dtype, const void* row, int64_t features, double limit);
   // Returns whether all values are known to be within `limit`: their squares, a multiplication
   // each, add up to less than a quarter of its square. False also where many values near it do not.
@@ -98,12 +99,14 @@ struct PanelKernel {
 
 extern const PanelKernel kPortableF32, kPortableF64;
 #if defined(__x86_64__)
-extern const PanelKernel kAvx2F32, kAvx2F64, kAvx512F32, kAvx512F64, kAvx512Bf16;
+extern const PanelKernel kAvx2F32, kAvx2F64, kAvx512F32, kAvx512F64, kAvx512Bf16, kAmxBf16;
+#elif defined(__aarch64__)
+extern const PanelKernel kNeonF32, kNeonF64;
 #endif
 
 /// What one instruction set offers.
 struct KernelSet {
-  const char* name;         // portable, avx2, avx512, avx512_bf16
+  const char* name;         // portable, neon, avx2, avx512, avx512_bf16, amx_bf16
   const PanelKernel* f32;   // float16, bfloat16 and float32 rows, float32 products
   const PanelKernel* f64;   // float64 rows and products
   const PanelKernel* bf16;  // bfloat16 rows, paired dot products; null where the CPU has none

@@ -22,6 +22,7 @@ constexpr PanelKernel single_kernel() {
           Product::kRows,
           sizeof(float),
           1,
+          1,
           [](DType dtype, const void* row, int64_t n, double limit) {
             if (dtype == DType::kFloat16)
               return Pack::template row_within<Rows<Simd, Half>>(row, n, limit);
@@ -48,6 +49,7 @@ constexpr PanelKernel one_type_kernel() {
           Product::kRows,
           sizeof(typename Simd::Slot),
           Simd::kTokensPerStep,
+          1,
           [](DType, const void* row, int64_t n, double limit) {
             return Pack::template row_within<Source>(row, n, limit);
           },

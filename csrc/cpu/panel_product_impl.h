@@ -7,8 +7,8 @@
 //                 [ v0      | v1      | v2      ]
 //      a panel    +---------+---------+---------+
 //      a0 splat   | acc 0,0 | acc 0,1 | acc 0,2 |
-//      a1 splat   | acc 1,0 | acc 1,1 | acc 1,2 |     8 × 3 of AVX-512's 32 registers, 4 × 3 of
-//      ...        |         |         |         |     AVX2's 16
+//      a1 splat   | acc 1,0 | acc 1,1 | acc 1,2 |     8 × 3 of AVX-512's 32 registers, 4 × 6 of
+//      ...        |         |         |         |     NEON's 32, 4 × 3 of AVX2's 16
 //                 +---------+---------+---------+
 #pragma once
 
@@ -43,19 +43,19 @@ struct PanelProducts {
                                                               int64_t ahead_step) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
     }
     for (int64_t step = 0; step < steps; ++step) {
       typename Simd::Operand right[vectors];
       __builtin_prefetch(ahead);
       ahead += ahead_step;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const typename Simd::Operand left = Simd::splat(a + r);
-#pragma GCC unroll 4
+        const auto left = Simd::splat(a + r);
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
           sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
         }
@@ -70,7 +70,7 @@ struct PanelProducts {
                          typename Simd::Sum (&to)[kRows][vectors * kLanes]) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) Simd::store(&to[r][v * kLanes], sum[r][v]);
     }
   }
@@ -111,7 +111,7 @@ struct PanelProducts {
                          ahead_step);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
           sum[r][v] = Simd::add(sum[r][v], Simd::load(&part[r][v * kLanes]));
         }
@@ -120,7 +120,7 @@ struct PanelProducts {
     if (scale != 1) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::scale(sum[r][v], scale);
       }
     }
@@ -131,7 +131,7 @@ struct PanelProducts {
     if (whole) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
           Simd::accumulate(out + r * out_row + v * kLanes, sum[r][v]);
       }
@@ -144,6 +144,15 @@ struct PanelProducts {
       const int64_t limit = triangle == Triangle::kLower && middle + 1 < cols ? middle + 1 : cols;
       for (int64_t c = first; c < limit; ++c) out[r * out_row + c] += static_cast<Out>(part[r][c]);
     }
+  }
+
+  /// tile<live>, for live ≤ vectors.
+  template <int vectors, class... Arguments>
+  static void tile_of(int64_t live, Arguments... arguments) {
+    if constexpr (vectors > 1) {
+      if (live < vectors) return tile_of<vectors - 1>(live, arguments...);
+    }
+    tile<vectors>(arguments...);
   }
 
   template <class Out>
@@ -170,16 +179,8 @@ struct PanelProducts {
         int64_t cols = p.j1 - j < kPanel ? p.j1 - j : kPanel;
         if (lower && i + kRows - j < cols) cols = i + kRows - j;
         const int64_t live = (cols + kLanes - 1) / kLanes;
-        if (live == 1) {
-          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
-                  ahead_step);
-        } else if (live == 2) {
-          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
-                  ahead_step);
-        } else if constexpr (kVectors >= 3) {
-          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
-                  ahead_step);
-        }
+        tile_of<kVectors>(live, p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j,
+                          p.scale, ahead, ahead_step);
       }
     }
   }

@@ -21,7 +21,7 @@ void solve_tile(const PanelSolve& p, int64_t i) {
   typename Simd::Vector sum[kRows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       sum[r][v] = Simd::scale(Simd::load(x + r * kPanel + v * kLanes), -1.0);
     }
@@ -29,12 +29,12 @@ void solve_tile(const PanelSolve& p, int64_t i) {
   const int64_t end = backward ? p.last : i;
   for (int64_t k = backward ? i + kRows : p.first; k < end; ++k) {
     typename Simd::Vector right[vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) right[v] = Simd::load(p.x + k * kPanel + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const typename Simd::Vector left = Simd::splat(a + k * kPanel + r);
-#pragma GCC unroll 4
+      const auto left = Simd::splat(a + k * kPanel + r);
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
       }
@@ -45,13 +45,13 @@ void solve_tile(const PanelSolve& p, int64_t i) {
   for (int place = 0; place < kRows; ++place) {
     const int j = backward ? kRows - 1 - place : place;
     const double by = -p.inverse[i + j];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[j][v] = Simd::scale(sum[j][v], by);
 #pragma GCC unroll 16
     for (int later = place + 1; later < kRows; ++later) {
       const int r = backward ? kRows - 1 - later : later;
-      const typename Simd::Vector left = Simd::splat(a + j * kPanel + r);
-#pragma GCC unroll 4
+      const auto left = Simd::splat(a + j * kPanel + r);
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         sum[r][v] = Simd::multiply_add(left, sum[j][v], sum[r][v]);
       }
@@ -59,7 +59,7 @@ void solve_tile(const PanelSolve& p, int64_t i) {
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) Simd::store(x + r * kPanel + v * kLanes, sum[r][v]);
   }
 }
@@ -76,12 +76,13 @@ void solve_rows(const PanelSolve& p) {
   }
 }
 
-template <class Simd>
+/// solve_rows with the vectors that are live, of `vectors`.
+template <class Simd, int vectors = Simd::kVectors>
 void solve(const PanelSolve& p) {
-  const int64_t live = (p.columns + Simd::kLanes - 1) / Simd::kLanes;
-  if (live == 1) return solve_rows<Simd, 1>(p);
-  if (live == 2) return solve_rows<Simd, 2>(p);
-  if constexpr (Simd::kVectors >= 3) solve_rows<Simd, 3>(p);
+  if constexpr (vectors > 1) {
+    if (p.columns <= (vectors - 1) * Simd::kLanes) return solve<Simd, vectors - 1>(p);
+  }
+  solve_rows<Simd, vectors>(p);
 }
 
 }  // namespace

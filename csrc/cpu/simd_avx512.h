@@ -1,4 +1,5 @@
-// The AVX-512 policies for float32 and float64; a unit that includes this is compiled for AVX-512.
+// The AVX-512 policies for float32 and float64, and how pairs of bfloat16 rows are packed; a unit
+// that includes this is compiled for AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -67,6 +68,22 @@ struct SimdF64 {
   }
   static void accumulate(float* p, Vector v) {
     _mm256_storeu_ps(p, _mm256_add_ps(_mm256_loadu_ps(p), _mm512_cvtpd_ps(v)));
+  }
+};
+
+/// Two tokens a step: the first in the low half of every slot, the second in the high half.
+struct BrainPairs {
+  using Value = Brain;
+  static __m512 load(const Brain* p) { return SimdF32::load(p); }
+  static void pack(const Brain* const* rows, int64_t r, int64_t count, const double* /*weight*/,
+                   uint32_t* out, __m512& sum, __m512& squares) {
+    const __m512 first = load(rows[r]);
+    const __m512 second = r + 1 < count ? load(rows[r + 1]) : _mm512_setzero_ps();
+    const __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
+    _mm512_storeu_si512(out, _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
+    sum = _mm512_add_ps(_mm512_add_ps(sum, first), second);
+    squares = SimdF32::multiply_add(first, first, squares);
+    squares = SimdF32::multiply_add(second, second, squares);
   }
 };
 

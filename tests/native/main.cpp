@@ -31,7 +31,10 @@ void run_threads(int64_t threads, void (*worker)(void*), void* context) {
 bool only_missing_here() {
   const char* wanted = std::getenv("LIAR_CPU_KERNEL");
   const std::string name = wanted == nullptr ? "" : wanted;
-  return name == "avx2" || name == "avx512" || name == "avx512_bf16";
+  for (const char* each : {"neon", "avx2", "avx512", "avx512_bf16", "amx_bf16"}) {
+    if (name == each) return true;
+  }
+  return false;
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "cpu/gram.h"
+#include "cpu/self_check.h"
 
 namespace liar::native {
 namespace {
@@ -146,6 +147,34 @@ void check_weights(const Pool& pool) {
   }
 }
 
+/// The self-check that decides which set is taken, on this one and with each kernel at fault.
+void check_self_check() {
+  expect(is_right(kernels()), "the self-check passes");
+  PanelKernel short_f32 = kPortableF32, short_f64 = kPortableF64, loose = kPortableF32;
+  short_f32.multiply_f64 = [](const PanelProduct& p) {
+    PanelProduct less = p;
+    --less.steps;
+    kPortableF32.multiply_f64(less);
+  };
+  short_f64.multiply_f64 = [](const PanelProduct& p) {
+    PanelProduct less = p;
+    --less.i1;
+    kPortableF64.multiply_f64(less);
+  };
+  loose.pack = [](const PackRows& p) {
+    PackRows no_sums = p;
+    no_sums.sums = nullptr;
+    return kPortableF32.pack(no_sums);
+  };
+  const KernelSet wrong[] = {{"f32", &short_f32, &kPortableF64, nullptr},
+                             {"f64", &kPortableF32, &short_f64, nullptr},
+                             {"bf16", &kPortableF32, &kPortableF64, &short_f32},
+                             {"sums", &loose, &kPortableF64, nullptr}};
+  for (const KernelSet& set : wrong) {
+    expect(!is_right(set), std::string("the self-check finds the fault of ") + set.name);
+  }
+}
+
 }  // namespace
 
 void test_gram(const Pool& pool) {
@@ -161,6 +190,7 @@ void test_gram(const Pool& pool) {
     check({dtype, 40, 300, 520, true, false, false, 1}, pool);
   }
   check_weights(pool);
+  check_self_check();
 }
 
 }  // namespace liar::native
