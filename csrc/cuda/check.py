@@ -2,7 +2,8 @@
 
 Compiles every kernel for every architecture, or takes what setup.py has compiled. Fails on a spill,
 on local memory, on shared memory that no launch knows of, on a kernel whose machine code lacks its
-tensor-core instruction or its 16-byte copies, and on a product that adds to its sums one by one.
+tensor-core instruction or its 16-byte copies, on a product that adds to its sums one by one, and on
+code that runs on one chip alone without an instruction of that chip.
 `--write` puts the table of registers into docs/cuda.md; without it, a table that differs is a
 failure too. The table is that of the compiler it names, so another one only has its rules checked.
 """
@@ -42,6 +43,9 @@ LOCAL = re.compile(r"\b(LDL|STL)\b")
 # load over a store that may alias, and a warp with one load on its way waits for memory each time.
 IN_FLIGHT = 8
 LOAD = re.compile(r"\bLDG\.E(?:\.64)? (R\d+),")
+# What an architecture with an `a` or an `f` has and the plain one has not: wgmma and setmaxnreg of
+# Hopper, the tensor memory of Blackwell. Code for it runs on that chip, or its family, alone.
+OWN = re.compile(r"\b(HGMMA|IGMMA|QGMMA|BGMMA|USETMAXREG|UTC\w*MMA|UTCBAR|LDTM|STTM|UTCCP)\b")
 
 
 def plain(symbols: list[str]) -> list[str]:
@@ -125,6 +129,15 @@ def faults(name: str, arch: str, numbers: tuple[int, int, int], code: str) -> li
     return [f"{name} on {arch}: {w}" for w in wrong]
 
 
+def needless(code: dict[str, str]) -> list[str]:
+    """Return architectures of one chip, or family, no kernel of which has an instruction of it."""
+    return [
+        f"{arch}: no kernel needs it, {arch.rstrip('af')} runs on later chips too"
+        for arch, text in sorted(code.items())
+        if arch[-1] in "af" and not OWN.search(text)
+    ]
+
+
 def unmatched(names: set[str]) -> list[str]:
     """Return the rules that no kernel falls under, as after a renaming."""
     return [f"no kernel is called {p}" for p in MUST if not any(n.startswith(p) for n in names)]
@@ -162,7 +175,7 @@ def main() -> int:
     version = subprocess.check_output([home / "bin" / "nvcc", "--version"], text=True)
     compiler = "nvcc " + re.search(r"release [\d.]+, V([\d.]+)", version)[1]
 
-    found, wrong = {}, []
+    found, wrong, whole = {}, [], defaultdict(str)
     for target in objects:
         numbers = resources(build.report(target).read_text())
         code = machine_code(home, target)
@@ -170,7 +183,8 @@ def main() -> int:
         for (key, value), name in zip(numbers.items(), plain(symbols), strict=True):
             found[name, key[1]] = value
             wrong += faults(name, key[1], value, code.get(key, ""))
-    wrong += unmatched({name for name, _ in found})
+            whole[key[1]] += code.get(key, "")
+    wrong += unmatched({name for name, _ in found}) + needless(whole)
     text = DOCS.read_text()
     before, rest = text.split(BEGIN)
     old, after = rest.split(END)

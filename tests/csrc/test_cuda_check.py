@@ -65,6 +65,14 @@ def test_a_rule_that_no_kernel_falls_under_is_a_fault():
     assert check.unmatched({NAME}) and not check.unmatched({f"{part} x" for part in check.MUST})
 
 
+def test_code_for_one_chip_alone_needs_a_reason():
+    wgmma = "/*0000*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;"
+    assert check.needless({"sm_80": GOOD, "sm_90": GOOD, "sm_90a": GOOD + wgmma}) == []
+    wrong = check.needless({"sm_90a": GOOD, "sm_100f": GOOD, "sm_120": GOOD})
+    assert [each.split(":")[0] for each in wrong] == ["sm_100f", "sm_90a"]
+    assert "sm_90 runs on later chips too" in wrong[1]
+
+
 def test_launches_neither_wait_nor_allocate():
     """Both are what a CUDA graph can't capture; these calls of the runtime are what it can."""
     allowed = {
