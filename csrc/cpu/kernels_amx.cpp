@@ -31,7 +31,7 @@ namespace {
 
 constexpr int64_t kWide = 32;                    // features of a panel
 constexpr int64_t kDeep = 16;                    // steps of a tile
-constexpr int64_t kStepBytes = kWide * 4;        // in either half of a panel
+constexpr int64_t kStepBytes = kWide * 4;        // in either half of a panel, and a row of sums
 constexpr int64_t kSegment = 128 / (2 * kDeep);  // tiles that one sum takes in, as elsewhere
 constexpr int64_t kLine = kDeep * 4, kHalf = kWide / 2;
 
@@ -112,9 +112,22 @@ void multiply_steps(const char* left, const char* right, int64_t tiles, float* s
   }
 }
 
+/// Adds a block of sums from (i, j) on, of which only what the product asks for.
+template <class Out>
+void add_block(const PanelProduct& p, int64_t i, int64_t j, const float* sums) {
+  const auto scale = static_cast<float>(p.scale);
+  for (int64_t r = 0; r < kWide && i + r < p.i1; ++r) {
+    const int64_t middle = i + r - j;  // column of the diagonal
+    const int64_t begin = p.triangle == Triangle::kUpper && middle > 0 ? middle : 0;
+    int64_t end = p.j1 - j < kWide ? p.j1 - j : kWide;
+    if (p.triangle == Triangle::kLower && middle + 1 < end) end = middle + 1;
+    Out* out = static_cast<Out*>(p.out) + (i + r) * p.out_row + j;
+    for (int64_t c = begin; c < end; ++c) out[c] += static_cast<Out>(scale * sums[r * kWide + c]);
+  }
+}
+
 template <class Out>
 void multiply(const PanelProduct& p) {
-  const bool lower = p.triangle == Triangle::kLower, upper = p.triangle == Triangle::kUpper;
   // As many whole tiles as there are, then what is left in one that is less deep.
   for (int64_t first = 0, depth = 0, tiles = 0; first < p.steps; first += tiles * depth) {
     depth = p.steps - first < kDeep ? p.steps - first : kDeep;
@@ -122,21 +135,14 @@ void multiply(const PanelProduct& p) {
     configure(depth);
     for (int64_t j = p.j0; j < p.j1; j += kWide) {
       const auto* right = static_cast<const char*>(p.b) + j / kWide * p.b_panel_stride;
-      const int64_t end = upper && j + kWide < p.i1 ? j + kWide : p.i1;
-      for (int64_t i = lower && j > p.i0 ? j : p.i0; i < end; i += kWide) {
+      const int64_t below = p.triangle == Triangle::kLower && j > p.i0 ? j : p.i0;
+      const int64_t above = p.triangle == Triangle::kUpper && j + kWide < p.i1 ? j + kWide : p.i1;
+      for (int64_t i = below; i < above; i += kWide) {
         const auto* left = static_cast<const char*>(p.a) + i / kWide * p.a_panel_stride;
         alignas(64) float sums[kWide * kWide] = {};
         multiply_steps(left + turned(p.a_panel_stride) + first * kStepBytes,
                        right + first * kStepBytes, tiles, sums);
-        for (int64_t r = 0; r < kWide && i + r < p.i1; ++r) {
-          const int64_t middle = i + r - j;  // column of the diagonal
-          int64_t limit = p.j1 - j < kWide ? p.j1 - j : kWide;
-          if (lower && middle + 1 < limit) limit = middle + 1;
-          Out* out = static_cast<Out*>(p.out) + (i + r) * p.out_row + j;
-          const auto scale = static_cast<float>(p.scale);
-          for (int64_t c = upper && middle > 0 ? middle : 0; c < limit; ++c)
-            out[c] += static_cast<Out>(scale * sums[r * kWide + c]);
-        }
+        add_block<Out>(p, i, j, sums);
       }
     }
   }

@@ -8,6 +8,7 @@ qemu-user-static), the native tests are linked for aarch64 Linux and run by it: 
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,39 @@ def emulated() -> str:
     return ""
 
 
+def product_loop(assembly: str) -> tuple[int, int]:
+    """Return the multiply-adds and the instructions of the widest inner loop of products.
+
+    It is the one that fetches what comes next.
+    """
+    lines = [line.split("//")[0].strip() for line in assembly.splitlines()]
+    lines = [line for line in lines if re.match(r"[a-z]|\.LBB", line)]  # no directives
+    place = {line[:-1]: k for k, line in enumerate(lines) if line.endswith(":")}
+    found = [(0, 0)]
+    for k, line in enumerate(lines):
+        jump = re.match(r"(?:b\.\w+|cbn?z\s+\w+,)\s*(\S+)", line)
+        if jump and place.get(jump[1], k) < k:
+            body = [each for each in lines[place[jump[1]] : k + 1] if not each.endswith(":")]
+            inner = not any(re.match(r"b\.|cb|tb", each) for each in body[:-1])
+            if inner and any(each.startswith("prfm") for each in body):
+                found.append((sum(each.startswith("fmla") for each in body), -len(body)))
+    multiplied, issued = max(found)
+    return multiplied, -issued
+
+
+def count_instructions() -> None:
+    """Print what the products of the aarch64 kernels issue for their multiply-adds."""
+    command = [sys.executable, "-m", "ziglang", "c++", "--target=aarch64-linux-musl", *FLAGS]
+    for kernel in ("neon", "portable"):
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder, "kernels.s")
+            source = CSRC / "cpu" / f"kernels_{kernel}.cpp"
+            made = [*command, "-O3", "-g0", "-S", "-o", str(target), str(source)]
+            subprocess.run(made, capture_output=True, check=True)
+            multiplied, issued = product_loop(target.read_text(encoding="utf-8"))
+        print(f"cross: aarch64 {kernel}: {multiplied} multiply-adds in {issued} instructions")
+
+
 def main() -> int:
     """Compile everything for every target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -92,6 +126,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
             said = list(pool.map(lambda one: compile_one(*one, Path(folder)), work))
+    count_instructions()
     wrong = [one for one in (*said, emulated()) if one]
     print(*wrong, sep="\n", end="\n" if wrong else "")
     print(f"cross: {len(work)} units for {', '.join(arguments.targets)}, {len(wrong)} faults")
