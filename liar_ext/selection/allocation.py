@@ -46,10 +46,10 @@ def allocate(
         What may stay.
     method : {"uniform", "global", "curve"}
         ``uniform``: every site keeps the same fraction, as near as its units allow: heads are
-        rounded to a count and channels make up for it. ``global``: scores are standardised within
-        a site, a unit has the mean over its features, and the highest stay, wherever they are, as
-        in FLAP with scores from ``score(..., per="feature")``, where those of attention are
-        squared first. ``curve``: the least sum of ``losses``: exact where the costs share few
+        rounded up and channels make up for it. ``global``: scores are standardised within a site,
+        a unit has the mean over its features, and the highest stay, wherever they are, as in FLAP
+        with scores from ``score(..., per="feature")``, where those of attention are squared first.
+        ``curve``: the least sum of ``losses``: exact where the costs share few
         enough grains, else no more than with 1/8192 of the budget less for each site; see
         :func:`liar_ext.selection.knapsack.choose`.
     model_type : str
@@ -283,26 +283,27 @@ def _nearest(counts: Sequence[int], wish: float, up: bool = False) -> int:
 def _uniform(problem: _Problem, scores: Mapping[str, Tensor]) -> list[int]:
     """Return counts of one common fraction.
 
-    The kind of fewest units (heads) takes the allowed count below or above the fraction, or the
-    least; the other kind spends the rest. Of those the choice that strays least from the fraction.
+    The kind of fewest units (heads) takes the allowed count at or above the fraction, and the other
+    kind spends the rest. If that leaves it less than half of the fraction, heads take the count
+    below, or the least.
     """
     wish = problem.fraction()
     fewest: dict[str, int] = {}
     for team in problem.teams:
         fewest[team.kind] = min(team.units, fewest.get(team.kind, team.units))
     fine = max(fewest, key=fewest.get)
-    rounded = [
-        [_nearest(team.counts, wish * team.units) for team in problem.teams],
-        [_nearest(team.counts, wish * team.units, up=True) for team in problem.teams],
-        [0] * len(problem.teams),
-    ]
-    found = []
-    for steps in rounded:
-        steps = _with_largest(problem, steps, fine)
-        pairs = list(zip(problem.teams, steps, strict=True))
-        strays = [len(t.sites) * abs(t.counts[step] / t.units - wish) for t, step in pairs]
-        found.append((problem.spent(steps) > problem.limit, sum(strays), steps))
-    return min(found, key=lambda each: each[:2])[2]
+    # A count that is the fraction itself is not rounded up: the limit is a little above the budget.
+    up = [_nearest(team.counts, (wish - 1e-6) * team.units, up=True) for team in problem.teams]
+    steps = _with_largest(problem, up, fine)
+    pairs = zip(problem.teams, steps, strict=True)
+    smallest = min(team.counts[step] / team.units for team, step in pairs)
+    if problem.spent(steps) <= problem.limit and smallest >= wish / 2:
+        return steps
+    down = [_nearest(team.counts, wish * team.units) for team in problem.teams]
+    steps = _with_largest(problem, down, fine)
+    if problem.spent(steps) <= problem.limit:
+        return steps
+    return _with_largest(problem, [0] * len(problem.teams), fine)
 
 
 def _with_largest(problem: _Problem, steps: list[int], kind: str) -> list[int]:

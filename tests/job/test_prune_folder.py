@@ -91,7 +91,8 @@ def test_equal_layers_load_without_code(llama, tmp_path):
     from transformers import AutoModelForCausalLM
 
     data = batches(tiny("llama"), 3)
-    choices = {"uniform_layers": True, "allocation": "uniform", "tile": 4}
+    # Half of the heads divide the hidden size, as transformers demands.
+    choices = {"keep": 0.5, "uniform_layers": True, "allocation": "uniform", "tile": 4}
     by_blocks(llama, data, tmp_path / "pruned", **choices)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert not (tmp_path / "pruned" / "liar_loader.py").exists()

@@ -64,6 +64,27 @@ def test_uniform_keeps_the_same_fraction_everywhere(llama):
         assert len({len(plan.sites[s.name].kept) for s in at if s.kind == kind}) == 1
 
 
+@pytest.mark.parametrize(
+    "keep, heads, channels",
+    [
+        (0.3, 1, 8),
+        (0.31, 1, 9),
+        (0.4, 2, 6),
+        (0.5, 2, 12),
+        (0.7, 3, 15),
+        (0.75, 3, 18),
+        (0.8, 4, 12),
+    ],
+)
+def test_uniform_rounds_heads_up_unless_channels_starve(llama, keep, heads, channels):
+    """A head has 960 parameters and a channel 120; a layer has 4 and 24, so 6,720 in all."""
+    _, at, scores = llama
+    plan = allocate(at, scores, Budget(keep, tile=1), "uniform")
+    kept = [len(plan.sites[site.name].kept) for site in at]
+    assert kept == [heads, channels] * (len(at) // 2)
+    assert heads * 960 + channels * 120 <= keep * 6720
+
+
 def test_global_equals_brute_force_order(llama):
     """FLAP's rule by hand: standardise per site, sort all units, keep from the top."""
     _, at, scores = llama
