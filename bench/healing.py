@@ -27,8 +27,14 @@ from bench.quality.models import load
 from bench.quality.record import write_whole
 from bench.quality.texts import Texts, choose_texts, write_texts
 from bench.quality.windows import HeldOut
-from liar_ext import MomentBank, calibrate, heal, load_pruned, prune, save_pruned
-from liar_ext.calibration.folds import Sequences, count_beside
+from liar_ext import MomentBank, Recipe, calibrate, heal, load_pruned, prune, save_pruned
+from liar_ext.calibration.folds import (
+    Sequences,
+    count_beside,
+    fraction_of,
+    of_no_text,
+    random_sequences,
+)
 from liar_ext.calibration.generated import write_sequences
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +56,6 @@ ROWS = [
 ]
 SEQ_LEN, SEED = 256, 0
 CALIBRATED, TRAINED, JUDGING = 64, 240, 4  # sequences; those calibrated on are trained on, too
-SELF_TEXT = 0.25  # of the calibration set of the default, which is written by the model
 WINDOWS = 8  # of each text that is judged by
 
 
@@ -85,7 +90,7 @@ class Bench:
             judge=JUDGING,
         )
         self.windows = texts.windows(self.tokenizer, seq_len=SEQ_LEN, samples=WINDOWS)
-        self.banks: dict[bool, tuple[MomentBank, float]] = {}
+        self.banks: dict[tuple[float, float], tuple[MomentBank, float]] = {}
         self.kept = OUT / "rows.json"
         self.rows = json.loads(self.kept.read_text()) if self.kept.exists() else []
         dense = judge(self.dense, self.windows)
@@ -107,7 +112,7 @@ class Bench:
         folder = OUT / f"{start}-{keep:g}"
         row = {"start": start, "keep": keep, "tokens": tokens}
         if not tokens:
-            bank, before = self.bank(own=start == "liar")
+            bank, before = self.bank(start)
             work, clock = copy.deepcopy(self.dense), time.process_time()
             report = prune(work, bank=bank, keep=keep, **STARTS[start][1])
             row["seconds"] = {"prune": before + time.process_time() - clock}
@@ -127,25 +132,28 @@ class Bench:
         row["texts"] = judge(work, self.windows)
         return self.add(row)
 
-    def bank(self, own: bool) -> tuple[MomentBank, float]:
+    def bank(self, start: str) -> tuple[MomentBank, float]:
         """Return activation statistics, which jobs on the same text share, and what they took."""
-        if own not in self.banks:
+        recipe = Recipe.build(**STARTS[start][1])
+        beside = recipe.self_text, fraction_of(recipe.random_tokens, True, recipe.self_text > 0)
+        if beside not in self.banks:
             clock = time.process_time()
-            bank = calibrate(self.dense, self.calibration(own).batches())
-            self.banks[own] = bank, time.process_time() - clock
-        return self.banks[own]
+            bank = calibrate(self.dense, self.calibration(*beside).batches())
+            self.banks[beside] = bank, time.process_time() - clock
+        return self.banks[beside]
 
-    def calibration(self, own: bool) -> Sequences:
-        """Return some of the drawn sequences, evenly, and what the model writes, if ``own``."""
+    def calibration(self, self_text: float, random_tokens: float) -> Sequences:
+        """Return some of the drawn sequences, evenly, and what a preset has beside them."""
         rows = torch.arange(CALIBRATED) * len(self.drawn) // CALIBRATED
         inputs = {name: value[rows] for name, value in self.drawn.inputs.items()}
         fold, source = self.drawn.fold[rows], self.drawn.source[rows]
         text = replace(self.drawn, inputs=inputs, fold=fold, source=source)
-        if not own:
-            return text
-        count = count_beside(CALIBRATED, SELF_TEXT)
-        how = {"count": count, "seq_len": SEQ_LEN, "seed": SEED}
-        return text.beside(write_sequences(self.dense, self.tokenizer, **how))
+        if self_text:
+            count = count_beside(CALIBRATED, self_text)
+            how = {"count": count, "seq_len": SEQ_LEN, "seed": SEED}
+            return text.beside(write_sequences(self.dense, self.tokenizer, **how))
+        copies = random_sequences(text.input_ids.tolist(), self.tokenizer, random_tokens, SEED)
+        return text.beside(of_no_text(torch.tensor([ids for _, ids in copies]))) if copies else text
 
 
 def judge(model: nn.Module, windows: dict[str, HeldOut]) -> dict[str, dict[str, float]]:
