@@ -169,6 +169,13 @@ $(ASSETS)/.kinds: bench/requirements-kinds.txt | $(BIN)/python
 	$(BIN)/pip download -q --no-deps --no-binary :all: -d $(ASSETS) bigbench==1.0.0
 	touch $@
 
+# What removing whole experts costs an artificial mixture, SmolLM2 with its MLPs split; half an hour of
+# one core. WIKITEXT is a folder of WikiText-2. SPLIT may give more options of bench/split_experts.py.
+.PHONY: split-experts
+split-experts: setup $(ASSETS)/.installed
+	@test -d "$(WIKITEXT)" || { echo "give WIKITEXT=FOLDER, see bench/quality"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.split_experts --wikitext $(WIKITEXT) $(SPLIT)
+
 # llm-compressor wants other versions of transformers than `make setup` takes: a venv of its own, with
 # the liar_ext that was compiled here. `show-llmcompressor` makes the table of docs/howto/llmcompressor.md;
 # COMPRESS may give more options of bench/compressor.py.

@@ -219,6 +219,21 @@ def prepare_files(folder: Path, tokenizer: Any) -> None:
         for number in range(count):
             pixels = draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    prepare_examples(folder)
+
+
+def prepare_examples(folder: Path) -> None:
+    """Write what the page on image-text models begins with: a tiny LLaVA, and lines with images."""
+    from seeing import seeing_model, seeing_processor
+
+    seeing_model("llava").save_pretrained(folder / "llava")
+    seeing_processor("llava").save_pretrained(folder / "llava")
+    for name, count in (("pictures", 20), ("held_out_pictures", 14)):
+        rows = [
+            {"image": f"{name}/{at}.png", "text": f"picture {at} of many"} for at in range(count)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name.replace('pictures', 'pairs')}.jsonl").write_text(lines)
 
 
 def main(page: str) -> None:

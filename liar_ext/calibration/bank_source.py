@@ -237,7 +237,7 @@ class Seen:
         """Return a digest of 8 bytes of a sequence, without its padding and its fold."""
         digest = blake2b(digest_size=8)
         for name, value in sorted(batch.inputs.items()):
-            own = value[row]
+            own = value[row] if len(value) == len(batch) else value  # patches of a lone image
             if name == "attention_mask":
                 continue
             if batch.mask is not None and own.shape[:1] == batch.mask.shape[1:]:

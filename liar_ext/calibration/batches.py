@@ -47,8 +47,10 @@ class Batch:
         return self._with_each(lambda value: value.to(device))
 
     def select(self, rows: Tensor | Sequence[int]) -> Batch:
-        """Return some of the sequences."""
+        """Return some of the sequences; a lone one whole, whose inputs may have other rows."""
         rows = torch.as_tensor(rows, dtype=torch.long)
+        if len(self) == 1 and rows.tolist() == [0]:  # patches of its image, for example
+            return self
         return self._with_each(lambda value: value[rows.to(value.device)])
 
     def mask_of(self, name: str) -> Tensor | None:
@@ -78,6 +80,14 @@ def read_batches(batches: Batches) -> Iterator[Batch]:
         read = read_batch(batch, sequences)
         sequences += len(read)
         yield read
+
+
+def one_of_each(batches: Iterable[Batch]) -> list[Batch]:
+    """Return a sequence for each set of inputs that there is, such as with an image and without."""
+    found: dict[frozenset[str], Batch] = {}
+    for batch in batches:
+        found.setdefault(frozenset(batch.inputs), batch)
+    return [batch.select([0]) for batch in found.values()]
 
 
 def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0) -> Batch:

@@ -289,6 +289,11 @@ def _counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
     return sum(tokens for tokens, _ in shares), totals
 
 
+def routed_tokens(current: InFlight) -> dict[str, list[int]]:
+    """Return the tokens of each fold that reached an expert, of all ranks, by its name."""
+    return _counted(current)[1]
+
+
 def _check_alike(*digests: str) -> None:
     """Raise InputError unless all ranks have run the same model over the same text."""
     first, *others = distributed.gather(digests)

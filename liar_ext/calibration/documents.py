@@ -90,9 +90,9 @@ def document_digests(documents: Iterable[str]) -> set[int]:
 
 
 def text_digest(documents: Iterable[str]) -> str:
-    """Return a digest of all documents of a text, in their order."""
+    """Return a digest of all documents of a text, in their order, and of what is ``said`` there."""
     digest = blake2b(digest_size=16)
-    for text in documents:
+    for text in (*documents, *getattr(documents, "said", ())):
         digest.update(json.dumps(text).encode() + b"\n")
     return digest.hexdigest()
 
@@ -139,7 +139,8 @@ def _read_line(line: str, place: str) -> str:
     if not isinstance(fields.get("text"), str):
         came = f"fields {', '.join(fields)[:80]}" if fields else "none"
         raise InputError(
-            f'text: {place} must be a JSON object with a field "text", a string, got {came}'
+            f'text: {place} must be a JSON object with a field "text", a string, got {came}; write '
+            '{"text": "..."} on each line'
         )
     return checked(fields["text"], place)
 

@@ -22,7 +22,7 @@ from liar_ext.environment import errors_alone
 from liar_ext.errors import InputError, install, refusing
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
 
-AUDIO, IMAGES = "audio", "images"
+AUDIO, IMAGES, IMAGES_WITH_TEXT = "audio", "images", "images with text"
 SUFFIXES = {
     AUDIO: (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     IMAGES: (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -35,7 +35,7 @@ MOST_FILES = 4096
 INPUTS = {AUDIO: "input_features", IMAGES: "pixel_values"}
 WRITTEN = 8  # recordings that a model writes down at a time
 Clip = tuple[Any, str]  # samples or a picture, and what is said in it
-Part = list[tuple["Item", int]]  # files, and the source of each
+Part = list[tuple[Any, int]]  # files, and the source of each
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Files(Documents):
     def __init__(self, items: Sequence[Item], notes: Sequence[str] = ()) -> None:
         super().__init__((item.digest() for item in items), notes)
         self.items = list(items)
+        self.said: list[str] = []  # what tells a changed source apart beside its files
 
 
 def read_files(source: str | os.PathLike[str], kind: str) -> Files:
@@ -247,8 +248,12 @@ class Reader:
         pairs = (zip(*some, strict=True) for some in windows)
         return [(np.concatenate(x), " ".join(said) if all(said) else "") for x, said in pairs]
 
+    def sequences(self, clips: Sequence[Clip], *facts: Any) -> Sequences:
+        """Return the inputs of the model's forward pass, with folds and the like."""
+        return Sequences(self.inputs(clips), *facts)
+
     def inputs(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
-        """Return the inputs of the model's forward pass."""
+        """Return the inputs of the model's forward pass by their names."""
         content, said = zip(*clips, strict=True)
         inputs = self.features(content)
         if not self.writes:
@@ -308,18 +313,24 @@ def calibration_inputs(
     parts: list[Part] = [[] for _ in shares]
     generator = torch.Generator().manual_seed(seed)
     for place, files in enumerate(sources):
-        order = torch.randperm(len(files.items), generator=generator).tolist()
+        alike: dict[str, list[Any]] = {}  # what has the same file is in the same part
+        for digest, item in zip(files, files.items, strict=True):
+            alike.setdefault(digest, []).append(item)
+        groups = list(alike.values())
+        order = torch.randperm(len(groups), generator=generator).tolist()
         wanted = [-(-share // len(sources)) for share in shares]
-        if sum(wanted) > len(order):  # as many of each part as there are
-            wanted = [share * len(order) // sum(wanted) for share in wanted]
+        if sum(wanted) > len(files):  # as many of each part as there are
+            wanted = [share * len(files) // sum(wanted) for share in wanted]
         for part, share in zip(parts, wanted, strict=True):
-            part += [(files.items[index], place) for index in order[:share]]
-            order = order[share:]
+            taken: list[Any] = []
+            while order and len(taken) < share:
+                taken += groups[order.pop(0)]
+            part += [(item, place) for item in taken[:share]]
     least = [1, 1, FOLDS * bool(certify), FOLDS * bool(judge)]
     if any(len(part) < few for part, few in zip(parts, least, strict=True)):
         count = sum(len(files) for files in sources)
         raise InputError(
-            f"calibration: {count} file(s) of {reader.kind} are too few for two folds"
+            f"calibration: {count} file(s) or line(s) of {reader.kind} are too few for two folds"
             f"{' and what is kept apart' if certify or judge else ''}; give more of them"
         )
     notes = [note for files in sources for note in files.notes]
@@ -341,7 +352,7 @@ def _read(reader: Reader, parts: Sequence[Part], *more: Any, join: bool = True) 
             folds += [fold] * len(found)
             sources += [source] * len(found)
     fold = torch.tensor(folds) if len(parts) > 1 else in_turns(len(clips))
-    return Sequences(reader.inputs(clips), fold, torch.tensor(sources), *more)
+    return reader.sequences(clips, fold, torch.tensor(sources), *more)
 
 
 def evaluation_inputs(files: Files, reader: Reader, samples: int | None = None) -> Sequences:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from liar_ext.models.running import blocks_of, body_of
 from liar_ext.models.sites import skeleton
 
 DTYPES = {word: dtype for dtype, word in WORDS.items()}
+FREE = "free disk space there, or leave --max-memory out"
 # What accelerate puts on a model besides hooks: methods that refuse to move it.
 MARKS = ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
@@ -49,6 +51,10 @@ class BlockStore:
     weights of its own is not, see :meth:`head`. Parameters that aren't in memory are on the meta
     device. ``tokenizer`` may be None. ``prefetch`` reads the next block while one is in use, which
     takes memory for two.
+
+    Files may hold experts one by one, which the model has in one parameter of a layer. Such
+    parameters are put together when the model is loaded, one at a time, and lie in files without
+    names in ``room``, by default where temporary files go.
     """
 
     def __init__(
@@ -58,8 +64,10 @@ class BlockStore:
         device: str = "cpu",
         *,
         prefetch: bool = True,
+        room: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.model, self._weights, self._paths, self._head = load_offloaded(name, dtype, device)
+        found = load_offloaded(name, dtype, device, room)
+        self.model, self._weights, self._paths, self._head = found
         self.tokenizer = load_tokenizer(Path(name), name, self.model)
         self.device, self.prefetch = torch.device(device), prefetch
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
@@ -162,12 +170,16 @@ class BlockStore:
 
 
 def load_offloaded(
-    name: str | os.PathLike[str], dtype: str | torch.dtype = "float32", device: str = "cpu"
+    name: str | os.PathLike[str],
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    room: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, OpenWeights, list[str], list[str]]:
     """Load a folder or a hub id without its blocks, and without a head of its own weights.
 
     These are on the meta device. Returned are the model, what reads their tensors by name in the
-    model's dtype, and the paths of the blocks, and of what was left out beside them.
+    model's dtype, and the paths of the blocks, and of what was left out beside them. ``room`` is as
+    for :class:`BlockStore`.
     """
     try:
         from accelerate.hooks import remove_hook_from_submodules
@@ -190,24 +202,20 @@ def load_offloaded(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     blocks, head, device_map = _device_map(name, device)
     is_pruned = path.is_dir() and "liar" in read_config(path, "load_model")
-    try:
-        model = (load_pruned if is_pruned else read_dense)(name, dtype=dtype, device_map=device_map)
-    except InputError as error:
-        if "offload_folder" not in str(error):
-            raise
-        raise InputError(
-            f"load_model: the files of {name} have weights in another form than its model, experts "
-            "one by one for example, which can't be read block by block; leave --max-memory out"
-        ) from error
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    found = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
+    read = load_pruned if is_pruned else read_dense
+    with TemporaryDirectory(dir=room, prefix=".liar-experts-") as apart:
+        with refusing(f"load_model: can't put experts together in {apart}", FREE, OSError):
+            model = read(name, dtype=dtype, device_map=device_map, offload_folder=apart)
+        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+        maps = (hook.weights_map for hook in hooks if getattr(hook, "weights_map", None))
+        weights = OpenWeights(next(maps).dataset.index)  # its files stay when their names go
     remove_hook_from_submodules(model)
     for tensor in chain(model.parameters(), model.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.clone()  # transformers maps it, and the file may change
     for mark in MARKS:
         model.__dict__.pop(mark, None)
-    return model.eval(), OpenWeights(found.index), blocks, head
+    return model.eval(), weights, blocks, head
 
 
 def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext.calibration.media import AUDIO, Reader, kind_read
+from liar_ext.calibration.image_text import ImageTextReader, holds_images
+from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, Reader, kind_read
 from liar_ext.checkpoint import names
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
 from liar_ext.checkpoint.reading import (
@@ -266,10 +267,11 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
     return tokenizer
 
 
-def kind_of(name: str) -> str | None:
+def kind_of(name: str, sources: Iterable[str] = ()) -> str | None:
     """Return what a model reads by its config: "audio", "images", or None for text.
 
-    What can't be told is text: the loader says what is wrong.
+    One that reads images and text is given "images with text" where any of the ``sources`` holds
+    images. What can't be told is text: the loader says what is wrong.
     """
     path = Path(name)
     try:
@@ -282,14 +284,16 @@ def kind_of(name: str) -> str | None:
 
             reach_hub(name)
             fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-        return kind_read(stock_class(fields, "load_model").main_input_name)
+        alone = kind_read(stock_class(fields, "load_model").main_input_name)
+        both = {"vision_config", "text_config"} <= fields.keys()
+        return IMAGES_WITH_TEXT if both and any(map(holds_images, sources)) else alone
     except Exception:  # transformers raises a dozen kinds
         return None
 
 
 def load_reader(kind: str, name: str, model: Any) -> Reader:
     """Return what makes the inputs of a model from files, without running code of its folder."""
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     path, given = Path(name), {"trust_remote_code": False}
     wanted = (names.PROCESSOR_FILES, names.TOKENIZER_FILES)
@@ -307,6 +311,10 @@ def load_reader(kind: str, name: str, model: Any) -> Reader:
             processor = AutoFeatureExtractor.from_pretrained(name, **given)
         else:  # by pillow, whose numbers don't depend on what else is installed
             processor = AutoImageProcessor.from_pretrained(name, backend="pil", **given)
+        if kind == IMAGES_WITH_TEXT:
+            both = AutoProcessor.from_pretrained(name, **given)
+            both.image_processor = processor
+            return ImageTextReader(model, both)
     tokenizer = None
     if kind == AUDIO and (texts or not path.is_dir()):
         with reading(f"the tokenizer of {name}", "load_model"):

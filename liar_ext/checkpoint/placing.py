@@ -58,6 +58,11 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Non
         ) from error
 
 
+def nearest_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder that a path is in, or the nearest one above it that is there."""
+    return next(path for path in Path(folder).resolve().parents if path.is_dir())
+
+
 @contextmanager
 def beside(folder: Path, *, keep_parents: bool = True) -> Iterator[Path]:
     """Make a hidden, locked folder beside ``folder``; remove what lies there in the end."""

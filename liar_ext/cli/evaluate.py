@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.media import evaluation_inputs, read_files, spread
+from liar_ext.calibration.media import evaluation_inputs, spread
 from liar_ext.calibration.texts import check_seq_len, evaluation_sequences
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint.reading import stock_class
-from liar_ext.cli.inputs import load_with_tokenizer
+from liar_ext.cli.inputs import load_with_tokenizer, read_source
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.export.verify import table, verify_everywhere
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
     if options.tasks:
         result, lines = _tasks(options)
     else:
-        result, lines = (_text if kind_of(options.model) is None else _files)(options)
+        kind = kind_of(options.model, [options.text] if options.text else [])
+        result, lines = _text(options) if kind is None else _files(options, kind)
     show(options, result, lines)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
@@ -75,12 +76,7 @@ def _text(options: argparse.Namespace) -> Result:
     pairs = read_pairs(options.pairs) if options.pairs else None
     model, tokenizer = _load(options, options.model)
     check_seq_len(model, options.seq_len)
-    name, causal = type(model).__name__, predicts_next_token(model)
-    if causal and (options.against or options.pairs):
-        option = "--against" if options.against else "--pairs"
-        raise InputError(
-            f"eval: {option} is for encoders, got {name}, which has a perplexity; leave it out"
-        )
+    name, causal = type(model).__name__, _is_causal(options, model)
     if not causal and "input_ids" not in inputs_read(model):
         raise InputError(
             f"eval: {name} reads {' and '.join(inputs_read(model))}, and no text; call "
@@ -89,11 +85,7 @@ def _text(options: argparse.Namespace) -> Result:
     how = {"samples": options.samples, "packed": causal}
     if causal:
         batches = _batches(documents, tokenizer, options, **how)
-        result = perplexity(model, batches, progress=options.progress)
-        return result, [
-            f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
-            f"{result['sequences']} windows of {result['seq_len']}"
-        ]
+        return _perplexity(options, model, batches, "windows of")
     dense, result, lines = _dense(options, needed=documents is not None)
     if documents is not None:
         batches = _batches(documents, tokenizer, options, **how)
@@ -109,15 +101,38 @@ def _text(options: argparse.Namespace) -> Result:
     return result, lines
 
 
-def _files(options: argparse.Namespace) -> Result:
-    """Return what was measured of a model on recordings or pictures."""
-    kind = kind_of(options.model)
+def _is_causal(options: argparse.Namespace, model: nn.Module) -> bool:
+    """Tell whether a model has a perplexity; refuse what is for others then."""
+    causal, option = predicts_next_token(model), "--against" if options.against else "--pairs"
+    if causal and (options.against or options.pairs):
+        raise InputError(
+            f"eval: {option} is for encoders, got {type(model).__name__}, which has a perplexity; "
+            "leave it out"
+        )
+    return causal
+
+
+def _perplexity(
+    options: argparse.Namespace, model: nn.Module, batches: Any, windows: str
+) -> Result:
+    result = perplexity(model, batches, progress=options.progress)
+    return result, [
+        f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
+        f"{result['sequences']} {windows} {result['seq_len']}"
+    ]
+
+
+def _files(options: argparse.Namespace, kind: str) -> Result:
+    """Return what was measured of a model on recordings, pictures, or pictures with text."""
     if options.pairs:
         raise InputError(f"eval: --pairs is for text, and the model reads {kind}; give --text DIR")
-    files = read_files(options.text, kind)
+    files = read_source(options.text, kind)
     items = spread(files.items, options.samples)
     model, _ = _load(options, options.model)
     reader = load_reader(kind, options.model, model)
+    if _is_causal(options, model):
+        batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)
+        return _perplexity(options, model, batches, "sequences of at most")
     spoken = reader.writes and all(item.text for item in items)
     dense, result, lines = _dense(options, needed=not spoken)
     if spoken:

@@ -25,7 +25,14 @@ from liar_ext.calibration.documents import (
 )
 from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
 from liar_ext.calibration.generated import SELF, write_sequences
-from liar_ext.calibration.media import Reader, calibration_inputs, evaluation_inputs, read_files
+from liar_ext.calibration.image_text import read_examples
+from liar_ext.calibration.media import (
+    IMAGES_WITH_TEXT,
+    Reader,
+    calibration_inputs,
+    evaluation_inputs,
+    read_files,
+)
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
@@ -116,7 +123,7 @@ def load(
     if the text has them.
     """
     check_unloaded(recipe)
-    kind = kind_of(recipe.model)
+    kind = kind_of(recipe.model, [*recipe.calibration, *([recipe.eval] if recipe.eval else [])])
     read, held_out = _documents(recipe, kind) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     if kind is None:
@@ -151,6 +158,8 @@ def check_unloaded(recipe: Recipe) -> None:
 
 def read_source(source: str, kind: str | None) -> Documents:
     """Return the documents, recordings or pictures of a source, as the model reads them."""
+    if kind == IMAGES_WITH_TEXT:
+        return read_examples(source)
     return read_documents(source) if kind is None else read_files(source, kind)
 
 

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 
 from liar_ext.calibration.generated import SELF
 from liar_ext.checkpoint.block_source import BlockStore
+from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import check_folder
 from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.calibrate import load_by_bank
@@ -157,7 +158,8 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
     stores = []
 
     def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
-        stores.append(BlockStore(name, dtype, device))
+        room = nearest_folder(options.out) if options.out else None
+        stores.append(BlockStore(name, dtype, device, room=room))
         check_tokenizer(name, stores[0].tokenizer)
         return stores[0].model, stores[0].tokenizer
 

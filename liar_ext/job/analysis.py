@@ -125,7 +125,7 @@ def analyze(job: Job, passes: Passes) -> Analysis:
     found, curves, elsewhere = Analysis(), {}, {}
     scores, probes, curve = found.scores, passes.probes, job.recipe.allocation == "curve"
     kept = {"score": scores, "curve": curves}
-    kept |= {} if probes is None else {"errors": probes.errors}
+    kept |= {} if probes is None else {"errors": probes.errors, "shares": probes.shares}
     passes.restore(kept)
     for group in job.clock.each("calibrate", passes):
         # No name for the bank: its memory is for the next group.
@@ -144,7 +144,8 @@ def analyze(job: Job, passes: Passes) -> Analysis:
     if probes is not None:
         with job.clock("allocate"):
             found.sensitivities.update(probes.sensitivities())
-        found.losses.update({name: found.sensitivities[name] * curves[name] for name in curves})
+        for name, each in curves.items():
+            found.losses[name] = found.sensitivities[name] * probes.shares[name] * each
     found.notes.extend(notes_of(elsewhere, job.sites(passes.model)))
     return found
 

@@ -245,13 +245,16 @@ def bytes_by_blocks(
     for site in at:
         sums[site.block] = sums.get(site.block, 0) + bytes_of_sums(site.d_in)
         solved[site.block] = solved.get(site.block, 0) + 8 * site.d_in * site.d_out
-    cross = (bytes_of_sums(s.d_in) + FOLDS * 8 * s.d_in * s.d_out for s in at if layerwise)
+    cross: dict[str, int] = {}  # of all experts of a layer together
+    for site in at if layerwise else ():
+        size = bytes_of_sums(site.d_in) + FOLDS * 8 * site.d_in * site.d_out
+        cross[site.team] = cross.get(site.team, 0) + size
     widest = max(max(site.d_in, site.d_out) for site in at)
     tokens = max(map(tokens_of, batches), default=0)
     return {
         "outside of the blocks": process_memory(),
         "blocks": blocks,
-        "sums of a block": max(*sums.values(), *cross, 0),
+        "sums of a block": max(*sums.values(), *cross.values(), 0),
         "their solve": max(
             bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - 8 * s.d_in * s.d_out
             for s in at

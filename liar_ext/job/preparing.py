@@ -151,6 +151,7 @@ def prepare(job: Job) -> Job:
         job = replace(job, batches=list(job.batches or ()))  # to be gone through again
     if recipe.schedule == "layerwise" and job.walk is None:
         job = _walked(job, notes)
+        measures = measures and job.recipe.schedule == "layerwise"
     if measures and job.judged is None:
         batches, judged = hold_out(read_batches(job.batches))
         job = replace(job, batches=batches, judged=judged or None)
@@ -247,7 +248,7 @@ def _walked(job: Job, notes: list[str]) -> Job:
 
 def _in_one_pass(job: Job, reason: str, notes: list[str]) -> Job:
     notes.append(f"Layers were solved in one pass, not one after the other: {reason}.")
-    return replace(job, recipe=replace(job.recipe, schedule="one-pass"))
+    return replace(job, judged=None, recipe=replace(job.recipe, schedule="one-pass"))
 
 
 def recorded(job: Job) -> Job:

@@ -19,6 +19,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
+from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import Shards, check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT, Checkpoint, opened
 from liar_ext.distributed import is_first
@@ -185,8 +186,7 @@ def prune_folder(
             walk = Walk(store, job.recipe.attn_unit, job.saved, job.progress)
             stack.callback(store.close)
             stack.callback(walk.states.close)
-            parents = Path(folder).resolve().parents
-            walk.states.folder = next(path for path in parents if path.is_dir())
+            walk.states.folder = nearest_folder(folder)
             out.walk_along(walk)
             batches, tokenizer = list(read_batches(job.batches)), store.tokenizer
             job = replace(job, batches=batches, walk=walk, out=out)

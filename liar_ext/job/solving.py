@@ -256,4 +256,4 @@ def _as_judged(batch: Batch) -> Batch:
     """Return a batch as the model gets it where its perplexity is measured."""
     ids = batch.inputs["input_ids"]
     mask = ids.new_ones(ids.shape) if batch.mask is None else batch.mask.to(ids.dtype)
-    return read_batch({"input_ids": ids, "attention_mask": mask})
+    return read_batch({**batch.inputs, "attention_mask": mask})

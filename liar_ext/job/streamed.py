@@ -6,13 +6,20 @@ Calibration is a walk: every sequence passes a block before the next one is read
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
-from liar_ext.calibration.collect import Passes, check_not_padding, check_sums, summing
+from liar_ext.calibration.batches import Batch, Batches, count_tokens, one_of_each, read_batches
+from liar_ext.calibration.collect import (
+    Passes,
+    check_not_padding,
+    check_sums,
+    routed_tokens,
+    summing,
+)
 from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
 from liar_ext.calibration.taps import is_relative, tap_at
@@ -23,7 +30,7 @@ from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
 from liar_ext.models.registry import family_of
-from liar_ext.models.sites import Site, sites
+from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Budget, Plan
 from liar_ext.progress import Bar, spare
 from liar_ext.recipe import Recipe
@@ -31,6 +38,7 @@ from liar_ext.reconstruction.layerwise import Solved, solve_blocks
 from liar_ext.reconstruction.solve import reconstruct_shared
 from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
 from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
+from liar_ext.selection.error_curves import energy_shares
 from liar_ext.selection.sensitivity import mean_divergences, pruned_site
 
 SHARD_PART = 8  # a shard may take this part of the memory
@@ -52,8 +60,6 @@ def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bo
         reason = reason or "it has several stacks of blocks"
     if {site.block for site in at} != set(range(blocks)):
         reason = reason or "some of its blocks have no site"
-    if any(site.expert is not None for site in at):
-        reason = reason or "tokens are routed to its experts"
     if reason is not None:
         raise InputError(
             f"prune: --max-memory can't read this {family.name!r} block by block: {reason}; "
@@ -195,24 +201,28 @@ class StreamedPasses(Passes):
         """Raise InputError if a block isn't given what the first one is, all before it idle."""
         if index == 0 or not self.text.hidden:
             return
-        one = self.batches[0].select([0]).to(self.walk.source.device).inputs
-        first, here = (self.walk.blocks.enter(at, one)[0][0] for at in (0, index))
-        if not torch.equal(first, here):
-            raise InputError(
-                f"prune: --max-memory is for blocks that read what the one before wrote, and "
-                f"{type(self.model).__name__} changes it before block {index}; leave it out"
-            )
+        for one in one_of_each(self.batches):
+            inputs = one.to(self.walk.source.device).inputs
+            first, here = (self.walk.blocks.enter(at, inputs)[0][0] for at in (0, index))
+            if not torch.equal(first, here):
+                raise InputError(
+                    f"prune: --max-memory is for blocks that read what the one before wrote, and "
+                    f"{type(self.model).__name__} changes it before block {index}; leave it out"
+                )
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
         """Take all sequences past a block, and return the moments of its sites."""
         taps = [tap_at(self.model, site) for site in group]
         with summing(self.model, taps) as (moments, current):
             self.text.advance(index, current.set)
-        check_sums(moments, self.source["sequences"])
+        routed = routed_tokens(current)
+        check_sums(moments, self.source["sequences"], routed)
+        if routed:
+            self.source["routed"] = self.source.get("routed", {}) | routed
         if group:
             # All sites see all tokens, but for rows that are not finite: those of the first count.
             tokens = int(moments[group[0].name].tokens.sum())
-            if is_relative(group[0]):
+            if is_relative(group[0]) or group[0].expert is not None:
                 tokens = sum(map(count_tokens, self.batches))
             self.source["tokens"] = self.source["tokens"] or tokens
         return moments
@@ -229,6 +239,8 @@ class StreamedPasses(Passes):
                     names = [name for name in stored if name.startswith(f"{what}/")]
                     values |= {name.removeprefix(f"{what}/"): stored[name] for name in names}
                 self.source["tokens"] = facts["tokens"]
+                if "routed" in facts:
+                    self.source["routed"] = facts["routed"]
         if self.keep:
             self._restore_sums(range(done))
         if self.probes is not None:
@@ -242,7 +254,7 @@ class StreamedPasses(Passes):
         saved, names = self.walk.saved, [site.name for site in self.at if site.block == self.index]
         if saved is None:
             return
-        tensors, facts = {}, {"tokens": self.source["tokens"]}
+        tensors, facts = {}, {n: self.source[n] for n in ("tokens", "routed") if n in self.source}
         for what, values in found.items():
             here = {name: values[name] for name in names if name in values}
             if all(isinstance(value, Tensor) for value in here.values()):
@@ -295,7 +307,10 @@ class ProbeStreams:
         numbers = range(rank(), len(every), world_size())
         self.dense = StreamedBatches("probed", walk, [every[n] for n in numbers], numbers)
         self.streams: dict[str, StreamedBatches] = {}  # of each probe that has begun
-        self.errors: dict[str, float] = {}  # of each probe
+        self.errors: dict[str, float] = {}  # of each site
+        self.shares: dict[str, float] = {}  # of each site, of the energy of its layer
+        teams = teams_of(sites(walk.model)).items()
+        self.teams = {name: [site.name for site in team] for name, team in teams}  # of each probe
 
     def every(self) -> list[StreamedBatches]:
         """Return all that passes the blocks."""
@@ -322,11 +337,16 @@ class ProbeStreams:
         if group:
             given = self.walk.model, bank, group, scores, curves, self.budget
             here = probe_sites(*given, mode=self.mode)
-            for site in group:
-                if here.plan.sites[site.name].removed:
-                    weights = here.weights[site.name]
-                    with pruned_site(self.walk.model, site, here.plan, weights):
-                        self.streams[site.name] = self.dense.branch(PROBE + site.name, index)
+            for name, team in teams_of(group).items():  # the experts of a layer together
+                shares = energy_shares(self.walk.model, bank, team)
+                self.shares |= {s.name: each for s, each in zip(team, shares, strict=True)}
+                some = [site for site in team if here.plan.sites[site.name].removed]
+                with ExitStack() as pruned:
+                    for site in some:
+                        each = self.walk.model, site, here.plan, here.weights[site.name]
+                        pruned.enter_context(pruned_site(*each))
+                    if some:
+                        self.streams[name] = self.dense.branch(PROBE + name, index)
             self.errors |= here.errors
         self.dense.advance(index)
 
@@ -337,5 +357,7 @@ class ProbeStreams:
         with self.walk.begun(), self.walk.source.head():
             given = self.walk.model, own, self.dense.answering_for, probes
             values = mean_divergences(*given, progress=self.walk.progress)
-        measured = dict(zip(probes, values, strict=True))
-        return sensitivities_of(self.errors, dict.fromkeys(self.errors, 0.0) | measured)
+        measured = dict.fromkeys(self.errors, 0.0)
+        for name, value in zip(probes, values, strict=True):
+            measured |= dict.fromkeys(self.teams[name], value)
+        return sensitivities_of(self.errors, measured)

@@ -35,8 +35,9 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
     model : nn.Module
         A causal language model.
     batches : iterable of mapping or Tensor
-        ``input_ids`` and ``attention_mask``, ``(batch, seq_len)`` each; without a mask every token
-        counts. Padding is neither predicted nor predicted from.
+        ``input_ids`` and ``attention_mask``, ``(batch, seq_len)`` each, and the images of a model
+        that reads them; without a mask every token counts. Padding is neither predicted nor
+        predicted from, and placeholders of images are not predicted.
     progress : bool
         Show a progress bar.
 
@@ -58,17 +59,21 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
             f"{type(model).__name__}, which sees the tokens that it is to predict, or predicts none"
         )
     device = device_of(model)
+    placeholder = getattr(model.config, "image_token_id", None)
+    placeholder = -1 if placeholder is None else placeholder
     loss, tokens, sequences, seq_len = 0.0, 0, 0, 0
     with evaluating(model):
         for batch in read_batches(Bar(batches, desc="evaluate", disable=not progress)):
             batch = batch.to(device)
             ids = batch.inputs["input_ids"]
             mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
-            output = model(input_ids=ids, attention_mask=mask.to(ids.dtype), use_cache=False)
+            inputs = {**batch.inputs, "attention_mask": mask.to(ids.dtype)}
+            output = model(**inputs, use_cache=False)
             if getattr(output, "logits", None) is None or output.logits.shape[:2] != ids.shape:
                 raise InputError("perplexity: needs a causal language model with token logits")
-            for logits, target, real in zip(output.logits, ids, mask, strict=True):
-                chosen = real[:-1] & real[1:]
+            text = ids != placeholder
+            for logits, target, real, said in zip(output.logits, ids, mask, text, strict=True):
+                chosen = (real[:-1] & real[1:]) & said[1:]
                 loss += float(
                     nn.functional.cross_entropy(
                         logits[:-1][chosen].float(), target[1:][chosen], reduction="sum"

@@ -122,7 +122,7 @@ class Fields:
         (),
         check.texts,
         "text or .jsonl files, folders, names of datasets, or self: text that the model generates; "
-        "recordings or pictures, if the model reads them",
+        "recordings, pictures, or pictures with text, if the model reads them",
         common=True,
         metavar="TEXT",
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch, Batches, read_batch
+from liar_ext.calibration.batches import Batch, Batches, one_of_each, read_batches
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
@@ -186,8 +186,8 @@ def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor
     """Raise InputError unless the blocks of a model can be run one by one."""
     family = family_of(model)
     reason = family.without.get("layerwise")
-    for batch in batches[:1] if reason is None else []:
-        one = with_inputs(model, read_batch(batch).select([0])).to(device_of(model)).inputs
+    for batch in one_of_each(read_batches(batches)) if reason is None else []:
+        one = with_inputs(model, batch).to(device_of(model)).inputs
         with evaluating(model):
             if not is_chain(model, sites(model), one):
                 reason = "a layer that is in no block reads what one writes"

@@ -160,7 +160,7 @@ def test_what_is_refused(pictures, recordings, tmp_path, capsys, monkeypatch):
     assert "empty holds no images, which the model reads" in refused(*job, tmp_path / "empty")
     shutil.copytree(pictures / "calibration", tmp_path / "broken")
     for path in (tmp_path / "broken").iterdir():
-        path.write_bytes(path.read_bytes()[:40])
+        path.write_bytes(path.read_bytes()[:100])
     assert "can't be read as an image" in refused(*job, tmp_path / "broken")
     assert "reads images, which no model writes" in refused(*job, "self")
     assert "--pairs is for text" in refused("eval", small, "--pairs", tmp_path / "pairs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from covers import cover
+from safetensors.torch import load_file
 from tiny import batches, outputs, same_weights, tiny
 from torch import nn
 
@@ -28,8 +30,8 @@ from liar_ext.selection.error_curves import error_curve
 
 GIB = 2**30
 # Tied and untied heads, stacked and transposed layers, norms after the sums, names that the file
-# has otherwise, an input for all heads, images.
-FAMILIES = "llama qwen2 gpt2 bert gpt_neox gemma3 mpnet vit".split()
+# has otherwise, an input for all heads, images, experts one by one or together in the file.
+FAMILIES = "llama qwen2 gpt2 bert gpt_neox gemma3 mpnet vit mixtral qwen3_moe gpt_oss".split()
 JOBS = {
     "uniform": {"allocation": "uniform", "schedule": "one-pass"},
     "layerwise": {"allocation": "global", "schedule": "layerwise"},
@@ -290,13 +292,27 @@ def test_weights_that_are_not_finite_are_refused_when_they_are_read(tmp_path):
         by_blocks(tmp_path / "dense", batches(model, 3), tmp_path / "pruned")
 
 
-def test_weights_in_another_form_than_the_model_are_refused(llama, monkeypatch):
-    def read(*_, **__):
-        raise InputError("can't load: ValueError: provide an `offload_folder` for them")
+def test_experts_are_put_together_in_files_without_names(tmp_path, monkeypatch):
+    model = tiny("mixtral")
+    model.save_pretrained(tmp_path / "dense")
+    names = load_file(tmp_path / "dense/model.safetensors").keys()
+    assert any(".experts.0.w1." in name for name in names)
+    (tmp_path / "room").mkdir()
+    store = BlockStore(tmp_path / "dense", room=tmp_path / "room")
+    assert [*(tmp_path / "room").iterdir()] == []
+    state = model.state_dict()
+    with store.block(1) as block:
+        for name, value in block.state_dict().items():
+            assert torch.equal(value, state[f"model.layers.1.{name}"]), name
+    assert all(value.is_meta for value in store.model.model.layers[1].parameters())
 
-    monkeypatch.setattr("liar_ext.checkpoint.block_source.read_dense", read)
-    with pytest.raises(InputError, match="have weights in another form than its model"):
-        BlockStore(llama)
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.core_model_loading.offload_weight", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        BlockStore(tmp_path / "dense", room=tmp_path / "room")
+    assert [*(tmp_path / "room").iterdir()] == []
 
 
 def test_a_gguf_file_is_refused(tmp_path):

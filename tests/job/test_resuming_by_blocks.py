@@ -27,6 +27,7 @@ JOBS = {
     "one-pass": ("llama", ONE_PASS, False),
     "one-pass-tight": ("llama", ONE_PASS, True),
     "uniform": ("llama", {**ONE_PASS, "allocation": "uniform"}, True),
+    "experts": ("qwen3_moe", ONE_PASS, False),
 }
 
 
@@ -40,8 +41,8 @@ def always_saving(monkeypatch):
 def dense(tmp_path_factory):
     """Folders of models, each with text, by family."""
     found = {}
-    for family in ("llama", "gpt_neox"):
-        model, folder = tiny(family), tmp_path_factory.mktemp("dense") / family
+    for family in ("llama", "gpt_neox", "qwen3_moe"):
+        model, folder = tiny(family, num_hidden_layers=3), tmp_path_factory.mktemp("dense") / family
         model.save_pretrained(folder)
         found[family] = folder, batches(model, 5)
     return found
@@ -71,7 +72,7 @@ def counting(patch, kind, name, stop=0) -> list:
     return calls
 
 
-@some("job", JOBS, "default", "one-pass-tight")
+@some("job", JOBS, "default", "one-pass-tight", "experts")
 def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_path, monkeypatch):
     family, choices, tight = JOBS[job]
     dense = dense[family]

@@ -10,7 +10,7 @@ from liar_ext.calibration.saved_sums import bytes_of_sums
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job.dry_run import describe
 from liar_ext.job.preparing import Job
-from liar_ext.job.pruning import prune_folder
+from liar_ext.job.pruning import prune_folder, run
 from liar_ext.models.sites import sites
 
 READ_BY_A_NORM = ["gemma2", "gemma3_text", "olmo2", "exaone4", "glm4"]
@@ -34,6 +34,14 @@ def test_other_layers_are_solved_one_after_the_other(name):
     model = tiny(name)
     report = prune(model, batches(model, 2), **JOB)
     assert report.settings["schedule"] == "layerwise" and not said(report)
+
+
+def test_of_blocks_that_cannot_be_walked_schedules_are_not_compared():
+    model = tiny("albert")
+    text = batches(model, 3)
+    report = run(Job(model, text[:2], Recipe(**JOB), judged=text[2:]))
+    assert report.settings["schedule"] == "one-pass" and "schedules" not in report.settings
+    assert ["a block runs several times" in each for each in said(report)] == [True]
 
 
 def test_who_names_a_walk_gets_it():

@@ -20,6 +20,7 @@ from journeys import (
     one_of_each_kind,
     says_equal_layers,
 )
+from seeing import SEEING, seeing_inputs, seeing_model
 from tiny import NARROWABLE, batches, outputs, tiny
 from tiny_decoders import DECODERS
 
@@ -75,11 +76,12 @@ def test_what_norms_add_to_their_weights(name: str) -> None:
         assert torch.equal(output, torch.zeros(3, 1) + (0 * output[0] if bias is None else bias))
 
 
+@pytest.mark.parametrize("name", SEEING)
 @pytest.mark.parametrize("kinds", [("attn",), ("mlp",)])
-def test_a_model_that_sees_is_the_same_on_pictures(kinds: tuple[str, ...]) -> None:
-    model = tiny("llava", dtype=torch.float64, image_token_index=60)
-    picture = torch.randn(1, 3, 8, 8, dtype=torch.float64)
-    inputs = {"input_ids": torch.tensor([[5, 60, 60, 60, 60, 7, 9]]), "pixel_values": picture}
+def test_a_model_that_sees_is_the_same_on_pictures(kinds: tuple[str, ...], name: str) -> None:
+    model = seeing_model(name).double()
+    inputs = seeing_inputs(name)
+    picture = inputs["pixel_values"]
     plan = make_plan(model, kinds)
     zeroed = zero_removed(model, plan)
     dense = outputs(model, inputs)

@@ -1,0 +1,311 @@
+"""Images with text: lines of a file, captioned pictures, and inputs of a model that reads both."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar_ext.calibration.documents import JSON_LINES, checked, read_text, rows_of_dataset
+from liar_ext.calibration.folds import Sequences
+from liar_ext.calibration.generated import SELF
+from liar_ext.calibration.media import (
+    IMAGES,
+    IMAGES_WITH_TEXT,
+    MOST_FILES,
+    SUFFIXES,
+    Files,
+    Item,
+    Reader,
+    decode_image,
+    read_files,
+    spread,
+)
+from liar_ext.errors import InputError, refusing
+
+EXAMPLE = '{"image": "a.png", "text": "..."}'
+KEYS = ("image", "images", "messages")  # of a line, one of which says that it may hold images
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model reads at once: images, and text or a chat around them."""
+
+    place: str  # file and line, for messages
+    images: tuple[Item, ...] = ()
+    text: str = ""
+    # A chat in the format of transformers, without its images; empty if there is a text.
+    messages: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def said(self) -> str:
+        """Text or chat, as a string."""
+        return json.dumps(self.messages) if self.messages else self.text
+
+    def digest(self) -> str:
+        """Return a digest of the images, or of the text if there are none.
+
+        Two questions on one picture are the same document: they share a fold.
+        """
+        if not self.images:
+            return blake2b(self.said.encode(), digest_size=64).hexdigest()
+        return "".join(image.digest() for image in self.images)
+
+
+def holds_images(source: str) -> bool:
+    """Tell whether a source holds images: lines of a file, a folder, or a dataset with a column.
+
+    A source that can't be read holds none; who reads it says what is wrong.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return any(each.suffix.lower() in SUFFIXES[IMAGES] for each in path.rglob("*"))
+        if path.suffix in JSON_LINES:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            # To look for the key before parsing is faster for long texts.
+            some = (line for line in lines if any(f'"{key}"' in line for key in KEYS))
+            return any(map(_names_images, some))
+        named = path.exists() or path.is_absolute() or source.startswith(".")
+        if named or source == SELF or path.suffix.lower() in (".txt", *SUFFIXES[IMAGES]):
+            return path.suffix.lower() in SUFFIXES[IMAGES]
+        return "image" in next(rows_of_dataset(source), {})
+    except (InputError, OSError, ValueError):
+        return False
+
+
+def _names_images(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and not row.keys().isdisjoint(KEYS)
+
+
+def read_examples(source: str | os.PathLike[str]) -> Files:
+    """Return the images with text of a file, a folder or a dataset.
+
+    A line of a ``.jsonl`` file is a JSON object. ``image`` is the path of a picture, or a list of
+    several, below the folder of the file; ``text`` goes with it, or ``messages`` do: a chat in the
+    format of transformers, in whose content ``{"type": "image"}`` stands for an image, the next
+    one of the line or that of its own path. Lines of text alone may be among them. A folder, or a
+    dataset with a column ``image``, is as :func:`liar_ext.calibration.media.read_files` has it,
+    and each picture needs a text.
+
+    Raises
+    ------
+    InputError
+        With the number of the line: if one is no such object, or names a picture that is not there,
+        or one outside of the folder.
+    """
+    source = os.fspath(source)
+    path, notes = Path(source), []
+    if path.suffix in JSON_LINES and path.is_file():
+        found = enumerate(read_text(path).split("\n"), start=1)
+        lines = [(f"{path} line {number}", line) for number, line in found if line.strip()]
+        if len(lines) > MOST_FILES:
+            notes.append(f"Of {len(lines):,} lines of {source} {MOST_FILES:,} were read.")
+        examples = [_of_line(line, place, path.parent) for place, line in spread(lines, MOST_FILES)]
+    elif not holds_images(source):
+        raise InputError(
+            f"data: {source} holds no images, other sources do; write its text as lines of a "
+            '.jsonl file, {"text": "..."}, or name it in a job of its own'
+        )
+    else:
+        files = read_files(source, IMAGES)
+        examples = [Example(item.place, (item,), item.text) for item in files.items]
+        notes = files.notes
+        if silent := [each.place for each in examples if not each.text]:
+            raise InputError(
+                f"data: {silent[0]} has no text, which the model reads with each image; write it "
+                f"beside NAME.png into NAME.txt, or give a .jsonl file with lines {EXAMPLE}"
+            )
+    if not examples:
+        raise InputError(f"data: {source} has no line; write {EXAMPLE} on each line")
+    files = Files(examples, notes)
+    files.said = [each.said for each in examples]
+    return files
+
+
+def _of_line(line: str, place: str, folder: Path) -> Example:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise InputError(f"data: {place} is no JSON; write {EXAMPLE} on each line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"data: {place} must be a JSON object; write {EXAMPLE} on each line")
+    named = next((row[key] for key in ("images", "image") if row.get(key) is not None), [])
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list):
+        raise InputError(
+            f"data: {place} must name its image by a path, got {type(named).__name__}; write "
+            f"{EXAMPLE}, or a list of several paths"
+        )
+    images = [_image(each, place, folder) for each in named]
+    if "messages" not in row:
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f"data: {place} must have a text beside its image; add a field text, a string, or "
+                "messages, a chat"
+            )
+        return Example(place, tuple(images), checked(text, place))
+    messages, images = _chat(row["messages"], place, folder, images)
+    return Example(place, tuple(images), messages=messages)
+
+
+def _image(name: object, place: str, folder: Path) -> Item:
+    """Return the image at a path below a folder; the path is as it is written, links included."""
+    if not isinstance(name, str):
+        raise InputError(
+            f"data: {place} must name an image by its path, got {type(name).__name__}; write "
+            f"{EXAMPLE}"
+        )
+    said = repr(name if len(name) <= 80 else f"{name[:80]}...")
+    inside = os.path.normpath(name)
+    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+        raise InputError(
+            f"data: {place} names the image {said}, which is outside of the folder of the file; "
+            f"put images below {folder} and name them relative to it"
+        )
+    path = folder / inside
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # too long, or with a NUL
+        there = False
+    if not there:
+        raise InputError(
+            f"data: {place} names the image {said}, which is no file below {folder}; give the path "
+            "of a file relative to that folder, and no address"
+        )
+    return Item(f"{place}, image {said},", path)
+
+
+def _chat(
+    messages: object, place: str, folder: Path, images: list[Item]
+) -> tuple[list[dict[str, Any]], list[Item]]:
+    """Return a chat without its images, and the images in the order of the chat."""
+
+    def refused(what: str) -> InputError:
+        return InputError(
+            f"data: {place}: {what}; write messages as transformers has them, "
+            '[{"role": "user", "content": [{"type": "image", "image": "a.png"}, '
+            '{"type": "text", "text": "..."}]}, ...]'
+        )
+
+    if not isinstance(messages, list) or not messages:
+        raise refused("messages must be a list of at least one message")
+    left, used, chat = list(images), [], []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise refused("a message must be an object with a role, a string, and a content")
+        content, parts = message.get("content"), []
+        if isinstance(content, str):
+            chat.append({"role": message["role"], "content": checked(content, place)})
+            continue
+        for part in content if isinstance(content, list) else [None]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": checked(part["text"], place)})
+            elif kind == "image":
+                named = next((part[n] for n in ("image", "path", "url") if n in part), None)
+                if named is None and not left:
+                    raise refused("its chat has an image without a path, and the line names none")
+                used.append(left.pop(0) if named is None else _image(named, place, folder))
+                parts.append({"type": "image"})
+            else:
+                raise refused("a content must be text, or a list of parts of type text or image")
+        chat.append({"role": message["role"], "content": parts})
+    if left:
+        raise refused(f"{len(left)} of its images are in no message")
+    return chat, used
+
+
+@dataclass(frozen=True)
+class Unlike(Sequences):
+    """Sequences of which each has inputs of its own sizes, and so a batch of its own."""
+
+    inputs: Sequence[Mapping[str, Tensor]]  # type: ignore[assignment]
+
+    def batches(self, batch_size: int = 1) -> list[dict[str, Tensor]]:
+        """Return a batch for each sequence, whatever ``batch_size`` is."""
+        facts = {"fold": self.fold, "source": self.source}
+        return [
+            {**inputs, **{name: value[at : at + 1] for name, value in facts.items()}}
+            for at, inputs in enumerate(self.inputs)
+        ]
+
+
+class ImageTextReader(Reader):
+    """Makes the inputs of a model that reads images with text, by its ``processor``.
+
+    A chat goes through the template of the processor. A text begins with a placeholder for each
+    image, unless it has those that it needs.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.kind, self.writes = IMAGES_WITH_TEXT, False
+        self.model, self.processor = model, processor
+
+    def of(self, model: nn.Module) -> Reader:
+        """Return the same for another model of this kind, such as a pruned one."""
+        return ImageTextReader(model, self.processor)
+
+    def clips(self, items: Sequence[Example]) -> Iterator[Example]:
+        """Yield the examples."""
+        yield from items
+
+    def joined(self, clips: Sequence[Example]) -> list[Example]:
+        """Return the examples as they are."""
+        return list(clips)
+
+    def sequences(self, clips: Sequence[Example], *facts: Any) -> Sequences:
+        """Return the inputs of the model's forward pass, for each example its own."""
+        return Unlike([self._one(each) for each in clips], *facts)
+
+    def _one(self, example: Example) -> dict[str, Tensor]:
+        images = [decode_image(image) for image in example.images]
+        failure = f"data: {type(self.processor).__name__} can't read {example.place}"
+        with refusing(failure, "change the line, or take it out", Exception):
+            made = self._processed(example, images)
+        known = self.model.config.get_text_config()
+        most, tokens = getattr(known, "max_position_embeddings", None), made["input_ids"].shape[1]
+        if most is not None and tokens > most:
+            raise InputError(
+                f"data: {example.place} is {tokens:,} tokens with its images, and "
+                f"{type(self.model).__name__} has {most:,} positions; shorten it, or take it out"
+            )
+        floating = {n: x.to(self.model.dtype) for n, x in made.items() if x.is_floating_point()}
+        return {name: value for name, value in made.items() if isinstance(value, Tensor)} | floating
+
+    def _processed(self, example: Example, images: Sequence[Any]) -> Mapping[str, Tensor]:
+        if example.messages:
+            given = iter(images)
+            chat = [_with_images(message, given) for message in example.messages]
+            how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            return self.processor.apply_chat_template(chat, **how)
+        mark = self._token("boi") or self._token("image")  # Gemma's processor wants the first
+        lacking = len(images) - example.text.count(mark) if mark else 0
+        holder = f"{self._token('vision_start')}{mark}{self._token('vision_end')}"
+        text = holder * max(0, lacking) + example.text
+        # One of two towers side by side takes no more; where images stand in the text nothing may
+        # be cut off.
+        how = {} if mark else {"truncation": True}
+        return self.processor(images=images or None, text=[text], return_tensors="pt", **how)
+
+    def _token(self, name: str) -> str:
+        return getattr(self.processor, f"{name}_token", None) or ""
+
+
+def _with_images(message: Mapping[str, Any], images: Iterator[Any]) -> dict[str, Any]:
+    """Return a message with the next images in the places of its images."""
+    content = message["content"]
+    if not isinstance(content, str):
+        content = [p if p["type"] == "text" else p | {"image": next(images)} for p in content]
+    return {**message, "content": content}
