@@ -55,8 +55,30 @@ REFUSED = {
         "dimensions of queries and keys alone need a forward pass of their own, which no class and "
         "no runtime here loads. Under rotary positions they also go in pairs."
     ),
-    "pictures and text together, from the command line": (
-        "Folders hold one kind of file. Give `liar_ext.prune` batches that have both."
+    "the image encoder of an image-text model": (
+        "The rows of these models describe the language model alone. CLIP and SigLIP have "
+        "rows of their own."
+    ),
+    "videos, and images by their address, for [calibration](howto/image_text.md)": (
+        "Only files below the folder of the `.jsonl` file are read."
+    ),
+    "layer by layer, or `--max-memory`, for Qwen3-VL with images": (
+        "It adds image features between its first blocks, so a block does not read the output "
+        "of the one before."
+    ),
+    "[experts](moe.md#what-a-stock-class-can-load), other numbers in each layer": (
+        "The config of each family has one number for all layers."
+    ),
+    "experts in multiples, for expert parallelism": (
+        "No option. Choose `--keep-experts` so that the number left is a multiple."
+    ),
+    "mixtures of experts as GGUF": ("The writer knows no layer of experts."),
+    "heads of linear attention and of Mamba (qwen3_5, qwen3_next, minimax, lfm2)": (
+        "No row says yet which rows of their projections, convolutions and states belong to "
+        "one head. They stay whole."
+    ),
+    "diffusion transformers": (
+        "They load through diffusers. The table and the loaders know classes of transformers alone."
     ),
     "speech models other than Whisper": "Their blocks are in no row of the table yet.",
 }
