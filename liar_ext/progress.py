@@ -30,6 +30,7 @@ TITLES = {  # of stages, for people
     "reconstruct": "solving layers",
     "rescale": "fitting scales",
     "sensitivity": "measuring sensitivity",
+    "tokens": "predicting tokens",
     "write": "generating text",
 }
 _PLAIN: ContextVar[bool] = ContextVar("liar_ext_plain", default=False)

@@ -140,7 +140,8 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
     every = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
     every = [m for m in every if (m.weight.device, m.weight.dtype) == (cpu, torch.float32)]
     known = torch.backends.mkldnn.is_available() and (
-        "AVX" in torch.backends.cpu.get_cpu_capability()
+        hasattr(torch.ops.mkldnn, "_linear_pointwise")  # no public operator: a torch may lack it
+        and "AVX" in torch.backends.cpu.get_cpu_capability()
         and 2 * sum(m.weight.nbytes for m in every) <= room
     )
     try:

@@ -267,7 +267,7 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
     return tokenizer
 
 
-def kind_of(name: str, sources: Iterable[str] = ()) -> str | None:
+def kind_of(name: str, sources: Iterable[str | None] = ()) -> str | None:
     """Return what a model reads by its config: "audio", "images", or None for text.
 
     One that reads images and text is given "images with text" where any of the ``sources`` holds
@@ -286,7 +286,7 @@ def kind_of(name: str, sources: Iterable[str] = ()) -> str | None:
             fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
         alone = kind_read(stock_class(fields, "load_model").main_input_name)
         both = {"vision_config", "text_config"} <= fields.keys()
-        return IMAGES_WITH_TEXT if both and any(map(holds_images, sources)) else alone
+        return IMAGES_WITH_TEXT if both and any(map(holds_images, filter(None, sources))) else alone
     except Exception:  # transformers raises a dozen kinds
         return None
 

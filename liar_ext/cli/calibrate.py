@@ -183,7 +183,7 @@ def load_by_bank(recipe: Recipe, options: argparse.Namespace) -> Given:
     path = options.bank
     header = read_bank(path, sums=False)
     recipe = recipe_of_bank(recipe, header.source, options)
-    kind = kind_of(recipe.model, [recipe.eval] if recipe.eval else [])
+    kind = kind_of(recipe.model, [recipe.eval])
     held_out = inputs.read_source(recipe.eval, kind) if recipe.eval else None
     warnings = warnings_of_bank(header)
     if held_out is not None:

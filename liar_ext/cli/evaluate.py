@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     if options.tasks:
         result, lines = _tasks(options)
     else:
-        kind = kind_of(options.model, [options.text] if options.text else [])
+        kind = kind_of(options.model, [options.text])
         result, lines = _text(options) if kind is None else _files(options, kind)
     show(options, result, lines)
     if output is not None:

@@ -123,7 +123,7 @@ def load(
     if the text has them.
     """
     check_unloaded(recipe)
-    kind = kind_of(recipe.model, [*recipe.calibration, *([recipe.eval] if recipe.eval else [])])
+    kind = kind_of(recipe.model, [*recipe.calibration, recipe.eval])
     read, held_out = _documents(recipe, kind) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     if kind is None:

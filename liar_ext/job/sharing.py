@@ -89,7 +89,8 @@ class SmallerVocabulary:
 
     def _choose(self, recipe: Recipe, texts: Sequence[str]) -> tuple[Choice | None, dict[str, Any]]:
         """Return the tokens that stay, and what is known of them; without any if all do."""
-        count = partial(Counted, self.model, self.tokenizer, scripts=recipe.vocab_scripts)
+        how = {"scripts": recipe.vocab_scripts, "progress": self._progress}
+        count = partial(Counted, self.model, self.tokenizer, **how)
         if recipe.keep_vocab != "auto":
             chosen = count(texts).choose(recipe.keep_vocab)
             return chosen, chosen.facts if chosen else {}

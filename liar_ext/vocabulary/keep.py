@@ -18,6 +18,7 @@ from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
+from liar_ext.progress import Bar
 from liar_ext.vocabulary.pieces import Pieces, read_pieces
 from liar_ext.vocabulary.slicing import check_rows, needed_tokens, slice_tokens, token_parameters
 
@@ -50,10 +51,15 @@ class Counted:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, texts: Sequence[str], scripts: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        texts: Sequence[str],
+        scripts: Sequence[str] = (),
+        progress: bool = False,
     ) -> None:
         token_parameters(model)  # refuses what can't be sliced, before any text is read
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.progress = model, tokenizer, progress
         self.texts, self.spec = texts, spec_of(tokenizer)
         self.pieces = read_pieces(self.spec)
         self.size = len(self.pieces.names)
@@ -80,7 +86,8 @@ class Counted:
         """Each token's mean probability as the next one of the texts; 0 if the model has none."""
         if not predicts_next_token(self.model) or not self.counts.any():
             return np.zeros(len(self.counts))
-        return expected_tokens(self.model, self.tokenizer, self.texts, len(self.counts))
+        given = self.model, self.tokenizer, self.texts, len(self.counts)
+        return expected_tokens(*given, progress=self.progress)
 
     def choose(self, keep: float | int) -> Choice | None:
         """Return the most frequent tokens with all that they need; None if that is all of them.
@@ -261,18 +268,24 @@ def counts_of(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> np.nda
 
 @torch.no_grad()
 def expected_tokens(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], tokens: int
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], tokens: int, progress: bool = False
 ) -> np.ndarray:
     """Return ``mean_t p(token | text before t)`` of each token, over beginnings of documents."""
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or START
     how = {"seq_len": min(START, known), "samples": STARTS, "packed": False}
     drawn = evaluation_sequences([each for each in texts if each.strip()], tokenizer, **how)
     total, positions = 0.0, 0
-    with evaluating(model):
+    with evaluating(model), Bar(total=len(drawn), desc="tokens", disable=not progress) as bar:
         for batch in drawn.batches(1):  # the logits of one sequence are many
             logits = model(input_ids=batch["input_ids"].to(device_of(model))).logits[0, :, :tokens]
             total = total + logits.float().softmax(-1).sum(0, dtype=torch.float64)
             positions += len(logits)
+            bar.update()
+    if not torch.isfinite(total).all():
+        raise InputError(
+            "vocabulary: the model's predictions on the text are not finite; load it with --dtype "
+            "float32, or keep fewer tokens than the text has"
+        )
     found = np.zeros(tokens)
     found[: len(total)] = (total / positions).cpu()
     return found

@@ -348,6 +348,10 @@ def test_a_language_model_says_which_unseen_tokens_stay(folder):
     assert wanted[sorted(kept - alone)].sum() > wanted[sorted(alone - kept)].sum()
     encoder = Counted(tiny("bert", vocab_size=TOKENS), tokenizer, texts)
     assert not encoder.expected.any()
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(InputError, match="predictions on the text are not finite"):
+        Counted(model, tokenizer, texts).choose(KEPT)
 
 
 def test_a_slow_tokenizer_is_refused():
