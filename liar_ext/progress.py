@@ -33,6 +33,11 @@ TITLES = {  # of stages, for people
     "tokens": "predicting tokens",
     "write": "generating text",
 }
+QUIETENED = (
+    "transformers.integrations.heterogeneity.configuration_utils",
+    "transformers.modeling_utils",
+    "accelerate.big_modeling",
+)
 _PLAIN: ContextVar[bool] = ContextVar("liar_ext_plain", default=False)
 _JOB: ContextVar[Timeline | None] = ContextVar("liar_ext_job", default=None)
 _TOLD: ContextVar[OnProgress | None] = ContextVar("liar_ext_told", default=None)
@@ -259,3 +264,53 @@ def _title(stage: str) -> str:
 def _shown(seconds: float) -> str:
     """Return 4:10, or 1:04:10."""
     return tqdm.format_interval(seconds).removeprefix("0")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back logs of sizes that differ by layer, as is meant, and of weights refused here."""
+    loggers = [logging.getLogger(name) for name in QUIETENED]
+    for logger in loggers:
+        logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_news)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep back the progress bars of transformers; afterwards they are as they were."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@contextmanager
+def obedient_bar() -> Iterator[None]:
+    """Let the bar of a GGUF file obey the switch of transformers' other bars, which it ignores."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging as bars
+
+    own = vars(reader).get("tqdm")
+    if own is not None:
+        reader.tqdm = bars.tqdm
+    try:
+        yield
+    finally:
+        if own is not None:
+            reader.tqdm = own
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    refused = "LOAD REPORT" in text and any(word in text for word in ("MISSING", "MISMATCH"))
+    offloaded = "were offloaded to the" in text  # as was asked for
+    return not (refused or offloaded or "per-layer attribute" in text)

@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
-from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.sites import sites
+from liar_ext.progress import quiet
 from liar_ext.untrusted import UNREADABLE, listing, mapping, read_object, read_value
 
 MODULES_FILE = "modules.json"

@@ -31,10 +31,10 @@ from liar_ext.checkpoint.reading import (
     stock_class,
 )
 from liar_ext.checkpoint.stock_config import dense_config
-from liar_ext.checkpoint.transformers_hooks import obedient_bar, quiet
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
+from liar_ext.progress import obedient_bar, quiet
 
 # Arguments that would have transformers run code of the folder, or read other files of it.
 REFUSED_ARGUMENTS = (

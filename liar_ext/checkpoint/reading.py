@@ -16,12 +16,12 @@ from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
 from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.stock_config import describe, model_class, skeleton
-from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.liar_loader import resize
 from liar_ext.models.running import config_parts
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
+from liar_ext.progress import quiet
 
 SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
 

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
-from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import InputError
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.residual_stream import stream_of
@@ -31,6 +30,7 @@ from liar_ext.models.sites import (
     why_whole,
 )
 from liar_ext.plan import Plan
+from liar_ext.progress import quiet
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
 

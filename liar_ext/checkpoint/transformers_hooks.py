@@ -1,6 +1,6 @@
-"""What liar_ext changes in transformers: sizes are built from a config, and some of its logs go.
+"""What liar_ext changes in transformers: sizes are built from a config.
 
-Without the first a folder with layers of unequal sizes needs ``trust_remote_code=True``.
+Without it a folder with layers of unequal sizes needs ``trust_remote_code=True``.
 Transformers has no place to register sizes at, so ``PreTrainedModel.post_init``, which ends the
 building of every model, looks for them first.
 """
@@ -8,10 +8,7 @@ building of every model, looks for them first.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from typing import Any
@@ -19,11 +16,6 @@ from typing import Any
 from liar_ext.models.liar_loader import resize
 
 MODULE = "transformers.modeling_utils"
-QUIETENED = (
-    "transformers.integrations.heterogeneity.configuration_utils",
-    "transformers.modeling_utils",
-    "accelerate.big_modeling",
-)
 
 
 def register() -> None:
@@ -68,53 +60,3 @@ def _extend(module: Any) -> None:
 
     post_init.builds_pruned = True
     module.PreTrainedModel.post_init = post_init
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back logs of sizes that differ by layer, as is meant, and of weights refused here."""
-    loggers = [logging.getLogger(name) for name in QUIETENED]
-    for logger in loggers:
-        logger.addFilter(_is_news)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(_is_news)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Keep back the progress bars of transformers; afterwards they are as they were."""
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-@contextmanager
-def obedient_bar() -> Iterator[None]:
-    """Let the bar of a GGUF file obey the switch of transformers' other bars, which it ignores."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-    from transformers.utils import logging as bars
-
-    own = vars(reader).get("tqdm")
-    if own is not None:
-        reader.tqdm = bars.tqdm
-    try:
-        yield
-    finally:
-        if own is not None:
-            reader.tqdm = own
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    refused = "LOAD REPORT" in text and any(word in text for word in ("MISSING", "MISMATCH"))
-    offloaded = "were offloaded to the" in text  # as was asked for
-    return not (refused or offloaded or "per-layer attribute" in text)

@@ -18,7 +18,6 @@ from liar_ext.calibration.generated import SELF
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import check_folder
-from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import (
     OWN_SHARE,
@@ -36,10 +35,10 @@ from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.dry_run import describe, describe_streamed
-from liar_ext.job.preparing import Job
+from liar_ext.job.job import Job
 from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
-from liar_ext.progress import OnProgress, told
+from liar_ext.progress import OnProgress, no_bars, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.report.report import Report

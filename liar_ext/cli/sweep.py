@@ -16,7 +16,6 @@ from typing_extensions import Unpack
 
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import StrPath, given_fields, paths_of, recipe_of
@@ -26,6 +25,7 @@ from liar_ext.job.sharing import shares_budget
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.embeddings import Evaluator
+from liar_ext.progress import no_bars
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.recipe.fields import recipe_fields

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,8 +14,9 @@ from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batch
 from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
+from liar_ext.job.job import SENSITIVITY, Job, Known
 from liar_ext.job.rescaling import rescale_batches
-from liar_ext.job.scoring import SENSITIVITY, Known, score_key, sensitivity_key
+from liar_ext.job.scoring import score_key, sensitivity_key
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.plan import Budget
@@ -61,8 +61,8 @@ class Estimate:
     steps: int  # of its progress bar
 
 
-def stages_of(job: Any, rate: float = RATE) -> dict[str, Estimate]:
-    """Return the stages of a :class:`~liar_ext.job.preparing.Job` in order, by names of their bars.
+def stages_of(job: Job, rate: float = RATE) -> dict[str, Estimate]:
+    """Return the stages of a job in order, by names of their bars.
 
     Empty if the batches can't be counted before they are run. Sites keep the budget's fraction.
     ``rate`` is in operations in float32 a second.
@@ -77,7 +77,7 @@ def stages_of(job: Any, rate: float = RATE) -> dict[str, Estimate]:
     return {name: each for name, each in found.items() if each.steps}
 
 
-def _stages(job: Any) -> Iterator[tuple[str, int, float, int]]:
+def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
     """Yield name, steps, work and bytes of each stage, of no steps if it isn't asked for."""
     recipe, model, at = job.recipe, job.model, job.sites(job.model)
     batches = list(read_batches(job.batches))
@@ -128,7 +128,7 @@ def _stages(job: Any) -> Iterator[tuple[str, int, float, int]]:
         yield "rescale", len(probes), probed(probes), 0
 
 
-def _unknown(job: Any, at: Sequence[Site]) -> tuple[bool, bool]:
+def _unknown(job: Job, at: Sequence[Site]) -> tuple[bool, bool]:
     """Tell whether error curves, and sensitivities, are still to be found."""
     recipe, known = job.recipe, job.known or Known()
     key = sensitivity_key(recipe, known, job.model, at)
@@ -136,7 +136,7 @@ def _unknown(job: Any, at: Sequence[Site]) -> tuple[bool, bool]:
 
 
 def _narrowing(
-    job: Any, count: int, tokens: int, forward: float
+    job: Job, count: int, tokens: int, forward: float
 ) -> Iterator[tuple[str, int, float, int]]:
     recipe, hidden = job.recipe, hidden_of(job.model)
     kept = count_kept(hidden, recipe.keep_hidden, recipe.tile)
@@ -149,7 +149,7 @@ def _narrowing(
     yield "solve", sources, NORM * sources * _ridge(kept, hidden.size, _solves(recipe)), peak
 
 
-def bars_of(job: Any, stages: Mapping[str, Estimate]) -> list[str]:
+def bars_of(job: Job, stages: Mapping[str, Estimate]) -> list[str]:
     """Return the stages of a job in the order of its bars: some have several."""
     if job.walk is not None:
         second = [name for name in stages if name in ("layerwise", "from memory")] or ["calibrate"]

@@ -3,115 +3,42 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
-from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.gradients import check_loss, check_owned
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import room_for_sums
 from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
-from liar_ext.job.scoring import Known, check_bank, runs_over_text
+from liar_ext.job.job import Job, Known, tokens_gone
+from liar_ext.job.scoring import check_bank, runs_over_text
 from liar_ext.job.solving import hold_out
-from liar_ext.job.speed import Speed
-from liar_ext.job.streamed import Shares, check_blocks, share_out
+from liar_ext.job.streamed import check_blocks, share_out
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
-from liar_ext.models.sites import Site, sites, why_whole
+from liar_ext.models.sites import Site, why_whole
 from liar_ext.plan import KINDS
-from liar_ext.progress import Clock
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.layerwise import check_walk
-from liar_ext.reconstruction.streams import Walk
-from liar_ext.selection.allocation import check_budget, even_plan
-from liar_ext.selection.costs import Costs, LatencyTable, total_cost
+from liar_ext.selection.allocation import check_budget
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.selection.whole_experts import count_experts_kept
-
-if TYPE_CHECKING:
-    from liar_ext.job.pruning import Folder
 
 NO_GAIN = (
     "a norm reads what each gives, and there a walk gains nothing; "
     "--schedule layerwise walks anyway"
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of :func:`liar_ext.prune`, as it is asked for, or as :func:`prepare` returns it."""
-
-    model: nn.Module
-    batches: Batches | None
-    recipe: Recipe
-    progress: bool = False
-    bank: MomentBank | None = None
-    known: Known | None = None  # what other jobs have found, of the same model, bank and text
-    saved: Checkpoint | None = None  # where it keeps what is done
-    judged: Batches | None = None  # text that decides the schedule, and nothing else
-    evaluate_on: Batches | None = None
-    certify_on: Batches | None = None
-    walk: Walk | None = None  # with one block at a time; the model is in memory without it
-    limit: int = 0  # bytes that the process may take, with a walk
-    out: Folder | None = None  # where the blocks go, with a walk
-    clock: Clock = field(default_factory=Clock)
-    # Found by prepare().
-    asked: Recipe | None = None  # the recipe before it was resolved
-    notes: Sequence[str] = ()  # what to know of how the job is done
-    earlier: Sequence[dict[str, object]] = ()  # jobs before this one
-    params: Mapping[str, int] = field(default_factory=dict)  # of the dense model
-    room: int = 0  # bytes that sums may take at a time
-    speed: Speed | None = None  # for a budget of latency
-    shares: Shares | None = None  # of the limit
-
-    @property
-    def narrows(self) -> bool:
-        """Whether the hidden size is pruned."""
-        return self.recipe.keep_hidden != 1.0
-
-    @property
-    def bars(self) -> bool:
-        """Whether stages show bars of their own: of a walk the blocks are the steps."""
-        return self.progress and self.walk is None
-
-    def sites(self, model: nn.Module) -> list[Site]:
-        """Return the sites that may be pruned."""
-        return sites(model, self.recipe.prunable_kinds, self.recipe.attn_unit)
-
-    def timed(self, model: nn.Module) -> Speed | None:
-        """Return what the sites of a model take in seconds, if latency is what is counted."""
-        at, budget = self.sites(model), self.recipe.budget
-        if budget.of != "latency" or (self.speed is not None and self.speed.model is model):
-            return self.speed
-        with self.clock("time"):
-            given = self.recipe.latency_table
-            table = None if given is None else LatencyTable.load(given)
-            speed = Speed(model, at, budget, table, progress=self.progress)
-            check_budget(at, budget, costs=speed.costs)
-            if budget.keep < 1.0 and not speed.given:
-                speed.fit(even_plan(at, budget, speed.costs))
-        return speed
-
-    def costs(self, model: nn.Module) -> Costs:
-        """Return what the sites cost in the budget's unit."""
-        if self.recipe.of == "latency":
-            return self.timed(model).costs
-        at, budget = self.sites(model), self.recipe.budget
-        gone = tokens_gone(model) if budget.of == "params" and not self.narrows else 0
-        return Costs.of(at, budget, total_cost(model, at, budget), gone)
 
 
 def prepare(job: Job) -> Job:
@@ -165,11 +92,6 @@ def prepare(job: Job) -> Job:
     room = room_for_sums(model, recipe.memory)
     job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
     return job if job.walk is None else _shared_out(job)
-
-
-def tokens_gone(model: nn.Module) -> int:
-    """Return the parameters of the tokens that the model has lost."""
-    return (getattr(model, "liar_vocabulary", None) or {}).get("params_gone", 0)
 
 
 def _check_sizes(job: Job) -> None:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from liar_ext.calibration.batches import Batches, read_batch, read_batches
+from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
+from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.placing import nearest_folder
-from liar_ext.checkpoint.saving import Shards, check_folder, fill_folder, writing
+from liar_ext.checkpoint.saving import check_folder, writing
 from liar_ext.checkpoint_store import RESULT, Checkpoint, opened
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
-from liar_ext.job.preparing import Job, prepare, recorded
+from liar_ext.job.job import Folder, Job
+from liar_ext.job.preparing import prepare, recorded
 from liar_ext.job.rescaling import Rescaling, rescale_batches
 from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
 from liar_ext.models.running import device_of
@@ -36,7 +36,7 @@ from liar_ext.progress import OnProgress, Stage, Timeline, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import PruneOptions, TextOptions, check_keywords
 from liar_ext.recipe.fields import DTYPES, recipe_fields
-from liar_ext.reconstruction.streams import StreamedBatches, Walk
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report, versions
 from liar_ext.rows import SiteRow, what_to_know
 
@@ -342,37 +342,3 @@ def report_of(
         warnings=said + ([] if speed is None else speed.warnings()),
         loading=stock_config.how_to_load(model, plan),
     )
-
-
-class Folder:
-    """The folder of a pruned model, written by the first rank; blocks go there as they are solved.
-
-    ``begin`` returns the path to write to. ``fixed`` is the input that the folder is verified by.
-    """
-
-    def __init__(self, begin: Callable[[], Path]) -> None:
-        self.begin, self.walk, self.shards = begin, None, None
-
-    def walk_along(self, walk: Walk) -> None:
-        """Take the blocks of a walk."""
-        dtype, inputs = walk.model.dtype, fixed_inputs(walk.model)
-        given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-        fixed = [read_batch(given)] if is_first() else []
-        self.walk, self.fixed = walk, StreamedBatches("fingerprint", walk, fixed)
-
-    def add(self, index: int | None, size: int) -> None:
-        """Write a block, or what lies outside of the blocks, in shards of ``size`` bytes."""
-        if not is_first():
-            return
-        if self.shards is None:
-            self.path = self.begin()
-            self.shards = Shards(self.walk.model, self.path, size)
-        with self.walk.source.head() if index is None else nullcontext():
-            self.shards.add(self.walk.source.tensors(index))
-
-    def complete(self, model: nn.Module, report: Report, tokenizer: Any) -> None:
-        """Write all else that a folder has."""
-        path = self.begin() if self.shards is None else self.path
-        with nullcontext() if self.walk is None else self.fixed.answering():
-            given = {"report": report, "tokenizer": tokenizer, "shards": self.shards}
-            fill_folder(model, path, report.plan, **given)

@@ -6,20 +6,18 @@ Finders take the sites of a group, whose moments are at hand in ``passes``.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import Passes, check_bank_is_of
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.distributed import share
 from liar_ext.errors import InputError
+from liar_ext.job.job import SENSITIVITY, Job, Known
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
@@ -28,12 +26,6 @@ from liar_ext.selection.criteria import score
 from liar_ext.selection.curve_allocation import measure_sensitivities, probe_sites, probes_of
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import Measured
-
-if TYPE_CHECKING:
-    from liar_ext.job.preparing import Job
-
-SENSITIVITY = "sensitivity"
-Value = TypeVar("Value")
 
 
 def find_scores(job: Job, passes: Passes, at: Sequence[Site]) -> dict[str, Tensor]:
@@ -146,63 +138,3 @@ def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
             "model lack; calibrate this model anew"
         )
     return bank.text
-
-
-@dataclass
-class Known:
-    """What has been found for one dense model, its moments and their text.
-
-    ``found`` has values, with the CPU seconds that each took, by what they are, key and site.
-    ``spared`` counts CPU seconds that were not spent again. ``probe_keep`` is the fraction of a
-    site that stays while its sensitivity is measured; None: the budget's.
-    """
-
-    found: dict[tuple, tuple[Any, float]] = field(default_factory=dict)
-    spared: float = 0.0
-    probe_keep: float | None = None
-
-    @classmethod
-    def of_bank(cls, bank: MomentBank | None, probe_keep: float | None = None) -> Known:
-        """Return the sensitivities that a bank has."""
-        known = cls(probe_keep=probe_keep)
-        for each in [] if bank is None else bank.source.get("sensitivities", ()):
-            for name, value in each["sites"].items():
-                known.found[SENSITIVITY, each["key"], name] = value, 0.0
-        return known
-
-    def get(
-        self,
-        what: str,
-        key: str,
-        at: Sequence[Site],
-        compute: Callable[[Sequence[Site]], Mapping[str, Value]],
-    ) -> dict[str, Value]:
-        """Return the values of sites by name; ``compute`` gives those that aren't there."""
-        missing = [site for site in at if not self.has(what, key, [site])]
-        self.spared += sum(self.found.get((what, key, _place(site)), (0, 0.0))[1] for site in at)
-        if missing:
-            start = time.process_time()
-            values = compute(missing)
-            each = (time.process_time() - start) / len(missing)
-            for site in missing:
-                self.found[what, key, _place(site)] = values[site.name], each
-        return {site.name: self.found[what, key, _place(site)][0] for site in at}
-
-    def has(self, what: str, key: str, at: Sequence[Site]) -> bool:
-        """Tell whether the values of all sites are there."""
-        return all((what, key, _place(site)) in self.found for site in at)
-
-    def store_sensitivities(self, bank: MomentBank) -> None:
-        """Put the sensitivities that were measured into a bank, for jobs to come."""
-        by_key: dict[str, dict[str, float]] = {}
-        for (what, key, name), (value, _) in self.found.items():
-            if what == SENSITIVITY:
-                by_key.setdefault(key, {})[name] = value
-        bank.source["sensitivities"] = [
-            {"key": key, "sites": sites} for key, sites in by_key.items()
-        ]
-
-
-def _place(site: Site) -> str:
-    """Return what a value is of: a site with its units."""
-    return f"{site.name} {site.unit} {site.units} {site.groups}"

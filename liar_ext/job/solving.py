@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.distributed import alone, is_first
+from liar_ext.job.job import Job
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site
@@ -27,9 +27,6 @@ from liar_ext.reconstruction.streams import StreamedBatches
 from liar_ext.rows import SiteRow
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
-
-if TYPE_CHECKING:
-    from liar_ext.job.preparing import Job
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 # Of a calibration set with enough sequences every n-th is held out, up to so many.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
+from liar_ext.job.job import Shares
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Budget, Plan
@@ -65,16 +65,6 @@ def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bo
             f"prune: --max-memory can't read this {family.name!r} block by block: {reason}; "
             "leave it out"
         )
-
-
-@dataclass(frozen=True)
-class Shares:
-    """What the memory of a job is for, in bytes."""
-
-    need: dict[str, int]  # the peak without hidden states, by its parts
-    shard: int  # of what is written at a time
-    states: int  # hidden states in memory; what is more lies in a file
-    keep_sums: bool  # whether the sums of all blocks are held
 
 
 def share_out(

@@ -13,37 +13,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.family import Experts, Wiring
+from liar_ext.models.family import Experts
 from liar_ext.models.residual_stream import narrow
-from liar_ext.models.running import get_path, owner_of
+from liar_ext.models.running import bias_name, layer_at, owner_of
+from liar_ext.models.sites import Site
 from liar_ext.plan import SitePlan
-
-if TYPE_CHECKING:
-    from liar_ext.models.sites import Site
-
-
-class ExpertLayer:
-    """The linear layer of an expert: its slice of the parameters ``name`` and ``name_bias``."""
-
-    def __init__(self, owner: nn.Module, name: str, expert: int) -> None:
-        self.owner, self.name, self.expert = owner, name, expert
-
-    @property
-    def weight(self) -> Tensor:
-        """A view of two dimensions; writing to it writes to the model."""
-        return getattr(self.owner, self.name)[self.expert]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """A view, or None."""
-        biases = getattr(self.owner, bias_name(self.name), None)
-        return None if biases is None else biases[self.expert]
 
 
 class Routed(NamedTuple):
@@ -55,33 +35,9 @@ class Routed(NamedTuple):
     tokens: int  # that the layer was given
 
 
-def bias_name(name: str) -> str:
-    """Return what the biases of a layer of all experts are called."""
-    return f"{name}_bias"
-
-
-def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | ExpertLayer:
-    """Return the linear layer at a path: a module, or an expert's slice of a parameter there."""
-    if expert is None:
-        return root.get_submodule(path)
-    return ExpertLayer(*owner_of(root, path), expert)
-
-
 def called_at(site: Site) -> str:
     """Return the path of the module that runs a site's consumer: its own, or all experts'."""
     return site.consumer if site.expert is None else site.consumer.rpartition(".")[0]
-
-
-def count_experts(block: nn.Module, wiring: Wiring) -> int:
-    """Return how many experts a block has, by their weights; 0 where it has none."""
-    return 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
-
-
-def active_fraction(block: nn.Module, wiring: Wiring) -> float:
-    """Return the fraction of tokens that a site gets: of an expert, ``top_k / experts``."""
-    if wiring.experts is None:
-        return 1.0
-    return get_path(block, wiring.experts.router).top_k / count_experts(block, wiring)
 
 
 def router_of(model: nn.Module, site: Site) -> nn.Module:

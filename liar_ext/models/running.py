@@ -1,4 +1,4 @@
-"""Where a model keeps its blocks, what it reads, and how it is run for its outputs alone."""
+"""Where a model keeps blocks and layers, what it reads, and how it is run for its outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.family import Family, Part
+from liar_ext.models.family import Family, Part, Wiring
 from liar_ext.models.registry import FAMILIES
 
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
@@ -192,6 +192,48 @@ def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return the module that has the parameter, buffer or number at a path, and its name there."""
     owner, _, name = path.rpartition(".")
     return root.get_submodule(owner), name
+
+
+class ExpertLayer:
+    """The linear layer of an expert: its slice of the parameters ``name`` and ``name_bias``."""
+
+    def __init__(self, owner: nn.Module, name: str, expert: int) -> None:
+        self.owner, self.name, self.expert = owner, name, expert
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of two dimensions; writing to it writes to the model."""
+        return getattr(self.owner, self.name)[self.expert]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """A view, or None."""
+        biases = getattr(self.owner, bias_name(self.name), None)
+        return None if biases is None else biases[self.expert]
+
+
+def bias_name(name: str) -> str:
+    """Return what the biases of a layer of all experts are called."""
+    return f"{name}_bias"
+
+
+def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | ExpertLayer:
+    """Return the linear layer at a path: a module, or an expert's slice of a parameter there."""
+    if expert is None:
+        return root.get_submodule(path)
+    return ExpertLayer(*owner_of(root, path), expert)
+
+
+def count_experts(block: nn.Module, wiring: Wiring) -> int:
+    """Return how many experts a block has, by their weights; 0 where it has none."""
+    return 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
+
+
+def active_fraction(block: nn.Module, wiring: Wiring) -> float:
+    """Return the fraction of tokens that a site gets: of an expert, ``top_k / experts``."""
+    if wiring.experts is None:
+        return 1.0
+    return get_path(block, wiring.experts.router).top_k / count_experts(block, wiring)
 
 
 def parts_of(model: nn.Module, family: Family) -> list[tuple[Part, list[Block]]]:

@@ -27,10 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.experts import active_fraction, count_experts, layer_at
 from liar_ext.models.family import Part, Stack, Wiring
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import Block, block_config, get_path, parts_of
+from liar_ext.models.running import (
+    Block,
+    active_fraction,
+    block_config,
+    count_experts,
+    get_path,
+    layer_at,
+    parts_of,
+)
 from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
 
 CROSS, SHARED = "cross_attn", "shared_mlp"

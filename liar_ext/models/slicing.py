@@ -20,16 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.experts import (
-    bias_name,
-    check_count,
-    check_kept_experts,
-    keep_experts,
-    layer_at,
-)
+from liar_ext.models.experts import check_count, check_kept_experts, keep_experts
 from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
-from liar_ext.models.running import owner_of
+from liar_ext.models.running import bias_name, layer_at, owner_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
 from liar_ext.plan import Plan, SitePlan
 

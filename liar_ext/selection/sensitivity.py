@@ -15,9 +15,8 @@ from liar_ext.calibration.taps import replaced, watched
 from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.models.experts import layer_at
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import evaluating
+from liar_ext.models.running import evaluating, layer_at
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
 from liar_ext.progress import Bar, spare

@@ -14,12 +14,12 @@ from torch import nn
 
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.reading import reading
-from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, Part, as_code
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of
 from liar_ext.models.sites import CROSS
+from liar_ext.progress import no_bars
 from liar_ext.suggest.instance import Blocks, Instance, Refused, Tried, find_stacks, prepare
 from liar_ext.suggest.proof import KINDS, kinds_of, prove, prove_folders, rewired, tells_sizes
 from liar_ext.suggest.sizes import (

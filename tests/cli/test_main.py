@@ -18,9 +18,9 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 
 from liar_ext import InputError, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.main import COMMANDS
 from liar_ext.cli.messages import error_lines
+from liar_ext.progress import no_bars
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 

@@ -11,9 +11,9 @@ from tiny import tiny
 
 from liar_ext import Report, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint.fingerprint import strangers
-from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli import inputs
 from liar_ext.healing import run as runs
+from liar_ext.progress import no_bars
 
 NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
 

@@ -1,0 +1,203 @@
+"""The state of a job: what it is asked for, what is known already, and where its result goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from liar_ext.calibration.batches import Batches, read_batch
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.checkpoint.fingerprint import fixed_inputs
+from liar_ext.checkpoint.saving import Shards, fill_folder
+from liar_ext.checkpoint_store import Checkpoint
+from liar_ext.distributed import is_first
+from liar_ext.job.speed import Speed
+from liar_ext.models.sites import Site, sites
+from liar_ext.progress import Clock
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.streams import StreamedBatches, Walk
+from liar_ext.report.report import Report
+from liar_ext.selection.allocation import check_budget, even_plan
+from liar_ext.selection.costs import Costs, LatencyTable, total_cost
+
+SENSITIVITY = "sensitivity"
+Value = TypeVar("Value")
+
+
+@dataclass
+class Known:
+    """What has been found for one dense model, its moments and their text.
+
+    ``found`` has values, with the CPU seconds that each took, by what they are, key and site.
+    ``spared`` counts CPU seconds that were not spent again. ``probe_keep`` is the fraction of a
+    site that stays while its sensitivity is measured; None: the budget's.
+    """
+
+    found: dict[tuple, tuple[Any, float]] = field(default_factory=dict)
+    spared: float = 0.0
+    probe_keep: float | None = None
+
+    @classmethod
+    def of_bank(cls, bank: MomentBank | None, probe_keep: float | None = None) -> Known:
+        """Return the sensitivities that a bank has."""
+        known = cls(probe_keep=probe_keep)
+        for each in [] if bank is None else bank.source.get("sensitivities", ()):
+            for name, value in each["sites"].items():
+                known.found[SENSITIVITY, each["key"], name] = value, 0.0
+        return known
+
+    def get(
+        self,
+        what: str,
+        key: str,
+        at: Sequence[Site],
+        compute: Callable[[Sequence[Site]], Mapping[str, Value]],
+    ) -> dict[str, Value]:
+        """Return the values of sites by name; ``compute`` gives those that aren't there."""
+        missing = [site for site in at if not self.has(what, key, [site])]
+        self.spared += sum(self.found.get((what, key, _place(site)), (0, 0.0))[1] for site in at)
+        if missing:
+            start = time.process_time()
+            values = compute(missing)
+            each = (time.process_time() - start) / len(missing)
+            for site in missing:
+                self.found[what, key, _place(site)] = values[site.name], each
+        return {site.name: self.found[what, key, _place(site)][0] for site in at}
+
+    def has(self, what: str, key: str, at: Sequence[Site]) -> bool:
+        """Tell whether the values of all sites are there."""
+        return all((what, key, _place(site)) in self.found for site in at)
+
+    def store_sensitivities(self, bank: MomentBank) -> None:
+        """Put the sensitivities that were measured into a bank, for jobs to come."""
+        by_key: dict[str, dict[str, float]] = {}
+        for (what, key, name), (value, _) in self.found.items():
+            if what == SENSITIVITY:
+                by_key.setdefault(key, {})[name] = value
+        bank.source["sensitivities"] = [
+            {"key": key, "sites": sites} for key, sites in by_key.items()
+        ]
+
+
+def _place(site: Site) -> str:
+    """Return what a value is of: a site with its units."""
+    return f"{site.name} {site.unit} {site.units} {site.groups}"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the memory of a job is for, in bytes."""
+
+    need: dict[str, int]  # the peak without hidden states, by its parts
+    shard: int  # of what is written at a time
+    states: int  # hidden states in memory; what is more lies in a file
+    keep_sums: bool  # whether the sums of all blocks are held
+
+
+class Folder:
+    """The folder of a pruned model, written by the first rank; blocks go there as they are solved.
+
+    ``begin`` returns the path to write to. ``fixed`` is the input that the folder is verified by.
+    """
+
+    def __init__(self, begin: Callable[[], Path]) -> None:
+        self.begin, self.walk, self.shards = begin, None, None
+
+    def walk_along(self, walk: Walk) -> None:
+        """Take the blocks of a walk."""
+        dtype, inputs = walk.model.dtype, fixed_inputs(walk.model)
+        given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        fixed = [read_batch(given)] if is_first() else []
+        self.walk, self.fixed = walk, StreamedBatches("fingerprint", walk, fixed)
+
+    def add(self, index: int | None, size: int) -> None:
+        """Write a block, or what lies outside of the blocks, in shards of ``size`` bytes."""
+        if not is_first():
+            return
+        if self.shards is None:
+            self.path = self.begin()
+            self.shards = Shards(self.walk.model, self.path, size)
+        with self.walk.source.head() if index is None else nullcontext():
+            self.shards.add(self.walk.source.tensors(index))
+
+    def complete(self, model: nn.Module, report: Report, tokenizer: Any) -> None:
+        """Write all else that a folder has."""
+        path = self.begin() if self.shards is None else self.path
+        with nullcontext() if self.walk is None else self.fixed.answering():
+            given = {"report": report, "tokenizer": tokenizer, "shards": self.shards}
+            fill_folder(model, path, report.plan, **given)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of :func:`liar_ext.prune`, as it is asked for, or as :func:`prepare` returns it."""
+
+    model: nn.Module
+    batches: Batches | None
+    recipe: Recipe
+    progress: bool = False
+    bank: MomentBank | None = None
+    known: Known | None = None  # what other jobs have found, of the same model, bank and text
+    saved: Checkpoint | None = None  # where it keeps what is done
+    judged: Batches | None = None  # text that decides the schedule, and nothing else
+    evaluate_on: Batches | None = None
+    certify_on: Batches | None = None
+    walk: Walk | None = None  # with one block at a time; the model is in memory without it
+    limit: int = 0  # bytes that the process may take, with a walk
+    out: Folder | None = None  # where the blocks go, with a walk
+    clock: Clock = field(default_factory=Clock)
+    # Found by prepare().
+    asked: Recipe | None = None  # the recipe before it was resolved
+    notes: Sequence[str] = ()  # what to know of how the job is done
+    earlier: Sequence[dict[str, object]] = ()  # jobs before this one
+    params: Mapping[str, int] = field(default_factory=dict)  # of the dense model
+    room: int = 0  # bytes that sums may take at a time
+    speed: Speed | None = None  # for a budget of latency
+    shares: Shares | None = None  # of the limit
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the hidden size is pruned."""
+        return self.recipe.keep_hidden != 1.0
+
+    @property
+    def bars(self) -> bool:
+        """Whether stages show bars of their own: of a walk the blocks are the steps."""
+        return self.progress and self.walk is None
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Return the sites that may be pruned."""
+        return sites(model, self.recipe.prunable_kinds, self.recipe.attn_unit)
+
+    def timed(self, model: nn.Module) -> Speed | None:
+        """Return what the sites of a model take in seconds, if latency is what is counted."""
+        at, budget = self.sites(model), self.recipe.budget
+        if budget.of != "latency" or (self.speed is not None and self.speed.model is model):
+            return self.speed
+        with self.clock("time"):
+            given = self.recipe.latency_table
+            table = None if given is None else LatencyTable.load(given)
+            speed = Speed(model, at, budget, table, progress=self.progress)
+            check_budget(at, budget, costs=speed.costs)
+            if budget.keep < 1.0 and not speed.given:
+                speed.fit(even_plan(at, budget, speed.costs))
+        return speed
+
+    def costs(self, model: nn.Module) -> Costs:
+        """Return what the sites cost in the budget's unit."""
+        if self.recipe.of == "latency":
+            return self.timed(model).costs
+        at, budget = self.sites(model), self.recipe.budget
+        gone = tokens_gone(model) if budget.of == "params" and not self.narrows else 0
+        return Costs.of(at, budget, total_cost(model, at, budget), gone)
+
+
+def tokens_gone(model: nn.Module) -> int:
+    """Return the parameters of the tokens that the model has lost."""
+    return (getattr(model, "liar_vocabulary", None) or {}).get("params_gone", 0)
