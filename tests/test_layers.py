@@ -2,7 +2,7 @@
 
 The table stands in CONTRIBUTING.md alone and is read from there: a number and the modules and
 folders of ``liar_ext`` on that layer. Whatever stands on a layer imports from lower ones only;
-modules of one folder may import one another.
+modules of one folder may import one another, in no circle.
 """
 
 from __future__ import annotations
