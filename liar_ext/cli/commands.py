@@ -10,7 +10,7 @@ from liar_ext.cli import options as kinds
 from liar_ext.cli.messages import TRACKERS, read_tracker
 from liar_ext.cli.options import COUNT, DIR, FILE, FLAG, NAME, YES_OR_NO, add, add_field, path
 from liar_ext.export import FORMATS
-from liar_ext.healing import TRAIN
+from liar_ext.healing import RATE, TRAIN
 from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
 
 # Fields of the recipe that are options of heal, too: by default as in the recipe of the folder.
@@ -52,8 +52,10 @@ def _prune(commands: Any) -> None:
     size = "prune a model larger than memory block by block, in at most SIZE, such as 12GiB"
     job = _add_start(parser)
     add(job, ("--dry-run", FLAG, what))
+    healing = "then train the result towards the dense model for TIME, such as 5m; see liar heal"
+    add(job, ("--heal", {"type": kinds.read_minutes, "metavar": "TIME"}, healing))
     add(job, ("--max-memory", {"type": kinds.read_size, "metavar": "SIZE"}, size))
-    kinds.add_fields(parser, recipe_fields(), "out", "preset", "max_memory")
+    kinds.add_fields(parser, recipe_fields(), "out", "preset", "heal", "max_memory")
     log = "log recipe, sizes, perplexity and seconds as a run of MLflow or Weights & Biases"
     add(
         parser.add_argument_group("Output"),
@@ -182,10 +184,10 @@ def _heal(commands: Any) -> None:
         ("--minutes", {"type": kinds.above_zero, "metavar": "N"}, "train for N minutes"),
         ("--steps", COUNT, "train for N steps"),
     )
-    rate = {"type": kinds.above_zero, "default": 1e-4}
+    rate = {"type": kinds.above_zero, "default": RATE}
     add(
         parser,
-        ("--train", {"choices": TRAIN, "default": "no-embeddings"}, f"weights to train{default}"),
+        ("--train", {"choices": TRAIN, "default": TRAIN[0]}, f"weights to train{default}"),
         ("--lr", rate, f"highest learning rate{default}"),
         ("--grad-accumulation", {**COUNT, "default": 1}, f"batches per step{default}"),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from liar_ext import Plan, heal, load_pruned, perplexity
+from liar_ext import Plan, heal, load_pruned
 from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
@@ -21,11 +21,13 @@ from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.errors import InputError
-from liar_ext.models.running import predicts_next_token
+from liar_ext.healing import RATE, TRAIN
+from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
 from liar_ext.report.reading import read_report
 from liar_ext.report.report import Report
 from liar_ext.report.sections import healing_lines
+from liar_ext.report.tables import measured
 
 LEAST_SAMPLES, MOST_SAMPLES, IN_MINUTES = 16, 1 << 16, 1 << 12
 TRAINED = 7  # sequences for each that is held out: an eighth of the documents is held out
@@ -39,7 +41,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Load both models and the text, train, save; return 130 if training was interrupted."""
+    """Train the folder and print what came out; return 130 if training was interrupted."""
+    found = train(recipe, options)
+    lines = [] if options.quiet else [*healing_lines(found), f"{options.out}: saved"]
+    show(options, {"out": options.out, **found}, lines, found["notes"] if options.json else None)
+    return 130 if found["interrupted"] else 0
+
+
+def train_pruned(folder: str, minutes: float, *, progress: bool) -> Report:
+    """Train a folder in place, as ``liar heal FOLDER --minutes N`` does; return its report."""
+    options = argparse.Namespace(
+        **{"command": "heal", "folder": folder, "out": folder, "overwrite": False},
+        **{"teacher": None, "checkpoint": None, "progress": progress},
+        **{"tokens": None, "minutes": minutes, "steps": None},
+        **{"train": TRAIN[0], "lr": RATE, "grad_accumulation": 1},
+    )
+    train(_recipe(Report.load(folder, "heal").recipe, options), options)
+    return Report.load(folder, "heal")
+
+
+def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """Load both models and the text, train, save; return the section ``heal`` of the report."""
     report, plan = Report.load(options.folder, "heal"), Plan.load(Path(options.folder, PLAN_FILE))
     in_place = os.path.realpath(options.out) == os.path.realpath(options.folder)
     overwrite = in_place or options.overwrite
@@ -51,7 +73,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         spread = placement(recipe.device)
         model = load_pruned(options.folder, dtype="auto", **spread)
         model = model if spread else model.to(recipe.device)
-        before = _perplexity(model, given, options)
+        quality = partial(_quality, Evaluator(), given.evaluation, options.progress)
+        rows = [quality(given.model), quality(model)]
         let_write(given, saved, progress=options.progress)
         found = heal(
             model,
@@ -66,8 +89,10 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
             checkpoint=saved,
             progress=options.progress,
         )
-        after = _perplexity(model, given, options) if found["improved"] else before
-        found |= {"perplexity": [*before, *after], "teacher": recipe.model}
+        rows.append(quality(model) if found["improved"] else rows[-1])
+        names = [name for name in rows[0] if name in rows[1]]
+        found["quality"] = {name: [row[name] for row in rows] for name in names}
+        found["teacher"] = recipe.model
         found |= {"text": list(recipe.calibration), "self_text": recipe.self_text}
         earlier = [f"Healed before: {line}" for line in healing_lines(report.heal)[:1]]
         found["notes"] = [*given.notes, *earlier]
@@ -80,18 +105,11 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         with writing(options.out, overwrite, checked=True) as path:
             facts = {"report": written, "source": options.folder}
             fill_folder(model, path, plan, **facts)
-    lines = [] if options.quiet else [*healing_lines(found), f"{options.out}: saved"]
-    show(options, {"out": options.out, **found}, lines, found["notes"] if options.json else None)
-    return 130 if found["interrupted"] else 0
+    return found
 
 
 def _check_text(given: Given) -> None:
-    """Refuse text that can't be trained or judged on."""
-    if given.evaluation is not None and not predicts_next_token(given.model):
-        raise InputError(
-            f"heal: --eval needs a causal language model, got {type(given.model).__name__}; leave "
-            "it out, and judge the result by liar eval OUT --text TEXT"
-        )
+    """Refuse text that can't be trained on."""
     if given.judging is None:
         raise InputError(
             "heal: the text is too short to hold out an eighth of its documents; give more text, "
@@ -132,7 +150,5 @@ def _budget(options: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _perplexity(model: Any, given: Any, options: argparse.Namespace) -> list[float]:
-    if given.evaluation is None:
-        return []
-    return [perplexity(model, given.evaluation, progress=options.progress)["perplexity"]]
+def _quality(evaluator: Evaluator, held_out: Any, progress: bool, model: Any) -> dict[str, float]:
+    return {} if held_out is None else measured(evaluator(model, held_out, progress=progress))

@@ -20,6 +20,8 @@ from liar_ext.errors import InputError
 from liar_ext.report.report import Report
 from liar_ext.report.tables import BYTES
 
+HEALED = ("before", "after", "tokens", "seconds")  # what JSON says of training
+
 
 def say(
     report: Report, options: argparse.Namespace, start: float, known: Sequence[str] = ()
@@ -42,6 +44,7 @@ def say(
             "parameters": report.params,
             "megabytes": megabytes,
             "quality": report.evaluation or None,
+            "heal": {each: report.heal[each] for each in HEALED} if report.heal else None,
             "worst_layer": worst and {"name": worst.name, "error": worst.holdout_error},
             "load": load,
             "seconds": seconds,

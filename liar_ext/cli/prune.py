@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import check_folder
 from liar_ext.cli.calibrate import load_by_bank
+from liar_ext.cli.heal import train_pruned
 from liar_ext.cli.inputs import (
     OWN_SHARE,
     SKETCHED,
@@ -29,10 +30,17 @@ from liar_ext.cli.inputs import (
     load,
     writes,
 )
-from liar_ext.cli.options import StrPath, check_complete, paths_of, read_size, recipe_of
+from liar_ext.cli.options import (
+    StrPath,
+    check_complete,
+    paths_of,
+    read_minutes,
+    read_size,
+    recipe_of,
+)
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.distributed import alone, is_first
+from liar_ext.distributed import alone, is_first, world_size
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.dry_run import describe, describe_streamed
 from liar_ext.job.job import Job
@@ -67,6 +75,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     if options.checkpoint:
         check_resumable(recipe)
     check_apart(options)
+    _check_healing(options, sketch)
     if sketch:
         given = _loaded(recipe, options, sketch=True)
         lines = _sketched(given, options)
@@ -102,9 +111,24 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
             )
             how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite}
             report = prune_folder(given.store, job, options.out, **how, annotate=annotate)
+    if options.heal is not None:
+        del given, job  # the dense model is read again, as it was
+        report = train_pruned(options.out, options.heal, progress=options.progress)
     if is_first():
         say(report, options, start, early)
     return report
+
+
+def _check_healing(options: argparse.Namespace, sketch: bool) -> None:
+    """Refuse to train where that needs what the job spares."""
+    for used, why in (
+        (options.max_memory, "--max-memory prunes a model that memory has no room for"),
+        (options.bank, "--bank brings no text for it to read"),
+        (sketch, "--dry-run counts no training"),
+        (world_size() > 1, "several processes share the job, and training takes one"),
+    ):
+        if used and options.heal is not None:
+            raise InputError(f"prune: --heal trains the whole model, and {why}; leave one out")
 
 
 def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -> Given:
@@ -241,6 +265,9 @@ def compress(
 
     Other Parameters
     ----------------
+    heal : str or float, optional
+        A time such as ``"5m"``, or minutes: train the result for so long towards the dense model,
+        as ``liar heal`` does, in place.
     max_memory : int or str, optional
         Bytes, or a size such as ``"12GiB"``: prune block by block, in at most so much memory.
     overwrite : bool
@@ -259,6 +286,7 @@ def compress(
             "liar_ext.prune takes a loaded model"
         )
     max_memory, overwrite = options.pop("max_memory", None), options.pop("overwrite", False)
+    minutes = options.pop("heal", None)
     given = dict(options, model=os.fspath(model))
     if text is not None:
         given["calibration"] = paths_of(text)
@@ -271,7 +299,8 @@ def compress(
         **{name: getattr(built, name) for name in given if hasattr(built, name)},
         **{name: each if each is None else os.fspath(each) for name, each in places.items()},
         command="prune",
-        max_memory=_bytes(max_memory),
+        max_memory=_read(read_size, "max_memory", max_memory),
+        heal=_read(read_minutes, "heal", minutes),
         overwrite=overwrite,
         progress=bool(progress),
         quiet=True,
@@ -284,8 +313,9 @@ def compress(
     return report
 
 
-def _bytes(size: int | str | None) -> int | None:
+def _read(kind: Callable[[str], Any], name: str, value: Any) -> Any:
+    """Read text as the command does; what is no text stays as it is."""
     try:
-        return read_size(size) if isinstance(size, str) else size
+        return kind(value) if isinstance(value, str) else value
     except argparse.ArgumentTypeError as error:
-        raise InputError(f"compress: max_memory {error}") from None
+        raise InputError(f"compress: {name} {error}") from None

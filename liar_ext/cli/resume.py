@@ -44,7 +44,10 @@ TEXT, NONE = (str,), type(None)
 # Options of the commands that are no fields of a recipe, and their types.
 OWN: dict[str, dict[str, tuple[type, ...]]] = {
     "calibrate": {"bank": TEXT, "no_text": (bool,), "sensitivities": (bool,)},
-    "prune": {"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE)},
+    "prune": {
+        **{"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE)},
+        "heal": (int, float, NONE),
+    },
     "heal": {
         **dict.fromkeys(("folder", "out", "train"), TEXT),
         **{"lr": (float,), "grad_accumulation": (int,)},
@@ -76,6 +79,8 @@ def run(options: argparse.Namespace, start: Callable) -> int | None:
         if is_first():
             remove(folder)
         lines = [] if options.quiet else [f"{result}: was written already"]
+        if minutes := job["options"].get("heal"):
+            lines.append(f"{result}: not trained yet: liar heal {result} --minutes {minutes:g}")
         return show(options, {"out": result, "written_before": True}, lines)
     own = {"checkpoint": folder, "command": command, **job["options"]}
     own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}

@@ -1,3 +1,4 @@
 """Healing: short training of a pruned model towards the outputs of its dense one."""
 
+RATE = 1e-4  # highest learning rate
 TRAIN = ("no-embeddings", "all", "norms", "lora")  # which weights are trained

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from liar_ext.calibration.batches import Batch, count_tokens
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.errors import InputError
-from liar_ext.healing import TRAIN
+from liar_ext.healing import RATE, TRAIN
 from liar_ext.healing.weights import State, choose, put
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, complete_inputs, device_of, output_of
 from liar_ext.progress import Bar
@@ -138,8 +138,8 @@ class Training:
     """
 
     budget: Mapping[str, float]
-    lr: float = 1e-4
-    train: str = "no-embeddings"
+    lr: float = RATE
+    train: str = TRAIN[0]
     accumulate: int = 1
     seed: int = 0
     bfloat16: bool | None = None

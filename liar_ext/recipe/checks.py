@@ -252,6 +252,7 @@ class PruneOptions(JobOptions, TextOptions, total=False):
 class CompressOptions(JobOptions, total=False):
     """Keywords of :func:`liar_ext.compress` beside its parameters."""
 
+    heal: str | float | None
     max_memory: int | str | None
     overwrite: bool
     dtype: str

@@ -132,9 +132,15 @@ def healing(value: Any) -> dict[str, Any]:
         "improved": facts.get("improved") is True,
         "tokens": count(facts.get("tokens")),
         "curve": [[count(p[0]), number(p[1])] for p in points if len(p) == 2],
-        "perplexity": [number(each) for each in listing(facts.get("perplexity"))[:2]],
+        "quality": _of_three(facts.get("quality")),
         "notes": lines(facts.get("notes")),
     }
+
+
+def _of_three(value: Any) -> dict[str, list[float]]:
+    """Read measures of a dense, a pruned and a healed model."""
+    rows = {name: listing(mapping(value).get(name)) for name in MEASURES if name in mapping(value)}
+    return {name: [number(each) for each in row] for name, row in rows.items() if len(row) == 3}
 
 
 def vocabulary(value: Any) -> dict[str, Any]:

@@ -242,8 +242,10 @@ def healing_lines(found: Mapping[str, Any]) -> list[str]:
             f", without gain: the held-out loss never fell below {before}, so the weights are "
             "those before healing."
         )
-    values = " → ".join(figure(each, ".2f") for each in found.get("perplexity") or ())
-    measured = [f"Perplexity on the evaluation text: {values}."] * bool(values)
+    measured = [
+        "{}: dense {}, pruned {}, healed {}.".format(name.capitalize(), *map(quality, row))
+        for name, row in (found.get("quality") or {}).items()
+    ]
     return [said, *measured, *found.get("notes", ())]
 
 
@@ -253,7 +255,7 @@ def healing(found: Mapping[str, Any]) -> Table:
         (f"held-out loss after {figure(tokens, ',')} tokens", figure(loss, ".4g"))
         for tokens, loss in found["curve"]
     ]
-    apart = ("before", "after", "improved", "interrupted", "curve", "perplexity", "notes")
+    apart = ("before", "after", "improved", "interrupted", "curve", "quality", "notes")
     rows += [(key.replace("_", " "), text(each)) for key, each in found.items() if key not in apart]
     return Table("Healing", ("", ""), rows, (0, 1), " ".join([*healing_lines(found), APART]))
 

@@ -17,6 +17,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
 from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import inputs, resume
+from liar_ext.job import job as state
 from liar_ext.job import pruning
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
@@ -180,15 +181,21 @@ def test_what_a_killed_writer_left_is_no_file_of_others(llama_folder, corpus, tm
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"options": {"bank": None, "out": 3, "max_memory": None}}, "out must be of type str"),
+        (
+            {"options": {"bank": None, "out": 3, "max_memory": None, "heal": None}},
+            "out must be of type str",
+        ),
         ({"folder": "a\0b"}, "folder must hold no NUL"),
-        ({"options": {"bank": None, "out": "\ud800", "max_memory": None}}, "out must be UTF-8"),
+        (
+            {"options": {"bank": None, "out": "\ud800", "max_memory": None, "heal": None}},
+            "out must be UTF-8",
+        ),
         ({"recipe": {"model": None}}, "it names no model"),
         ({"recipe": {"model": "a\0b"}}, "must hold no NUL"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused_in_one_line(changes, said, tmp_path, capsys):
-    own = {"bank": None, "out": "p", "max_memory": None}
+    own = {"bank": None, "out": "p", "max_memory": None, "heal": None}
     job = {"version": VERSION, "command": "prune", "folder": "/", "recipe": {}, "options": own}
     with Checkpoint(tmp_path) as saved:
         saved.put("job", facts=job | changes)
@@ -300,7 +307,7 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
     }
     option = {"prune": "--out", "calibrate": "--bank"}[command]
     more = ["--keep", 0.7, "--preset", "fast"] if command == "prune" else []
-    of, name = (pruning, "fill_folder") if command == "prune" else (MomentBank, "save")
+    of, name = (state, "fill_folder") if command == "prune" else (MomentBank, "save")
     work = getattr(of, name)
 
     def meanwhile(*given, **more):

@@ -89,7 +89,8 @@ def test_the_encoder_is_compared_with_itself(monkeypatch):
 
     monkeypatch.setattr(encoder, "ROUNDS", 2)
     model = tiny("distilbert").eval()
-    found = encoder.compare({"dense": model, "same": model}, Letters(), ARTICLES)
+    both = model, Letters()
+    found = encoder.compare({"dense": both, "same": both}, ARTICLES)
     assert found["same"]["articles"] == len(ARTICLES)
     assert found["same"]["found_by_dense_only"] == found["same"]["found_by_this_only"] == 0
     assert found["same"]["recall_at_1"] == found["dense"]["recall_at_1"]
@@ -150,7 +151,9 @@ def test_both_jobs_are_reported(monkeypatch):
     results = {
         "encoder": {
             "lines": ["liar prune A", ">>> import liar_ext"],
-            "models": encoder.compare({"dense": small, "50 %": small}, Letters(), ARTICLES),
+            "models": encoder.compare(
+                {"dense": (small, Letters()), "half": (small, Letters())}, ARTICLES
+            ),
         },
         "decoder": {
             "lines": ["liar prune B"],

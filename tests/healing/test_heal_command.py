@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from liar_ext import Report, cli, load_pruned, verify_pruned
+from liar_ext import Report, cli, compress, load_pruned, verify_pruned
 from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.cli import inputs
 from liar_ext.healing import run as runs
@@ -73,7 +73,10 @@ def test_a_folder_is_replaced_by_a_healed_one(pruned, saved, llama_folder, capsy
     after = json.loads((pruned / "liar/report.json").read_text())
     assert before.pop("heal") == {} and after.pop("heal") == found
     assert after == before
-    assert found["perplexity"][0] == pytest.approx(before["evaluation"]["pruned"]["perplexity"])
+    dense, pruned_before, healed = found["quality"]["perplexity"]
+    assert dense == pytest.approx(before["evaluation"]["dense"]["perplexity"])
+    assert pruned_before == pytest.approx(before["evaluation"]["pruned"]["perplexity"])
+    assert healed < pruned_before
     said = f"held-out loss {found['before']:.4g} → {found['after']:.4g}"
     report, card = Report.load(pruned), (pruned / "README.md").read_text()
     assert said in printed and said in report.summary() and said in card
@@ -158,10 +161,43 @@ def test_an_encoder_is_healed(tokenizer, corpus, tmp_path):
     out = tmp_path / "pruned"
     command = ["prune", tmp_path / "model", "--calibration", corpus[0], "--out", out]
     command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
-    assert cli.main([*map(str, command), "--quiet"]) == 0
+    assert cli.main([*map(str, command), "--eval", str(corpus[1]), "--quiet"]) == 0
+    evaluation = Report.load(out).evaluation
     assert heal(out, "--steps", "8", "--quiet") == 0
-    assert section(out)["improved"] and section(out)["perplexity"] == []
-    assert verify_pruned(out)
+    assert section(out)["improved"] and verify_pruned(out)
+    dense, pruned_before, healed = section(out)["quality"]["cosine"]
+    assert dense == 1.0 and pruned_before == pytest.approx(evaluation["pruned"]["cosine"])
+    assert 0.5 < healed < 1.0 and healed != pruned_before
+
+
+def test_prune_trains_its_result_if_asked(llama_folder, corpus, tmp_path, capsys):
+    short = {"keep": 0.5, "samples": 16, "seq_len": 32, "preset": "fast", "eval": str(corpus[1])}
+    report = compress(llama_folder, corpus[0], out=tmp_path / "one", heal="3s", **short)
+    assert report.heal["budget"] == "0.05 minutes" and report.heal["steps"] > 0
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in short.items()]
+    words += ["--heal", "3s", "--json", "--progress", "none"]
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "two"]
+    assert cli.main([*map(str, command), *words]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = section(tmp_path / "two")
+    assert printed["heal"]["after"] == found["after"] <= found["before"]
+    assert len(found["quality"]["perplexity"]) == 3 and verify_pruned(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "option, why",
+    [("--max-memory=8GiB", "no room"), ("--bank=x.bank", "no text"), ("--dry-run", "no training")],
+)
+def test_prune_refuses_to_train_where_it_cant(option, why, llama_folder, corpus, tmp_path, capsys):
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out"]
+    assert cli.main([*map(str, command), "--heal", "5m", option]) == 2
+    said = capsys.readouterr().err
+    assert "--heal trains the whole model" in said and why in said
+    for wrong in ("5", "0m", "-1m", "5 days"):
+        with pytest.raises(SystemExit):
+            cli.main([*map(str, command), f"--heal={wrong}"])
+        assert "such as 5m, 1h or 90s" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_dense_model_writes_text_if_asked(pruned, tmp_path):

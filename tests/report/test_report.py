@@ -189,7 +189,12 @@ def test_a_recipe_of_another_version_is_shown_as_it_is(facts):
 def test_any_part_of_a_section_may_be_anything(name, value):
     """What has a wrong part is shown without it, or not at all."""
     healed = {"before": 1.0, "after": 0.9, "improved": True, "tokens": 9, "seconds": 1.5}
-    healed |= {"curve": [[0, 1.0], [9, 0.9]], "perplexity": [9.0, 8.0], "notes": ["x"], "lr": 1e-4}
+    healed |= {
+        "curve": [[0, 1.0], [9, 0.9]],
+        "quality": {"perplexity": [7.0, 9.0, 8.0]},
+        "notes": ["x"],
+        "lr": 1e-4,
+    }
     whole = {"grid": GRID, "latency": LATENCY, "heal": healed}[name]
 
     def wrong(part):
