@@ -52,7 +52,7 @@ def _prune(commands: Any) -> None:
     size = "prune a model larger than memory block by block, in at most SIZE, such as 12GiB"
     job = _add_start(parser)
     add(job, ("--dry-run", FLAG, what))
-    healing = "then train the result towards the dense model for TIME, such as 5m; see liar heal"
+    healing = "train the result for TIME, such as 1h, as liar heal does (5m with --preset best)"
     add(job, ("--heal", {"type": kinds.read_minutes, "metavar": "TIME"}, healing))
     add(job, ("--max-memory", {"type": kinds.read_size, "metavar": "SIZE"}, size))
     kinds.add_fields(parser, recipe_fields(), "out", "preset", "heal", "max_memory")

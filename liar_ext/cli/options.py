@@ -148,7 +148,7 @@ def read_size(text: str) -> int:
 def read_minutes(text: str) -> float:
     """Read a time such as 5m, 1h or 90s as minutes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
-    if not found or not 0 < float(found[1]) < 1e6:
+    if not found or not float(found[1]) < 1e6:
         raise _wrong("be a number and a unit, such as 5m, 1h or 90s", text)
     return float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60}[found[2]]
 

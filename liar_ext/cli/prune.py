@@ -41,7 +41,8 @@ from liar_ext.cli.options import (
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import alone, is_first, world_size
-from liar_ext.errors import InputError, naming_memory
+from liar_ext.errors import InputError, naming_memory, one_line
+from liar_ext.healing import MINUTES
 from liar_ext.job.dry_run import describe, describe_streamed
 from liar_ext.job.job import Job
 from liar_ext.job.pruning import check_resumable, prune_folder
@@ -75,7 +76,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     if options.checkpoint:
         check_resumable(recipe)
     check_apart(options)
-    _check_healing(options, sketch)
+    asked = options.heal is not None
+    _settle_healing(options, sketch)
     if sketch:
         given = _loaded(recipe, options, sketch=True)
         lines = _sketched(given, options)
@@ -111,24 +113,32 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
             )
             how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite}
             report = prune_folder(given.store, job, options.out, **how, annotate=annotate)
-    if options.heal is not None:
+    if options.heal:
         del given, job  # the dense model is read again, as it was
-        report = train_pruned(options.out, options.heal, progress=options.progress)
+        try:
+            report = train_pruned(options.out, options.heal, progress=options.progress)
+        except InputError as error:
+            if asked:
+                raise
+            report.warnings.append(f"The preset did not train the result: {one_line(error)}")
     if is_first():
         say(report, options, start, early)
     return report
 
 
-def _check_healing(options: argparse.Namespace, sketch: bool) -> None:
-    """Refuse to train where that needs what the job spares."""
-    for used, why in (
-        (options.max_memory, "--max-memory prunes a model that memory has no room for"),
-        (options.bank, "--bank brings no text for it to read"),
-        (sketch, "--dry-run counts no training"),
-        (world_size() > 1, "several processes share the job, and training takes one"),
-    ):
-        if used and options.heal is not None:
-            raise InputError(f"prune: --heal trains the whole model, and {why}; leave one out")
+def _settle_healing(options: argparse.Namespace, sketch: bool) -> None:
+    """Settle how long the result is trained; refuse it where that needs what the job spares."""
+    reasons = {
+        "--max-memory prunes a model that memory has no room for": options.max_memory,
+        "--bank brings no text for it to read": options.bank,
+        "--dry-run counts no training": sketch,
+        "several processes share the job, and training takes one": world_size() > 1,
+    }
+    why = next((reason for reason, used in reasons.items() if used), None)
+    if options.heal is None:
+        options.heal = 0.0 if why else MINUTES.get(getattr(options, "preset", ""), 0.0)
+    elif options.heal and why:
+        raise InputError(f"prune: --heal trains the whole model, and {why}; leave one out")
 
 
 def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -> Given:
@@ -267,7 +277,8 @@ def compress(
     ----------------
     heal : str or float, optional
         A time such as ``"5m"``, or minutes: train the result for so long towards the dense model,
-        as ``liar heal`` does, in place.
+        in place, as ``liar heal`` does. 0 by default, and 5 with ``preset="best"``, where training
+        is possible: not with ``max_memory``, ``bank`` or several processes.
     max_memory : int or str, optional
         Bytes, or a size such as ``"12GiB"``: prune block by block, in at most so much memory.
     overwrite : bool
@@ -296,9 +307,10 @@ def compress(
         raise InputError('compress: needs text or a bank; a first call has text="text.jsonl"')
     places = {"out": out, "bank": bank, "checkpoint": checkpoint}
     command = argparse.Namespace(
-        **{name: getattr(built, name) for name in given if hasattr(built, name)},
+        **{name: getattr(built, name) for name in given if name in vars(built)},
         **{name: each if each is None else os.fspath(each) for name, each in places.items()},
         command="prune",
+        preset=options.get("preset"),
         max_memory=_read(read_size, "max_memory", max_memory),
         heal=_read(read_minutes, "heal", minutes),
         overwrite=overwrite,

@@ -16,7 +16,13 @@ from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
 from liar_ext.healing.run import Healing, Training
-from liar_ext.healing.weights import block_paths, checkpointed, needs_checkpointing, set_dtypes
+from liar_ext.healing.weights import (
+    block_paths,
+    check_memory,
+    checkpointed,
+    needs_checkpointing,
+    set_dtypes,
+)
 from liar_ext.models.running import device_of, evaluating
 
 
@@ -71,7 +77,7 @@ def heal(
     ------
     InputError
         If an argument is out of range, peft is missing, outputs can't be compared or aren't finite,
-        or the checkpoint belongs to another run.
+        the memory is too small, or the checkpoint belongs to another run.
 
     Notes
     -----
@@ -103,6 +109,7 @@ def heal(
             stack.enter_context(evaluating(each))
         set_dtypes(model)
         run = Healing(model, teacher, batches, held_out, training, saved)
+        check_memory(run.device, run.trained.values())
         try:
             if recompute is None:
                 recompute = needs_checkpointing(run.student, batches, run.trained.values())

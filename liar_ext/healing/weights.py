@@ -76,6 +76,22 @@ def set_dtypes(model: nn.Module, like: State | None = None) -> None:
 
 OF_TRAINED = 12  # bytes: gradient and two moments in float32
 OF_FREE = 0.8  # of the free memory may be used
+GIB = 2**30
+
+
+def check_memory(device: torch.device, trained: Iterable[Tensor]) -> None:
+    """Raise InputError if gradients and moments of the trained weights do not fit the memory."""
+    need, free = OF_TRAINED * sum(each.numel() for each in trained), _free(device)
+    if free is not None and need > free:
+        raise InputError(
+            f"heal: training takes {need / GIB:.1f} GiB for gradients and moments, and "
+            f"{free / GIB:.1f} GiB are free; train fewer weights (norms or lora), or use a larger "
+            "device"
+        )
+
+
+def _free(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def needs_checkpointing(
@@ -83,7 +99,7 @@ def needs_checkpointing(
 ) -> bool:
     """Tell whether the activations of the largest batch would not fit the free memory."""
     device = device_of(model)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    free = _free(device)
     if free is None:
         return False
     largest = max(batches, key=count_tokens)

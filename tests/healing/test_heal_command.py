@@ -9,10 +9,12 @@ import pytest
 import torch
 from tiny import tiny
 
-from liar_ext import Report, cli, compress, load_pruned, verify_pruned
+from liar_ext import InputError, Report, cli, compress, load_pruned, verify_pruned
 from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.cli import inputs
+from liar_ext.healing import MINUTES
 from liar_ext.healing import run as runs
+from liar_ext.healing import weights as weights_of_healing
 from liar_ext.progress import no_bars
 
 NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
@@ -184,6 +186,22 @@ def test_prune_trains_its_result_if_asked(llama_folder, corpus, tmp_path, capsys
     assert len(found["quality"]["perplexity"]) == 3 and verify_pruned(tmp_path / "two")
 
 
+def test_the_preset_best_trains_where_it_can(llama_folder, corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(MINUTES, "best", 0.02)
+    short = {"keep": 0.5, "samples": 16, "seq_len": 32, "self_text": 0.0, "overwrite": True}
+    command = {"preset": "best", "out": tmp_path / "out", **short}
+    assert compress(llama_folder, corpus[0], **command).heal["budget"] == "0.02 minutes"
+    assert compress(llama_folder, corpus[0], heal=0, **command).heal == {}
+    # Too little memory to train: pruned all the same, with the reason.
+    monkeypatch.setattr(weights_of_healing, "available_memory", lambda: 1000)
+    report = compress(llama_folder, corpus[0], **command)
+    assert report.heal == {} and (tmp_path / "out/model.safetensors").exists()
+    (said,) = [line for line in report.warnings if "did not train" in line]
+    assert "training takes" in said and "are free" in said
+    with pytest.raises(InputError, match="train fewer weights"):
+        compress(llama_folder, corpus[0], heal="1s", **command)
+
+
 @pytest.mark.parametrize(
     "option, why",
     [("--max-memory=8GiB", "no room"), ("--bank=x.bank", "no text"), ("--dry-run", "no training")],
@@ -193,7 +211,7 @@ def test_prune_refuses_to_train_where_it_cant(option, why, llama_folder, corpus,
     assert cli.main([*map(str, command), "--heal", "5m", option]) == 2
     said = capsys.readouterr().err
     assert "--heal trains the whole model" in said and why in said
-    for wrong in ("5", "0m", "-1m", "5 days"):
+    for wrong in ("5", "-1m", "5 days", ""):
         with pytest.raises(SystemExit):
             cli.main([*map(str, command), f"--heal={wrong}"])
         assert "such as 5m, 1h or 90s" in capsys.readouterr().err
