@@ -20,6 +20,7 @@ from liar_ext.cli.inputs import Given, let_write, load
 from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
+from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
 from liar_ext.measure.embeddings import Evaluator
@@ -62,6 +63,7 @@ def train_pruned(folder: str, minutes: float, *, progress: bool) -> Report:
 
 def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Load both models and the text, train, save; return the section ``heal`` of the report."""
+    broadcast(None)  # the first rank may still be writing the folder
     report, plan = Report.load(options.folder, "heal"), Plan.load(Path(options.folder, PLAN_FILE))
     in_place = os.path.realpath(options.out) == os.path.realpath(options.folder)
     overwrite = in_place or options.overwrite
@@ -102,9 +104,11 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
-        with writing(options.out, overwrite, checked=True) as path:
-            facts = {"report": written, "source": options.folder}
-            fill_folder(model, path, plan, **facts)
+        if is_first():
+            with writing(options.out, overwrite, checked=True) as path:
+                facts = {"report": written, "source": options.folder}
+                fill_folder(model, path, plan, **facts)
+        broadcast(None)  # it has written it
     return found
 
 

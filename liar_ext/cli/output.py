@@ -83,7 +83,7 @@ def show(
         warnings.warn(note, stacklevel=2)
 
 
-SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
+SHARED = ("prune", "calibrate", "heal", "resume")  # commands that several ranks can share
 # Options of which each machine may have its own.
 OWN = ("quiet", "json", "progress", "out", "bank", "checkpoint")
 

@@ -40,7 +40,7 @@ from liar_ext.cli.options import (
 )
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.distributed import alone, is_first, world_size
+from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError, naming_memory, one_line
 from liar_ext.healing import MINUTES
 from liar_ext.job.dry_run import describe, describe_streamed
@@ -132,7 +132,6 @@ def _settle_healing(options: argparse.Namespace, sketch: bool) -> None:
         "--max-memory prunes a model that memory has no room for": options.max_memory,
         "--bank brings no text for it to read": options.bank,
         "--dry-run counts no training": sketch,
-        "several processes share the job, and training takes one": world_size() > 1,
     }
     why = next((reason for reason, used in reasons.items() if used), None)
     if options.heal is None:
@@ -278,7 +277,7 @@ def compress(
     heal : str or float, optional
         A time such as ``"5m"``, or minutes: train the result for so long towards the dense model,
         in place, as ``liar heal`` does. 0 by default, and 5 with ``preset="best"``, where training
-        is possible: not with ``max_memory``, ``bank`` or several processes.
+        is possible: not with ``max_memory`` or ``bank``.
     max_memory : int or str, optional
         Bytes, or a size such as ``"12GiB"``: prune block by block, in at most so much memory.
     overwrite : bool

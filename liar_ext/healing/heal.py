@@ -82,14 +82,14 @@ def heal(
     Notes
     -----
     An interrupt (Ctrl-C) ends training, and the best state so far is kept. With a checkpoint
-    KeyboardInterrupt is then raised, and the run can be resumed. One process only.
+    KeyboardInterrupt is then raised, and the run can be resumed. Processes that have met by
+    :func:`liar_ext.distributed.join` share each step: n of them do what one does with n times
+    ``accumulate``, within rounding.
     """
     batches, held_out = list(read_batches(batches)), list(read_batches(held_out))
     training = Training(budget, **training).on(device_of(model))
     if not batches or not held_out:
         raise InputError("heal: needs text to train on and held-out text; give more text")
-    if world_size() > 1:
-        raise InputError("heal: runs in one process; start it without torchrun")
     if any(each.is_meta for one in (model, teacher) for each in one.parameters()):
         raise InputError(
             "heal: all weights must be in memory, and some are offloaded; use a larger device, or "
@@ -115,6 +115,7 @@ def heal(
                 recompute = needs_checkpointing(run.student, batches, run.trained.values())
             if saved is not None:
                 facts = settings | {
+                    "ranks": world_size(),
                     "model": fingerprint_of(original.items()),
                     "teacher": fingerprint_of(teacher.named_parameters()),
                     "text": [digest_of(batches), digest_of(held_out)],
@@ -123,6 +124,9 @@ def heal(
             with checkpointed(model, paths if recompute else ()):
                 run.train(progress)
         except KeyboardInterrupt:
+            if world_size() > 1:  # the ranks may have stopped at different places
+                run.best = None
+                raise
             interrupted = True
         finally:
             improved = run.finish(original)

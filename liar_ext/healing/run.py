@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from liar_ext.calibration.batches import Batch, count_tokens
 from liar_ext.checkpoint_store import Checkpoint
+from liar_ext.distributed import all_reduce, broadcast, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
 from liar_ext.healing.weights import State, choose, put
@@ -69,12 +70,13 @@ def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
-    """Return the mean of :func:`losses` over all rows of some batches."""
-    device, total, rows = device_of(student), 0.0, 0
-    for batch in batches:
+    """Return the mean of :func:`losses` over all rows of some batches, which ranks share."""
+    device, sums = device_of(student), torch.zeros(2, dtype=torch.float64)
+    for batch in batches[rank() :: world_size()]:
         found = losses(student, teacher, batch.to(device))
-        total, rows = total + float(found.sum(dtype=torch.float64)), rows + len(found)
-    return total / rows
+        sums += torch.tensor([float(found.sum(dtype=torch.float64)), len(found)])
+    all_reduce(sums)
+    return float(sums[0] / sums[1])
 
 
 def _run(model: nn.Module, batch: Batch) -> tuple[str, Tensor]:
@@ -122,7 +124,7 @@ class Training:
         ``no-embeddings``: all weights but embeddings and output head. ``lora``: adapters for all
         linear layers, merged into them at the end; needs peft.
     accumulate : int
-        Batches per step.
+        Batches per step, of each rank.
     seed : int
         Of the order of batches, and of adapters.
     bfloat16 : bool, optional
@@ -234,10 +236,10 @@ class Healing:
             )
         with Bar(total=100, desc="heal", disable=not progress) as bar:
             while self.done() < 1 and self.step():
-                self.so_far.seconds = time.monotonic() - start
+                self.so_far.seconds = broadcast(time.monotonic() - start)
                 if self.done() * MEASURES >= len(self.so_far.curve):
                     self.measure()
-                    self.so_far.seconds = time.monotonic() - start
+                    self.so_far.seconds = broadcast(time.monotonic() - start)
                 if self.saved is not None and self.saved.due(STATE):
                     self.save()
                 bar.update(int(100 * min(self.done(), 1)) - bar.n)
@@ -250,17 +252,18 @@ class Healing:
 
     def step(self) -> bool:
         """Do one step; return False, and leave the weights, if gradients are not finite."""
-        so_far, each = self.so_far, self.training.accumulate
+        so_far, each = self.so_far, self.training.accumulate * world_size()
         self.optimizer.zero_grad()
-        rows = tokens = 0
-        for index in range(so_far.steps * each, (so_far.steps + 1) * each):
+        sums = torch.zeros(2, dtype=torch.float64)  # rows and tokens of all ranks
+        for index in range(so_far.steps * each, (so_far.steps + 1) * each)[rank() :: world_size()]:
             batch = self.batches[self.place(index)].to(self.device)
             with self.cast():
                 found = losses(self.student, self.teacher, batch)
             found.sum().backward()
-            rows, tokens = rows + len(found), tokens + count_tokens(batch)
-        gradients = [each.grad for each in self.trained.values() if each.grad is not None]
-        torch._foreach_div_(gradients, rows)
+            sums += torch.tensor([len(found), count_tokens(batch)])
+        all_reduce(sums)
+        rows, tokens = map(int, sums)
+        torch._foreach_div_(self.gradients(), rows)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
         if not torch.isfinite(norm):
             return False
@@ -273,6 +276,18 @@ class Healing:
         self.optimizer.step()
         so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
         return True
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of what was used, added up over all ranks."""
+        trained = list(self.trained.values())
+        used = torch.tensor([each.grad is not None for each in trained], dtype=torch.int8)
+        all_reduce(used)  # an expert may be used by the text of one rank alone
+        for each, ranks in zip(trained, used.tolist(), strict=True):
+            if ranks and each.grad is None:
+                each.grad = torch.zeros_like(each)
+        gradients = [each.grad for each in trained if each.grad is not None]
+        all_reduce(*gradients)
+        return gradients
 
     def place(self, index: int) -> int:
         """Return the batch to train on: each round has an order of its own."""

@@ -1,0 +1,84 @@
+"""Several ranks heal as one process does with as many batches per step, but for rounding."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+
+import forked
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_ranks import close
+from tiny import batches, tiny
+
+from liar_ext import distributed, heal, prune
+from liar_ext.cli.main import main
+from liar_ext.healing import run as runs
+from liar_ext.progress import no_bars
+
+RANKS, STEPS = 2, 5
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    monkeypatch.setattr("liar_ext.healing.run.computes_bfloat16", lambda _: False)
+    with no_bars():
+        yield
+
+
+def healed(family: str, accumulate: int, join: Callable[[], None] = lambda: None) -> dict:
+    """Return the weights and the losses of a run; the batches differ in their padding."""
+    dense = tiny(family).eval()
+    model, text = copy.deepcopy(dense), batches(dense, 7)
+    prune(model, text, keep=0.3, allocation="uniform", schedule="one-pass")
+    join()
+    how = {"budget": {"steps": STEPS}, "accumulate": accumulate, "lr": 3e-4}
+    found = heal(model, dense, text, held_out=batches(dense, 3), **how)
+    facts = {name: found[name] for name in ("before", "after", "tokens", "steps", "improved")}
+    # A bias of all keys has no gradient but rounding, of which Adam takes the sign.
+    weights = {k: each for k, each in model.state_dict().items() if not k.endswith("key.bias")}
+    return {"weights": weights, "curve": sum(found["curve"], []), **facts}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "bert"])
+def test_ranks_share_each_step(family, tmp_path):
+    def rank(number: int) -> None:
+        torch.save(healed(family, 2, distributed.join), tmp_path / f"{number}.pt")
+
+    assert forked.run(RANKS, rank, tmp_path) == [0] * RANKS, (tmp_path / "err0").read_text()
+    one, other = (torch.load(tmp_path / f"{each}.pt") for each in range(RANKS))
+    whole = healed(family, 2 * RANKS)
+    assert whole["improved"] and close(one, whole) and close(other, whole)
+    assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
+    assert not close(one["weights"], healed(family, 2)["weights"])  # which sees half of the text
+
+
+def test_the_command_is_shared_stopped_and_resumed(llama_folder, corpus, tmp_path, monkeypatch):
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "pruned"]
+    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
+    assert main([*map(str, command), "--quiet"]) == 0
+    settings = ["--steps", "6", "--lr", "1e-2", "--batch-size", "2", "--quiet"]
+    one = ["heal", tmp_path / "pruned", "--out", tmp_path / "one", "--grad-accumulation", "2"]
+    assert main([*map(str, one), *settings]) == 0
+    shutil.copytree(tmp_path / "pruned", tmp_path / "two")
+    place = ["--checkpoint", str(tmp_path / "checkpoint")]
+    shared = ["heal", str(tmp_path / "two"), *settings, *place]
+    monkeypatch.setattr(runs.Checkpoint, "due", lambda *_: distributed.is_first())
+    step = runs.Healing.step
+
+    def interrupted(self):
+        if self.so_far.steps == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Healing, "step", interrupted)
+        assert forked.run(RANKS, lambda _: main(shared), tmp_path) == [130] * RANKS
+    assert forked.run(RANKS, lambda _: main(shared), tmp_path) == [0] * RANKS
+    found = json.loads((tmp_path / "two/liar/report.json").read_text())["heal"]
+    assert found["steps"] == 6 and not (tmp_path / "checkpoint").exists()
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert close(two, one)
