@@ -119,23 +119,25 @@ def fine_tuned(encoder: Path, data: Path, tokenizer, out: Path) -> tuple:
 
 
 def news_apart(folder: Path, judge: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return articles to calibrate on, and (title, body) of those to judge by.
+    """Return articles to calibrate on, and (title, body) of those to judge by: all, for ``all``.
 
     An article that has the title or the body of one that judges, for choices or at the end, is in
     no calibration text; of those that judge no two have one title or body.
     """
     paths = sorted(path for path in folder.rglob("*.txt") if path.name.lower() != "readme.txt")
     articles = [path.read_text(encoding="latin-1").strip() for path in paths]
+    if judge == "all":
+        return [], [_parts(article) for article in _held_out(articles, every=1)[1]]
     rest, test = _held_out(articles)
     rest, dev = _held_out(rest)
     return rest, [_parts(article) for article in (test if judge == "test" else dev)]
 
 
-def _held_out(articles: Sequence[str]) -> tuple[list[str], list[str]]:
+def _held_out(articles: Sequence[str], every: int = HELD_OUT_EVERY) -> tuple[list[str], list[str]]:
     """Return the articles without every n-th, and those."""
     known: set[str] = set()
     taken = []
-    for article in articles[::HELD_OUT_EVERY]:
+    for article in articles[::every]:
         if known.isdisjoint(_parts(article)):
             taken.append(article)
             known |= set(_parts(article))

@@ -4,7 +4,8 @@ Takes the encoders of `bench/encoder_models.py`, by name, and data as folders: S
 `sts-train.csv` and `sts-test.csv` (tab-separated, score in column 5, sentences in 6 and 7), SST-2
 with `train.tsv` and `test.tsv` (sentence, label), and news as a folder of articles, a title and a
 body each; what is not given is left out. `--judge dev` takes the dev files instead, and other
-articles, for choices that the test data must not decide.
+articles, for choices that the test data must not decide. `--judge all --calibration STS-B` takes
+all 2,061 articles, none of which such a model has seen.
 
     STS-B     Spearman correlation of cosine similarities with the scores
     news      recall@1: of 300 articles or more, is the body nearest to a title its own
@@ -12,9 +13,11 @@ articles, for choices that the test data must not decide.
 
 An encoder is pruned on training sentences of STS-B, and again on news articles that are not judged;
 both of these models are judged by both tasks, so that each task has a row of a calibration text of
-its own kind and one of another kind. Calibration takes no labels, and is drawn as `liar prune`
-draws it. Methods share sums, scores, error curves and sensitivities; the seconds of a row count
-what it would have spent alone. Rows lie in `encoders.json`; a second run makes what is missing.
+its own kind and one of another kind. `--calibration both` takes both texts at once. `--heal TOKENS`
+also trains each pruned encoder on all of the text, as `liar heal` does. Calibration takes no
+labels, and is drawn as `liar prune` draws it. Methods share sums, scores, error curves and
+sensitivities; the seconds of a row count what it would have spent alone. Rows lie in
+`encoders.json`; a second run makes what is missing.
 
 `--keep-hidden` measures with hidden features sliced, and with all that read them solved, and
 nothing else removed. What those rows keep is of all parameters, not of the units'.
@@ -33,7 +36,7 @@ import torch
 from encoder_models import folders, is_cls
 from encoder_tasks import News, Sentiment, Similarity, fine_tuned, news_apart, read_sts
 
-from liar_ext import Plan, Recipe, apply_plan, narrow
+from liar_ext import Plan, Recipe, apply_plan, heal, narrow
 from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.fingerprint import count_params
@@ -58,7 +61,7 @@ METHODS = {
     "affine": {**PLAIN, "reconstruct": "affine"},
 }
 DEFAULT = ("auto", "one-pass", "layerwise")
-SEQ_LEN, BATCH = 128, 64
+SEQ_LEN, BATCH, ALL = 128, 64, 4096
 
 
 def main() -> None:
@@ -95,16 +98,20 @@ def parse() -> argparse.Namespace:
     add("--stsb", type=Path, help="folder of STS-B")
     add("--sst2", type=Path, help="folder of SST-2")
     add("--news", type=Path, help="folder of articles, in folders or not")
-    add("--calibration", nargs="+", choices=("STS-B", "news"), default=["STS-B", "news"])
+    texts = ("STS-B", "news", "both")
+    add("--calibration", nargs="+", choices=texts, default=["STS-B", "news"])
+    add("--heal", type=int, nargs="*", default=[], metavar="TOKENS", help="train pruned encoders")
     add("--keep", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--samples", type=int, default=128, help=f"times {SEQ_LEN} calibration tokens")
     add("--methods", nargs="*", choices=METHODS, default=DEFAULT)
-    add("--judge", choices=("test", "dev"), default="test")
+    add("--judge", choices=("test", "dev", "all"), default="test")
     add("--keep-hidden", nargs="+", type=float, default=[], help="fractions of the hidden size")
     add("--out", type=Path, default=Path("out/encoders"))
     add("--docs", type=Path, metavar="FOLDER", help="write rows there for the docs")
     options = parser.parse_args()
+    if options.judge == "all" and (options.calibration != ["STS-B"] or options.sst2 is not None):
+        parser.error("--judge all goes with --calibration STS-B, and without --sst2")
     if options.stsb is None and options.sst2 is None and options.news is None:
         parser.error("give the folder of a task: --stsb, --news, --sst2, or several")
     return options
@@ -112,16 +119,19 @@ def parse() -> argparse.Namespace:
 
 def sentences_of(model, cls: bool, options: argparse.Namespace, tokenizer) -> tuple | None:
     """Return the encoder, calibration texts and tasks by name."""
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, list[list[str]]] = {}
     tasks: dict[str, Callable] = {}
     if options.stsb is not None:
         train = read_sts(options.stsb / "sts-train.csv")
-        texts["STS-B"] = list(dict.fromkeys(text for _, *pair in train for text in pair))
-        judged = read_sts(options.stsb / f"sts-{options.judge}.csv")
+        texts["STS-B"] = [list(dict.fromkeys(text for _, *pair in train for text in pair))]
+        part = "test" if options.judge == "all" else options.judge
+        judged = read_sts(options.stsb / f"sts-{part}.csv")
         tasks["STS-B, Spearman"] = Similarity(judged, tokenizer, cls)
     if options.news is not None:
-        texts["news"], judged = news_apart(options.news, options.judge)
+        articles, judged = news_apart(options.news, options.judge)
+        texts["news"] = [articles]
         tasks[f"news, recall@1 of {len(judged)}"] = News(judged, tokenizer, cls)
+    texts["both"] = [each for sources in texts.values() for each in sources]
     texts = {name: each for name, each in texts.items() if name in options.calibration}
     return (model, texts, tasks) if tasks else None
 
@@ -130,13 +140,13 @@ def classifier_of(name: str, folder: Path, options: argparse.Namespace, tokenize
     """Return the fine-tuned classifier, its calibration text and its task."""
     task = Sentiment(options.sst2 / f"{options.judge}.tsv", tokenizer)
     model, train = fine_tuned(folder, options.sst2, tokenizer, options.out / Path(name).name)
-    return model, {"SST-2": train}, {"SST-2, accuracy": task}
+    return model, {"SST-2": [train]}, {"SST-2, accuracy": task}
 
 
 def compare(
     name: str,
     dense,
-    texts: dict[str, list[str]],
+    texts: dict[str, list[list[str]]],
     tasks: dict[str, Callable],
     tokenizer,
     options: argparse.Namespace,
@@ -161,18 +171,19 @@ def compare(
         return not all(key_of({**same, "task": task, **facts}) in done for task in tasks)
 
     for seed in options.seeds:
-        for calibration, documents in texts.items():
+        for calibration, sources in texts.items():
             sweeps: dict[float, tuple[Sweep, float]] = {}
             for keep, method in [(keep, way) for keep in options.keep for way in options.methods]:
                 facts = {"calibration": calibration, "method": method, "asked": keep, "seed": seed}
                 facts |= {"samples": options.samples}
-                if not missing(facts):
+                healed = [{**facts, "method": f"{method}, {n:,} tokens"} for n in options.heal]
+                if not any(map(missing, (facts, *healed))):
                     continue
                 choices = dict(METHODS[method])
                 random_tokens = choices.pop("random_tokens", 0.0)
                 if random_tokens not in sweeps:
                     start = time.process_time()
-                    given = draw(documents, tokenizer, options, seed, random_tokens)
+                    given = draw(sources, tokenizer, options, seed, random_tokens)
                     sweep = Sweep(dense, given[0], judge_on=given[1])
                     sweeps[random_tokens] = sweep, time.process_time() - start
                 sweep, seconds = sweeps[random_tokens]
@@ -186,24 +197,41 @@ def compare(
                 facts["schedule"] = report.settings["schedule"]
                 facts["schedules"] = report.settings.get("schedules", {})
                 yield from judged(model, facts)
+                for tokens, each in zip(options.heal, healed, strict=True):
+                    work, start = copy.deepcopy(model), time.process_time()
+                    train(work, dense, sources, tokenizer, seed, tokens)
+                    more = time.process_time() - start
+                    yield from judged(work, {**facts, **each, "seconds": facts["seconds"] + more})
     for fraction in options.keep_hidden:
         yield from narrowed(dense, next(iter(texts.values())), fraction, tokenizer, options, judged)
 
 
-def draw(documents: Sequence[str], tokenizer, options, seed: int, random_tokens: float) -> tuple:
+def train(
+    model, dense, sources: Sequence[Sequence[str]], tokenizer, seed: int, tokens: int
+) -> None:
+    """Train an encoder on all of the text, without an eighth of it."""
+    settings = {"samples": ALL, "seq_len": SEQ_LEN, "seed": seed, "packed": False, "judge": 64}
+    drawn = calibration_sequences(sources, tokenizer, **settings)
+    how = {"held_out": drawn.judging.batches(16), "budget": {"tokens": tokens}, "lr": 3e-4}
+    heal(model, dense, drawn.batches(16), **how)
+
+
+def draw(
+    sources: Sequence[Sequence[str]], tokenizer, options, seed: int, random_tokens: float
+) -> tuple:
     """Return batches to calibrate on, and others to judge by, as `liar prune` draws them."""
     settings = {"samples": options.samples, "seq_len": SEQ_LEN, "seed": seed, "packed": False}
     settings |= {"random_tokens": random_tokens, "judge": min(JUDGED, options.samples // 8)}
-    drawn = calibration_sequences([documents], tokenizer, **settings)
+    drawn = calibration_sequences(sources, tokenizer, **settings)
     return drawn.batches(BATCH), drawn.judging.batches(BATCH)
 
 
 def narrowed(
-    dense, documents: Sequence[str], fraction: float, tokenizer, options, judged: Callable
+    dense, sources: Sequence[Sequence[str]], fraction: float, tokenizer, options, judged: Callable
 ) -> Iterator[dict]:
     """Yield the rows of a smaller hidden size: sliced, and solved."""
     seed, start = options.seeds[0], time.process_time()
-    done = narrow(dense, draw(documents, tokenizer, options, seed, 0.0)[0], fraction)
+    done = narrow(dense, draw(sources, tokenizer, options, seed, 0.0)[0], fraction)
     seconds = time.process_time() - start
     plan = Plan(dense.config.model_type, "auto", {}, hidden=done.kept)
     for name, weights in (("sliced", {}), ("solved", done.weights)):
