@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 import warnings
@@ -77,10 +78,11 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         check_resumable(recipe)
     check_apart(options)
     asked = options.heal is not None
-    _settle_healing(options, sketch)
+    _settle_healing(options)
     if sketch:
         given = _loaded(recipe, options, sketch=True)
         lines = _sketched(given, options)
+        lines += [f"training: {options.heal:g} minutes"] * bool(options.heal)
         if is_first():
             show(options, {"dry_run": lines}, lines)
         return None
@@ -116,26 +118,25 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     if options.heal:
         del given, job  # the dense model is read again, as it was
         try:
-            report = train_pruned(options.out, options.heal, progress=options.progress)
-        except InputError as error:
+            with naming_memory("heal: out of memory"):
+                report = train_pruned(options.out, options.heal, progress=options.progress)
+        except (InputError, MemoryError) as error:
             if asked:
-                raise
+                raise InputError(f"{error}; {options.out} is pruned and saved") from error
             report.warnings.append(f"The preset did not train the result: {one_line(error)}")
     if is_first():
         say(report, options, start, early)
     return report
 
 
-def _settle_healing(options: argparse.Namespace, sketch: bool) -> None:
+def _settle_healing(options: argparse.Namespace) -> None:
     """Settle how long the result is trained; refuse it where that needs what the job spares."""
-    reasons = {
-        "--max-memory prunes a model that memory has no room for": options.max_memory,
-        "--bank brings no text for it to read": options.bank,
-        "--dry-run counts no training": sketch,
-    }
-    why = next((reason for reason, used in reasons.items() if used), None)
+    why = "--max-memory prunes a model that memory has no room for" if options.max_memory else ""
+    why = "--bank brings no text for it to read" if options.bank else why
     if options.heal is None:
         options.heal = 0.0 if why else MINUTES.get(getattr(options, "preset", ""), 0.0)
+    elif not 0 <= options.heal < math.inf:
+        raise InputError(f"prune: heal must be a number of minutes, got {options.heal}")
     elif options.heal and why:
         raise InputError(f"prune: --heal trains the whole model, and {why}; leave one out")
 

@@ -74,7 +74,8 @@ def mean_loss(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) 
     device, sums = device_of(student), torch.zeros(2, dtype=torch.float64)
     for batch in batches[rank() :: world_size()]:
         found = losses(student, teacher, batch.to(device))
-        sums += torch.tensor([float(found.sum(dtype=torch.float64)), len(found)])
+        sums[0] += float(found.sum(dtype=torch.float64))
+        sums[1] += len(found)
     all_reduce(sums)
     return float(sums[0] / sums[1])
 
@@ -260,7 +261,8 @@ class Healing:
             with self.cast():
                 found = losses(self.student, self.teacher, batch)
             found.sum().backward()
-            sums += torch.tensor([len(found), count_tokens(batch)])
+            sums[0] += len(found)
+            sums[1] += count_tokens(batch)
         all_reduce(sums)
         rows, tokens = map(int, sums)
         torch._foreach_div_(self.gradients(), rows)

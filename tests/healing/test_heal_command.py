@@ -186,7 +186,7 @@ def test_prune_trains_its_result_if_asked(llama_folder, corpus, tmp_path, capsys
     assert len(found["quality"]["perplexity"]) == 3 and verify_pruned(tmp_path / "two")
 
 
-def test_the_preset_best_trains_where_it_can(llama_folder, corpus, tmp_path, monkeypatch):
+def test_the_preset_best_trains_where_it_can(llama_folder, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(MINUTES, "best", 0.02)
     short = {"keep": 0.5, "samples": 16, "seq_len": 32, "self_text": 0.0, "overwrite": True}
     command = {"preset": "best", "out": tmp_path / "out", **short}
@@ -198,13 +198,19 @@ def test_the_preset_best_trains_where_it_can(llama_folder, corpus, tmp_path, mon
     assert report.heal == {} and (tmp_path / "out/model.safetensors").exists()
     (said,) = [line for line in report.warnings if "did not train" in line]
     assert "training takes" in said and "are free" in said
-    with pytest.raises(InputError, match="train fewer weights"):
+    with pytest.raises(InputError, match="train fewer weights.*out is pruned and saved"):
         compress(llama_folder, corpus[0], heal="1s", **command)
+    with pytest.raises(InputError, match="heal must be a number of minutes, got -1"):
+        compress(llama_folder, corpus[0], heal=-1, **command)
+    words = ["prune", llama_folder, "--calibration", corpus[0], "--preset", "best", "--dry-run"]
+    capsys.readouterr()
+    assert cli.main([*map(str, words), "--samples", "4", "--seq-len", "32"]) == 0
+    assert "training: 0.02 minutes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "option, why",
-    [("--max-memory=8GiB", "no room"), ("--bank=x.bank", "no text"), ("--dry-run", "no training")],
+    [("--max-memory=8GiB", "no room"), ("--bank=x.bank", "no text")],
 )
 def test_prune_refuses_to_train_where_it_cant(option, why, llama_folder, corpus, tmp_path, capsys):
     command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out"]
