@@ -66,8 +66,9 @@ REFUSED = {
         "It adds image features between its first blocks, so a block does not read the output "
         "of the one before."
     ),
-    "[experts](moe.md#what-a-stock-class-can-load), other numbers in each layer": (
-        "The config of each family has one number for all layers."
+    "[experts](moe.md#other-numbers-of-experts-in-each-layer), other numbers in each layer": (
+        "The config of each family has one number for all layers, which transformers and vLLM "
+        "read, and a GGUF file as well. vLLM reads counts by layer for Nemotron-H alone."
     ),
     "experts in multiples, for expert parallelism": (
         "No option. Choose `--keep-experts` so that the number left is a multiple."
