@@ -66,13 +66,18 @@ REFUSED = {
         "It adds image features between its first blocks, so a block does not read the output "
         "of the one before."
     ),
-    "[experts](moe.md#what-a-stock-class-can-load), other numbers in each layer": (
-        "The config of each family has one number for all layers."
+    "[experts](moe.md#other-numbers-of-experts-in-each-layer), other numbers in each layer": (
+        "The config of each family has one number for all layers, which transformers and vLLM "
+        "read, and a GGUF file as well. vLLM reads counts by layer for Nemotron-H alone."
     ),
     "experts in multiples, for expert parallelism": (
         "No option. Choose `--keep-experts` so that the number left is a multiple."
     ),
-    "mixtures of experts as GGUF": ("The writer knows no layer of experts."),
+    "[mixtures of experts as GGUF](export.md#mixtures-of-experts)": (
+        "mixtral, qwen2_moe, qwen3_moe, olmoe and granitemoe with equal layers are written. "
+        "llama.cpp gives all layers the same sizes, and computes phimoe otherwise; the other "
+        "families have no table of tensors yet."
+    ),
     "heads of linear attention and of Mamba (qwen3_5, qwen3_next, minimax, lfm2)": (
         "No row says yet which rows of their projections, convolutions and states belong to "
         "one head. They stay whole."

@@ -2,24 +2,35 @@
 
 An architecture sizes every layer like the first one, except ``deci``, whose head counts and MLP
 sizes are arrays. It takes the place of ``llama``, and both take the place of ``qwen2``, which can't
-have fewer heads, with the rows of q and k in Llama's order: all are the same computation.
+have fewer heads, with the rows of q and k in Llama's order: all are the same computation. None
+takes its place where there are experts: then all layers have one size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from liar_ext.checkpoint.stock_config import auto_classes
 from liar_ext.errors import InputError
+from liar_ext.models.experts import layer_at, router_of
 from liar_ext.models.running import block_config, predicts_next_token
-from liar_ext.models.sites import family_of, sites
+from liar_ext.models.sites import SHARED, Site, family_of, sites
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How an architecture runs layers of experts, which it has in every block."""
+
+    normalised: bool  # the weights of the experts that a token is sent to sum to one
+    own_width: bool = False  # their width has a field of its own
+    shared: bool = False  # every token passes one more expert, scaled by a gate
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,9 @@ class Architecture:
     rotary: bool = True  # positions are rotary embeddings
     partial: bool = False  # which may leave a part of each head as it is
     transposed: bool = False  # transformers stores the weights of linear layers so
+    mixture: Mixture | None = None  # of the MLPs
+    head: bool = False  # the file holds the output head even if it is the embedding
+    scaled: bool = False  # embeddings, attention, branches and logits, by numbers in the config
 
 
 LLAMA = Architecture("llama", interleaved=True, biases=ALL)
@@ -73,6 +87,19 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
             partial=True,
         ),
     ),
+    "mixtral": (replace(LLAMA, biases=QKV | {"o_proj"}, mixture=Mixture(True)),),
+    "qwen2_moe": (replace(QWEN2, name="qwen2moe", head=True, mixture=Mixture(False, True, True)),),
+    "qwen3_moe": (Architecture("qwen3moe", mixture=Mixture(True, True)),),
+    "olmoe": (Architecture("olmoe", square=True, head=True, mixture=Mixture(False)),),
+    "granitemoe": (
+        Architecture(
+            "granitemoe",
+            interleaved=True,
+            biases=QKV | {"o_proj"},
+            mixture=Mixture(True),
+            scaled=True,
+        ),
+    ),
 }
 LACKS = {  # deci, of a family
     "qwen3": "norms of queries and keys",
@@ -92,23 +119,44 @@ class Layers:
 
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # of the MLP, or of each expert
     head_dim: int  # the same in all layers
+    experts: tuple[int, ...]  # 0 where the MLP is an ordinary one
+    shared: tuple[int, ...]  # channels of an expert that every token passes; 0 without one
+    active: int = 0  # experts of a token
 
     @property
     def equal(self) -> bool:
         """Whether all layers have the same sizes."""
-        return all(len(set(each)) == 1 for each in (self.heads, self.kv_heads, self.channels))
+        all_sizes = (self.heads, self.kv_heads, self.channels, self.experts, self.shared)
+        return all(len(set(each)) == 1 for each in all_sizes)
 
 
 def layers_of(model: nn.Module) -> Layers:
     """Return the sizes of a model's layers."""
-    attn, mlp = sites(model, ("attn",)), sites(model, ("mlp",))
+    config = block_config(family_of(model), model.config)
+    beside = {s.block: s.d_in for s in sites(model, ("mlp",)) if s.name.endswith(f".{SHARED}")}
+    mlp: dict[int, Site] = {}  # the first expert of a block that has some
+    for site in sites(model, ("mlp",)):
+        if not site.name.endswith(f".{SHARED}"):
+            mlp.setdefault(site.block, site)
+    routed = next((site for site in mlp.values() if site.experts), None)
+    if any(family_of(model).wirings("attn")):
+        attn = sites(model, ("attn",))
+        heads = tuple(site.sizes["heads"] for site in attn)
+        kv_heads, head_dim = tuple(site.kv_heads for site in attn), attn[0].head_dim
+    else:  # all layers keep what the config says
+        heads = (config.num_attention_heads,) * len(mlp)
+        kv_heads = (config.num_key_value_heads,) * len(mlp)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
     return Layers(
-        tuple(site.sizes["heads"] for site in attn),
-        tuple(site.kv_heads for site in attn),
-        tuple(site.d_in for site in mlp),
-        attn[0].head_dim,
+        heads,
+        kv_heads,
+        tuple(site.d_in for site in mlp.values()),
+        head_dim,
+        tuple(site.experts for site in mlp.values()),
+        tuple(beside.get(block, 0) for block in mlp),
+        0 if routed is None else router_of(model, routed).top_k,
     )
 
 
@@ -130,12 +178,14 @@ def architecture_of(model: nn.Module) -> Architecture:
 def _first_that_fits(
     model: nn.Module, candidates: tuple[Architecture, ...], layers: Layers
 ) -> Architecture:
-    unequal = not layers.equal
-    paths = {path for site in sites(model) for path in (site.consumer, *site.producers)}
+    kind, best, unequal = model.config.model_type, candidates[-1], not layers.equal
+    if best.mixture is not None and (unequal or 0 in layers.experts):
+        raise _refusal(_unequal_experts(best.name, kind, layers))
+    places = {(path, s.expert) for s in sites(model) for path in (s.consumer, *s.producers)}
     biases = {
         path.rpartition(".")[2]
-        for path in paths
-        if getattr(model.get_submodule(path), "bias", None) is not None
+        for path, expert in places
+        if getattr(layer_at(model, path, expert), "bias", None) is not None
     }
     stream = model.get_input_embeddings().weight.shape[1]
     square = layers.heads[0] * layers.head_dim == stream
@@ -143,7 +193,6 @@ def _first_that_fits(
         fits = (each.per_layer or not unequal) and (square or not each.square)
         if fits and biases <= each.biases:
             return each
-    kind, best = model.config.model_type, candidates[-1]
     if unequal and not best.per_layer:
         raise _refusal(
             f"{best.name} gives all layers the same sizes, those of this {kind} differ, and deci, "
@@ -161,6 +210,25 @@ def _first_that_fits(
     )
 
 
+def _unequal_experts(name: str, kind: str, layers: Layers) -> str:
+    """Return why no architecture has such layers of experts, and what to do."""
+    if 0 in layers.experts:
+        return (
+            f"{name} has experts in every layer, {layers.experts.count(0)} of this {kind}'s "
+            f"{len(layers.experts)} layers have an ordinary MLP; use the folder itself"
+        )
+    if len(set(layers.experts)) > 1:
+        counts = " and ".join(map(str, sorted(set(layers.experts))))
+        return (
+            f"a file has one expert_count for all layers, those of this {kind} have {counts}; keep "
+            "equally many, as --keep-experts does"
+        )
+    return (
+        f"{name} gives all layers the same sizes, those of this {kind} differ, and deci, which "
+        "takes any, has no experts; prune with --uniform-layers"
+    )
+
+
 def _check_config(config: Any) -> None:
     """Refuse what llama.cpp computes otherwise, or has fixed at other values."""
     kind = config.model_type
@@ -168,6 +236,9 @@ def _check_config(config: Any) -> None:
     found = next((getattr(config, name) for name in names if hasattr(config, name)), None)
     wanted: dict[str, Any] = {"activation": ARCHITECTURES[kind][0].activation}
     values, depth = {"activation": found}, config.num_hidden_layers
+    mixture = ARCHITECTURES[kind][0].mixture
+    if mixture is not None and hasattr(config, "norm_topk_prob"):
+        wanted["norm_topk_prob"] = mixture.normalised
     if kind == "smollm3":
         rotary = [int((index + 1) % NOPE_STEP != 0) for index in range(depth)]
         wanted |= {"no_rope_layers": rotary, "use_sliding_window": False}
@@ -189,6 +260,9 @@ def _check_config(config: Any) -> None:
             "the local rope_theta": local.get("rope_theta"),
             "the local rope_type": local.get("rope_type", "default"),
         }
+    elif kind == "olmoe":
+        wanted |= {"clip_qkv": None, "attention_bias": False}
+        wanted["num_key_value_heads"] = config.num_attention_heads
     elif kind == "gpt2":
         wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     for name, right in wanted.items():
@@ -209,7 +283,7 @@ def rope_parameters(config: Any, kind: str = "full_attention") -> Mapping[str, A
 
 def sliding_window(config: Any) -> int | None:
     """Return the window of local attention, if any layer has one."""
-    if config.model_type == "qwen2" and not getattr(config, "use_sliding_window", False):
+    if config.model_type == "olmoe" or not getattr(config, "use_sliding_window", True):
         return None
     return getattr(config, "sliding_window", None)
 

@@ -316,6 +316,8 @@ def report_of(
         hidden = base.narrowing.rows
         settings["narrow_passes"] = base.source["passes"]
         grid |= {"tile": recipe.tile, "hidden": base.narrowing.grid}
+    if base.experts is not None and base.experts.divergences:
+        settings["expert_scales"] = base.experts.divergences
     left = sum(each.params_after for each in rows) if rows else sum(s.params for s in base.at)
     said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
     if rows or hidden:

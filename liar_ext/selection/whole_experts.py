@@ -17,10 +17,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -30,61 +29,28 @@ from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.saved_sums import room_for_sums, split
 from liar_ext.calibration.taps import Ended, watched
 from liar_ext.errors import InputError
-from liar_ext.models.experts import called_at, choice_of, gated, reroute, router_of
+from liar_ext.models.experts import called_at, choice_of, gated, router_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites, teams_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.progress import Bar
-from liar_ext.reconstruction.ladder import least_held_out
-from liar_ext.reconstruction.ridge import check_settings, damp_ladder, ratio
+from liar_ext.reconstruction.ridge import check_settings
 from liar_ext.rows import SiteRow
 from liar_ext.selection.error_curves import CURVE_DAMP
+from liar_ext.selection.expert_scales import (
+    Chosen,
+    LayerTokens,
+    decide,
+    fit_ways,
+    least_squares,
+    lost,
+)
 
 # Tokens, evenly spread over the text, that experts are judged by: of each there are experts²
 # products, 512 MiB in a layer of 128 experts.
 MOST_TOKENS = 4096
 CHUNK = 64  # tokens whose outputs of all experts are held at a time
-
-
-@dataclass(frozen=True)
-class LayerTokens:
-    """What a layer of experts does with tokens, as much of it as judges any set of experts."""
-
-    site: Site  # the first expert
-    router: nn.Module
-    choice: tuple[Tensor, ...]  # what the router is called with beside the tokens
-    logits: Tensor  # (tokens, experts), the router's
-    routed: Tensor  # (tokens, experts) float64, weights r of the dense layer
-    products: Tensor  # (tokens, experts, experts) float64, Φ
-    fold: Tensor  # (tokens,) int64
-
-    def sums(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and c of the experts ``kept``, ``(2, kept, kept)`` and ``(2, kept)``."""
-        n, size = len(kept), self.site.experts
-        experts = self.site.wiring.experts
-        weight, place = reroute(self.router, self.logits, kept, experts, self.choice)
-        weight, chosen = weight.double(), kept[place]
-        cross = weight * self._reached.gather(1, chosen)
-        index = chosen[:, :, None] * size + chosen[:, None, :]
-        pairs = self.products.flatten(1).gather(1, index.flatten(1)).view_as(index)
-        pairs = weight[:, :, None] * weight[:, None, :] * pairs
-        fold = self.fold[:, None]
-        c = cross.new_zeros(FOLDS * n).index_add_(0, (fold * n + place).flatten(), cross.flatten())
-        at = (fold[:, :, None] * n + place[:, :, None]) * n + place[:, None, :]
-        a = cross.new_zeros(FOLDS * n * n).index_add_(0, at.flatten(), pairs.flatten())
-        return a.view(FOLDS, n, n), c.view(FOLDS, n)
-
-    @cached_property
-    def _reached(self) -> Tensor:
-        """``Φ_t r_t``, the products of each expert's output and the layer's, (tokens, experts)."""
-        return torch.bmm(self.products, self.routed[:, :, None])[:, :, 0]
-
-    @property
-    def energy(self) -> Tensor:
-        """Σ_t |y_t|² by fold, ``(2,)``."""
-        each = (self.routed * self._reached).sum(1)
-        return each.new_zeros(FOLDS).index_add_(0, self.fold, each)
 
 
 class _Collector:
@@ -172,6 +138,9 @@ class KeptExperts:
     scales: dict[str, tuple[Tensor, None]]  # (kept,) float64, what their outputs are multiplied by
     rows: list[SiteRow]  # errors of the layers' outputs
     source: dict[str, int]  # sequences and tokens of the text, and the passes over it
+    # Of the whole model by each way to scale, on sequences that it wasn't fitted on; empty if no
+    # other way was tried.
+    divergences: dict[str, float]
 
     def applied_to_copy(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model without the experts that leave."""
@@ -197,11 +166,12 @@ def choose_experts(
     They leave one by one, each time the one without which the layer's output has the least error
     once the others are scaled, and tokens sent anew.
 
-    ``keep`` is the fraction of the experts that stays. ``damp`` is λ of
-    ``s = 1 + (A + Λ)⁻¹ (c − A 1)``, or "auto", the one of least held-out error; modes ``none`` and
-    ``bias`` scale nothing. ``memory`` are the bytes that the products of experts may take at a
-    time, those of one layer at least. InputError is raised if the model has no experts, fewer would
-    stay than a token is sent to, or a fold gets no token.
+    ``keep`` is the fraction of the experts that stays. How the others are scaled, if at all, the
+    whole model decides (:mod:`liar_ext.selection.expert_scales`); ``damp`` is its λ, or "auto", the
+    one of least held-out error; modes ``none`` and ``bias`` scale nothing. ``memory`` are the bytes
+    that the products of experts may take at a time, those of one layer at least. InputError is
+    raised if the model has no experts, fewer would stay than a token is sent to, or a fold gets no
+    token.
     """
     check_settings(mode, damp)
     mode = "none" if mode == "bias" else mode
@@ -212,17 +182,20 @@ def choose_experts(
     total = sum(map(count_tokens, read))
     each = 8 * min(total, MOST_TOKENS) * layers[0].experts ** 2
     groups = split(layers, [each] * len(layers), room_for_sums(model, memory))
-    plans, scales, rows = {}, {}, []
+    chosen: list[Chosen] = []
     for group in Bar(groups, desc="experts", disable=not progress):
         for tokens in collect_tokens(model, read, group, max(1, total // MOST_TOKENS)):
-            start, name = time.perf_counter(), tokens.site.team
-            kept = choose(tokens, count)
-            scale, row = fit_scales(tokens, kept, mode, damp)
-            plans[name] = SitePlan(tokens.site.experts, tuple(kept.tolist()))
-            scales[name] = scale, None
-            rows.append(_row(model, tokens.site, count, row, time.perf_counter() - start))
+            start, kept = time.perf_counter(), choose(tokens, count)
+            ways = fit_ways(tokens, kept, mode, damp)
+            chosen.append(Chosen(tokens.site, kept, ways, time.perf_counter() - start))
+    way, divergences = decide(model, read, chosen)
+    plans, scales, rows = {}, {}, []
+    for each in chosen:
+        plans[each.site.team] = SitePlan(each.site.experts, tuple(each.kept.tolist()))
+        scales[each.site.team] = each.ways[way].both, None
+        rows.append(_row(model, each, way))
     source = {"sequences": sum(map(len, read)), "tokens": total, "passes": len(groups)}
-    return KeptExperts(plans, scales, rows, source)
+    return KeptExperts(plans, scales, rows, source, divergences)
 
 
 def layers_of(model: nn.Module) -> list[Site]:
@@ -264,69 +237,19 @@ def choose(tokens: LayerTokens, count: int) -> Tensor:
         errors = []
         for place in range(len(kept)):
             a, c = (part.sum(0) for part in tokens.sums(_without(kept, place)))
-            errors.append(_lost(a, c, _scales(a, c, CURVE_DAMP)))
+            errors.append(lost(a, c, least_squares(a, c, CURVE_DAMP)))
         # Of equal ones the last expert goes.
         least = torch.stack(errors).flip(0).argmin()
         kept = _without(kept, len(kept) - 1 - int(least))
     return kept
 
 
-def fit_scales(
-    tokens: LayerTokens, kept: Tensor, mode: str, damp: float | str
-) -> tuple[Tensor, dict[str, object]]:
-    """Return the scales of experts that stay, and what a row of the report says of them."""
-    a, c = tokens.sums(kept)
-    energy = tokens.energy
-    whole = len(kept) == tokens.site.experts or mode == "none"
-    ladder = [math.inf] if whole else damp_ladder(damp)
-    held_out = energy.new_zeros(FOLDS, len(ladder))
-    for fold in range(FOLDS):
-        other = FOLDS - 1 - fold
-        for index, each in enumerate(ladder):
-            scales = _scales(a[fold], c[fold], each)
-            held_out[fold, index] = energy[other] + _lost(a[other], c[other], scales)
-    best = least_held_out(held_out, ladder)
-    scales = _scales(a.sum(0), c.sum(0), ladder[best])
-    error = energy.sum() + _lost(a.sum(0), c.sum(0), scales)
-    return scales, {
-        "damp": ladder[best],
-        "error": ratio(error, energy.sum()),
-        "holdout_error": ratio(held_out[:, best].sum(), energy.sum()),
-        "condition": _condition(a.sum(0), ladder[best]),
-        "path": "as they are" if math.isinf(ladder[best]) else "scaled, float64",
-    }
-
-
-def _scales(a: Tensor, c: Tensor, damp: float) -> Tensor:
-    """Return ``s = 1 + (A + Λ)⁻¹ (c − A 1)``, with Λ = λ · mean(diag A) · I."""
-    one = torch.ones_like(c)
-    if math.isinf(damp):
-        return one
-    return one + torch.linalg.lstsq(_damped(a, damp), (c - a @ one)[:, None]).solution[:, 0]
-
-
-def _damped(a: Tensor, damp: float) -> Tensor:
-    mean = a.diagonal().mean()
-    shift = damp * torch.where(mean > 0, mean, 1.0)
-    return a + shift * torch.eye(len(a), dtype=a.dtype, device=a.device)
-
-
-def _lost(a: Tensor, c: Tensor, scales: Tensor) -> Tensor:
-    """Return the error of scaled outputs, but for the energy of what they stand for."""
-    return scales @ a @ scales - 2 * scales @ c
-
-
-def _condition(a: Tensor, damp: float) -> float:
-    return 1.0 if math.isinf(damp) else float(torch.linalg.cond(_damped(a, damp)))
-
-
 def _without(kept: Tensor, place: int) -> Tensor:
     return torch.cat([kept[:place], kept[place + 1 :]])
 
 
-def _row(
-    model: nn.Module, site: Site, count: int, facts: Mapping[str, object], seconds: float
-) -> SiteRow:
+def _row(model: nn.Module, chosen: Chosen, way: str) -> SiteRow:
+    site = chosen.site
     router = router_of(model, site)
     module = model.get_submodule(site.consumer.rpartition(".")[0])
     both = [*module.parameters(recurse=False), *router.parameters()]
@@ -334,10 +257,11 @@ def _row(
     return SiteRow(
         name=f"{site.team.rpartition('.')[0]}.experts",
         units_before=site.experts,
-        units_after=count,
+        units_after=len(chosen.kept),
         params_before=each * site.experts,
-        params_after=each * count,
+        params_after=each * len(chosen.kept),
         dropped_rows=0,
-        seconds=seconds,
-        **facts,
+        seconds=chosen.seconds,
+        path=way,
+        **chosen.ways[way].facts,
     )

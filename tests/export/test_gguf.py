@@ -13,12 +13,13 @@ import torch
 import transformers
 from covers import cover
 from folders import byte_level, equal_plan, make_plan, pruned
-from tiny import outputs, tiny, tiny_inputs
+from gguf_files import logits_agree, save
+from tiny import tiny
 
-from liar_ext import InputError, cli, save_pruned
+from liar_ext import InputError, cli
 from liar_ext.checkpoint import load_model
 from liar_ext.export import export as export_checked
-from liar_ext.export.gguf import interleave
+from liar_ext.export.gguf_tensors import interleave
 from liar_ext.export.llama_cpp import run_file
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.models.slicing import apply_plan
@@ -36,27 +37,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-
-
-def save(model, folder, plan=None, tokenizer=None):
-    """Save a model, pruned or not, and return its folder."""
-    if plan is None:
-        model.save_pretrained(folder)
-    else:
-        save_pruned(model, folder, plan, tokenizer=tokenizer)
-    if plan is None and tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return folder
-
-
-def logits_agree(model, path, tolerance=None):
-    # llama.cpp reads GELU from a table of float16.
-    gelu = model.config.model_type in ("gemma3_text", "gpt2", "gpt_neox")
-    tolerance = tolerance or (2e-3 if gelu else 2e-5)
-    inputs = tiny_inputs(model, tokens=30)
-    found = run_file(path, inputs["input_ids"].numpy(), logits=True)
-    ours = outputs(model, inputs).double().numpy()
-    assert np.abs(ours - found["logits"]).max() <= tolerance * max(1, np.abs(ours).max())
 
 
 @cover(1, name=FAMILIES, layers=["dense", "equal", "unequal"])
@@ -307,7 +287,7 @@ def test_other_families_are_refused(name, tmp_path, capsys):
 def test_the_file_is_run_where_the_library_is(tmp_path, monkeypatch):
     folder = save(tiny("llama"), tmp_path / "model")
     assert "Run by llama.cpp: log-likelihoods" in export_checked(folder, "gguf").notes[-1]
-    monkeypatch.setattr("liar_ext.export.gguf.interleave", lambda rows, head_dim: rows)
+    monkeypatch.setattr("liar_ext.export.gguf_tensors.interleave", lambda rows, head_dim: rows)
     with pytest.raises(InputError, match="llama.cpp's log-likelihoods differ by up to"):
         export_checked(folder, "gguf", tmp_path / "wrong.gguf")
     assert not (tmp_path / "wrong.gguf").exists()

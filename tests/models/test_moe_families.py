@@ -10,7 +10,7 @@ import torch
 import transformers
 from folders import check_sliced, plan_of_experts
 from journeys import one_of_each_kind
-from tiny import batches, outputs, tiny, tiny_inputs
+from tiny import MOE, batches, outputs, tiny, tiny_inputs
 from tiny_moe import MOE_FAMILIES
 from torch import nn
 
@@ -144,6 +144,20 @@ def test_an_expert_that_every_token_passes_is_a_site_beside_the_others(name, blo
     assert {kind_of(site.name) for site in sites(model)} == {"attn", "mlp"}
     report = prune(model, batches(model, 2), 0.6, tile=1, **QUICK)
     assert all(report.plan.sites[site.name].removed for site in shared)
+
+
+@pytest.mark.parametrize("name", [*MOE, *MOE_FAMILIES])
+def test_no_config_says_other_numbers_of_experts_in_each_layer(name: str) -> None:
+    """docs/moe.md says so; a config that does is worth an option."""
+    _, config_class, fields = {**MOE, **MOE_FAMILIES}[name]
+    wiring = next(site.wiring for site in sites(tiny(name), ("mlp",)) if site.expert is not None)
+    (field,) = (field for field, size in wiring.config.items() if size == "experts")
+    inner = fields.get("text_config", fields)
+    counts = {field: [4] * (inner["num_hidden_layers"] - 1) + [3]}
+    given = {"text_config": inner | counts} if "text_config" in fields else counts
+    getattr(transformers, config_class)(**fields)
+    with pytest.raises(Exception, match=f"Validation error for field '{field}'"):
+        getattr(transformers, config_class)(**(fields | given))
 
 
 @pytest.mark.parametrize("name", LATENT)

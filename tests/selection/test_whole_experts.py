@@ -14,13 +14,7 @@ from liar_ext.models.experts import reroute, router_of
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.selection.whole_experts import (
-    choose,
-    choose_experts,
-    collect_tokens,
-    fit_scales,
-    layers_of,
-)
+from liar_ext.selection.whole_experts import choose, choose_experts, collect_tokens, layers_of
 
 EXPERTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
 
@@ -83,22 +77,7 @@ def test_the_error_is_that_of_the_sliced_layer(name: str) -> None:
     scales = chosen.scales["0.mlp"][0]
     left = (pruned_outputs(name, plan.kept, scales) - dense).square().sum()
     assert row.error == pytest.approx(float(left / dense.square().sum()), rel=1e-6)
-    dropped = (pruned_outputs(name, plan.kept) - dense).square().sum()
-    assert left <= dropped * (1 + 1e-9)
     assert chosen.source["tokens"] == len(dense)
-
-
-@pytest.mark.parametrize("name", MOE)
-def test_scales_are_least_squares(name: str) -> None:
-    model, kept = eager(name), (0, 2, 3)
-    (tokens,) = collect_tokens(model, list(read_batches(text(model))), layers_of(model)[:1])
-    scales, facts = fit_scales(tokens, torch.tensor(kept), "linear", 1e-13)
-    wanted = layer_outputs(model, text(model)).flatten()
-    columns = alone(name, kept)
-    solved = torch.linalg.lstsq(columns, wanted[:, None]).solution[:, 0]
-    torch.testing.assert_close(scales, solved, rtol=1e-6, atol=1e-8)
-    left = (columns @ solved - wanted).square().sum() / wanted.square().sum()
-    assert facts["error"] == pytest.approx(float(left), rel=1e-6)
 
 
 def test_the_first_expert_to_go_is_the_one_least_missed() -> None:

@@ -1,0 +1,229 @@
+"""What the outputs of the experts that stay are multiplied by, and whether that helps the model.
+
+With A and c of :mod:`liar_ext.selection.whole_experts`, least squares bring the layer's output
+nearest to the dense one, y::
+
+    s = 1 + (A + Λ)⁻¹ (c − A 1)
+
+Such an output is too short along y, by ``β = s·c / Σ_t |y_t|² < 1``. A layer alone loses least so,
+but the layers together shorten what they add to the residual stream again and again. Divided by β
+the error is uncorrelated with y; divided by √β, the output is about as long as y.
+
+Which of these is best, or s = 1, no layer's error tells. So the whole model decides: each way is
+fitted on the tokens of one fold, and run on sequences of the other, without the experts that leave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import FOLDS, Batch
+from liar_ext.calibration.taps import watched
+from liar_ext.models.experts import called_at, choice_of, reroute, router_of
+from liar_ext.models.sites import Site
+from liar_ext.reconstruction.ladder import least_held_out
+from liar_ext.reconstruction.ridge import damp_ladder, ratio
+from liar_ext.selection.divergence import Divergence
+
+# Ways to scale, the first of which is best if several are: by which power of β scales are divided.
+PLAIN = "as they are"
+POWERS = {"scaled": 0.0, "scaled, as long": 0.5, "scaled, unbiased": 1.0}
+JUDGED = 16  # sequences of each fold that a way is judged on
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """What a layer of experts does with tokens, as much of it as judges any set of experts."""
+
+    site: Site  # the first expert
+    router: nn.Module
+    choice: tuple[Tensor, ...]  # what the router is called with beside the tokens
+    logits: Tensor  # (tokens, experts), the router's
+    routed: Tensor  # (tokens, experts) float64, weights r of the dense layer
+    products: Tensor  # (tokens, experts, experts) float64, Φ
+    fold: Tensor  # (tokens,) int64
+
+    def sums(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and c of the experts ``kept``, ``(2, kept, kept)`` and ``(2, kept)``."""
+        n, size = len(kept), self.site.experts
+        experts = self.site.wiring.experts
+        weight, place = reroute(self.router, self.logits, kept, experts, self.choice)
+        weight, chosen = weight.double(), kept[place]
+        cross = weight * self._reached.gather(1, chosen)
+        index = chosen[:, :, None] * size + chosen[:, None, :]
+        pairs = self.products.flatten(1).gather(1, index.flatten(1)).view_as(index)
+        pairs = weight[:, :, None] * weight[:, None, :] * pairs
+        fold = self.fold[:, None]
+        c = cross.new_zeros(FOLDS * n).index_add_(0, (fold * n + place).flatten(), cross.flatten())
+        at = (fold[:, :, None] * n + place[:, :, None]) * n + place[:, None, :]
+        a = cross.new_zeros(FOLDS * n * n).index_add_(0, at.flatten(), pairs.flatten())
+        return a.view(FOLDS, n, n), c.view(FOLDS, n)
+
+    @cached_property
+    def _reached(self) -> Tensor:
+        """``Φ_t r_t``, the products of each expert's output and the layer's, (tokens, experts)."""
+        return torch.bmm(self.products, self.routed[:, :, None])[:, :, 0]
+
+    @property
+    def energy(self) -> Tensor:
+        """Σ_t |y_t|² by fold, ``(2,)``."""
+        each = (self.routed * self._reached).sum(1)
+        return each.new_zeros(FOLDS).index_add_(0, self.fold, each)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of the experts of a layer that stay, by one way."""
+
+    by_fold: tuple[Tensor, ...]  # fitted on the tokens of each fold, (kept,) float64
+    both: Tensor  # fitted on all, (kept,) float64
+    facts: dict[str, object]  # what a row of the report says of them
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The experts of a layer that stay, and their scales by each way."""
+
+    site: Site  # the first expert
+    kept: Tensor
+    ways: dict[str, Scales]
+    seconds: float
+
+
+def fit_ways(tokens: LayerTokens, kept: Tensor, mode: str, damp: float | str) -> dict[str, Scales]:
+    """Return the scales of a layer by each way; without experts that leave, or mode, by one."""
+    plain = {PLAIN: fit_scales(tokens, kept, math.inf)}
+    if len(kept) == tokens.site.experts or mode == "none":
+        return plain
+    return plain | {name: fit_scales(tokens, kept, damp, power) for name, power in POWERS.items()}
+
+
+def fit_scales(tokens: LayerTokens, kept: Tensor, damp: float | str, power: float = 0.0) -> Scales:
+    """Return scales by least squares, divided by a power of β, and what a row says of them.
+
+    λ is the one of least held-out error of least squares, if ``damp`` is "auto".
+    """
+    a, c = tokens.sums(kept)
+    energy, ladder = tokens.energy, damp_ladder(damp)
+    held_out = energy.new_zeros(FOLDS, len(ladder))
+    for fold in range(FOLDS):
+        for index, each in enumerate(ladder):
+            scales = least_squares(a[fold], c[fold], each)
+            held_out[fold, index] = _error(tokens, a, c, scales, FOLDS - 1 - fold)
+    best = ladder[least_held_out(held_out, ladder)]
+    whole = a.sum(0), c.sum(0), energy.sum()
+    parts = [*zip(a, c, energy, strict=True), whole]
+    *by_fold, both = (_stretched(least_squares(x, y, best), y, n, power) for x, y, n in parts)
+    unseen = sum(
+        _error(tokens, a, c, scales, FOLDS - 1 - fold) for fold, scales in enumerate(by_fold)
+    )
+    facts = {
+        "damp": best,
+        "error": ratio(energy.sum() + lost(*whole[:2], both), energy.sum()),
+        "holdout_error": ratio(unseen, energy.sum()),
+        "condition": _condition(whole[0], best),
+    }
+    return Scales(tuple(by_fold), both, facts)
+
+
+def least_squares(a: Tensor, c: Tensor, damp: float) -> Tensor:
+    """Return ``s = 1 + (A + Λ)⁻¹ (c − A 1)``, with Λ = λ · mean(diag A) · I."""
+    one = torch.ones_like(c)
+    if math.isinf(damp):
+        return one
+    return one + torch.linalg.lstsq(_damped(a, damp), (c - a @ one)[:, None]).solution[:, 0]
+
+
+def lost(a: Tensor, c: Tensor, scales: Tensor) -> Tensor:
+    """Return the error of scaled outputs, but for the energy of what they stand for."""
+    return scales @ a @ scales - 2 * scales @ c
+
+
+@torch.no_grad()
+def decide(
+    model: nn.Module, batches: Sequence[Batch], layers: Sequence[Chosen]
+) -> tuple[str, dict[str, float]]:
+    """Return the way of the least divergence of the whole model, and that of each per row.
+
+    Scales are those of the fold that a sequence is not in; up to ``JUDGED`` sequences of each fold
+    are run. A way whose outputs overflow is not taken.
+    """
+    names = list(layers[0].ways)
+    if len(names) == 1:
+        return names[0], {}
+    total, rows = dict.fromkeys(names, 0.0), 0
+    for fold in range(FOLDS):
+        dense = Divergence(model, list(_of_fold(batches, fold)))
+        for name in names:
+            with without_experts(model, layers, name, FOLDS - 1 - fold):
+                found = dense.of(model)
+            total[name] += found["divergence"] * found["rows"]
+        rows += found["rows"]
+    mean = {name: value / rows for name, value in total.items()}
+    order = {name: value if math.isfinite(value) else math.inf for name, value in mean.items()}
+    return min(order, key=order.get), mean
+
+
+def _of_fold(batches: Sequence[Batch], fold: int) -> Iterator[Batch]:
+    """Yield sequences of a fold, evenly spread."""
+    count = sum(int((batch.fold == fold).sum()) for batch in batches)
+    seen, every = 0, max(1, count // JUDGED)
+    for batch in batches:
+        rows = (batch.fold == fold).nonzero().flatten()
+        taken = rows[(torch.arange(len(rows)) + seen) % every == 0]
+        seen += len(rows)
+        if len(taken):
+            yield batch.select(taken)
+
+
+@contextmanager
+def without_experts(
+    model: nn.Module, layers: Sequence[Chosen], way: str, fold: int
+) -> Iterator[None]:
+    """Run a model as it would be without the experts that leave, the others scaled by a way."""
+    with ExitStack() as stack:
+        for layer in layers:
+            for handle in _sent_anew(model, layer, layer.ways[way].by_fold[fold]):
+                stack.enter_context(handle)
+        yield
+
+
+def _sent_anew(model: nn.Module, layer: Chosen, scales: Tensor) -> Iterator:
+    site, kept, given = layer.site, layer.kept, {}
+    router, choice = router_of(model, site), choice_of(model, site)
+    yield watched(router, lambda _, output: given.update(logits=output[0]))
+
+    def send(_: nn.Module, arguments: tuple) -> tuple:
+        hidden, _, old, *others = arguments
+        weights, places = reroute(router, given["logits"], kept, site.wiring.experts, choice)
+        weights = weights * scales.to(weights)[places]
+        return hidden, kept[places], weights.to(old.dtype), *others
+
+    yield model.get_submodule(called_at(site)).register_forward_pre_hook(send)
+
+
+def _stretched(scales: Tensor, c: Tensor, energy: Tensor, power: float) -> Tensor:
+    """Return scales divided by ``β ** power``; as they are if nothing is along the output."""
+    slope = float(scales @ c / energy) if energy > 0 else 1.0
+    return scales / slope**power if slope > 0 else scales
+
+
+def _error(tokens: LayerTokens, a: Tensor, c: Tensor, scales: Tensor, fold: int) -> Tensor:
+    return tokens.energy[fold] + lost(a[fold], c[fold], scales)
+
+
+def _damped(a: Tensor, damp: float) -> Tensor:
+    mean = a.diagonal().mean()
+    shift = damp * torch.where(mean > 0, mean, 1.0)
+    return a + shift * torch.eye(len(a), dtype=a.dtype, device=a.device)
+
+
+def _condition(a: Tensor, damp: float) -> float:
+    return 1.0 if math.isinf(damp) else float(torch.linalg.cond(_damped(a, damp)))

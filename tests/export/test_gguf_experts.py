@@ -1,0 +1,239 @@
+"""GGUF files of mixtures of experts: llama.cpp computes what the pruned folder does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from folders import equal_plan, make_plan
+from gguf_files import logits_agree, save
+from tiny import tiny
+from torch import nn
+
+from liar_ext import InputError
+from liar_ext.export import export as export_checked
+from liar_ext.export import gguf_tensors
+from liar_ext.models.sites import sites, teams_of
+from liar_ext.models.slicing import apply_plan
+from liar_ext.plan import Plan, SitePlan
+
+export = partial(export_checked, check=False)  # which these tests do themselves
+# Experts in every layer, and the weights of a token's experts as llama.cpp has them.
+SETTINGS = {
+    "mixtral": {},
+    "qwen2_moe": {"mlp_only_layers": [], "norm_topk_prob": False, "head_dim": 8},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "olmoe": {"num_key_value_heads": 8},
+    "granitemoe": {},
+}
+ARCHITECTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+
+
+def mixture(name: str, **fields) -> nn.Module:
+    model = tiny(name, **{**SETTINGS[name], **fields})
+    for path, parameter in model.named_parameters():
+        if path.endswith(("gate.weight", "router.weight")):  # so that no two experts tie
+            parameter.data.mul_(5)
+    return model
+
+
+def first_experts(model: nn.Module) -> list[str]:
+    """Return the layers of experts."""
+    return list(teams_of([site for site in sites(model, ("mlp",)) if site.expert is not None]))
+
+
+def plan_of(model: nn.Module, what: str) -> Plan:
+    """Return a plan that keeps three of four experts, half of the channels or heads, or all."""
+    kinds = {"channels": ("mlp",), "heads": ("attn",), "all": ("attn", "mlp")}.get(what)
+    if model.config.model_type in ("qwen2_moe", "olmoe") and what == "all":
+        kinds = ("mlp",)
+    plan = equal_plan(model, kinds) if kinds else Plan(model.config.model_type, "auto", {})
+    if what in ("experts", "all"):
+        experts = {team: SitePlan(4, (0, 2, 3)) for team in first_experts(model)}
+        left = {name: site for name, site in plan.sites.items() if not name.endswith(".mlp.3")}
+        plan = replace(plan, sites=left, experts=experts)
+    return plan
+
+
+def pruned(name: str, what: str, folder: Path, **fields) -> nn.Module:
+    model = mixture(name, **fields)
+    plan = plan_of(model, what) if what != "dense" else None
+    if plan is not None:
+        apply_plan(model, plan)
+    save(model, folder, plan)
+    return model
+
+
+CASES = [
+    (name, what)
+    for name in SETTINGS
+    for what in ("dense", "experts", "channels", "heads", "all")
+    if what != "heads" or name not in ("qwen2_moe", "olmoe")
+]
+
+
+@pytest.mark.parametrize(("name", "what"), CASES)
+def test_llama_cpp_computes_what_the_folder_does(name: str, what: str, tmp_path: Path) -> None:
+    model = pruned(name, what, tmp_path / "model")
+    done = export(tmp_path / "model", "gguf")
+    architecture = ARCHITECTURES.get(name, name)
+    assert f"Architecture {architecture}:" in done.notes[0]
+    logits_agree(model, done.paths[0])
+    fields = {k: f.contents() for k, f in gguf.GGUFReader(done.paths[0]).fields.items()}
+    layer = model.get_submodule(sites(model, ("mlp",))[0].consumer.rpartition(".")[0])
+    experts, _, width = layer.down_proj.shape
+    assert fields[f"{architecture}.expert_count"] == experts == (4 - (what in ("experts", "all")))
+    assert fields[f"{architecture}.expert_used_count"] == 2
+    own = "expert_feed_forward_length" if name.startswith("qwen") else "feed_forward_length"
+    assert fields[f"{architecture}.{own}"] == width
+    if name == "qwen2_moe":
+        shared = model.model.layers[0].mlp.shared_expert.up_proj.out_features
+        assert fields["qwen2moe.expert_shared_feed_forward_length"] == shared
+        assert shared == (6 if what in ("channels", "all") else 12)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_head_that_is_the_embedding(name: str, tmp_path: Path) -> None:
+    model = pruned(name, "experts", tmp_path / "model", tie_word_embeddings=True)
+    (path,) = export(tmp_path / "model", "gguf").paths
+    logits_agree(model, path)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sixteen_bits_leave_the_router_as_it_is(name: str, tmp_path: Path) -> None:
+    model = pruned(name, "all", tmp_path / "model")
+    (path,) = export(tmp_path / "model", "gguf", quantize="f16").paths
+    tensors = {each.name: each for each in gguf.GGUFReader(path).tensors}
+    for each in tensors.values():
+        kind = "F32" if len(each.shape) == 1 or "ffn_gate_inp" in each.name else "F16"
+        assert each.tensor_type.name == kind, each.name
+    logits_agree(model, path, tolerance=2e-2, share=0.8)
+    down = tensors["blk.1.ffn_down_exps.weight"].data
+    last = [site for site in sites(model, ("mlp",)) if site.expert is not None][-1]
+    assert np.array_equal(down, model.get_parameter(last.consumer).detach().half().numpy())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_quantised(name: str, tmp_path: Path) -> None:
+    """The router is not, and no note says so."""
+    width = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}[name]
+    sizes = {"hidden_size": 64, "head_dim": 8, "vocab_size": 64, width: 64}
+    model = pruned(name, "all", tmp_path / "model", **sizes)
+    done = export(tmp_path / "model", "gguf", quantize="q8_0")
+    assert not any("matrices stay" in note for note in done.notes)
+    types = {each.name: each.tensor_type.name for each in gguf.GGUFReader(done.paths[0]).tensors}
+    for tensor in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "attn_q"):
+        assert types[f"blk.0.{tensor}.weight"] == "Q8_0"
+    assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+    logits_agree(model, done.paths[0], tolerance=0.2, share=0.8)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+def test_transformers_reads_the_file_back(name: str, tmp_path: Path) -> None:
+    """Of experts it takes the widths of its config by default, whatever the file says."""
+    widths = {"qwen2_moe": (1408, 5632), "qwen3_moe": (768, 0)}[name]
+    fields = {"moe_intermediate_size": widths[0], "shared_expert_intermediate_size": widths[1]}
+    model = pruned(name, "experts", tmp_path / "model", **fields)
+    (path,) = export(tmp_path / "model", "gguf").paths
+    found = {each.name: torch.tensor(each.data) for each in gguf.GGUFReader(path).tensors}
+    layer = model.model.layers[1].mlp
+    gate, up = layer.experts.gate_up_proj.chunk(2, 1)
+    assert torch.equal(found["blk.1.ffn_gate_exps.weight"], gate)
+    assert torch.equal(found["blk.1.ffn_up_exps.weight"], up)
+    assert torch.equal(found["blk.1.ffn_gate_inp.weight"], layer.gate.weight)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    for each in ours:
+        assert torch.equal(ours[each], theirs[each]), each
+
+
+def test_the_command_runs_what_it_wrote(tmp_path: Path, monkeypatch) -> None:
+    pruned("mixtral", "all", tmp_path / "model")
+    done = export_checked(tmp_path / "model", "gguf")
+    assert "Run by llama.cpp: log-likelihoods" in done.notes[-1]
+    right = gguf_tensors._experts
+
+    def swapped(model: nn.Module) -> dict:
+        """Give what the gates are as ups, and the other way round."""
+        found = right(model)
+        for path, parts in found.items():
+            if len(parts) == 2:
+                names, reads = [each[0] for each in parts], [each[2] for each in parts]
+                shapes = [each[1] for each in parts]
+                found[path] = list(zip(names, shapes, reads[::-1], strict=True))
+        return found
+
+    monkeypatch.setattr(gguf_tensors, "_experts", swapped)
+    with pytest.raises(InputError, match="llama.cpp's log-likelihoods differ by up to"):
+        export_checked(tmp_path / "model", "gguf", tmp_path / "wrong.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("qwen2_moe", {"norm_topk_prob": True}, "qwen2moe has norm_topk_prob False, this model"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "qwen3moe has norm_topk_prob True, this model"),
+        ("olmoe", {"norm_topk_prob": True}, "olmoe has norm_topk_prob False, this model True"),
+        ("olmoe", {"num_key_value_heads": 4}, "olmoe has num_key_value_heads 8, this model 4"),
+        ("olmoe", {"clip_qkv": 0.5}, "olmoe has clip_qkv None, this model 0.5"),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [1]},
+            "qwen3moe has experts in every layer, 1 of this qwen3_moe's 2 layers",
+        ),
+        ("qwen2_moe", {"head_dim": 4}, "here 32 and 64; prune with --sites mlp"),
+        ("mixtral", {"hidden_act": "gelu"}, "llama has activation silu, this model gelu"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(name, fields, words, tmp_path) -> None:
+    pruned(name, "dense", tmp_path / "model", **fields)
+    with pytest.raises(InputError, match=words):
+        export(tmp_path / "model", "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_layers_of_other_sizes_are_refused(name: str, tmp_path: Path) -> None:
+    model = mixture(name)
+    last = first_experts(model)[-1]
+    plan = Plan(name, "auto", {}, experts={last: SitePlan(4, (0, 2, 3))})
+    apply_plan(model, plan)
+    with pytest.raises(InputError, match="one expert_count for all layers, .* have 3 and 4; keep"):
+        export(save(model, tmp_path / "experts", plan), "gguf")
+    model = mixture(name)
+    kept = {
+        each: SitePlan(site.units, tuple(range(8 + 8 * site.block)))
+        for site in sites(model, ("mlp",))
+        if site.expert is not None
+        for each in (site.name,)
+    }
+    plan = Plan(name, "auto", {n: s for n, s in kept.items() if len(s.kept) < s.units})
+    apply_plan(model, plan)
+    with pytest.raises(InputError, match="deci, .* has no experts; prune with --uniform-layers"):
+        export(save(model, tmp_path / "channels", plan), "gguf")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "phimoe", "deepseek_v3", "flex_olmo"])
+def test_other_mixtures_are_refused(name: str, tmp_path: Path) -> None:
+    folder = save(tiny(name), tmp_path / "model")
+    with pytest.raises(InputError, match="causal language models of llama, .*mixtral"):
+        export(folder, "gguf")
+
+
+def test_biases_of_the_attention_output(tmp_path: Path) -> None:
+    model = mixture("mixtral")
+    plan = make_plan(model, ("attn",), bias=True)
+    kept = {name: SitePlan(site.units, (0,), True) for name, site in plan.sites.items()}
+    plan = replace(plan, sites=kept)
+    apply_plan(model, plan)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.bias)
+    (path,) = export(save(model, tmp_path / "model", plan), "gguf").paths
+    logits_agree(model, path)
