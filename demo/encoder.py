@@ -1,10 +1,11 @@
-"""A sentence encoder at half of the parameters of its heads and channels: retrieval and speed."""
+"""A sentence encoder with half of its heads, channels and tokens: retrieval and speed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from assets import title_and_body
@@ -15,27 +16,25 @@ BATCH, LONGEST = 32, 128
 SENTENCES, ROUNDS = 256, 5
 
 
-def compare(models: Mapping[str, nn.Module], tokenizer, articles: Sequence[str]) -> dict:
+def compare(models: Mapping[str, tuple[nn.Module, Any]], articles: Sequence[str]) -> dict:
     """Return recall@1 from title to body, and sentences per second, by model.
 
     Parameters
     ----------
-    models : mapping of str to nn.Module
+    models : mapping of str to (nn.Module, tokenizer)
         The dense model first.
-    tokenizer
-        Of all models.
     articles : sequence of str
         Held-out articles, no two with one title or body.
     """
     titles, bodies = zip(*map(title_and_body, articles), strict=True)
     found = {
         name: nearest_is_own(
-            embed(model, tokenizer, titles, f"embed titles, {name}"),
-            embed(model, tokenizer, bodies, f"embed bodies, {name}"),
+            embed(*model, titles, f"embed titles, {name}"),
+            embed(*model, bodies, f"embed bodies, {name}"),
         )
         for name, model in models.items()
     }
-    speeds = sentences_per_second(models, tokenizer, some_sentences(bodies, SENTENCES))
+    speeds = sentences_per_second(models, some_sentences(bodies, SENTENCES))
     dense = next(iter(found.values()))
     return {
         name: {
@@ -46,12 +45,12 @@ def compare(models: Mapping[str, nn.Module], tokenizer, articles: Sequence[str])
             "found_by_this_only": int((~dense & found[name]).sum()),
             "sentences_per_second": speeds[name],
         }
-        for name, model in models.items()
+        for name, (model, _) in models.items()
     }
 
 
 @torch.no_grad()
-def embed(model: nn.Module, tokenizer, texts: Sequence[str], title: str = "") -> Tensor:
+def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], title: str = "") -> Tensor:
     """Return the embedding of each text, ``h / |h|`` of ``h``, the mean of its tokens' outputs.
 
     Texts are cut after ``LONGEST`` tokens; those of like length share a batch. A progress bar is
@@ -83,14 +82,14 @@ def nearest_is_own(queries: Tensor, documents: Tensor) -> Tensor:
 
 
 def sentences_per_second(
-    models: Mapping[str, nn.Module], tokenizer, sentences: Sequence[str]
+    models: Mapping[str, tuple[nn.Module, Any]], sentences: Sequence[str]
 ) -> dict[str, float]:
     """Return the median speed by model; the models take turns, after a round that isn't timed."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in tqdm(range(ROUNDS + 1), desc="sentences per second"):
         for name, model in models.items():
             start = time.perf_counter()
-            embed(model, tokenizer, sentences)
+            embed(*model, sentences)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: len(sentences) / median(taken) for name, taken in seconds.items()}

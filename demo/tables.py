@@ -35,13 +35,13 @@ def encoder_part(result: dict) -> list[str]:
             per_second([of["sentences_per_second"] for of in models.values()]),
         ),
     ]
-    lines = ["## A sentence encoder at half of its heads' and channels' parameters", ""]
+    lines = ["## A sentence encoder with half of its heads, channels and tokens", ""]
     lines += [*block(result["lines"]), *table(["all-MiniLM-L6-v2", *models], rows), ""]
     for name, of in list(models.items())[1:]:
         lines.append(
-            f"At {name}, {of['found_by_dense_only']} articles are found by the dense model alone "
-            f"and {of['found_by_this_only']} by the pruned one alone. Calibration took other "
-            "articles, and no pairs."
+            f"With {name} of them, {of['found_by_dense_only']} articles are found by the dense "
+            f"model alone and {of['found_by_this_only']} by the pruned one alone. Calibration took "
+            "other articles, and no pairs."
         )
     return lines
 
