@@ -30,12 +30,12 @@ from liar_ext.checkpoint import load_model
 # What is done, and about how many seconds each takes on two cores.
 STAGES = {
     "Write calibration and held-out texts": 4,
-    "Prune all-MiniLM-L6-v2 to half": 40,
-    "Measure retrieval and speed": 20,
-    "Convert SmolLM2-135M-Instruct from GGUF, once": 12,
+    "Prune all-MiniLM-L6-v2 to half": 44,
+    "Measure retrieval and speed": 27,
+    "Convert SmolLM2-135M-Instruct from GGUF, once": 17,
     "Prune SmolLM2 to 90 %, preset fast": 45,
-    "Prune SmolLM2 to 90 %, preset balanced": 300,
-    "Measure perplexity, speed and continuations": 50,
+    "Prune SmolLM2 to 90 %, preset balanced": 325,
+    "Measure perplexity, speed and continuations": 53,
 }
 
 
