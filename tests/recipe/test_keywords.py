@@ -22,7 +22,7 @@ def test_keywords_are_the_fields_with_their_types():
     assert PruneOptions.__annotations__.keys() == {*used, *BESIDE, *TextOptions.__annotations__}
     others = {each.name: types[each.name] for each in recipe_fields()}
     del others["model"], others["calibration"]  # arguments
-    own = {"max_memory": int | str | None, "overwrite": bool}
+    own = {"heal": str | float | None, "max_memory": int | str | None, "overwrite": bool}
     assert get_type_hints(CompressOptions) == others | BESIDE | own
 
 
