@@ -14,9 +14,9 @@ from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import broadcast
 from liar_ext.job.estimate import before_plan
-from liar_ext.job.job import Job
 from liar_ext.job.scoring import find_curves, find_scores, find_sensitivities
 from liar_ext.job.speed import Speed
+from liar_ext.job.state import Job
 from liar_ext.job.streamed import ProbeStreams, StreamedPasses
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan

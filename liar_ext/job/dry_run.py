@@ -21,8 +21,8 @@ from liar_ext.job.estimate import (
     tokens_of,
     work_of_token,
 )
-from liar_ext.job.job import Job
 from liar_ext.job.preparing import prepare
+from liar_ext.job.state import Job
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites, skeleton, teams_of

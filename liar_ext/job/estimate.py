@@ -14,9 +14,9 @@ from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batch
 from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
-from liar_ext.job.job import SENSITIVITY, Job, Known
 from liar_ext.job.rescaling import rescale_batches
 from liar_ext.job.scoring import score_key, sensitivity_key
+from liar_ext.job.state import SENSITIVITY, Job, Known
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.plan import Budget

@@ -19,9 +19,9 @@ from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
-from liar_ext.job.job import Job, Known, tokens_gone
 from liar_ext.job.scoring import check_bank, runs_over_text
 from liar_ext.job.solving import hold_out
+from liar_ext.job.state import Job, Known, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating

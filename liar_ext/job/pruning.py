@@ -25,10 +25,10 @@ from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
-from liar_ext.job.job import Folder, Job
 from liar_ext.job.preparing import prepare, recorded
 from liar_ext.job.rescaling import Rescaling, rescale_batches
 from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
+from liar_ext.job.state import Folder, Job
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan

@@ -17,7 +17,7 @@ from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import Passes, check_bank_is_of
 from liar_ext.distributed import share
 from liar_ext.errors import InputError
-from liar_ext.job.job import SENSITIVITY, Job, Known
+from liar_ext.job.state import SENSITIVITY, Job, Known
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields

@@ -14,7 +14,7 @@ from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.distributed import alone, is_first
-from liar_ext.job.job import Job
+from liar_ext.job.state import Job
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site

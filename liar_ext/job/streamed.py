@@ -28,7 +28,7 @@ from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
-from liar_ext.job.job import Shares
+from liar_ext.job.state import Shares
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Budget, Plan

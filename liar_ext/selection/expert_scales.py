@@ -98,39 +98,44 @@ class Chosen:
 
 
 def fit_ways(tokens: LayerTokens, kept: Tensor, mode: str, damp: float | str) -> dict[str, Scales]:
-    """Return the scales of a layer by each way; without experts that leave, or mode, by one."""
-    plain = {PLAIN: fit_scales(tokens, kept, math.inf)}
-    if len(kept) == tokens.site.experts or mode == "none":
-        return plain
-    return plain | {name: fit_scales(tokens, kept, damp, power) for name, power in POWERS.items()}
-
-
-def fit_scales(tokens: LayerTokens, kept: Tensor, damp: float | str, power: float = 0.0) -> Scales:
-    """Return scales by least squares, divided by a power of β, and what a row says of them.
+    """Return the scales of a layer by each way; without experts that leave, or mode, by one.
 
     λ is the one of least held-out error of least squares, if ``damp`` is "auto".
     """
-    a, c = tokens.sums(kept)
-    energy, ladder = tokens.energy, damp_ladder(damp)
-    held_out = energy.new_zeros(FOLDS, len(ladder))
-    for fold in range(FOLDS):
-        for index, each in enumerate(ladder):
-            scales = least_squares(a[fold], c[fold], each)
-            held_out[fold, index] = _error(tokens, a, c, scales, FOLDS - 1 - fold)
+    energy, sums = tokens.energy, tokens.sums(kept)
+    plain = {PLAIN: fit_scales(energy, sums, math.inf)}
+    if len(kept) == tokens.site.experts or mode == "none":
+        return plain
+    ladder = damp_ladder(damp)
+    fitted = ([least_squares(a, c, each) for a, c in zip(*sums, strict=True)] for each in ladder)
+    held_out = torch.stack([_held_out(energy, sums, by_fold) for by_fold in fitted], 1)
     best = ladder[least_held_out(held_out, ladder)]
-    whole = a.sum(0), c.sum(0), energy.sum()
-    parts = [*zip(a, c, energy, strict=True), whole]
-    *by_fold, both = (_stretched(least_squares(x, y, best), y, n, power) for x, y, n in parts)
-    unseen = sum(
-        _error(tokens, a, c, scales, FOLDS - 1 - fold) for fold, scales in enumerate(by_fold)
-    )
+    return plain | {name: fit_scales(energy, sums, best, power) for name, power in POWERS.items()}
+
+
+def fit_scales(
+    energy: Tensor, sums: tuple[Tensor, Tensor], damp: float, power: float = 0.0
+) -> Scales:
+    """Return scales by least squares, divided by a power of β, and what a row says of them.
+
+    ``energy`` and ``sums`` are those of :class:`LayerTokens`, by fold.
+    """
+    whole = tuple(each.sum(0) for each in sums)
+    parts = [*zip(*sums, energy, strict=True), (*whole, energy.sum())]
+    *by_fold, both = (_stretched(least_squares(a, c, damp), c, n, power) for a, c, n in parts)
     facts = {
-        "damp": best,
-        "error": ratio(energy.sum() + lost(*whole[:2], both), energy.sum()),
-        "holdout_error": ratio(unseen, energy.sum()),
-        "condition": _condition(whole[0], best),
+        "damp": damp,
+        "error": ratio(energy.sum() + lost(*whole, both), energy.sum()),
+        "holdout_error": ratio(_held_out(energy, sums, by_fold).sum(), energy.sum()),
+        "condition": _condition(whole[0], damp),
     }
     return Scales(tuple(by_fold), both, facts)
+
+
+def _held_out(energy: Tensor, sums: tuple[Tensor, Tensor], by_fold: Sequence[Tensor]) -> Tensor:
+    """Return the error of each fold's scales on the other fold, ``(2,)``."""
+    others = zip(by_fold, *(reversed(each.unbind()) for each in (energy, *sums)), strict=True)
+    return torch.stack([n + lost(a, c, scales) for scales, n, a, c in others])
 
 
 def least_squares(a: Tensor, c: Tensor, damp: float) -> Tensor:
@@ -213,10 +218,6 @@ def _stretched(scales: Tensor, c: Tensor, energy: Tensor, power: float) -> Tenso
     """Return scales divided by ``β ** power``; as they are if nothing is along the output."""
     slope = float(scales @ c / energy) if energy > 0 else 1.0
     return scales / slope**power if slope > 0 else scales
-
-
-def _error(tokens: LayerTokens, a: Tensor, c: Tensor, scales: Tensor, fold: int) -> Tensor:
-    return tokens.energy[fold] + lost(a[fold], c[fold], scales)
 
 
 def _damped(a: Tensor, damp: float) -> Tensor:

@@ -17,8 +17,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
 from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import inputs, resume
-from liar_ext.job import job as state
-from liar_ext.job import pruning
+from liar_ext.job import pruning, state
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 

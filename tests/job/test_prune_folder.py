@@ -20,9 +20,9 @@ from liar_ext import InputError, load_pruned, prune, verify_pruned
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job import estimate
 from liar_ext.job.dry_run import describe_streamed
-from liar_ext.job.job import Job
 from liar_ext.job.preparing import prepare
 from liar_ext.job.pruning import prune_folder
+from liar_ext.job.state import Job
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.streams import Walk

@@ -20,8 +20,8 @@ from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
-from liar_ext.job.job import Job
 from liar_ext.job.pruning import prune_folder
+from liar_ext.job.state import Job
 from liar_ext.job.streamed import ProbeStreams, StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver

@@ -12,9 +12,9 @@ from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.job import analysis
-from liar_ext.job.job import Job
 from liar_ext.job.pruning import prune_folder
 from liar_ext.job.solving import StreamedEvaluation
+from liar_ext.job.state import Job
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver

@@ -9,8 +9,8 @@ from liar_ext import Recipe, calibrate, prune
 from liar_ext.calibration.saved_sums import bytes_of_sums
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job.dry_run import describe
-from liar_ext.job.job import Job
 from liar_ext.job.pruning import prune_folder, run
+from liar_ext.job.state import Job
 from liar_ext.models.sites import sites
 
 READ_BY_A_NORM = ["gemma2", "gemma3_text", "olmo2", "exaone4", "glm4"]

@@ -12,9 +12,9 @@ import liar_ext
 from liar_ext import Budget, InputError, MomentBank, Recipe, calibrate, prune, sweep
 from liar_ext.calibration import collect
 from liar_ext.job import scoring
-from liar_ext.job.job import Job, Known
 from liar_ext.job.pruning import run
 from liar_ext.job.scoring import score_key
+from liar_ext.job.state import Job, Known
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.selection import curve_allocation

@@ -19,9 +19,9 @@ from bench.scaling.shapes import SHAPES, Settings, Shape
 from liar_ext import Recipe, ops
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.job.analysis import analyze, narrowed, passes_of
-from liar_ext.job.job import Job
 from liar_ext.job.preparing import prepare
 from liar_ext.job.solving import solve
+from liar_ext.job.state import Job
 from liar_ext.selection.allocation import allocate
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"

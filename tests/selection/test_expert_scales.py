@@ -47,7 +47,7 @@ def sliced(name: str, kept: tuple[int, ...], scales: list[Tensor]) -> nn.Module:
 def test_scales_are_least_squares(name: str) -> None:
     model, kept = eager(name), (0, 2, 3)
     (tokens,) = collect_tokens(model, list(read_batches(text(model))), layers_of(model)[:1])
-    scales = fit_scales(tokens, torch.tensor(kept), 1e-13)
+    scales = fit_scales(tokens.energy, tokens.sums(torch.tensor(kept)), 1e-13)
     wanted = layer_outputs(model, text(model)).flatten()
     columns = alone(name, kept)
     solved = torch.linalg.lstsq(columns, wanted[:, None]).solution[:, 0]
@@ -63,7 +63,8 @@ def test_scales_are_divided_by_a_power_of_the_slope(power: float) -> None:
     """Unbiased, the error is uncorrelated with the output; with half of it, about as long."""
     model, kept = eager("mixtral"), (0, 2, 3)
     (tokens,) = collect_tokens(model, list(read_batches(text(model))), layers_of(model)[:1])
-    least, found = (fit_scales(tokens, torch.tensor(kept), 1e-13, p) for p in (0.0, power))
+    given = tokens.energy, tokens.sums(torch.tensor(kept)), 1e-13
+    least, found = (fit_scales(*given, each) for each in (0.0, power))
     y = layer_outputs(model, text(model)).flatten()
     columns = alone("mixtral", kept)
     slope = float(columns @ least.both @ y / y.square().sum())
@@ -83,8 +84,8 @@ def test_each_fold_has_scales_of_its_own() -> None:
     model, kept = eager("mixtral"), torch.tensor([0, 2, 3])
     batches = text(model)
     (tokens,) = collect_tokens(model, list(read_batches(batches)), layers_of(model)[:1])
-    found = fit_scales(tokens, kept, 0.1)
     a, c = tokens.sums(kept)
+    found = fit_scales(tokens.energy, (a, c), 0.1)
     unseen = 0.0
     for fold in range(2):
         shift = 0.1 * a[fold].diagonal().mean() * torch.eye(3).double()
