@@ -50,7 +50,11 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
 
 
 def train_pruned(folder: str, minutes: float, *, progress: bool) -> Report:
-    """Train a folder in place, as ``liar heal FOLDER --minutes N`` does; return its report."""
+    """Train a folder in place, as ``liar heal FOLDER --minutes N`` does; return its report.
+
+    The first rank writes the folder, before and in here, and the others wait for it.
+    """
+    broadcast(None)
     options = argparse.Namespace(
         **{"command": "heal", "folder": folder, "out": folder, "overwrite": False},
         **{"teacher": None, "checkpoint": None, "progress": progress},
@@ -58,12 +62,12 @@ def train_pruned(folder: str, minutes: float, *, progress: bool) -> Report:
         **{"train": TRAIN[0], "lr": RATE, "grad_accumulation": 1},
     )
     train(_recipe(Report.load(folder, "heal").recipe, options), options)
+    broadcast(None)
     return Report.load(folder, "heal")
 
 
 def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Load both models and the text, train, save; return the section ``heal`` of the report."""
-    broadcast(None)  # the first rank may still be writing the folder
     report, plan = Report.load(options.folder, "heal"), Plan.load(Path(options.folder, PLAN_FILE))
     in_place = os.path.realpath(options.out) == os.path.realpath(options.folder)
     overwrite = in_place or options.overwrite
@@ -108,7 +112,6 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             with writing(options.out, overwrite, checked=True) as path:
                 facts = {"report": written, "source": options.folder}
                 fill_folder(model, path, plan, **facts)
-        broadcast(None)  # it has written it
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,8 @@ def run(options: argparse.Namespace, start: Callable) -> int | None:
             remove(folder)
         lines = [] if options.quiet else [f"{result}: was written already"]
         if minutes := job["options"].get("heal"):
-            lines.append(f"{result}: not trained yet: liar heal {result} --minutes {minutes:g}")
+            again = f"liar heal {shlex.quote(result)} --minutes {minutes:g}"
+            lines.append(f"{result}: not trained yet: {again}")
         return show(options, {"out": result, "written_before": True}, lines)
     own = {"checkpoint": folder, "command": command, **job["options"]}
     own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}

@@ -21,6 +21,7 @@ import numpy as np
 
 from liar_ext.environment import child
 from liar_ext.errors import InputError
+from liar_ext.export.gguf_tensors import ROUTER
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 PROGRAM, LIBRARY = "llama-quantize", "llama_cpp_py_sync"
@@ -113,9 +114,8 @@ def _left_out(path: Path, kind: str) -> list[str]:
     """Return a note on the matrices whose width no group divides."""
     import gguf
 
-    routers = "ffn_gate_inp.weight"  # which no type changes
     found = [each for each in gguf.GGUFReader(path).tensors if len(each.shape) > 1]
-    matrices = [each for each in found if not each.name.endswith(routers)]
+    matrices = [each for each in found if not each.name.endswith(ROUTER)]  # no type changes them
     floats = ("F32", "F16", "BF16")
     odd = [each for each in matrices if each.tensor_type.name in floats]
     if not odd:

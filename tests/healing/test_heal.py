@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from folders import equal_plan, make_plan
+from stopping import stop_at
 from tiny import VOCAB, tiny
 
 from liar_ext import heal
@@ -185,14 +186,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 @pytest.mark.parametrize("saved", [False, True])
 def test_an_interrupt_keeps_the_best_state(saved, tmp_path, monkeypatch):
     student, dense = pair()
-    step = run.Healing.step
-
-    def interrupted(self):
-        if self.so_far.steps == 8:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(run.Healing, "step", interrupted)
+    stop_at(monkeypatch, run.Healing, "step", 9)
     settings = {"held_out": text(2, seed=9), **STEPS}
     if saved:
         with pytest.raises(KeyboardInterrupt):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from stopping import stop_at
 from tiny import tiny
 
 from liar_ext import InputError, Report, cli, compress, load_pruned, verify_pruned
@@ -109,22 +110,16 @@ def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch):
     whole, out, place = tmp_path / "whole", tmp_path / "out", tmp_path / "checkpoint"
     command = (pruned, "--steps", "8", "--grad-accumulation", "2", "--quiet")
     assert heal(*command, "--out", whole) == 0
-    step = runs.Healing.step
     monkeypatch.setattr(runs.Checkpoint, "due", lambda *_: True)
 
-    def interrupted(self):
-        if self.so_far.steps == 5:
-            raise KeyboardInterrupt
-        return step(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Healing, "step", interrupted)
+        stop_at(patch, runs.Healing, "step", 6)
         assert heal(*command, "--out", out, "--checkpoint", place) == 130
     assert place.exists() and not out.exists()
     assert heal(*command, "--out", out, "--checkpoint", place) == 0
     assert same(out, whole) and not place.exists()
     with monkeypatch.context() as patch:  # without a checkpoint the best state is saved
-        patch.setattr(runs.Healing, "step", interrupted)
+        stop_at(patch, runs.Healing, "step", 6)
         assert heal(*command, "--out", out, "--overwrite") == 130
     assert section(out)["interrupted"] and section(out)["steps"] == 5
     assert section(out)["improved"] and verify_pruned(out)
@@ -136,17 +131,12 @@ def test_resume_goes_on_with_it(is_in_place, pruned, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     more = ("--steps", "8", "--self-text", "0.25", "--quiet")
     assert heal("other", *more, "--out", "whole") == 0
-    step, place = runs.Healing.step, ("--checkpoint", "checkpoint")
+    place = ("--checkpoint", "checkpoint")
     monkeypatch.setattr(runs.Checkpoint, "due", lambda *_: True)
-
-    def interrupted(self):
-        if self.so_far.steps == 5:
-            raise KeyboardInterrupt
-        return step(self)
 
     out = () if is_in_place else ("--out", "out")
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Healing, "step", interrupted)
+        stop_at(patch, runs.Healing, "step", 6)
         assert heal("pruned", *more, *out, *place) == 130
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

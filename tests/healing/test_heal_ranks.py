@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import time
 from collections.abc import Callable
 
 import forked
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import stop_at
 from test_ranks import close
 from tiny import batches, tiny
 
 from liar_ext import distributed, heal, prune
 from liar_ext.cli.main import main
 from liar_ext.healing import run as runs
+from liar_ext.job import state
 from liar_ext.progress import no_bars
 
 RANKS, STEPS = 2, 5
@@ -67,18 +70,30 @@ def test_the_command_is_shared_stopped_and_resumed(llama_folder, corpus, tmp_pat
     place = ["--checkpoint", str(tmp_path / "checkpoint")]
     shared = ["heal", str(tmp_path / "two"), *settings, *place]
     monkeypatch.setattr(runs.Checkpoint, "due", lambda *_: distributed.is_first())
-    step = runs.Healing.step
-
-    def interrupted(self):
-        if self.so_far.steps == 3:
-            raise KeyboardInterrupt
-        return step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Healing, "step", interrupted)
+        stop_at(patch, runs.Healing, "step", 4)
         assert forked.run(RANKS, lambda _: main(shared), tmp_path) == [130] * RANKS
     assert forked.run(RANKS, lambda _: main(shared), tmp_path) == [0] * RANKS
     found = json.loads((tmp_path / "two/liar/report.json").read_text())["heal"]
     assert found["steps"] == 6 and not (tmp_path / "checkpoint").exists()
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     assert close(two, one)
+
+
+def test_ranks_wait_for_the_folder_that_they_train(llama_folder, corpus, tmp_path, monkeypatch):
+    """The first rank alone writes the pruned folder, slowly here, and all read it next."""
+    fill = state.fill_folder
+
+    def slowly(*given, **named):
+        time.sleep(2)
+        fill(*given, **named)
+
+    monkeypatch.setattr(state, "fill_folder", slowly)
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "pruned"]
+    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
+    command = [*map(str, command), "--heal", "1s", "--quiet"]
+    ended = forked.run(RANKS, lambda _: main(command), tmp_path)
+    assert ended == [0] * RANKS, [(tmp_path / f"err{each}").read_text() for each in range(RANKS)]
+    found = json.loads((tmp_path / "pruned/liar/report.json").read_text())["heal"]
+    assert found["steps"] > 0 and found["after"] <= found["before"]
