@@ -55,7 +55,7 @@ ROWS = [
     if tokens < 60_000 or start == "liar"
 ]
 SEQ_LEN, SEED = 256, 0
-CALIBRATED, TRAINED, JUDGING = 64, 240, 4  # sequences; those calibrated on are trained on, too
+CALIBRATED, TRAINED, JUDGING = 64, 240, 4  # sequences; more are drawn for more tokens than these
 WINDOWS = 8  # of each text that is judged by
 
 
@@ -78,17 +78,8 @@ class Bench:
         write_texts(OUT / "texts")
         texts = Texts(*choose_texts(OUT / "texts", ["encyclopaedia", "news"], [], wikitext))
         self.dense, self.tokenizer, _ = load(MODEL)
-        self.drawn = texts.draw(
-            self.dense,
-            self.tokenizer,
-            samples=TRAINED,
-            seq_len=SEQ_LEN,
-            seed=SEED,
-            lone="blocks",
-            self_text=0.0,
-            random_tokens=0.0,
-            judge=JUDGING,
-        )
+        self.texts = texts
+        self.drawn = self.draw(TRAINED)
         self.windows = texts.windows(self.tokenizer, seq_len=SEQ_LEN, samples=WINDOWS)
         self.banks: dict[tuple[float, float], tuple[MomentBank, float]] = {}
         self.kept = OUT / "rows.json"
@@ -96,6 +87,12 @@ class Bench:
         dense = judge(self.dense, self.windows)
         if self.find({"start": "dense"}) is None:
             self.add({"start": "dense", "keep": 1.0, "tokens": 0, "texts": dense, "seconds": {}})
+
+    def draw(self, samples: int) -> Sequences:
+        """Return sequences of text to calibrate and to train on, and some that judge."""
+        how = {"lone": "blocks", "self_text": 0.0, "random_tokens": 0.0, "judge": JUDGING}
+        how |= {"samples": samples, "seq_len": SEQ_LEN, "seed": SEED}
+        return self.texts.draw(self.dense, self.tokenizer, **how)
 
     def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
         """Return the row that has these values, if there is one."""
@@ -119,14 +116,10 @@ class Bench:
             save_pruned(work, folder, report.plan, report=report, overwrite=True)
         else:
             before = self.find({**row, "tokens": 0}) or self.measure(start, keep, 0)
+            drawn = self.drawn if tokens <= TRAINED * SEQ_LEN else self.draw(tokens // SEQ_LEN)
             work, clock = load_pruned(folder, dtype=torch.float32), time.process_time()
-            found = heal(
-                work,
-                self.dense,
-                self.drawn.batches(),
-                held_out=self.drawn.judging.batches(),
-                budget={"tokens": tokens},
-            )
+            held_out, budget = drawn.judging.batches(), {"tokens": tokens}
+            found = heal(work, self.dense, drawn.batches(), held_out=held_out, budget=budget)
             row["seconds"] = before["seconds"] | {"heal": time.process_time() - clock}
             row["heal"] = {name: found[name] for name in ("after", "tokens", "curve", "precision")}
         row["texts"] = judge(work, self.windows)

