@@ -12,7 +12,7 @@
 ``texts``                 names of the texts that ``source`` of the kept text counts
 ``tokenizer``             a fingerprint of the tokenizer
 ``calibrations``          of each run that was added: how its sequences were drawn
-``sensitivities``         measured ones, see :mod:`liar_ext.job.scoring`
+``sensitivities``         measured ones, see :mod:`liar_ext.job.analysis`
 ========================  ======================================================================
 """
 

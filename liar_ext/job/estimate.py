@@ -15,8 +15,7 @@ from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
-from liar_ext.job.scoring import score_key, sensitivity_key
-from liar_ext.job.state import SENSITIVITY, Job, Known
+from liar_ext.job.state import SENSITIVITY, Job, Known, score_key, sensitivity_key
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.plan import Budget
@@ -165,13 +164,6 @@ def bars_of(job: Job, stages: Mapping[str, Estimate]) -> list[str]:
             runs = stages["narrow"].steps // len(job.batches) - 1
             order[1:1] = ["narrow", *["narrow", "solve"] * runs]
     return [name for name in [*order, "evaluate"] if name in stages]
-
-
-def before_plan(at: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
-    """Return the steps, by stage, that come before the plan; None for all of a stage."""
-    probed = len(at) if recipe.allocation == "curve" else 0
-    stages = dict.fromkeys(("calibrate", "gradients", "curves", "sensitivity"))
-    return {**stages, "reconstruct": probed}
 
 
 def by_blocks(

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
-from liar_ext.calibration.batches import read_batches
-from liar_ext.calibration.collect import check_finite_weights
+from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.saved_sums import room_for_sums
 from liar_ext.calibration.taps import is_relative
@@ -19,9 +19,8 @@ from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
-from liar_ext.job.scoring import check_bank, runs_over_text
 from liar_ext.job.solving import hold_out
-from liar_ext.job.state import Job, Known, tokens_gone
+from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
@@ -92,6 +91,48 @@ def prepare(job: Job) -> Job:
     room = room_for_sums(model, recipe.memory)
     job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
     return job if job.walk is None else _shared_out(job)
+
+
+def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
+    """Return which choices run the model over the calibration text, beside its moments."""
+    measured = known.has(SENSITIVITY, sensitivity_key(recipe, known, model, at), at)
+    chosen = recipe.without("from_sums")
+    return [recipe.spelled(each) for each in chosen if not (measured and each.name == "allocation")]
+
+
+def changes_all(recipe: Recipe) -> list[str]:
+    """Return which choices change the activations of all layers, so that no bank holds them."""
+    chosen = recipe.without("with_bank")
+    return [recipe.spelled(each) for each in chosen if each.metadata["affects"] == "scores"]
+
+
+def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
+    """Return the batches of a job that is given a bank: its own, or else the text of the bank.
+
+    Raise InputError if the bank doesn't serve the job, or keeps no text where the job needs it.
+    """
+    recipe, bank, model = job.recipe, job.bank, job.model
+    if whole := changes_all(recipe):
+        raise InputError(
+            f"prune: {whole[0]} does not work with a bank, which is of the whole model; leave the "
+            "bank out and give the calibration text"
+        )
+    check_bank_is_of(bank, model, at)
+    if job.batches is not None:
+        return job.batches
+    needed = runs_over_text(recipe, job.known, model, at)
+    if bank.text is None and needed:
+        raise InputError(
+            f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
+            "none; calibrate with the text kept, or use the preset fast"
+        )
+    rows = model.get_input_embeddings()
+    if needed and any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):
+        raise InputError(
+            f"prune: the bank's text has tokens that the {rows.num_embeddings} embeddings of the "
+            "model lack; calibrate this model anew"
+        )
+    return bank.text
 
 
 def _check_sizes(job: Job) -> None:

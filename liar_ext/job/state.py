@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +20,11 @@ from liar_ext.checkpoint.saving import Shards, fill_folder
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.distributed import is_first
 from liar_ext.job.speed import Speed
-from liar_ext.models.sites import Site, sites
+from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.progress import Clock
 from liar_ext.recipe import Recipe
+from liar_ext.recipe.fields import recipe_fields
+from liar_ext.reconstruction.ridge import form_at
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
 from liar_ext.report.report import Report
 from liar_ext.selection.allocation import check_budget, even_plan
@@ -88,6 +92,26 @@ class Known:
 def _place(site: Site) -> str:
     """Return what a value is of: a site with its units."""
     return f"{site.name} {site.unit} {site.units} {site.groups}"
+
+
+def per(recipe: Recipe) -> str:
+    """Return what scores are of: features where weights are compared across layers."""
+    return "feature" if recipe.allocation == "global" else "unit"
+
+
+def score_key(recipe: Recipe, **more: object) -> str:
+    """Return what scores and error curves depend on, beside the site."""
+    chosen = {each.name: getattr(recipe, each.name) for each in recipe_fields(affects="scores")}
+    facts = {**chosen, "per": per(recipe), "liar_ext": version("liar_ext"), **more}
+    return json.dumps(facts, sort_keys=True)
+
+
+def sensitivity_key(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> str:
+    """Return what sensitivities depend on, beside the site: also the form of the new weights."""
+    forms = {get_consumer_bias(model, site) is not None for site in at}
+    mode = recipe.reconstruct
+    form = form_at(mode, *forms) if len(forms) == 1 else mode
+    return score_key(recipe, keep=known.probe_keep or recipe.keep, form=form)
 
 
 @dataclass(frozen=True)

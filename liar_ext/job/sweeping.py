@@ -18,9 +18,8 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.errors import InputError
 from liar_ext.job.analysis import decide_anew, narrowed, passes_of
-from liar_ext.job.preparing import prepare
+from liar_ext.job.preparing import changes_all, prepare
 from liar_ext.job.pruning import run
-from liar_ext.job.scoring import changes_all
 from liar_ext.job.state import Job, Known
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.sites import sites, skeleton
