@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext import distributed
-from liar_ext.calibration.bank_file import all_finite
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.bank_source import Seen, fingerprint_of
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
-from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
+from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
 from liar_ext.calibration.saved_sums import SUMS, SavedSums, group_sites, room_for_sums
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
 from liar_ext.checkpoint_store import Checkpoint, opened

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.bank_file import PARTS, Triangles, unpacked
+from liar_ext.calibration.bank import PARTS, Triangles, unpacked
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import Passes
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import broadcast, share

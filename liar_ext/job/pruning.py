@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, read_batches
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.fingerprint import count_params

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.distributed import alone, is_first
 from liar_ext.job.state import Job
 from liar_ext.measure.embeddings import Evaluator

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, one_of_each, read_batches
 from liar_ext.calibration.collect import (
     Passes,
@@ -19,7 +20,7 @@ from liar_ext.calibration.collect import (
     routed_tokens,
     summing,
 )
-from liar_ext.calibration.moments import MomentBank, Moments
+from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
 from liar_ext.calibration.taps import is_relative, tap_at
 from liar_ext.checkpoint.block_source import BlockStore

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint_store import Checkpoint
