@@ -118,7 +118,7 @@ def collect(
 
     def so_far() -> tuple[Mapping[str, Moments], dict[str, object]]:
         sums = moments if count == 1 else _added(deepcopy(moments))
-        return sums, facts | seen.facts(*_counted(current))
+        return sums, facts | seen.facts(*counted(current))
 
     # Before the hooks: the model may write the last batches when their number is asked for.
     bar = Bar(batches, desc=title, disable=not progress)
@@ -158,7 +158,7 @@ def _checked(
     current: InFlight,
 ) -> MomentBank:
     """Return the bank of all ranks' sums, with what they are over, if they are usable."""
-    tokens, routed = _counted(current)
+    tokens, routed = counted(current)
     check_sums(moments, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
     weighed = {*facts.get("relative", ()), *routed}
@@ -278,8 +278,8 @@ def _added(moments: dict[str, Moments | Squares]) -> dict[str, Moments | Squares
     return moments
 
 
-def _counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
-    """Return what all ranks have counted: tokens, and tokens by expert and fold."""
+def counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
+    """Return what all ranks have counted: tokens, and those of each fold by the expert's name."""
     shares = distributed.gather((current.tokens, current.routed))
     totals: dict[str, list[int]] = {}
     for _, routed in shares:
@@ -287,11 +287,6 @@ def _counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
             before = totals.get(name, [0] * FOLDS)
             totals[name] = [a + b for a, b in zip(before, counts, strict=True)]
     return sum(tokens for tokens, _ in shares), totals
-
-
-def routed_tokens(current: InFlight) -> dict[str, list[int]]:
-    """Return the tokens of each fold that reached an expert, of all ranks, by its name."""
-    return _counted(current)[1]
 
 
 def _check_alike(*digests: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.image_text import ImageTextReader, holds_images
-from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, Reader, kind_read
+from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, INPUTS, Reader
 from liar_ext.checkpoint import names
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
 from liar_ext.checkpoint.reading import (
@@ -284,7 +284,8 @@ def kind_of(name: str, sources: Iterable[str | None] = ()) -> str | None:
 
             reach_hub(name)
             fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-        alone = kind_read(stock_class(fields, "load_model").main_input_name)
+        main_input = stock_class(fields, "load_model").main_input_name
+        alone = next((kind for kind, name in INPUTS.items() if name == main_input), None)
         both = {"vision_config", "text_config"} <= fields.keys()
         return IMAGES_WITH_TEXT if both and any(map(holds_images, filter(None, sources))) else alone
     except Exception:  # transformers raises a dozen kinds

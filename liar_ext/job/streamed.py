@@ -17,7 +17,7 @@ from liar_ext.calibration.collect import (
     Passes,
     check_not_padding,
     check_sums,
-    routed_tokens,
+    counted,
     summing,
 )
 from liar_ext.calibration.moments import Moments
@@ -206,7 +206,7 @@ class StreamedPasses(Passes):
         taps = [tap_at(self.model, site) for site in group]
         with summing(self.model, taps) as (moments, current):
             self.text.advance(index, current.set)
-        routed = routed_tokens(current)
+        _, routed = counted(current)
         check_sums(moments, self.source["sequences"], routed)
         if routed:
             self.source["routed"] = self.source.get("routed", {}) | routed
