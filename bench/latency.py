@@ -26,7 +26,7 @@ from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.job.speed import Speed
+from liar_ext.job.state import Speed
 from liar_ext.measure.latency import ratios
 from liar_ext.models.sites import Site
 from liar_ext.reconstruction.solve import reconstruct, with_bias

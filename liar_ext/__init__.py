@@ -147,6 +147,6 @@ def __dir__() -> list[str]:
 
 
 if not liar_ext.environment.is_command(sys.argv, sys.orig_argv):  # which answers without torch
-    from liar_ext.checkpoint.transformers_hooks import register
+    from liar_ext.checkpoint.loading import register
 
     register()  # stock loaders build layers of unequal sizes, where liar_ext is imported

@@ -1,15 +1,21 @@
 """Load a pruned model, or any other.
 
 Transformers' own loaders read the weights. No code of a folder is run here, and what its files
-claim is looked over first: :mod:`liar_ext.checkpoint.inspection`.
+claim is looked over first: :mod:`liar_ext.checkpoint.inspection`. After :func:`register` they build
+the sizes in a config; without it a folder with layers of unequal sizes needs
+``trust_remote_code=True``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,8 +36,9 @@ from liar_ext.checkpoint.reading import (
     reading,
     stock_class,
 )
-from liar_ext.checkpoint.stock_config import dense_config
+from liar_ext.checkpoint.stock_config import dense_config, wear
 from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.models.liar_loader import resize
 from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
 from liar_ext.progress import obedient_bar, quiet
@@ -41,6 +48,9 @@ REFUSED_ARGUMENTS = (
     *("trust_remote_code", "use_safetensors", "custom_generate", "adapter_kwargs"),
     "ignore_mismatched_sizes",
 )
+# Transformers has no place to register sizes at, so post_init of the models that it has here, which
+# ends the building of each, looks for them first.
+MODELING = "transformers.modeling_utils"
 
 
 def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
@@ -321,3 +331,45 @@ def load_reader(kind: str, name: str, model: Any) -> Reader:
         with reading(f"the tokenizer of {name}", "load_model"):
             tokenizer = AutoTokenizer.from_pretrained(name, **given)
     return Reader(kind, model, processor, tokenizer)
+
+
+def register() -> None:
+    """Let transformers build the sizes in a config, now or as soon as somebody imports it."""
+    if MODELING in sys.modules:
+        _extend(sys.modules[MODELING])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Extends the module after its import, which takes seconds and may never be wanted."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != MODELING:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                _extend(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def _extend(module: Any) -> None:
+    stock = module.PreTrainedModel.post_init
+    if hasattr(stock, "builds_pruned"):
+        return
+
+    @functools.wraps(stock)
+    def post_init(self: Any) -> None:
+        if resize(self):
+            wear(self)
+        stock(self)
+
+    post_init.builds_pruned = True
+    module.PreTrainedModel.post_init = post_init

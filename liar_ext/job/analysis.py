@@ -18,8 +18,7 @@ from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import broadcast, share
-from liar_ext.job.speed import Speed
-from liar_ext.job.state import SENSITIVITY, Job, per, score_key, sensitivity_key
+from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
 from liar_ext.job.streamed import ProbeStreams, StreamedPasses
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
