@@ -288,7 +288,6 @@ def _check_memory(path: str | os.PathLike[str], widths: list[int], more: int) ->
 
 
 def _sums(file: safe_open, name: str, d: int) -> Moments:
-    """Return the sums of a site, which any calibration could have given."""
     packed, total, count = (file.get_tensor(f"{name}.{part}") for part in PARTS)
     gram = unpacked(packed, d)
     finite = all(all_finite(part) for part in (packed, total, count))

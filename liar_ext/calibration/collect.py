@@ -290,7 +290,6 @@ def counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
 
 
 def _check_alike(*digests: str) -> None:
-    """Raise InputError unless all ranks have run the same model over the same text."""
     first, *others = distributed.gather(digests)
     for rank, each in enumerate(others, 1):
         for what, own, other in zip(("model", "text"), first, each, strict=True):

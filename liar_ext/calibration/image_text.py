@@ -304,7 +304,6 @@ class ImageTextReader(Reader):
 
 
 def _with_images(message: Mapping[str, Any], images: Iterator[Any]) -> dict[str, Any]:
-    """Return a message with the next images in the places of its images."""
     content = message["content"]
     if not isinstance(content, str):
         content = [p if p["type"] == "text" else p | {"image": next(images)} for p in content]

@@ -138,7 +138,6 @@ class BlockStore:
         self._weights.close()
 
     def _taken(self, index: int) -> dict[str, Tensor]:
-        """Return the tensors of a block, which may have been read ahead."""
         ahead, self._next = self._next, None
         tensors = ahead[1].result() if ahead is not None else None
         if ahead is not None and ahead[0] == index:

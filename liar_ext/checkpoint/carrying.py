@@ -98,7 +98,6 @@ def license_of(source: Path | None) -> str | None:
 
 
 def _files(source: Path, said: list[str]) -> Iterator[tuple[Path, str]]:
-    """Yield the files that go along, with their names in the folder."""
     for path in sorted(source.iterdir()):
         own = path.name == CARD_FILE or path.name.startswith(f"{OWN_FOLDER}_")
         if path.is_file() and not own and _goes(path.name) and not _is_weight(path.name):
@@ -212,7 +211,6 @@ def write_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def _leave_larger(source: Path, folder: Path) -> list[str]:
-    """Remove copied files that list tokens of the dense model; return a sentence about them."""
     for path in folder.iterdir():
         if path.suffix in OLDER:
             path.unlink()

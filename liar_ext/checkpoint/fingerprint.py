@@ -95,7 +95,6 @@ def read_fingerprint(folder: Path) -> Fingerprint:
 def _check_fingerprint(
     inputs: Mapping[str, Tensor], output: Tensor, facts: Mapping[str, str]
 ) -> None:
-    """Raise ValueError unless a fingerprint is what :func:`write_fingerprint` writes."""
     names, dtype, attention = list(inputs), facts["dtype"], facts["attention"]
     if not set(names) <= set(NAMES) or dtype not in DTYPES or not attention.isidentifier():
         raise ValueError(f"unknown names, dtype or attention {names, dtype, attention}")

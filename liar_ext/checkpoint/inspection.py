@@ -128,7 +128,6 @@ def _read_header(path: Path, operation: str) -> dict[str, tuple[int, ...]]:
 
 
 def _check_file(path: Path, operation: str) -> None:
-    """Refuse what is no ordinary file, or may not be read."""
     if not os.path.exists(path):
         raise InputError(f"{operation}: {path} is missing; copy the folder again")
     if not os.path.isfile(path):

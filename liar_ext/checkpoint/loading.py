@@ -221,7 +221,6 @@ def reach_hub(name: str | os.PathLike[str]) -> None:
 
 
 def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
-    """Load a causal language model from a GGUF file, dequantised."""
     from transformers import AutoModelForCausalLM
 
     with obedient_bar(), quiet(), reading(path, "load_model"), _alone(path) as found:

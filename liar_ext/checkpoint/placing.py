@@ -143,7 +143,6 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def _check_existing(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that exists, unless it may be overwritten and is all ours."""
     if not os.path.lexists(folder):
         return
     if not overwrite:

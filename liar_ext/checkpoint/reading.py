@@ -144,7 +144,6 @@ def read_weights(
 
 
 def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int, ...]], list[Any]]:
-    """Return the shapes of modules that a config names, and the sizes of layers."""
     said = config.liar if isinstance(config.liar, Mapping) else {}
     shapes = {
         (path, name): tuple(size)

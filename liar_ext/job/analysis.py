@@ -265,7 +265,6 @@ def decide(job: Job, passes: Passes | None) -> Decision:
 
 
 def _restored(job: Job, passes: Passes, facts: Mapping[str, Any]) -> Decision:
-    """Return the plan of a checkpoint; the steps before it need not be done."""
     passes.summed = facts["summed"]
     decision = Decision(Plan.from_json(facts["plan"]), **{name: facts[name] for name in SAVED})
     if job.walk is not None:

@@ -128,7 +128,6 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
 
 
 def _unknown(job: Job, at: Sequence[Site]) -> tuple[bool, bool]:
-    """Tell whether error curves, and sensitivities, are still to be found."""
     recipe, known = job.recipe, job.known or Known()
     key = sensitivity_key(recipe, known, job.model, at)
     return not known.has("curve", score_key(recipe), at), not known.has(SENSITIVITY, key, at)

@@ -178,7 +178,6 @@ def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
 
 
 def _measures(job: Job) -> bool:
-    """Tell whether the schedule is chosen by what whole models give on held-out text."""
     auto = job.asked.schedule == "auto" and job.recipe.schedule == "layerwise"
     # Fewer hidden features are no states to compare with the dense model's, and of a model that is
     # written as it is solved there is nothing to compare.

@@ -204,7 +204,6 @@ def _sizes(size: int) -> Iterator[int]:
 
 
 def _between(sizes: list[int], best: int) -> list[int]:
-    """Return the multiples of 64 halfway from a size to its neighbours among sizes."""
     at = sizes.index(best)
     around = [each for each in (at - 1, at + 1) if 0 <= each < len(sizes)]
     halfway = {STEP * round((best + sizes[each]) / 2 / STEP) for each in around}

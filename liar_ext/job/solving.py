@@ -138,7 +138,6 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
 
 
 def _solve(job: Job, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:
-    """Return new weights by a schedule, and the rows of the report."""
     settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
     if schedule == "layerwise":
         settings |= {"fresh": job.certify_on or (), "saved": job.saved}

@@ -202,7 +202,6 @@ class StreamedPasses(Passes):
                 )
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
-        """Take all sequences past a block, and return the moments of its sites."""
         taps = [tap_at(self.model, site) for site in group]
         with summing(self.model, taps) as (moments, current):
             self.text.advance(index, current.set)
@@ -276,7 +275,6 @@ class StreamedPasses(Passes):
         return {each.name: each.hidden for each in (self.text, *self.along, *probes)}
 
     def _numbers(self, name: str) -> Sequence[int] | None:
-        """Return which hidden states of a stream this rank has."""
         own = {each.name: each.numbers for each in (self.text, *self.along)}
         return own[name] if name in own or self.probes is None else self.probes.dense.numbers
 

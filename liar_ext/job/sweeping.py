@@ -113,7 +113,6 @@ class Sweep:
         return pruned, Point(*given, time.perf_counter() - start, report)
 
     def _size(self, pruned: nn.Module, recipe: Recipe) -> tuple[int, float]:
-        """Return the parameters of a pruned model, and its fraction of the operations."""
         budget = Budget(1.0, "flops", seq_len=recipe.seq_len)
         costs = [total_cost(each, sites(each), budget) for each in (pruned, self.model)]
         return count_params(pruned), costs[0] / costs[1]

@@ -267,7 +267,6 @@ def _pooled(
 
 
 def _facts(batches: Sequence[Batch]) -> dict[str, int]:
-    """Return how many inputs there are, and of text the tokens and the longest."""
     sequences = sum(map(len, batches))
     if not sequences:
         raise InputError("evaluation: needs at least one batch, got none; give more text")

@@ -332,7 +332,6 @@ def peak_memory(name: str, settings: Settings) -> dict[str, int]:
 
 
 def _own_peaks(name: str, settings: Settings) -> dict[str, int]:
-    """Load and run a model; return the peaks of memory of this process."""
     peaks: dict[str, int] = {}
     with use_threads(settings.threads):
         model = load_model(name, settings.dtype, settings.device)[0]
