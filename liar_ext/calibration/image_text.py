@@ -96,13 +96,8 @@ def read_examples(source: str | os.PathLike[str]) -> Files:
     format of transformers, in whose content ``{"type": "image"}`` stands for an image, the next
     one of the line or that of its own path. Lines of text alone may be among them. A folder, or a
     dataset with a column ``image``, is as :func:`liar_ext.calibration.media.read_files` has it,
-    and each picture needs a text.
-
-    Raises
-    ------
-    InputError
-        With the number of the line: if one is no such object, or names a picture that is not there,
-        or one outside of the folder.
+    and each picture needs a text. InputError, with the number of the line, if one is no such
+    object, or names a picture that is not there or outside of the folder.
     """
     source = os.fspath(source)
     path, notes = Path(source), []

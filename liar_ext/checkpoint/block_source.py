@@ -87,11 +87,6 @@ class BlockStore:
         """Bytes of the output head, unless it is always in memory."""
         return sum(self._bytes(path) for path in self._head)
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self._bytes("")
-
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Have the weights of one block in memory for as long as the context is open."""

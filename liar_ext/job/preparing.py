@@ -43,10 +43,7 @@ NO_GAIN = (
 def prepare(job: Job) -> Job:
     """Return a job with all that its recipe leaves open resolved, before the first batch is run.
 
-    Raises
-    ------
-    InputError
-        For whatever can't work.
+    InputError is raised for whatever can't work.
     """
     model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
     job = replace(job, asked=job.recipe, recipe=job.recipe.settled())

@@ -151,11 +151,7 @@ def share_budget(
     budget, and measured on text that chose no token. Sizes fall by a quarter until the loss grows;
     then those halfway to both neighbours of the best are tried. Moments, scores and sensitivities
     are computed once, with all tokens. Returns None if all tokens stay, and the sizes tried.
-
-    Raises
-    ------
-    InputError
-        If no size meets the budget, or outputs of different vocabularies don't compare.
+    InputError if no size meets the budget, or outputs of different vocabularies don't compare.
     """
     quality.check_judges(model)
     fixed = replace(recipe, schedule="one-pass", keep_vocab=1.0, vocab_text=(), vocab_scripts=())

@@ -79,10 +79,6 @@ def measure_latency(
     progress : bool
         Show a progress bar.
 
-    Returns
-    -------
-    LatencyTable
-
     Raises
     ------
     InputError
