@@ -87,7 +87,7 @@ def prepare(job: Job) -> Job:
     }
     room = room_for_sums(model, recipe.memory)
     job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
-    return job if job.walk is None else _shared_out(job)
+    return job if job.walk is None else share_out(job)
 
 
 def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
@@ -233,10 +233,4 @@ def recorded(job: Job) -> Job:
     known = job.saved.begin(facts, **kept)
     if job.walk is None:
         return replace(job, room=known["room"])
-    return _shared_out(job, known["keep_sums"])
-
-
-def _shared_out(job: Job, keep_sums: bool | None = None) -> Job:
-    """Share the limit out; raise InputError if it isn't enough."""
-    given = job.walk.source, job.sites(job.model), list(read_batches(job.batches)), job.recipe
-    return replace(job, shares=share_out(*given, job.limit, keep_sums))
+    return share_out(job, known["keep_sums"])

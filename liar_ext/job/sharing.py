@@ -97,12 +97,11 @@ class SmallerVocabulary:
         texts, judging = held_out_of(texts)
         most = JUDGED_PIECES if predicts_next_token(self.model) else JUDGED_DOCUMENTS
         counted, quality = count(texts), self._quality(recipe, judging, most)
-        given = counted, self.model, self.tokenizer, quality
         if shares_budget(recipe):
             with alone():
-                chosen, auto = share_budget(*given, recipe, self._draw(), self._progress)
+                chosen, auto = share_budget(counted, quality, recipe, self._draw())
         else:
-            chosen, auto = smallest(*given)
+            chosen, auto = smallest(counted, quality)
         whole = {"before": counted.size, "after": counted.size}
         whole |= {"kind": counted.pieces.kind_in_words, "kept_of_text": 1.0}
         facts = (chosen.facts if chosen else whole) | {"auto": auto}
@@ -137,13 +136,7 @@ class SmallerVocabulary:
 
 
 def share_budget(
-    counted: Counted,
-    model: nn.Module,
-    tokenizer: Any,
-    quality: VocabularyQuality,
-    recipe: Recipe,
-    batches: Batches,
-    progress: bool = False,
+    counted: Counted, quality: VocabularyQuality, recipe: Recipe, batches: Batches
 ) -> tuple[Choice | None, dict[str, Any]]:
     """Return the vocabulary with which a model pruned to the whole budget loses least.
 
@@ -153,9 +146,10 @@ def share_budget(
     are computed once, with all tokens. Returns None if all tokens stay, and the sizes tried.
     InputError if no size meets the budget, or outputs of different vocabularies don't compare.
     """
+    model, tokenizer = counted.model, counted.tokenizer
     quality.check_judges(model)
     fixed = replace(recipe, schedule="one-pass", keep_vocab=1.0, vocab_text=(), vocab_scripts=())
-    work = Sweep(model, batches, progress=progress, probe_keep=PROBE_KEEP)
+    work = Sweep(model, batches, progress=counted.progress, probe_keep=PROBE_KEEP)
     total, tried, choices = count_params(model), {}, {}
 
     def measure(size: int) -> None:

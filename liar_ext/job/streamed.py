@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import Batch, Batches, count_tokens, one_of_each, read_batches
+from liar_ext.calibration.batches import Batches, count_tokens, one_of_each, read_batches
 from liar_ext.calibration.collect import (
     Passes,
     check_not_padding,
@@ -23,13 +24,12 @@ from liar_ext.calibration.collect import (
 from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
 from liar_ext.calibration.taps import is_relative, tap_at
-from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.saving import SHARD_BYTES
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
-from liar_ext.job.state import Shares
+from liar_ext.job.state import Job, Shares
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Budget, Plan
@@ -68,23 +68,16 @@ def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bo
         )
 
 
-def share_out(
-    store: BlockStore,
-    at: Sequence[Site],
-    batches: Sequence[Batch],
-    recipe: Recipe,
-    limit: int,
-    keep_sums: bool | None = None,
-) -> Shares:
-    """Share ``limit`` bytes out; raise InputError if a block and its sums don't fit.
+def share_out(job: Job, keep_sums: bool | None = None) -> Job:
+    """Return a job with its limit shared out; raise InputError if a block and its sums don't fit.
 
     Sums are kept where they fit, unless ``keep_sums`` says.
     """
+    store, at, recipe, limit = job.walk.source, job.sites(job.model), job.recipe, job.limit
+    batches = list(read_batches(job.batches))
 
     def needed(shard: int) -> dict[str, int]:
-        size = store.block_bytes * (1 + store.prefetch)
-        need = bytes_by_blocks(store.model, at, batches, recipe, blocks=size, head=store.head_bytes)
-        return need | {"a shard to be written": shard}
+        return bytes_by_blocks(store, at, batches, recipe) | {"a shard to be written": shard}
 
     shard = min(SHARD_BYTES, max(limit // SHARD_PART, store.block_bytes))
     need = needed(shard)
@@ -95,7 +88,8 @@ def share_out(
     left, sums = room_for_states(need, limit), sum(bytes_of_sums(site.d_in) for site in at)
     if keep_sums is None:
         keep_sums = all(gather(recipe.schedule == "one-pass" and sums <= left // 2))
-    return Shares(need, shard, max(0, left - (sums if keep_sums else 0)), keep_sums)
+    states = max(0, left - (sums if keep_sums else 0))
+    return replace(job, shares=Shares(need, shard, states, keep_sums))
 
 
 ALONG = "judged"  # the key of text that has passed the dense model

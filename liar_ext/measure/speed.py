@@ -117,7 +117,6 @@ def benchmark(
     settings: Settings,
     *,
     memory: bool = True,
-    clock: Clock = time.perf_counter,
     progress: bool = False,
 ) -> Benchmark:
     """Measure a pruned model beside a dense one, or alone.
@@ -142,7 +141,7 @@ def benchmark(
             sizes = sum(each.numel() for each in weights), sum(each.nbytes for each in weights)
             facts[role] = ModelFacts(name, *sizes, peaks[role])
         check_models(models, settings)
-        rates = measure(models, settings, clock=clock, progress=progress)
+        rates = measure(models, settings, progress=progress)
         threads = torch.get_num_threads()
     return Benchmark(
         pruned=facts["pruned"],
