@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
+from liar_ext.checkpoint.folder import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.sites import sites
 from liar_ext.progress import quiet

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from liar_ext.checkpoint.names import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
+from liar_ext.checkpoint.folder import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
 from liar_ext.checkpoint.stock_config import auto_names, model_class
 from liar_ext.errors import InputError, refusing
 from liar_ext.untrusted import UNREADABLE, read_value

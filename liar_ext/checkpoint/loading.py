@@ -25,7 +25,7 @@ from torch import nn
 
 from liar_ext.calibration.image_text import ImageTextReader, holds_images
 from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, INPUTS, Reader
-from liar_ext.checkpoint import names
+from liar_ext.checkpoint import folder as saved
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
 from liar_ext.checkpoint.reading import (
     SAFELY,
@@ -85,15 +85,15 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             "that it was made from"
         )
     plan, mark = None, fields["liar"]
-    if (mark["version"], mark["layers"]) == (names.OLD_MARK_VERSION, "unequal"):
-        plan = read_plan(folder / names.OLD_PLAN_FILE, "load_pruned")
+    if (mark["version"], mark["layers"]) == (saved.OLD_MARK_VERSION, "unequal"):
+        plan = read_plan(folder / saved.OLD_PLAN_FILE, "load_pruned")
         with reading(folder, "load_pruned"):
             given = kwargs.get("config") or stock.config_class.from_dict(fields)
             kwargs["config"] = dense_config(given)
             kwargs["config"].liar = mark
     kwargs = {name: value for name, value in kwargs.items() if name not in REFUSED_ARGUMENTS}
     # Of newer folders the config says it all, but a damaged one is told of.
-    plans = [folder / name for name in (names.PLAN_FILE, names.OLD_PLAN_FILE)]
+    plans = [folder / name for name in (saved.PLAN_FILE, saved.OLD_PLAN_FILE)]
     known = [read_plan(path, "load_pruned") for path in plans if os.path.lexists(path)]
     model = read_weights(stock, found, "load_pruned", plan, strict=True, **kwargs)
     if known:
@@ -230,7 +230,7 @@ def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
     check_keys(info, path, "load_model", strict=False)
     model.config._name_or_path = os.fspath(path.parent)
     model.config.__dict__.pop("quantization_config", None)
-    for name in names.QUANTISER_MARKS:
+    for name in saved.QUANTISER_MARKS:
         model.__dict__.pop(name, None)
     return model
 
@@ -254,7 +254,7 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
     if model.main_input_name != "input_ids":
         return None  # a vision model, which has a processor
     if path.is_dir():
-        there = [file for file in names.TOKENIZER_FILES if (path / file).exists()]
+        there = [file for file in saved.TOKENIZER_FILES if (path / file).exists()]
         if not there:
             return None
         for file in there:
@@ -306,12 +306,12 @@ def load_reader(kind: str, name: str, model: Any) -> Reader:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     path, given = Path(name), {"trust_remote_code": False}
-    wanted = (names.PROCESSOR_FILES, names.TOKENIZER_FILES)
+    wanted = (saved.PROCESSOR_FILES, saved.TOKENIZER_FILES)
     there, texts = ([file for file in files if (path / file).exists()] for files in wanted)
     if path.is_dir() and not there:
         raise InputError(
             f"load_model: {name} has no processor to read {kind} with; put its "
-            f"{names.PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of "
+            f"{saved.PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of "
             "your own"
         )
     for file in there:

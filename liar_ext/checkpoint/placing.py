@@ -24,8 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from liar_ext.checkpoint.fingerprint import strangers
-from liar_ext.checkpoint.names import MARKER_FILE
+from liar_ext.checkpoint.folder import MARKER_FILE, strangers
 from liar_ext.errors import InputError, one_line
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.

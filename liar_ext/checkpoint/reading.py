@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from liar_ext.checkpoint.carrying import MODULES_FILE
+from liar_ext.checkpoint.folder import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
-from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.stock_config import describe, model_class, skeleton
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.liar_loader import resize

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
+from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
 from liar_ext.errors import InputError
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.residual_stream import stream_of

@@ -11,7 +11,7 @@ from torch import nn
 
 from liar_ext.calibration.batches import Batches, read_batch
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
 from liar_ext.job.estimate import (
     GIB,

@@ -16,7 +16,7 @@ from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.saved_sums import room_for_sums
 from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
 from liar_ext.job.solving import hold_out

@@ -17,7 +17,7 @@ from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import check_folder, writing
 from liar_ext.checkpoint_store import RESULT, Checkpoint, opened

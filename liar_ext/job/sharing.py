@@ -11,7 +11,7 @@ from torch import nn
 
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.generated import SELF
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.distributed import alone, broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep

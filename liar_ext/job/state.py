@@ -15,7 +15,7 @@ from torch import nn
 
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, read_batch
-from liar_ext.checkpoint.fingerprint import fixed_inputs
+from liar_ext.checkpoint.folder import fixed_inputs
 from liar_ext.checkpoint.saving import Shards, fill_folder
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.distributed import is_first

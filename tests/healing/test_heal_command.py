@@ -11,7 +11,7 @@ from stopping import stop_at
 from tiny import tiny
 
 from liar_ext import InputError, Report, cli, compress, load_pruned, verify_pruned
-from liar_ext.checkpoint.fingerprint import strangers
+from liar_ext.checkpoint.folder import strangers
 from liar_ext.cli import inputs
 from liar_ext.healing import MINUTES
 from liar_ext.healing import heal as runs
