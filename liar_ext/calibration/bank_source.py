@@ -56,9 +56,7 @@ def check_source(source: Any) -> None:
             raise InputError(f"{name} can't be {str(value)[:60]!r}")
 
 
-def combine(
-    mine: Source, theirs: Source, sequences: tuple[Tensor | None, Tensor | None] = (None, None)
-) -> Source:
+def combine(mine: Source, theirs: Source, sequences: Sequence[Tensor | None]) -> Source:
     """Return the facts of the sum of two banks, with digests of the ``sequences`` of both.
 
     InputError is raised if the banks don't add up: of other models, sites, units, dtypes or

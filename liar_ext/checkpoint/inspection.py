@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,6 @@ class Folder:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
-
-    @property
-    def numel(self) -> int:
-        """Numbers that the weights hold."""
-        return sum(map(prod, self.tensors.values()))
 
 
 def inspect_folder(path: Path, operation: str) -> Folder:

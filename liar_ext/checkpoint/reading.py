@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def read_weights(
     **kwargs: Any,
 ) -> nn.Module:
     """Load a folder by its stock class; refuse weights that lack, or add, any of the model's."""
-    numel = None if "quantization_config" in found.config else found.numel
+    is_packed = "quantization_config" in found.config
+    numel = None if is_packed else sum(map(prod, found.tensors.values()))
     loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
     with quiet(), reading(found.path, operation):
         # Weights of other sizes are refused below, by name.
