@@ -248,10 +248,6 @@ class ImageTextReader(Reader):
         self.kind, self.writes = IMAGES_WITH_TEXT, False
         self.model, self.processor = model, processor
 
-    def of(self, model: nn.Module) -> Reader:
-        """Return the same for another model of this kind, such as a pruned one."""
-        return ImageTextReader(model, self.processor)
-
     def clips(self, items: Sequence[Example]) -> Iterator[Example]:
         """Yield the examples."""
         yield from items

@@ -205,10 +205,6 @@ class Reader:
                 "put one into its folder"
             )
 
-    def of(self, model: nn.Module) -> Reader:
-        """Return the same for another model of this kind, such as a pruned one."""
-        return Reader(self.kind, model, self.processor, self.tokenizer)
-
     def clips(self, items: Sequence[Item]) -> Iterator[Clip]:
         """Yield pictures, or pieces of recordings that are no longer than the model hears.
 

@@ -304,7 +304,7 @@ def word_errors(
         clips += [(number, clip) for clip in reader.clips([item])]
     heard = ["" for _ in items]
     start = time.perf_counter()
-    writer = reader.of(model)
+    writer = Reader(reader.kind, model, reader.processor, reader.tokenizer)
     for at in Bar(range(0, len(clips), batch_size), desc="evaluate", disable=not progress):
         numbers, some = zip(*clips[at : at + batch_size], strict=True)
         features = writer.features([samples for samples, _ in some])
