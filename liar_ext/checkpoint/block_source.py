@@ -66,8 +66,7 @@ class BlockStore:
         prefetch: bool = True,
         room: str | os.PathLike[str] | None = None,
     ) -> None:
-        found = load_offloaded(name, dtype, device, room)
-        self.model, self._weights, self._paths, self._head = found
+        self.model, self._weights, self._paths, self._head = _loaded(name, dtype, device, room)
         self.tokenizer = load_tokenizer(Path(name), name, self.model)
         self.device, self.prefetch = torch.device(device), prefetch
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
@@ -163,18 +162,10 @@ class BlockStore:
         return sum(each.nbytes for each in self.model.get_submodule(path).parameters())
 
 
-def load_offloaded(
-    name: str | os.PathLike[str],
-    dtype: str | torch.dtype = "float32",
-    device: str = "cpu",
-    room: str | os.PathLike[str] | None = None,
+def _loaded(
+    name: Any, dtype: str | torch.dtype, device: str, room: Any
 ) -> tuple[nn.Module, OpenWeights, list[str], list[str]]:
-    """Load a folder or a hub id without its blocks, and without a head of its own weights.
-
-    These are on the meta device. Returned are the model, what reads their tensors by name in the
-    model's dtype, and the paths of the blocks, and of what was left out beside them. ``room`` is as
-    for :class:`BlockStore`.
-    """
+    """Return a model without blocks and head, their tensors by name, and the paths of both."""
     try:
         from accelerate.hooks import remove_hook_from_submodules
     except Exception as error:  # a broken package raises anything
