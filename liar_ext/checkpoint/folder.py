@@ -71,7 +71,6 @@ class Fingerprint:
     inputs: dict[str, Tensor]  # one sequence or image, or what each part of the model reads
     output: Tensor  # the logits, or the last hidden state if there is no head
     dtype: torch.dtype
-    attention: str  # which implementation
     params: int  # shared ones counted once
 
     @property
@@ -123,7 +122,7 @@ def read_fingerprint(folder: Path) -> Fingerprint:
             output = file.get_tensor("output")
         _check_fingerprint(inputs, output, facts)
         dtype = getattr(torch, facts["dtype"])
-        return Fingerprint(inputs, output, dtype, facts["attention"], int(facts["params"]))
+        return Fingerprint(inputs, output, dtype, int(facts["params"]))
 
 
 def _check_fingerprint(
