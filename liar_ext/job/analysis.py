@@ -19,7 +19,7 @@ from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import broadcast, share
 from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
-from liar_ext.job.streamed import ProbeStreams, StreamedPasses
+from liar_ext.job.streamed import StreamedPasses
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
 from liar_ext.progress import spare
@@ -121,14 +121,10 @@ def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Pa
     whole = base.model is job.model and job.recipe.keep_vocab == 1.0
     if not whole and job.recipe.keep == 1.0:
         return None
-    text = () if job.batches is None else job.batches
-    if job.walk is None:
-        given = base.model, text, base.at, job.room
-        return Passes(*given, bank=job.bank, saved=job.saved, progress=job.progress)
-    probes = None
-    if job.recipe.allocation == "curve":
-        probes = ProbeStreams(job.walk, text, job.recipe.budget, job.recipe.reconstruct)
-    return StreamedPasses(job.walk, text, base.at, job.shares.keep_sums, along, probes)
+    if job.walk is not None:
+        return StreamedPasses(job, along)
+    given = base.model, () if job.batches is None else job.batches, base.at, job.room
+    return Passes(*given, bank=job.bank, saved=job.saved, progress=job.progress)
 
 
 def analyze(job: Job, passes: Passes) -> Analysis:

@@ -92,11 +92,11 @@ def reconstruct(job: Job, passes: Passes | None, plan: Plan, evaluation: Evaluat
     facts = {"max_memory": job.limit}
 
     def blocks() -> Iterator[Block]:
-        given, along = (plan, recipe.reconstruct, recipe.damp), [job.out.fixed, *evaluation.along]
+        along, how = [job.out.fixed, *evaluation.along], (recipe.reconstruct, recipe.damp)
         if recipe.schedule == "layerwise":
-            yield from solve_layerwise(walk, *given, job.batches, job.certify_on or (), along)
+            yield from solve_layerwise(walk, plan, *how, job.batches, job.certify_on or (), along)
         else:
-            yield from passes.solve(*given, along)
+            yield from passes.solve(plan, along)
         facts["calibrate_passes"] = passes.taken
         facts["hidden_states_on_disk"] = walk.states.most_on_disk
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import Batches, count_tokens, one_of_each, read_batches
+from liar_ext.calibration.batches import count_tokens, one_of_each, read_batches
 from liar_ext.calibration.collect import (
     Passes,
     check_not_padding,
@@ -32,12 +32,12 @@ from liar_ext.job.estimate import bytes_by_blocks, room_for_states
 from liar_ext.job.state import Job, Shares
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.plan import Budget, Plan
+from liar_ext.plan import Plan
 from liar_ext.progress import Bar, spare
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved, solve_blocks
 from liar_ext.reconstruction.solve import reconstruct_shared
-from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
+from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams
 from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
 from liar_ext.selection.error_curves import energy_shares
 from liar_ext.selection.sensitivity import mean_divergences, pruned_site
@@ -104,18 +104,11 @@ class StreamedPasses(Passes):
     ``along`` and ``probes`` are other text that passes the blocks in the first walk.
     """
 
-    def __init__(
-        self,
-        walk: Walk,
-        batches: Batches,
-        at: Sequence[Site],
-        keep: bool = False,
-        along: Sequence[StreamedBatches] = (),
-        probes: ProbeStreams | None = None,
-    ) -> None:
-        self.walk, self.model, self.at, self.keep = walk, walk.model, list(at), keep
-        self.along, self.probes = along, probes
-        self.batches = list(read_batches(batches))
+    def __init__(self, job: Job, along: Sequence[StreamedBatches]) -> None:
+        walk, self.recipe, self.keep = job.walk, job.recipe, job.shares.keep_sums
+        self.walk, self.model, self.at = walk, walk.model, job.sites(walk.model)
+        self.probes = ProbeStreams(job) if job.recipe.allocation == "curve" else None
+        self.along, self.batches = along, list(read_batches(job.batches))
         numbers = range(rank(), len(self.batches), world_size())
         self.text = StreamedBatches("text", walk, [self.batches[n] for n in numbers], numbers)
         self.summed: list[int] = []  # numbers of the walks that ran the text
@@ -162,9 +155,7 @@ class StreamedPasses(Passes):
                     yield group
             self.bank = MomentBank({}, self.source)  # what comes after needs the memory
 
-    def solve(
-        self, plan: Plan, mode: str, damp: float | str, along: Sequence[StreamedBatches]
-    ) -> Iterator[Solved]:
+    def solve(self, plan: Plan, along: Sequence[StreamedBatches]) -> Iterator[Solved]:
         """Yield the blocks in a second walk, as :func:`solve_blocks` does, each in one pass."""
         if not self.keep:
             self.text.hidden.clear()
@@ -174,7 +165,8 @@ class StreamedPasses(Passes):
             if self.keep and not self.kept:  # the plan was known
                 self._restore_sums(range(done, len(self.walk.blocks)))
             for group in self.back():
-                how = {"mode": mode, "damp": damp}  # a name for the bank would keep it
+                # A name for the bank would keep it.
+                how = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
                 yield self.index, *reconstruct_shared(self.model, self.bank, plan, group, **how)
 
         def streams() -> Streams:
@@ -284,9 +276,9 @@ class ProbeStreams:
     the few probe sequences each in turn.
     """
 
-    def __init__(self, walk: Walk, batches: Batches, budget: Budget, mode: str) -> None:
-        self.walk, self.budget, self.mode = walk, budget, mode
-        every = list(read_batches(probes_of(walk.model, batches)))
+    def __init__(self, job: Job) -> None:
+        walk, self.budget, self.mode = job.walk, job.recipe.budget, job.recipe.reconstruct
+        self.walk, every = walk, list(read_batches(probes_of(walk.model, job.batches)))
         numbers = range(rank(), len(every), world_size())
         self.dense = StreamedBatches("probed", walk, [every[n] for n in numbers], numbers)
         self.streams: dict[str, StreamedBatches] = {}  # of each probe that has begun
