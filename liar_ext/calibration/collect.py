@@ -80,10 +80,8 @@ def calibrate(
     with opened(checkpoint) as room:
         saved = SavedSums(room, of=len(batches) if isinstance(batches, Sized) else None)
         bank = collect_at(model, batches, at, keep_text=keep_text, saved=saved, progress=progress)
-    bank.source["sites"] = {
-        site.name: {n: getattr(site, n) for n in ("unit", "units", "width", "groups")}
-        for site in at
-    }
+    facts = ("unit", "units", "width", "groups")
+    bank.source["sites"] = {site.name: {n: getattr(site, n) for n in facts} for site in at}
     return bank
 
 

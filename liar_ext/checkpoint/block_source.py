@@ -228,11 +228,8 @@ def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str,
     named = (model.named_parameters, model.named_buffers)
     all_names = [name for each in named for name, _ in each(remove_duplicate=False)]
     outside = [name for name in all_names if not name.startswith(inside)]
-    return (
-        blocks,
-        head,
-        {_mapped(name, apart): device for name in outside} | dict.fromkeys(apart, "disk"),
-    )
+    here = {_mapped(name, apart): device for name in outside}
+    return blocks, head, here | dict.fromkeys(apart, "disk")
 
 
 def _mapped(name: str, apart: tuple[str, ...]) -> str:

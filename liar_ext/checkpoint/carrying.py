@@ -217,9 +217,8 @@ def _leave_larger(source: Path, folder: Path) -> list[str]:
     known = {*TOKENIZER, *(path.name for path in source.iterdir() if path.suffix in OLDER)}
     left = sorted(n for n in known if (source / n).is_file() and not (folder / n).exists())
     lists = [name for name in left if not name.startswith(("special_tokens", "chat_template"))]
-    return [
-        f"{', '.join(lists)} of the dense model would list removed tokens and stay behind."
-    ] * bool(lists)
+    said = f"{', '.join(lists)} of the dense model would list removed tokens and stay behind."
+    return [said] * bool(lists)
 
 
 def compare_tokenization(folder: Path) -> bool | None:

@@ -261,9 +261,8 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
             if file.endswith("_config.json"):
                 read_json(path / file, "load_model")
     with reading(f"the tokenizer of {name}", "load_model"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, config=model.config, trust_remote_code=False
-        )
+        given = {"config": model.config, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(name, **given)
         special = set(tokenizer.all_special_tokens)  # which may have come later
         known = tokenizer.get_vocab().items()
         largest = max((index for token, index in known if token not in special), default=-1)

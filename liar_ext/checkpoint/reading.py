@@ -163,9 +163,8 @@ def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool)
 
     A stranger's folder may hold a head that the class doesn't read (``strict=False``).
     """
-    mismatched, missing, extra = (
-        sorted(info[f"{kind}_keys"]) for kind in ("mismatched", "missing", "unexpected")
-    )
+    kinds = "mismatched", "missing", "unexpected"
+    mismatched, missing, extra = (sorted(info[f"{kind}_keys"]) for kind in kinds)
     if not strict:
         extra = [key for key in extra if re.search(r"\.\d+\..*(weight|bias)$", key)]
 

@@ -219,9 +219,8 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
             f"to {d_out} features, {'with' if bias else 'without'} bias; copy the folder again"
         )
     linear = nn.Linear(d_in, d_out, bias=bool(bias), device="meta")
-    linear.load_state_dict(
-        {key.removeprefix("linear."): tensor for key, tensor in tensors.items()}, assign=True
-    )
+    own = {key.removeprefix("linear."): tensor for key, tensor in tensors.items()}
+    linear.load_state_dict(own, assign=True)
     sentence.rest.extend([linear.float(), getattr(nn, activation)()])
     sentence.files[str(name)] = _text(fields)
     sentence.tensors[str(path / WEIGHTS)] = tensors

@@ -186,9 +186,8 @@ class Healing:
     ) -> None:
         self.model, self.teacher, self.batches, self.held_out = model, teacher, batches, held_out
         self.training, self.saved, self.device = training, saved, device_of(model)
-        self.cast = partial(
-            torch.autocast, self.device.type, torch.bfloat16, enabled=training.bfloat16
-        )
+        kind, half = self.device.type, training.bfloat16
+        self.cast = partial(torch.autocast, kind, torch.bfloat16, enabled=half)
         self.so_far, self.best, self.after = SoFar(), None, math.inf
         self.student, self.trained = choose(model, training.train, training.seed)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=training.lr, weight_decay=0.0)
@@ -242,9 +241,8 @@ class Healing:
         if not torch.isfinite(norm):
             return False
         minutes = so_far.seconds / 60 / max(so_far.steps, 1)
-        middle = self.done(
-            {"tokens": tokens, "steps": 1, "minutes": minutes}[self.training.unit] / 2
-        )
+        step = {"tokens": tokens, "steps": 1, "minutes": minutes}[self.training.unit]
+        middle = self.done(step / 2)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * schedule(middle)
         self.optimizer.step()

@@ -146,9 +146,8 @@ def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         value, target = value[mask], target[mask]
     rows = value.flatten(0, -2).split(ROWS), target.flatten(0, -2).split(ROWS)
     # The softmax of all rows would take several times the memory of the logits.
-    return torch.cat(
-        [checkpoint(_of_logits, *some, use_reentrant=False) for some in zip(*rows, strict=True)]
-    )
+    pairs = zip(*rows, strict=True)
+    return torch.cat([checkpoint(_of_logits, *pair, use_reentrant=False) for pair in pairs])
 
 
 @torch.no_grad()
@@ -171,10 +170,8 @@ def _of_logits(value: Tensor, target: Tensor) -> Tensor:
     value, target = value.float(), target.float()
     if value.shape[-1] == 1:
         return (value - target).square().flatten()
-    dense = target.log_softmax(-1)
-    return functional.kl_div(value.log_softmax(-1), dense, reduction="none", log_target=True).sum(
-        -1
-    )
+    both = value.log_softmax(-1), target.log_softmax(-1)
+    return functional.kl_div(*both, reduction="none", log_target=True).sum(-1)
 
 
 def _of_states(value: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

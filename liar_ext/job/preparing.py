@@ -81,10 +81,8 @@ def prepare(job: Job) -> Job:
         job = job if judged else _without_gain(job, at, notes)
     if backward and job.batches:
         check_loss(model, job.batches[0])
-    params = {
-        "before": count_params(model) + tokens_gone(model),
-        "prunable_before": sum(s.params for s in at),
-    }
+    before, prunable = count_params(model) + tokens_gone(model), sum(s.params for s in at)
+    params = {"before": before, "prunable_before": prunable}
     room = room_for_sums(model, recipe.memory)
     job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
     return job if job.walk is None else share_out(job)

@@ -95,9 +95,7 @@ class Known:
         for (what, key, name), (value, _) in self.found.items():
             if what == SENSITIVITY:
                 by_key.setdefault(key, {})[name] = value
-        bank.source["sensitivities"] = [
-            {"key": key, "sites": sites} for key, sites in by_key.items()
-        ]
+        bank.source["sensitivities"] = [{"key": k, "sites": own} for k, own in by_key.items()]
 
 
 def _place(site: Site) -> str:

@@ -198,10 +198,8 @@ def sweep(
         pruned, point = work.prune(each)
         if evaluate_on is not None:
             dense = dense or evaluator(model, evaluate_on, progress=progress)
-            point.report.evaluation |= {
-                "dense": dense,
-                "pruned": evaluator(pruned, evaluate_on, progress=progress),
-            }
+            quality = evaluator(pruned, evaluate_on, progress=progress)
+            point.report.evaluation |= {"dense": dense, "pruned": quality}
         if on_result is not None:
             on_result(pruned, point.report)
         points.append(point)

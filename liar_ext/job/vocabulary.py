@@ -134,10 +134,7 @@ class VocabularyQuality:
         how = {"seq_len": self.seq_len, "samples": self.samples, "packed": False}
         found = evaluation_sequences(self.texts, tokenizer, **how)
         rows = torch.arange(len(found)).split(self.batch_size)
-        return [
-            {"input_ids": found.input_ids[some], "attention_mask": found.attention_mask[some]}
-            for some in rows
-        ]
+        return [{n: each[some] for n, each in found.inputs.items()} for some in rows]
 
 
 def pieces_of(backend: Any, texts: Sequence[str], length: int, most: int | None) -> list[str]:

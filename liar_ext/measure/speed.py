@@ -88,9 +88,8 @@ class Benchmark:
 
     def to_json(self) -> str:
         """Return it as strict JSON."""
-        return (
-            json.dumps({"version": BENCH_VERSION, **asdict(self)}, indent=1, allow_nan=False) + "\n"
-        )
+        facts = {"version": BENCH_VERSION, **asdict(self)}
+        return json.dumps(facts, indent=1, allow_nan=False) + "\n"
 
     def rate(self, what: str, batch: int | None = None) -> Rate | None:
         """Return the rate of a name, of one batch size or of the smallest that there is."""
@@ -248,10 +247,8 @@ def now(model: nn.Module, clock: Clock) -> float:
 
 def check_models(models: Mapping[str, nn.Module], settings: Settings) -> None:
     """Refuse models that do different things, and numbers that they can't have."""
-    kinds = {
-        role: (model.main_input_name, predicts_next_token(model)) for role, model in models.items()
-    }
-    if len(set(kinds.values())) > 1:
+    kinds = {(each.main_input_name, predicts_next_token(each)) for each in models.values()}
+    if len(kinds) > 1:
         named = ", ".join(f"{role} {type(model).__name__}" for role, model in models.items())
         raise InputError(
             f"bench: both models must do the same, one of them predicts tokens and the other "
