@@ -18,7 +18,7 @@ from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.bank_source import Seen, fingerprint_of
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
-from liar_ext.calibration.saved_sums import SUMS, SavedSums, group_sites, room_for_sums
+from liar_ext.calibration.saved_sums import SavedSums, group_sites, room_for_sums
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
 from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.errors import InputError
@@ -234,14 +234,12 @@ class Passes:
             self.bank = MomentBank({})  # its memory is for the next
             if self.saved is None or number not in self.summed:
                 self.summed.append(number)
-            title, named, saved = "calibrate", {}, None
+            title, part = "calibrate", 0
             if len(self.groups) > 1:
-                title = f"calibrate, pass {self.taken}"
-                named = {"key": f"{SUMS}-{number + 1}", "group": f" of group {number + 1}"}
-            if self.saved is not None:
-                saved = SavedSums(self.saved, of=len(self.batches), **named)
-            how = {"saved": saved, "title": title, "progress": self.progress}
-            self.bank = collect_at(self.model, self.batches, group, **how)
+                title, part = f"calibrate, pass {self.taken}", number + 1
+            of = None if self.saved is None else len(self.batches)
+            how = {"saved": SavedSums(self.saved, of, part), "progress": self.progress}
+            self.bank = collect_at(self.model, self.batches, group, title=title, **how)
         return group
 
 
