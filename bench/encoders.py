@@ -39,7 +39,7 @@ from encoder_tasks import News, Sentiment, Similarity, fine_tuned, news_apart, r
 from liar_ext import Plan, Recipe, apply_plan, heal, narrow
 from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.job.solving import JUDGED
 from liar_ext.job.sweeping import Sweep
 

@@ -19,7 +19,7 @@ from liar_ext import Budget, Plan, apply_plan, narrow, perplexity, prune
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.models.residual_stream import hidden_of
 
 

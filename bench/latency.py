@@ -20,13 +20,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, perplexity, score, sites
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import probe_batches
 from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.job.speed import Speed
+from liar_ext.job.state import Speed
 from liar_ext.measure.latency import ratios
 from liar_ext.models.sites import Site
 from liar_ext.reconstruction.solve import reconstruct, with_bias

@@ -27,7 +27,7 @@ from demo.assets import PACKAGES
 from liar_ext import compress, load_model
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import document_prefix
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.cli import main as liar
 from liar_ext.measure.speed import Settings, measure
 from liar_ext.vocabulary.keep import plain, tokens_per_byte

@@ -9,9 +9,10 @@ import liar_ext.environment  # noqa: F401  (before torch)
 
 if TYPE_CHECKING:
     from liar_ext import ops
+    from liar_ext.calibration.bank import MomentBank
     from liar_ext.calibration.collect import calibrate
     from liar_ext.calibration.documents import read_documents
-    from liar_ext.calibration.moments import MomentBank, Moments
+    from liar_ext.calibration.moments import Moments
     from liar_ext.calibration.texts import calibration_sequences
     from liar_ext.checkpoint import load_model, load_pruned
     from liar_ext.checkpoint.saving import save_pruned
@@ -92,7 +93,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "Costs": "selection.costs",
     "InputError": "errors",
     "LatencyTable": "selection.costs",
-    "MomentBank": "calibration.moments",
+    "MomentBank": "calibration.bank",
     "Moments": "calibration.moments",
     "Plan": "plan",
     "Recipe": "recipe",
@@ -146,6 +147,6 @@ def __dir__() -> list[str]:
 
 
 if not liar_ext.environment.is_command(sys.argv, sys.orig_argv):  # which answers without torch
-    from liar_ext.checkpoint.transformers_hooks import register
+    from liar_ext.checkpoint.loading import register
 
     register()  # stock loaders build layers of unequal sizes, where liar_ext is imported

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from liar_ext.checkpoint.names import REPORT_JSON
+from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.measure.speed import Benchmark, ModelFacts, Quartiles, Rate
 from liar_ext.report.page import write_comparison, write_page
 from liar_ext.report.reading import bench_file

@@ -1,4 +1,4 @@
-"""Where a bank comes from: what its facts may be, and what two banks must share to add up.
+"""Where a bank comes from: its facts, its text, and what two banks must share to add up.
 
 ========================  ======================================================================
 ``model_type``, ``model`` family, and a fingerprint of the weights
@@ -12,7 +12,7 @@
 ``texts``                 names of the texts that ``source`` of the kept text counts
 ``tokenizer``             a fingerprint of the tokenizer
 ``calibrations``          of each run that was added: how its sequences were drawn
-``sensitivities``         measured ones, see :mod:`liar_ext.job.scoring`
+``sensitivities``         measured ones, see :mod:`liar_ext.job.analysis`
 ========================  ======================================================================
 """
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from liar_ext import untrusted
-from liar_ext.calibration.batches import Batch, Batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
 
 NAMES = ("input_ids", "attention_mask")
@@ -56,9 +56,7 @@ def check_source(source: Any) -> None:
             raise InputError(f"{name} can't be {str(value)[:60]!r}")
 
 
-def combine(
-    mine: Source, theirs: Source, sequences: tuple[Tensor | None, Tensor | None] = (None, None)
-) -> Source:
+def combine(mine: Source, theirs: Source, sequences: Sequence[Tensor | None]) -> Source:
     """Return the facts of the sum of two banks, with digests of the ``sequences`` of both.
 
     InputError is raised if the banks don't add up: of other models, sites, units, dtypes or
@@ -181,6 +179,58 @@ def text_of(batch: Batch) -> dict[str, Tensor] | None:
     if batch.source is not None:
         kept["source"] = batch.source.long().cpu()
     return kept
+
+
+def pack(text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of a text."""
+    shapes = [[*batch["input_ids"].shape, int("attention_mask" in batch)] for batch in text]
+
+    def joined(name: str) -> Tensor:
+        parts = [batch[name].flatten() for batch in text if name in batch]
+        return torch.cat([torch.zeros(0, dtype=torch.long), *parts])
+
+    packed = {
+        "text/batches": torch.tensor(shapes, dtype=torch.int32).view(-1, 3),
+        "text/input_ids": joined("input_ids").int(),
+        "text/attention_mask": joined("attention_mask").byte(),
+        "text/fold": joined("fold").byte(),
+    }
+    if all("source" in batch for batch in text):
+        packed["text/source"] = joined("source").int()
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor], sequences: int) -> Text:
+    """Return the batches of packed tensors.
+
+    Raise ValueError if they contradict one another, or hold what no text gives.
+    """
+    shapes = tensors["text/batches"]
+    if shapes.dim() != 2 or shapes.shape[1] != 3 or (shapes[:, :2] < 1).any():
+        raise ValueError("text/batches must be (batches, 3), of at least a sequence and a token")
+    if ((shapes[:, 2] != 0) & (shapes[:, 2] != 1)).any():
+        raise ValueError("text/batches must say by 0 or 1 whether there is a mask")
+    rows, widths, masked = shapes.long().unbind(1)
+    sizes = {"input_ids": rows * widths, "attention_mask": rows * widths * masked, "fold": rows}
+    sizes |= {"source": rows} if "text/source" in tensors else {}
+    parts = {}
+    for name, size in sizes.items():
+        value = tensors[f"text/{name}"].long()
+        if value.shape != (int(size.sum()),) or int(rows.sum()) != sequences:
+            raise ValueError(f"text/{name} must hold {int(size.sum())} of {sequences} sequences")
+        parts[name] = value.split(size.tolist())
+        most = {"attention_mask": 1, "fold": FOLDS - 1}.get(name, MOST_ID)
+        if name != "source" and ((value < 0) | (value > most)).any():
+            raise ValueError("token ids must be at least 0, masks and folds 0 or 1")
+    text: Text = []
+    for index, (count, width, has_mask) in enumerate(shapes.tolist()):
+        batch = {name: values[index] for name, values in parts.items()}
+        if not has_mask:
+            del batch["attention_mask"]
+        text.append(
+            {n: each.view(count, width) if n in NAMES else each for n, each in batch.items()}
+        )
+    return text
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext import distributed
-from liar_ext.calibration.bank_file import all_finite
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.bank_source import Seen, fingerprint_of
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
-from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
-from liar_ext.calibration.saved_sums import SUMS, SavedSums, group_sites, room_for_sums
+from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
+from liar_ext.calibration.saved_sums import SavedSums, group_sites, room_for_sums
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
 from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.errors import InputError
@@ -80,10 +80,8 @@ def calibrate(
     with opened(checkpoint) as room:
         saved = SavedSums(room, of=len(batches) if isinstance(batches, Sized) else None)
         bank = collect_at(model, batches, at, keep_text=keep_text, saved=saved, progress=progress)
-    bank.source["sites"] = {
-        site.name: {n: getattr(site, n) for n in ("unit", "units", "width", "groups")}
-        for site in at
-    }
+    facts = ("unit", "units", "width", "groups")
+    bank.source["sites"] = {site.name: {n: getattr(site, n) for n in facts} for site in at}
     return bank
 
 
@@ -118,7 +116,7 @@ def collect(
 
     def so_far() -> tuple[Mapping[str, Moments], dict[str, object]]:
         sums = moments if count == 1 else _added(deepcopy(moments))
-        return sums, facts | seen.facts(*_counted(current))
+        return sums, facts | seen.facts(*counted(current))
 
     # Before the hooks: the model may write the last batches when their number is asked for.
     bar = Bar(batches, desc=title, disable=not progress)
@@ -158,7 +156,7 @@ def _checked(
     current: InFlight,
 ) -> MomentBank:
     """Return the bank of all ranks' sums, with what they are over, if they are usable."""
-    tokens, routed = _counted(current)
+    tokens, routed = counted(current)
     check_sums(moments, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
     weighed = {*facts.get("relative", ()), *routed}
@@ -236,14 +234,12 @@ class Passes:
             self.bank = MomentBank({})  # its memory is for the next
             if self.saved is None or number not in self.summed:
                 self.summed.append(number)
-            title, named, saved = "calibrate", {}, None
+            title, part = "calibrate", 0
             if len(self.groups) > 1:
-                title = f"calibrate, pass {self.taken}"
-                named = {"key": f"{SUMS}-{number + 1}", "group": f" of group {number + 1}"}
-            if self.saved is not None:
-                saved = SavedSums(self.saved, of=len(self.batches), **named)
-            how = {"saved": saved, "title": title, "progress": self.progress}
-            self.bank = collect_at(self.model, self.batches, group, **how)
+                title, part = f"calibrate, pass {self.taken}", number + 1
+            of = None if self.saved is None else len(self.batches)
+            how = {"saved": SavedSums(self.saved, of, part), "progress": self.progress}
+            self.bank = collect_at(self.model, self.batches, group, title=title, **how)
         return group
 
 
@@ -278,8 +274,8 @@ def _added(moments: dict[str, Moments | Squares]) -> dict[str, Moments | Squares
     return moments
 
 
-def _counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
-    """Return what all ranks have counted: tokens, and tokens by expert and fold."""
+def counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
+    """Return what all ranks have counted: tokens, and those of each fold by the expert's name."""
     shares = distributed.gather((current.tokens, current.routed))
     totals: dict[str, list[int]] = {}
     for _, routed in shares:
@@ -289,13 +285,7 @@ def _counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
     return sum(tokens for tokens, _ in shares), totals
 
 
-def routed_tokens(current: InFlight) -> dict[str, list[int]]:
-    """Return the tokens of each fold that reached an expert, of all ranks, by its name."""
-    return _counted(current)[1]
-
-
 def _check_alike(*digests: str) -> None:
-    """Raise InputError unless all ranks have run the same model over the same text."""
     first, *others = distributed.gather(digests)
     for rank, each in enumerate(others, 1):
         for what, own, other in zip(("model", "text"), first, each, strict=True):

@@ -158,7 +158,6 @@ def checked(text: str, place: str) -> str:
 
 
 def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
-    """Return the documents of a dataset's rows, up to ``MOST_OF_A_DATASET`` characters."""
     documents, characters, missing = Documents(), 0, 0
     for number, row in enumerate(rows):
         if "text" not in row:

@@ -168,7 +168,6 @@ def _unpack(layers: Sequence[nn.Linear]) -> None:
 
 
 def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
-    """Return ``tokens`` tokens after each row of ``start``."""
     from transformers import GenerationConfig
 
     # It takes the place of the model's own, which would fill in penalties and ends. Without an end

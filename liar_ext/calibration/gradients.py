@@ -66,10 +66,6 @@ def collect_gradients(
         ``L = −Σ_t log p(x_{t+1} | x_1 … x_t)``, targets from ``labels`` where the batch has them,
         else from ``input_ids``; padding is neither asked nor asked for. Any other model needs
         ``labels`` (or ``start_positions``), from which its own head computes the loss.
-    at : sequence of Site
-        Sites to collect.
-    progress : bool
-        Show a progress bar.
 
     Raises
     ------

@@ -96,13 +96,8 @@ def read_examples(source: str | os.PathLike[str]) -> Files:
     format of transformers, in whose content ``{"type": "image"}`` stands for an image, the next
     one of the line or that of its own path. Lines of text alone may be among them. A folder, or a
     dataset with a column ``image``, is as :func:`liar_ext.calibration.media.read_files` has it,
-    and each picture needs a text.
-
-    Raises
-    ------
-    InputError
-        With the number of the line: if one is no such object, or names a picture that is not there,
-        or one outside of the folder.
+    and each picture needs a text. InputError, with the number of the line, if one is no such
+    object, or names a picture that is not there or outside of the folder.
     """
     source = os.fspath(source)
     path, notes = Path(source), []
@@ -253,10 +248,6 @@ class ImageTextReader(Reader):
         self.kind, self.writes = IMAGES_WITH_TEXT, False
         self.model, self.processor = model, processor
 
-    def of(self, model: nn.Module) -> Reader:
-        """Return the same for another model of this kind, such as a pruned one."""
-        return ImageTextReader(model, self.processor)
-
     def clips(self, items: Sequence[Example]) -> Iterator[Example]:
         """Yield the examples."""
         yield from items
@@ -304,7 +295,6 @@ class ImageTextReader(Reader):
 
 
 def _with_images(message: Mapping[str, Any], images: Iterator[Any]) -> dict[str, Any]:
-    """Return a message with the next images in the places of its images."""
     content = message["content"]
     if not isinstance(content, str):
         content = [p if p["type"] == "text" else p | {"image": next(images)} for p in content]

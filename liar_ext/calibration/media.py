@@ -182,11 +182,6 @@ def _decoding(item: Item, what: str, packages: str, extra: str) -> Iterator[None
         raise InputError(f"data: {packages}; {install(extra)}") from None
 
 
-def kind_read(main_input: str) -> str | None:
-    """Return the kind of files that a model with such a main input reads, None for text."""
-    return next((kind for kind, name in INPUTS.items() if name == main_input), None)
-
-
 class Reader:
     """Makes the inputs of a model from files of a ``kind``, by its ``processor``.
 
@@ -209,10 +204,6 @@ class Reader:
                 f"data: {type(model).__name__} has no tokenizer for what is said in recordings; "
                 "put one into its folder"
             )
-
-    def of(self, model: nn.Module) -> Reader:
-        """Return the same for another model of this kind, such as a pruned one."""
-        return Reader(self.kind, model, self.processor, self.tokenizer)
 
     def clips(self, items: Sequence[Item]) -> Iterator[Clip]:
         """Yield pictures, or pieces of recordings that are no longer than the model hears.
@@ -250,21 +241,17 @@ class Reader:
 
     def sequences(self, clips: Sequence[Clip], *facts: Any) -> Sequences:
         """Return the inputs of the model's forward pass, with folds and the like."""
-        return Sequences(self.inputs(clips), *facts)
-
-    def inputs(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
-        """Return the inputs of the model's forward pass by their names."""
         content, said = zip(*clips, strict=True)
         inputs = self.features(content)
         if not self.writes:
-            return inputs
+            return Sequences(inputs, *facts)
         said = list(said)
         unknown = torch.tensor([row for row, text in enumerate(said) if not text]).long()
         for some in unknown.split(WRITTEN) if len(unknown) else ():
             heard = self.write_down(inputs[INPUTS[self.kind]][some])
             for row, text in zip(some.tolist(), heard, strict=True):
                 said[row] = text
-        return inputs | self._decoder_inputs(said)
+        return Sequences(inputs | self._decoder_inputs(said), *facts)
 
     def features(self, content: Sequence[Any]) -> dict[str, Tensor]:
         """Return what the processor makes of pictures or samples."""

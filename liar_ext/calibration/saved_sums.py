@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.bank_file import PARTS, Triangles, unpacked
+from liar_ext.calibration.bank import PARTS, Triangles, unpacked
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments
@@ -96,13 +96,13 @@ def restored(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, M
 class SavedSums:
     """The sums of one pass over ``of`` batches, under a key of a checkpoint, if there is one.
 
-    All ranks must call each method.
+    ``group`` is the number of the group of sites, if there are several. All ranks must call each
+    method.
     """
 
-    def __init__(
-        self, saved: Checkpoint | None, key: str = SUMS, of: int | None = None, group: str = ""
-    ) -> None:
-        self.saved, self.key, self.of, self.group = saved, key, of, group
+    def __init__(self, saved: Checkpoint | None, of: int | None = None, group: int = 0) -> None:
+        self.saved, self.of, self.group = saved, of, f" of group {group}" if group else ""
+        self.key = f"{SUMS}-{group}" if group else SUMS
         self.done = 0  # batches
         self.facts: dict[str, Any] = {}  # of the sums, as a bank has them
         self._at = 0  # batches in the checkpoint

@@ -241,7 +241,6 @@ def check_seq_len(model: nn.Module, seq_len: int) -> None:
 def _split(
     documents: Sequence[str], shares: Sequence[int], text: Text
 ) -> tuple[list[list[str]], str]:
-    """Return the documents of a source by part, and a note on what was cut."""
     if text.lone == "halves" and len(documents) == 1:
         whole = documents[0]
         middle = whole.find(" ", len(whole) // 2)
@@ -291,7 +290,6 @@ def _packed_windows(
 def _single_sequences(
     documents: Iterator[str], tokenizer, seq_len: int, tokens: int
 ) -> list[list[int]]:
-    """Return a sequence for each document, until they hold that many tokens."""
     rows, left = [], tokens
     while left > 0 and (some := list(islice(documents, -(-left // seq_len)))):
         more = tokenizer(some, truncation=True, max_length=seq_len)["input_ids"]

@@ -66,8 +66,7 @@ class BlockStore:
         prefetch: bool = True,
         room: str | os.PathLike[str] | None = None,
     ) -> None:
-        found = load_offloaded(name, dtype, device, room)
-        self.model, self._weights, self._paths, self._head = found
+        self.model, self._weights, self._paths, self._head = _loaded(name, dtype, device, room)
         self.tokenizer = load_tokenizer(Path(name), name, self.model)
         self.device, self.prefetch = torch.device(device), prefetch
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
@@ -86,11 +85,6 @@ class BlockStore:
     def head_bytes(self) -> int:
         """Bytes of the output head, unless it is always in memory."""
         return sum(self._bytes(path) for path in self._head)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self._bytes("")
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -138,7 +132,6 @@ class BlockStore:
         self._weights.close()
 
     def _taken(self, index: int) -> dict[str, Tensor]:
-        """Return the tensors of a block, which may have been read ahead."""
         ahead, self._next = self._next, None
         tensors = ahead[1].result() if ahead is not None else None
         if ahead is not None and ahead[0] == index:
@@ -169,18 +162,10 @@ class BlockStore:
         return sum(each.nbytes for each in self.model.get_submodule(path).parameters())
 
 
-def load_offloaded(
-    name: str | os.PathLike[str],
-    dtype: str | torch.dtype = "float32",
-    device: str = "cpu",
-    room: str | os.PathLike[str] | None = None,
+def _loaded(
+    name: Any, dtype: str | torch.dtype, device: str, room: Any
 ) -> tuple[nn.Module, OpenWeights, list[str], list[str]]:
-    """Load a folder or a hub id without its blocks, and without a head of its own weights.
-
-    These are on the meta device. Returned are the model, what reads their tensors by name in the
-    model's dtype, and the paths of the blocks, and of what was left out beside them. ``room`` is as
-    for :class:`BlockStore`.
-    """
+    """Return a model without blocks and head, their tensors by name, and the paths of both."""
     try:
         from accelerate.hooks import remove_hook_from_submodules
     except Exception as error:  # a broken package raises anything
@@ -243,11 +228,8 @@ def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str,
     named = (model.named_parameters, model.named_buffers)
     all_names = [name for each in named for name, _ in each(remove_duplicate=False)]
     outside = [name for name in all_names if not name.startswith(inside)]
-    return (
-        blocks,
-        head,
-        {_mapped(name, apart): device for name in outside} | dict.fromkeys(apart, "disk"),
-    )
+    here = {_mapped(name, apart): device for name in outside}
+    return blocks, head, here | dict.fromkeys(apart, "disk")
 
 
 def _mapped(name: str, apart: tuple[str, ...]) -> str:

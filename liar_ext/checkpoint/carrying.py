@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
+from liar_ext.checkpoint.folder import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.sites import sites
 from liar_ext.progress import quiet
@@ -98,7 +98,6 @@ def license_of(source: Path | None) -> str | None:
 
 
 def _files(source: Path, said: list[str]) -> Iterator[tuple[Path, str]]:
-    """Yield the files that go along, with their names in the folder."""
     for path in sorted(source.iterdir()):
         own = path.name == CARD_FILE or path.name.startswith(f"{OWN_FOLDER}_")
         if path.is_file() and not own and _goes(path.name) and not _is_weight(path.name):
@@ -212,16 +211,14 @@ def write_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def _leave_larger(source: Path, folder: Path) -> list[str]:
-    """Remove copied files that list tokens of the dense model; return a sentence about them."""
     for path in folder.iterdir():
         if path.suffix in OLDER:
             path.unlink()
     known = {*TOKENIZER, *(path.name for path in source.iterdir() if path.suffix in OLDER)}
     left = sorted(n for n in known if (source / n).is_file() and not (folder / n).exists())
     lists = [name for name in left if not name.startswith(("special_tokens", "chat_template"))]
-    return [
-        f"{', '.join(lists)} of the dense model would list removed tokens and stay behind."
-    ] * bool(lists)
+    said = f"{', '.join(lists)} of the dense model would list removed tokens and stay behind."
+    return [said] * bool(lists)
 
 
 def compare_tokenization(folder: Path) -> bool | None:

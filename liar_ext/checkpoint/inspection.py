@@ -11,13 +11,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from liar_ext.checkpoint.names import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
+from liar_ext.checkpoint.folder import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
 from liar_ext.checkpoint.stock_config import auto_names, model_class
 from liar_ext.errors import InputError, refusing
 from liar_ext.untrusted import UNREADABLE, read_value
@@ -45,11 +44,6 @@ class Folder:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
-
-    @property
-    def numel(self) -> int:
-        """Numbers that the weights hold."""
-        return sum(map(prod, self.tensors.values()))
 
 
 def inspect_folder(path: Path, operation: str) -> Folder:
@@ -128,7 +122,6 @@ def _read_header(path: Path, operation: str) -> dict[str, tuple[int, ...]]:
 
 
 def _check_file(path: Path, operation: str) -> None:
-    """Refuse what is no ordinary file, or may not be read."""
     if not os.path.exists(path):
         raise InputError(f"{operation}: {path} is missing; copy the folder again")
     if not os.path.isfile(path):

@@ -1,15 +1,21 @@
 """Load a pruned model, or any other.
 
 Transformers' own loaders read the weights. No code of a folder is run here, and what its files
-claim is looked over first: :mod:`liar_ext.checkpoint.inspection`.
+claim is looked over first: :mod:`liar_ext.checkpoint.inspection`. After :func:`register` they build
+the sizes in a config; without it a folder with layers of unequal sizes needs
+``trust_remote_code=True``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,8 +24,8 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.image_text import ImageTextReader, holds_images
-from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, Reader, kind_read
-from liar_ext.checkpoint import names
+from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, INPUTS, Reader
+from liar_ext.checkpoint import folder as saved
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
 from liar_ext.checkpoint.reading import (
     SAFELY,
@@ -30,8 +36,9 @@ from liar_ext.checkpoint.reading import (
     reading,
     stock_class,
 )
-from liar_ext.checkpoint.stock_config import dense_config
+from liar_ext.checkpoint.stock_config import dense_config, wear
 from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.models.liar_loader import resize
 from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
 from liar_ext.progress import obedient_bar, quiet
@@ -41,6 +48,9 @@ REFUSED_ARGUMENTS = (
     *("trust_remote_code", "use_safetensors", "custom_generate", "adapter_kwargs"),
     "ignore_mismatched_sizes",
 )
+# Transformers has no place to register sizes at, so post_init of the models that it has here, which
+# ends the building of each, looks for them first.
+MODELING = "transformers.modeling_utils"
 
 
 def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
@@ -75,15 +85,15 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             "that it was made from"
         )
     plan, mark = None, fields["liar"]
-    if (mark["version"], mark["layers"]) == (names.OLD_MARK_VERSION, "unequal"):
-        plan = read_plan(folder / names.OLD_PLAN_FILE, "load_pruned")
+    if (mark["version"], mark["layers"]) == (saved.OLD_MARK_VERSION, "unequal"):
+        plan = read_plan(folder / saved.OLD_PLAN_FILE, "load_pruned")
         with reading(folder, "load_pruned"):
             given = kwargs.get("config") or stock.config_class.from_dict(fields)
             kwargs["config"] = dense_config(given)
             kwargs["config"].liar = mark
     kwargs = {name: value for name, value in kwargs.items() if name not in REFUSED_ARGUMENTS}
     # Of newer folders the config says it all, but a damaged one is told of.
-    plans = [folder / name for name in (names.PLAN_FILE, names.OLD_PLAN_FILE)]
+    plans = [folder / name for name in (saved.PLAN_FILE, saved.OLD_PLAN_FILE)]
     known = [read_plan(path, "load_pruned") for path in plans if os.path.lexists(path)]
     model = read_weights(stock, found, "load_pruned", plan, strict=True, **kwargs)
     if known:
@@ -211,7 +221,6 @@ def reach_hub(name: str | os.PathLike[str]) -> None:
 
 
 def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
-    """Load a causal language model from a GGUF file, dequantised."""
     from transformers import AutoModelForCausalLM
 
     with obedient_bar(), quiet(), reading(path, "load_model"), _alone(path) as found:
@@ -221,7 +230,7 @@ def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
     check_keys(info, path, "load_model", strict=False)
     model.config._name_or_path = os.fspath(path.parent)
     model.config.__dict__.pop("quantization_config", None)
-    for name in names.QUANTISER_MARKS:
+    for name in saved.QUANTISER_MARKS:
         model.__dict__.pop(name, None)
     return model
 
@@ -245,16 +254,15 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
     if model.main_input_name != "input_ids":
         return None  # a vision model, which has a processor
     if path.is_dir():
-        there = [file for file in names.TOKENIZER_FILES if (path / file).exists()]
+        there = [file for file in saved.TOKENIZER_FILES if (path / file).exists()]
         if not there:
             return None
         for file in there:
             if file.endswith("_config.json"):
                 read_json(path / file, "load_model")
     with reading(f"the tokenizer of {name}", "load_model"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, config=model.config, trust_remote_code=False
-        )
+        given = {"config": model.config, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(name, **given)
         special = set(tokenizer.all_special_tokens)  # which may have come later
         known = tokenizer.get_vocab().items()
         largest = max((index for token, index in known if token not in special), default=-1)
@@ -284,7 +292,8 @@ def kind_of(name: str, sources: Iterable[str | None] = ()) -> str | None:
 
             reach_hub(name)
             fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-        alone = kind_read(stock_class(fields, "load_model").main_input_name)
+        main_input = stock_class(fields, "load_model").main_input_name
+        alone = next((kind for kind, name in INPUTS.items() if name == main_input), None)
         both = {"vision_config", "text_config"} <= fields.keys()
         return IMAGES_WITH_TEXT if both and any(map(holds_images, filter(None, sources))) else alone
     except Exception:  # transformers raises a dozen kinds
@@ -296,12 +305,12 @@ def load_reader(kind: str, name: str, model: Any) -> Reader:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     path, given = Path(name), {"trust_remote_code": False}
-    wanted = (names.PROCESSOR_FILES, names.TOKENIZER_FILES)
+    wanted = (saved.PROCESSOR_FILES, saved.TOKENIZER_FILES)
     there, texts = ([file for file in files if (path / file).exists()] for files in wanted)
     if path.is_dir() and not there:
         raise InputError(
             f"load_model: {name} has no processor to read {kind} with; put its "
-            f"{names.PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of "
+            f"{saved.PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of "
             "your own"
         )
     for file in there:
@@ -320,3 +329,45 @@ def load_reader(kind: str, name: str, model: Any) -> Reader:
         with reading(f"the tokenizer of {name}", "load_model"):
             tokenizer = AutoTokenizer.from_pretrained(name, **given)
     return Reader(kind, model, processor, tokenizer)
+
+
+def register() -> None:
+    """Let transformers build the sizes in a config, now or as soon as somebody imports it."""
+    if MODELING in sys.modules:
+        _extend(sys.modules[MODELING])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Extends the module after its import, which takes seconds and may never be wanted."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != MODELING:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                _extend(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def _extend(module: Any) -> None:
+    stock = module.PreTrainedModel.post_init
+    if hasattr(stock, "builds_pruned"):
+        return
+
+    @functools.wraps(stock)
+    def post_init(self: Any) -> None:
+        if resize(self):
+            wear(self)
+        stock(self)
+
+    post_init.builds_pruned = True
+    module.PreTrainedModel.post_init = post_init

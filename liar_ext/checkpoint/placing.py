@@ -24,8 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from liar_ext.checkpoint.fingerprint import strangers
-from liar_ext.checkpoint.names import MARKER_FILE
+from liar_ext.checkpoint.folder import MARKER_FILE, strangers
 from liar_ext.errors import InputError, one_line
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.
@@ -143,7 +142,6 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def _check_existing(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that exists, unless it may be overwritten and is all ours."""
     if not os.path.lexists(folder):
         return
     if not overwrite:

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 from liar_ext.checkpoint.carrying import MODULES_FILE
+from liar_ext.checkpoint.folder import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
-from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.stock_config import describe, model_class, skeleton
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.liar_loader import resize
@@ -121,7 +122,8 @@ def read_weights(
     **kwargs: Any,
 ) -> nn.Module:
     """Load a folder by its stock class; refuse weights that lack, or add, any of the model's."""
-    numel = None if "quantization_config" in found.config else found.numel
+    is_packed = "quantization_config" in found.config
+    numel = None if is_packed else sum(map(prod, found.tensors.values()))
     loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
     with quiet(), reading(found.path, operation):
         # Weights of other sizes are refused below, by name.
@@ -144,7 +146,6 @@ def read_weights(
 
 
 def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int, ...]], list[Any]]:
-    """Return the shapes of modules that a config names, and the sizes of layers."""
     said = config.liar if isinstance(config.liar, Mapping) else {}
     shapes = {
         (path, name): tuple(size)
@@ -162,9 +163,8 @@ def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool)
 
     A stranger's folder may hold a head that the class doesn't read (``strict=False``).
     """
-    mismatched, missing, extra = (
-        sorted(info[f"{kind}_keys"]) for kind in ("mismatched", "missing", "unexpected")
-    )
+    kinds = "mismatched", "missing", "unexpected"
+    mismatched, missing, extra = (sorted(info[f"{kind}_keys"]) for kind in kinds)
     if not strict:
         extra = [key for key in extra if re.search(r"\.\d+\..*(weight|bias)$", key)]
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from liar_ext.checkpoint import names
+from liar_ext.checkpoint import folder as saved
 from liar_ext.checkpoint.carrying import (
     carry,
     complete_config,
@@ -27,7 +27,7 @@ from liar_ext.checkpoint.carrying import (
     source_folder,
     write_vocabulary,
 )
-from liar_ext.checkpoint.fingerprint import write_fingerprint, write_manifest
+from liar_ext.checkpoint.folder import write_fingerprint, write_manifest
 from liar_ext.checkpoint.inspection import INDEX, WEIGHTS
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.stock_config import described, wear
@@ -131,14 +131,14 @@ def fill_folder(
             shards.close()
     complete_config(path)
     save_tokenizer(tokenizer, path)
-    (path / names.OWN_FOLDER).mkdir()
+    (path / saved.OWN_FOLDER).mkdir()
     write_vocabulary(model, tokenizer, path)
-    plan.save(path / names.PLAN_FILE)
+    plan.save(path / saved.PLAN_FILE)
     _take_along(model, source, path, report, tokenizer is not None)
     write_fingerprint(model, path)
     _write_report(report, path, start)
     # As the umask says; safetensors writes 0600.
-    mode = (path / names.MARKER_FILE).stat().st_mode & 0o777
+    mode = (path / saved.MARKER_FILE).stat().st_mode & 0o777
     for each in path.rglob("*"):
         if each.is_file():
             each.chmod(mode)
@@ -186,7 +186,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 @contextmanager
 def _wearing(model: nn.Module, config: Any) -> Iterator[None]:
     """Give a model another config and its class, and no quantiser marks, for a while."""
-    marks = [name for name in names.QUANTISER_MARKS if name in vars(model)]
+    marks = [name for name in saved.QUANTISER_MARKS if name in vars(model)]
     own = {name: vars(model).pop(name) for name in marks}
     before, kind, model.config = model.config, type(model), config
     wear(model)
@@ -209,14 +209,14 @@ def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokeni
         report.warnings += said
     if hasattr(report, "to_card"):
         text = report.to_card(license_of(found))
-        (folder / names.CARD_FILE).write_text(text, encoding="utf-8")
+        (folder / saved.CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def _write_report(report: Any, folder: Path, start: float) -> None:
     """Write the report, with the seconds since ``start`` as those of saving."""
     if isinstance(report, Mapping):
         text = json.dumps(report, indent=1) + "\n"
-        (folder / names.REPORT_JSON).write_text(text, encoding="utf-8")
+        (folder / saved.REPORT_JSON).write_text(text, encoding="utf-8")
     elif report is not None:
         seconds = getattr(report, "seconds", None)
         if isinstance(seconds, dict):

@@ -141,7 +141,6 @@ def read_sentence(folder: Path) -> Sentence | None:
 
 
 def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
-    """Return the kinds of the modules, none of which is imported, with their folders."""
     path, chain = _inside(folder, PurePosixPath(MODULES_FILE)), []
     what, kinds = f"sentence encoder: {folder} holds no readable {MODULES_FILE}", UNREADABLE
     with refusing(what, "copy the folder again", *kinds, KeyError, TypeError, named=True):
@@ -201,7 +200,6 @@ def _read_pooling(folder: Path, path: PurePosixPath, files: dict[str, str]) -> P
 
 
 def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
-    """Add a linear layer with its activation."""
     name = path / "config.json"
     fields = read_inside(folder, name)
     d_in, d_out, bias = (fields.get(key) for key in ("in_features", "out_features", "bias"))
@@ -221,9 +219,8 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
             f"to {d_out} features, {'with' if bias else 'without'} bias; copy the folder again"
         )
     linear = nn.Linear(d_in, d_out, bias=bool(bias), device="meta")
-    linear.load_state_dict(
-        {key.removeprefix("linear."): tensor for key, tensor in tensors.items()}, assign=True
-    )
+    own = {key.removeprefix("linear."): tensor for key, tensor in tensors.items()}
+    linear.load_state_dict(own, assign=True)
     sentence.rest.extend([linear.float(), getattr(nn, activation)()])
     sentence.files[str(name)] = _text(fields)
     sentence.tensors[str(path / WEIGHTS)] = tensors

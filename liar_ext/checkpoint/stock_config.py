@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
+from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
 from liar_ext.errors import InputError
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.residual_stream import stream_of
@@ -245,7 +245,6 @@ def _covers(stock: nn.Module, model: nn.Module) -> bool:
 
 
 def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
-    """Return every size by which the modules of a model differ from those of the stock class."""
     said: dict[str, Any] = {"modules": {}}
     base = model.base_model
     theirs, inside = dict(stock.base_model.named_modules()), set(base.modules())
@@ -262,7 +261,6 @@ def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
 
 
 def _sizes(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
-    """Return shapes of what one module saves, and numbers, that differ from the stock one's."""
     stock, sizes = _saved(theirs), {}
     for name, value in _saved(ours).items():
         if name not in stock or stock[name].shape != value.shape:

@@ -13,10 +13,9 @@ from uuid import uuid4
 
 from liar_ext.atomic_write import check_place
 from liar_ext.calibration import texts
-from liar_ext.calibration.bank_file import Stored, read_bank
+from liar_ext.calibration.bank import MomentBank, read_bank
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.documents import check_apart_from
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint_store import RESULT
@@ -234,7 +233,7 @@ def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Nam
     return replace(recipe, **changes)
 
 
-def warnings_of_bank(header: Stored) -> list[str]:
+def warnings_of_bank(header: MomentBank) -> list[str]:
     """Return what a user has to know of the text that a bank was made of."""
     runs = header.source.get("calibrations", [])
     found = [note for run in runs for note in run["notes"]]

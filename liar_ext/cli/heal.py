@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from liar_ext import Plan, heal, load_pruned
+from liar_ext.checkpoint.folder import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.loading import placement
-from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
 from liar_ext.cli.inputs import Given, let_write, load

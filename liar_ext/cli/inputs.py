@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from liar_ext import LatencyTable, checkpoint
 from liar_ext.calibration import generated, texts
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.documents import (
@@ -33,7 +34,6 @@ from liar_ext.calibration.media import (
     evaluation_inputs,
     read_files,
 )
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored

@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
     options.progress = wanted in ("auto", "plain") and not options.quiet
     # What follows imports torch; the version, the help and typos are answered without it.
-    from liar_ext.checkpoint.transformers_hooks import register
+    from liar_ext.checkpoint.loading import register
     from liar_ext.cli.output import quietened
     from liar_ext.distributed import tells
     from liar_ext.progress import no_bars, plain_lines

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext import Plan
-from liar_ext.calibration.bank_file import read_bank
-from liar_ext.checkpoint.fingerprint import strangers
-from liar_ext.checkpoint.names import PLAN_FILE
+from liar_ext.calibration.bank import read_bank
+from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.checkpoint_store import (
     JOB,
     OLDER,

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import let_write, load, load_with_tokenizer

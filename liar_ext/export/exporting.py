@@ -18,9 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.atomic_write import atomic_write
-from liar_ext.checkpoint.fingerprint import add_to_manifest, digest, strangers, write_manifest
+from liar_ext.checkpoint.folder import (
+    EXPORTS_FILE,
+    MARKER_FILE,
+    add_to_manifest,
+    digest,
+    strangers,
+    write_manifest,
+)
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
-from liar_ext.checkpoint.names import EXPORTS_FILE, MARKER_FILE
 from liar_ext.checkpoint.placing import beside, clean_leftovers, put_in_place
 from liar_ext.errors import InputError, install, one_line, refusing
 from liar_ext.export import FORMATS, Exported, Format

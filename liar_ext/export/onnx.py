@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liar_ext.checkpoint.folder import PROCESSOR_FILES
 from liar_ext.checkpoint.loading import load_model
-from liar_ext.checkpoint.names import PROCESSOR_FILES
 from liar_ext.checkpoint.saving import save_tokenizer
 from liar_ext.checkpoint.sentence import Sentence, read_inside, read_sentence
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS

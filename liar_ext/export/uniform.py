@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.fingerprint import count_params, run_on
+from liar_ext.checkpoint.folder import PLAN_FILE, RECIPE_YAML, REPORT_JSON, count_params, run_on
 from liar_ext.checkpoint.inspection import read_config, read_json
 from liar_ext.checkpoint.loading import read_plan
-from liar_ext.checkpoint.names import PLAN_FILE, RECIPE_YAML, REPORT_JSON
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import dense_config, equal_config, how_to_load
 from liar_ext.errors import InputError

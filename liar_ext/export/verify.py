@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 
 from liar_ext.checkpoint.carrying import compare_tokenization
-from liar_ext.checkpoint.fingerprint import Fingerprint, read_fingerprint
+from liar_ext.checkpoint.folder import FINGERPRINT_FILE, Fingerprint, read_fingerprint
 from liar_ext.checkpoint.inspection import check_code, inspect_folder, read_config
 from liar_ext.checkpoint.loading import placement
-from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
 from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line, refusing

@@ -118,7 +118,7 @@ def compare(model: nn.Module, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saved(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Tensor], Tensor]:
-    """Return facts, inputs and output of the fingerprint, see ``checkpoint/fingerprint.py``."""
+    """Return facts, inputs and output of the fingerprint, see ``checkpoint/folder.py``."""
     with safe_open(job["fingerprint"], framework="pt") as file:
         facts = file.metadata()
         more = [key for key in file.keys() if key.startswith("input:")]  # noqa: SIM118, no mapping

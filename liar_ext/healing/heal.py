@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
-from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
 from liar_ext.checkpoint_store import Checkpoint, opened
-from liar_ext.distributed import world_size
+from liar_ext.distributed import all_reduce, broadcast, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.healing.run import Healing, Training
-from liar_ext.healing.weights import (
-    block_paths,
+from liar_ext.healing.training import (
+    State,
+    Training,
     check_memory,
     checkpointed,
+    choose,
+    losses,
+    mean_loss,
     needs_checkpointing,
+    put,
     set_dtypes,
 )
 from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.sites import sites
+from liar_ext.progress import Bar
+
+WARM_UP = 0.05  # of the budget
+MEASURES = 4  # of the held-out loss, besides that before training
+CLIP = 1.0
+STATE = "state"  # its key in a checkpoint
 
 
 def heal(
@@ -39,7 +54,7 @@ def heal(
 ) -> dict[str, Any]:
     """Train a pruned model in place towards the outputs of the dense model.
 
-    The loss compares outputs and uses no labels, see :func:`liar_ext.healing.run.losses`.
+    The loss compares outputs and uses no labels, see :func:`liar_ext.healing.training.losses`.
     AdamW without weight decay; the learning rate rises over the first twentieth of the budget and
     then falls to 0 as a cosine; gradients are clipped to norm 1; dropout is off. The held-out loss
     is measured before training and four times during it. The model gets the best state that was
@@ -65,7 +80,7 @@ def heal(
         Show a progress bar.
     **training
         ``lr``, ``train``, ``accumulate``, ``seed``, ``bfloat16`` and ``gradient_checkpointing``, as
-        fields of :class:`liar_ext.healing.run.Training`.
+        fields of :class:`liar_ext.healing.training.Training`.
 
     Returns
     -------
@@ -96,7 +111,7 @@ def heal(
             "the CPU"
         )
     settings, recompute = training.facts(), training.gradient_checkpointing
-    paths = block_paths(model)
+    paths = list(dict.fromkeys(site.path for site in sites(model)))
     original = {name: each.detach().cpu().clone() for name, each in model.named_parameters()}
     wanted = {name: each.requires_grad for name, each in model.named_parameters()}
     interrupted = False
@@ -145,3 +160,174 @@ def heal(
         "budget": f"{training.amount:,} {training.unit}",
         "gradient_checkpointing": recompute,
     }
+
+
+@dataclass
+class SoFar:
+    """How far a run is."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # held-out measurements included
+    curve: list[list[float]] = field(default_factory=list)  # pairs of tokens and held-out loss
+
+
+class Healing:
+    """A run of :func:`heal`: the weights that it trains, their best state, and how far it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        batches: Sequence[Batch],
+        held_out: Sequence[Batch],
+        training: Training,
+        saved: Checkpoint | None,
+    ) -> None:
+        self.model, self.teacher, self.batches, self.held_out = model, teacher, batches, held_out
+        self.training, self.saved, self.device = training, saved, device_of(model)
+        kind, half = self.device.type, training.bfloat16
+        self.cast = partial(torch.autocast, kind, torch.bfloat16, enabled=half)
+        self.so_far, self.best, self.after = SoFar(), None, math.inf
+        self.student, self.trained = choose(model, training.train, training.seed)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=training.lr, weight_decay=0.0)
+
+    def train(self, progress: bool) -> None:
+        """Train until the budget is spent or the weights are no longer finite."""
+        known = None if self.saved is None else self.saved.get(STATE)
+        start = time.monotonic()
+        if known is None:
+            self.measure()
+        else:
+            self.load(*known)
+            start -= self.so_far.seconds
+        if not math.isfinite(self.so_far.curve[0][1]):
+            raise InputError(
+                "heal: the outputs of the pruned or the dense model are not finite on the held-out "
+                "text; look for damaged weights, or load both in float32"
+            )
+        with Bar(total=100, desc="heal", disable=not progress) as bar:
+            while self.done() < 1 and self.step():
+                self.so_far.seconds = broadcast(time.monotonic() - start)
+                if self.done() * MEASURES >= len(self.so_far.curve):
+                    self.measure()
+                    self.so_far.seconds = broadcast(time.monotonic() - start)
+                if self.saved is not None and self.saved.due(STATE):
+                    self.save()
+                bar.update(int(100 * min(self.done(), 1)) - bar.n)
+
+    def done(self, ahead: float = 0.0) -> float:
+        """Return the fraction of the budget that is spent, and ``ahead`` of its unit more."""
+        so_far = self.so_far
+        spent = {"tokens": so_far.tokens, "steps": so_far.steps, "minutes": so_far.seconds / 60}
+        return (spent[self.training.unit] + ahead) / self.training.amount
+
+    def step(self) -> bool:
+        """Do one step; return False, and leave the weights, if gradients are not finite."""
+        so_far, each = self.so_far, self.training.accumulate * world_size()
+        self.optimizer.zero_grad()
+        sums = torch.zeros(2, dtype=torch.float64)  # rows and tokens of all ranks
+        for index in range(so_far.steps * each, (so_far.steps + 1) * each)[rank() :: world_size()]:
+            batch = self.batches[self.place(index)].to(self.device)
+            with self.cast():
+                found = losses(self.student, self.teacher, batch)
+            found.sum().backward()
+            sums[0] += len(found)
+            sums[1] += count_tokens(batch)
+        all_reduce(sums)
+        rows, tokens = map(int, sums)
+        torch._foreach_div_(self.gradients(), rows)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
+        if not torch.isfinite(norm):
+            return False
+        minutes = so_far.seconds / 60 / max(so_far.steps, 1)
+        step = {"tokens": tokens, "steps": 1, "minutes": minutes}[self.training.unit]
+        middle = self.done(step / 2)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.lr * schedule(middle)
+        self.optimizer.step()
+        so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
+        return True
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of what was used, added up over all ranks."""
+        trained = list(self.trained.values())
+        used = torch.tensor([each.grad is not None for each in trained], dtype=torch.int8)
+        all_reduce(used)  # an expert may be used by the text of one rank alone
+        for each, ranks in zip(trained, used.tolist(), strict=True):
+            if ranks and each.grad is None:
+                each.grad = torch.zeros_like(each)
+        gradients = [each.grad for each in trained if each.grad is not None]
+        all_reduce(*gradients)
+        return gradients
+
+    def place(self, index: int) -> int:
+        """Return the batch to train on: each round has an order of its own."""
+        turn, at = divmod(index, len(self.batches))
+        generator = torch.Generator().manual_seed(self.training.seed + turn)
+        return int(torch.randperm(len(self.batches), generator=generator)[at])
+
+    def measure(self) -> None:
+        """Measure the held-out loss, and keep the weights if none were better."""
+        loss, best = self.loss(self.student), min((y for _, y in self.so_far.curve), default=None)
+        if best is not None and loss < best:
+            self.best = {name: value.detach().cpu().clone() for name, value in self.trained.items()}
+        self.so_far.curve.append([self.so_far.tokens, loss])
+
+    def loss(self, student: nn.Module) -> float:
+        """Return the held-out loss of a model."""
+        with self.cast():
+            return mean_loss(student, self.teacher, self.held_out)
+
+    def save(self) -> None:
+        """Save everything that the next step depends on."""
+        tensors = {f"weight/{name}": value for name, value in self.trained.items()}
+        tensors |= {f"best/{name}": value for name, value in (self.best or {}).items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+        said = f"healing after {self.so_far.tokens:,} tokens"
+        self.saved.put(STATE, tensors, {**asdict(self.so_far), "said": said})
+
+    def load(self, stored: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`save` has written."""
+        self.so_far = SoFar(**{name: facts[name] for name in asdict(self.so_far)})
+        groups: dict[str, dict] = {"weight": {}, "best": {}, "optimizer": {}}
+        for name in stored:
+            group, _, rest = name.partition("/")
+            groups[group][rest] = stored[name]
+        put(self.trained, groups["weight"])
+        self.best = groups["best"] or None
+        state: dict[int, State] = {}
+        for name, value in groups["optimizer"].items():
+            index, _, rest = name.partition("/")
+            state.setdefault(int(index), {})[rest] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def finish(self, original: State) -> bool:
+        """Give the model the best state, as it will be saved; tell whether it is better.
+
+        Merged adapters and weights in half precision are measured again, as they are rounded.
+        """
+        curve = [loss for _, loss in self.so_far.curve]
+        if self.best is not None:
+            put(self.trained, self.best)
+        if self.training.train == "lora":
+            self.student.merge_and_unload() if self.best else self.student.unload()
+        self.after = min(curve, default=math.inf)
+        named = dict(self.model.named_parameters())
+        half = any(value.dtype != named[name].dtype for name, value in original.items())
+        if self.best is not None and (half or self.training.train == "lora"):
+            put(named, {name: named[name].to(value.dtype) for name, value in original.items()})
+            self.after = self.loss(self.model)
+        improved = self.best is not None and self.after < curve[0]
+        if not improved:
+            put(named, original)
+            self.after = curve[0] if curve else math.inf
+        return improved
+
+
+def schedule(done: float) -> float:
+    """Return the factor of the learning rate when a fraction of the budget is spent."""
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min((done - WARM_UP) / (1 - WARM_UP), 1)))

@@ -1,23 +1,25 @@
-"""The first half of a job: sums, scores, error curves, sensitivities, and the plan from them."""
+"""The first half of a job: sums, scores, error curves, sensitivities, and the plan from them.
+
+Finders take the sites of a group, whose moments are at hand in ``passes``; what is known is not
+computed again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import Passes
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint_store import reading
-from liar_ext.distributed import broadcast
-from liar_ext.job.estimate import before_plan
-from liar_ext.job.scoring import find_curves, find_scores, find_sensitivities
-from liar_ext.job.speed import Speed
-from liar_ext.job.state import Job
-from liar_ext.job.streamed import ProbeStreams, StreamedPasses
+from liar_ext.distributed import broadcast, share
+from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
+from liar_ext.job.streamed import StreamedPasses
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
 from liar_ext.progress import spare
@@ -25,8 +27,17 @@ from liar_ext.reconstruction.hidden_size import Narrowing, narrow
 from liar_ext.reconstruction.solve import with_bias
 from liar_ext.reconstruction.streams import StreamedBatches
 from liar_ext.selection.allocation import allocate
-from liar_ext.selection.curve_allocation import losses_of, predict_divergence, rounding
-from liar_ext.selection.error_curves import notes_of
+from liar_ext.selection.criteria import score
+from liar_ext.selection.curve_allocation import (
+    losses_of,
+    measure_sensitivities,
+    predict_divergence,
+    probe_sites,
+    probes_of,
+    rounding,
+)
+from liar_ext.selection.error_curves import error_curves, notes_of
+from liar_ext.selection.sensitivity import Measured
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts
 
 PLAN = "plan"  # its key in a checkpoint
@@ -110,14 +121,10 @@ def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Pa
     whole = base.model is job.model and job.recipe.keep_vocab == 1.0
     if not whole and job.recipe.keep == 1.0:
         return None
-    text = () if job.batches is None else job.batches
-    if job.walk is None:
-        given = base.model, text, base.at, job.room
-        return Passes(*given, bank=job.bank, saved=job.saved, progress=job.progress)
-    probes = None
-    if job.recipe.allocation == "curve":
-        probes = ProbeStreams(job.walk, text, job.recipe.budget, job.recipe.reconstruct)
-    return StreamedPasses(job.walk, text, base.at, job.shares.keep_sums, along, probes)
+    if job.walk is not None:
+        return StreamedPasses(job, along)
+    given = base.model, () if job.batches is None else job.batches, base.at, job.room
+    return Passes(*given, bank=job.bank, saved=job.saved, progress=job.progress)
 
 
 def analyze(job: Job, passes: Passes) -> Analysis:
@@ -148,6 +155,57 @@ def analyze(job: Job, passes: Passes) -> Analysis:
             found.losses[name] = found.sensitivities[name] * probes.shares[name] * each
     found.notes.extend(notes_of(elsewhere, job.sites(passes.model)))
     return found
+
+
+def find_scores(job: Job, passes: Passes, at: Sequence[Site]) -> dict[str, Tensor]:
+    """Return the scores of sites."""
+    recipe = job.recipe
+
+    def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
+        how = {"seed": recipe.seed, "batches": passes.batches, "per": per(recipe)}
+        given = passes.model, passes.bank, missing, recipe.criterion
+        return score(*given, **how, progress=job.bars)
+
+    return job.known.get("score", score_key(recipe), at, partial(share, compute=compute))
+
+
+def find_curves(
+    job: Job,
+    passes: Passes,
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    elsewhere: dict[str, str],
+) -> dict[str, Tensor]:
+    """Return the error curves of sites; ``elsewhere`` is told of those that found no memory."""
+
+    def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
+        given = passes.model, passes.bank, missing, scores
+        return error_curves(*given, progress=job.bars, elsewhere=elsewhere)
+
+    return job.known.get("curve", score_key(job.recipe), at, partial(share, compute=compute))
+
+
+def find_sensitivities(
+    job: Job,
+    passes: Passes,
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    curves: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Return the sensitivities of sites of a model in memory."""
+    recipe, known, model = job.recipe, job.known, passes.model
+
+    def measure(missing: Sequence[Site]) -> dict[str, float]:
+        teams = {site.team for site in missing}  # experts of a layer are measured together
+        some = [site for site in at if site.team in teams]
+        budget = replace(recipe.budget, keep=known.probe_keep or recipe.keep)
+        how = {"mode": recipe.reconstruct, "progress": job.bars}
+        probes = probe_sites(model, passes.bank, some, scores, curves, budget, **how)
+        saved = None if job.saved is None else Measured(job.saved, at[0].name)
+        text = probes_of(model, passes.batches)
+        return measure_sensitivities(model, probes, text, saved=saved, progress=job.bars)
+
+    return known.get(SENSITIVITY, sensitivity_key(recipe, known, model, at), at, measure)
 
 
 def allocated(job: Job, model: nn.Module, analysis: Analysis) -> Decision:
@@ -203,7 +261,6 @@ def decide(job: Job, passes: Passes | None) -> Decision:
 
 
 def _restored(job: Job, passes: Passes, facts: Mapping[str, Any]) -> Decision:
-    """Return the plan of a checkpoint; the steps before it need not be done."""
     passes.summed = facts["summed"]
     decision = Decision(Plan.from_json(facts["plan"]), **{name: facts[name] for name in SAVED})
     if job.walk is not None:
@@ -213,6 +270,7 @@ def _restored(job: Job, passes: Passes, facts: Mapping[str, Any]) -> Decision:
         return decision
     if job.bank is None:
         passes.bank = MomentBank(source=facts["source"])
-    for stage, steps in before_plan(job.sites(job.model), job.recipe).items():
-        spare(stage, steps)
+    for stage in ("calibrate", "gradients", "curves", "sensitivity"):
+        spare(stage)
+    spare("reconstruct", len(job.sites(job.model)) if job.recipe.allocation == "curve" else 0)
     return decision

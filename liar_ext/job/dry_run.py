@@ -11,7 +11,7 @@ from torch import nn
 
 from liar_ext.calibration.batches import Batches, read_batch
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
 from liar_ext.job.estimate import (
     GIB,
@@ -72,10 +72,11 @@ def describe_streamed(job: Job, store: BlockStore) -> list[str]:
     tokens = sum(map(tokens_of, job.batches))
     held = bytes_of_states(job.model, sites(job.model), tokens, layerwise=layerwise)
     beyond, need = max(0, held - shares.states), sum(shares.need.values())
+    size = sum(each.nbytes for each in store.model.parameters())
     again = "" if shares.keep_sums or layerwise else ", twice"
     return [
         f"{type(job.model).__name__}: {job.params['before']:,} parameters, "
-        f"{store.total_bytes / GIB:.3g} GiB in {len(store)} blocks of at most "
+        f"{size / GIB:.3g} GiB in {len(store)} blocks of at most "
         f"{store.block_bytes / GIB:.3g} GiB, read {'with' if store.prefetch else 'without'} "
         "reading ahead",
         f"memory: {need / GIB:.3g} of {job.limit / GIB:.3g} GiB without hidden states "

@@ -5,6 +5,7 @@ The progress line, ``--dry-run`` and the refusals for memory read it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batches
 from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
+from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
-from liar_ext.job.scoring import score_key, sensitivity_key
-from liar_ext.job.state import SENSITIVITY, Job, Known
+from liar_ext.job.state import SENSITIVITY, Job, Known, score_key, sensitivity_key
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.plan import Budget
@@ -129,7 +130,6 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
 
 
 def _unknown(job: Job, at: Sequence[Site]) -> tuple[bool, bool]:
-    """Tell whether error curves, and sensitivities, are still to be found."""
     recipe, known = job.recipe, job.known or Known()
     key = sensitivity_key(recipe, known, job.model, at)
     return not known.has("curve", score_key(recipe), at), not known.has(SENSITIVITY, key, at)
@@ -165,13 +165,6 @@ def bars_of(job: Job, stages: Mapping[str, Estimate]) -> list[str]:
             runs = stages["narrow"].steps // len(job.batches) - 1
             order[1:1] = ["narrow", *["narrow", "solve"] * runs]
     return [name for name in [*order, "evaluate"] if name in stages]
-
-
-def before_plan(at: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
-    """Return the steps, by stage, that come before the plan; None for all of a stage."""
-    probed = len(at) if recipe.allocation == "curve" else 0
-    stages = dict.fromkeys(("calibrate", "gradients", "curves", "sensitivity"))
-    return {**stages, "reconstruct": probed}
 
 
 def by_blocks(
@@ -225,42 +218,29 @@ def bytes_of_states(model: nn.Module, at: Sequence[Site], tokens: int, *, layerw
 
 
 def bytes_by_blocks(
-    model: nn.Module,
-    at: Sequence[Site],
-    batches: Sequence[Batch],
-    recipe: Recipe,
-    *,
-    blocks: int,
-    head: int,
+    store: BlockStore, at: Sequence[Site], batches: Sequence[Batch], recipe: Recipe
 ) -> dict[str, int]:
-    """Return the peak of a job with one block in memory and hidden states on disk, by its parts.
-
-    ``blocks`` are the bytes of the block in use, and of the one that is read ahead; ``head`` those
-    of the output head.
-    """
-    layerwise = recipe.schedule == "layerwise"
-    steps = steps_of(recipe, _has_biases(model, at))
-    sums: dict[int, int] = {}
-    solved: dict[int, int] = {}  # new weights, in float64 until the block is sliced
+    """Return the peak of a job with one block in memory and hidden states on disk, by its parts."""
+    steps = steps_of(recipe, _has_biases(store.model, at))
+    sums, solved = Counter(), Counter()  # solved: new weights, in float64 until a block is sliced
+    cross = Counter()  # of all experts of a layer together
     for site in at:
-        sums[site.block] = sums.get(site.block, 0) + bytes_of_sums(site.d_in)
-        solved[site.block] = solved.get(site.block, 0) + 8 * site.d_in * site.d_out
-    cross: dict[str, int] = {}  # of all experts of a layer together
-    for site in at if layerwise else ():
-        size = bytes_of_sums(site.d_in) + FOLDS * 8 * site.d_in * site.d_out
-        cross[site.team] = cross.get(site.team, 0) + size
+        sums[site.block] += bytes_of_sums(site.d_in)
+        solved[site.block] += 8 * site.d_in * site.d_out
+        if recipe.schedule == "layerwise":
+            cross[site.team] += bytes_of_sums(site.d_in) + FOLDS * 8 * site.d_in * site.d_out
     widest = max(max(site.d_in, site.d_out) for site in at)
     tokens = max(map(tokens_of, batches), default=0)
     return {
         "outside of the blocks": process_memory(),
-        "blocks": blocks,
+        "blocks": store.block_bytes * (1 + store.prefetch),  # the one that is read ahead, too
         "sums of a block": max(*sums.values(), *cross.values(), 0),
         "their solve": max(
             bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - 8 * s.d_in * s.d_out
             for s in at
         ),
         # Without attention scores: the default kernels make none.
-        "a batch": max(widest * ACTIVATIONS * tokens * 4, head),
+        "a batch": max(widest * ACTIVATIONS * tokens * 4, store.head_bytes),
     }
 
 

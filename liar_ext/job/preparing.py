@@ -10,18 +10,17 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
-from liar_ext.calibration.batches import read_batches
-from liar_ext.calibration.collect import check_finite_weights
+from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.saved_sums import room_for_sums
 from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
-from liar_ext.job.scoring import check_bank, runs_over_text
 from liar_ext.job.solving import hold_out
-from liar_ext.job.state import Job, Known, tokens_gone
+from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
@@ -44,10 +43,7 @@ NO_GAIN = (
 def prepare(job: Job) -> Job:
     """Return a job with all that its recipe leaves open resolved, before the first batch is run.
 
-    Raises
-    ------
-    InputError
-        For whatever can't work.
+    InputError is raised for whatever can't work.
     """
     model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
     job = replace(job, asked=job.recipe, recipe=job.recipe.settled())
@@ -85,13 +81,53 @@ def prepare(job: Job) -> Job:
         job = job if judged else _without_gain(job, at, notes)
     if backward and job.batches:
         check_loss(model, job.batches[0])
-    params = {
-        "before": count_params(model) + tokens_gone(model),
-        "prunable_before": sum(s.params for s in at),
-    }
+    before, prunable = count_params(model) + tokens_gone(model), sum(s.params for s in at)
+    params = {"before": before, "prunable_before": prunable}
     room = room_for_sums(model, recipe.memory)
     job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
-    return job if job.walk is None else _shared_out(job)
+    return job if job.walk is None else share_out(job)
+
+
+def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
+    """Return which choices run the model over the calibration text, beside its moments."""
+    measured = known.has(SENSITIVITY, sensitivity_key(recipe, known, model, at), at)
+    chosen = recipe.without("from_sums")
+    return [recipe.spelled(each) for each in chosen if not (measured and each.name == "allocation")]
+
+
+def changes_all(recipe: Recipe) -> list[str]:
+    """Return which choices change the activations of all layers, so that no bank holds them."""
+    chosen = recipe.without("with_bank")
+    return [recipe.spelled(each) for each in chosen if each.metadata["affects"] == "scores"]
+
+
+def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
+    """Return the batches of a job that is given a bank: its own, or else the text of the bank.
+
+    Raise InputError if the bank doesn't serve the job, or keeps no text where the job needs it.
+    """
+    recipe, bank, model = job.recipe, job.bank, job.model
+    if whole := changes_all(recipe):
+        raise InputError(
+            f"prune: {whole[0]} does not work with a bank, which is of the whole model; leave the "
+            "bank out and give the calibration text"
+        )
+    check_bank_is_of(bank, model, at)
+    if job.batches is not None:
+        return job.batches
+    needed = runs_over_text(recipe, job.known, model, at)
+    if bank.text is None and needed:
+        raise InputError(
+            f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
+            "none; calibrate with the text kept, or use the preset fast"
+        )
+    rows = model.get_input_embeddings()
+    if needed and any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):
+        raise InputError(
+            f"prune: the bank's text has tokens that the {rows.num_embeddings} embeddings of the "
+            "model lack; calibrate this model anew"
+        )
+    return bank.text
 
 
 def _check_sizes(job: Job) -> None:
@@ -137,7 +173,6 @@ def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
 
 
 def _measures(job: Job) -> bool:
-    """Tell whether the schedule is chosen by what whole models give on held-out text."""
     auto = job.asked.schedule == "auto" and job.recipe.schedule == "layerwise"
     # Fewer hidden features are no states to compare with the dense model's, and of a model that is
     # written as it is solved there is nothing to compare.
@@ -196,10 +231,4 @@ def recorded(job: Job) -> Job:
     known = job.saved.begin(facts, **kept)
     if job.walk is None:
         return replace(job, room=known["room"])
-    return _shared_out(job, known["keep_sums"])
-
-
-def _shared_out(job: Job, keep_sums: bool | None = None) -> Job:
-    """Share the limit out; raise InputError if it isn't enough."""
-    given = job.walk.source, job.sites(job.model), list(read_batches(job.batches)), job.recipe
-    return replace(job, shares=share_out(*given, job.limit, keep_sums))
+    return share_out(job, known["keep_sums"])

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, read_batches
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import check_folder, writing
 from liar_ext.checkpoint_store import RESULT, Checkpoint, opened
@@ -26,7 +26,7 @@ from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
 from liar_ext.job.preparing import prepare, recorded
-from liar_ext.job.rescaling import Rescaling, rescale_batches
+from liar_ext.job.rescaling import rescale, rescale_batches
 from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
 from liar_ext.job.state import Folder, Job
 from liar_ext.models.running import device_of
@@ -39,6 +39,8 @@ from liar_ext.recipe.fields import DTYPES, recipe_fields
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report, versions
 from liar_ext.rows import SiteRow, what_to_know
+from liar_ext.selection.divergence import Divergence
+from liar_ext.selection.sensitivity import POSITIONS
 
 # What the command does around prune, and what does it in Python.
 AROUND: dict[str, str] = {
@@ -159,24 +161,11 @@ def prune_folder(
 ) -> Report:
     """Prune a model and save it, as :func:`liar_ext.prune` and :func:`liar_ext.save_pruned` do.
 
-    With a ``store`` the model is read block by block and written as it is solved. Of several ranks
-    each calls this alike; the first one writes the folder.
-
-    Parameters
-    ----------
-    store : BlockStore, optional
-        The dense model and its tokenizer, unless the job's model is in memory.
-    job : Job
-        Of its model; with a store within ``limit`` bytes for each process.
-    folder : path
-        Where the pruned model goes; hidden states that don't fit into memory lie beside it.
-    annotate : callable
-        Adds what else is known to the report before it is written.
-
-    Raises
-    ------
-    InputError
-        If a choice, the data or the budget can't be used, or the memory isn't enough for a block.
+    With a ``store`` the model is read block by block and written as it is solved, within the
+    ``limit`` of the job for each process; hidden states that don't fit lie beside the folder. Of
+    several ranks each calls this alike; the first one writes the folder. ``annotate`` adds to the
+    report before it is written. InputError if a choice, the data or the budget can't be used, or
+    the memory isn't enough for a block.
     """
     if is_first():
         check_folder(folder, overwrite)
@@ -241,10 +230,10 @@ def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Pla
 
     Then scale what the layers give, if that is asked for and brings it nearer to the dense model.
     """
-    scales, rows = None, {}
+    dense, rows = None, {}
     if job.recipe.rescale:
         with job.clock("rescale"):
-            scales = Rescaling(job.model, rescale_batches(job.batches))
+            dense = Divergence(job.model, rescale_batches(job.batches), POSITIONS)
     full = base.in_full(plan)
     whole = stock_config.from_dense(job.model, full)
     for index, weights, found in solved.blocks:
@@ -260,9 +249,9 @@ def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Pla
         done = {"params": [job.params["before"], count_params(job.model)]}
         stock_config.describe(job.model, {"budget": job.recipe.budget.to_dict(), **done})
     job.model.liar_plan = whole
-    if scales is not None:
+    if dense is not None:
         with job.clock("rescale"):
-            fitted = scales.fit(job.model, plan.attn_unit, progress=job.progress)
+            fitted = rescale(dense, job.model, plan.attn_unit, progress=job.progress)
         solved.facts |= fitted.facts()
         if not fitted.scales:
             solved.notes.append("Nothing was rescaled: no scales bring held-out outputs nearer.")

@@ -30,7 +30,7 @@ from liar_ext.models.running import base_path, evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.progress import Bar
 from liar_ext.selection.divergence import DenseOutputs, Divergence
-from liar_ext.selection.sensitivity import POSITIONS, blocks_before, recorded, replayed
+from liar_ext.selection.sensitivity import blocks_before, recorded, replayed
 
 # By which a scale is moved to see what changes. In half precision more, and both ways: rounding of
 # the outputs as they are would be in every difference to them, and in q, and add up in the slope.
@@ -52,7 +52,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class Rescaled:
-    """What :meth:`Rescaling.fit` found.
+    """What :func:`rescale` found.
 
     Divergences are per row, on the text that scales were fitted on; None where not finite.
     """
@@ -80,46 +80,38 @@ def rescale_batches(batches: Batches) -> list[dict[str, Tensor]]:
     return probe_batches(batches, every=True, rows=ROWS)
 
 
-class Rescaling:
-    """Scales that bring a pruned model nearer to the dense one, whose outputs are held.
+@torch.no_grad()
+def rescale(
+    dense_outputs: Divergence, pruned: nn.Module, attn_unit: str = "auto", *, progress: bool = False
+) -> Rescaled:
+    """Find scales that bring a sliced model nearer to the dense one; multiply its weights by them.
 
-    ``batches`` are few and small: outputs of all handles are held for one of them.
+    Nothing is multiplied unless held-out batches, and all of them together, are nearer by it.
+    ``dense_outputs`` are of few and small batches: outputs of all handles are held for one of them.
     """
-
-    def __init__(self, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        self._dense = Divergence(dense, batches, POSITIONS)
-
-    @torch.no_grad()
-    def fit(
-        self, pruned: nn.Module, attn_unit: str = "auto", *, progress: bool = False
-    ) -> Rescaled:
-        """Find the scales of a sliced model, and multiply its weights by them in place.
-
-        Nothing is multiplied unless held-out batches and all of them together are nearer by it.
-        """
-        every = sites(pruned, attn_unit=attn_unit)
-        handles, (blocks, _) = handles_of(pruned, every), blocks_before(pruned, every)
-        bar = Bar(list(self._dense.outputs.items()), desc="rescale", disable=not progress)
-        with evaluating(pruned):
-            own = {at: _expansion(dense, pruned, handles, blocks) for at, dense in bar}
-        pairs = [pair for share in gather(own) for pair in share.items()]
-        found = [each for _, each in sorted(pairs, key=lambda pair: pair[0])]
-        rows = sum(each.rows for each in found)
-        before = sum(each.divergence for each in found) / max(rows, 1)
-        if not rows or not math.isfinite(before):
-            return Rescaled()
-        damp, change, step = broadcast(best_step(found))
-        if step is None:
-            return Rescaled(before=before, after=before)
-        factors = dict(zip(handles, (1 + step).tolist(), strict=True))
-        with _scaled(pruned, factors):
-            after = self._dense.of(pruned)["divergence"]
-        if not after < before:
-            return Rescaled(before=before, after=before)
-        for handle, factor in factors.items():
-            _multiply(pruned.get_submodule(handle.path), factor, handle.offset)
-        scales = {handle.name: factor for handle, factor in factors.items()}
-        return Rescaled(scales, damp, before, after, change)
+    every = sites(pruned, attn_unit=attn_unit)
+    handles, (blocks, _) = handles_of(pruned, every), blocks_before(pruned, every)
+    bar = Bar(list(dense_outputs.outputs.items()), desc="rescale", disable=not progress)
+    with evaluating(pruned):
+        own = {at: _expansion(each, pruned, handles, blocks) for at, each in bar}
+    pairs = [pair for share in gather(own) for pair in share.items()]
+    found = [each for _, each in sorted(pairs, key=lambda pair: pair[0])]
+    rows = sum(each.rows for each in found)
+    before = sum(each.divergence for each in found) / max(rows, 1)
+    if not rows or not math.isfinite(before):
+        return Rescaled()
+    damp, change, step = broadcast(best_step(found))
+    if step is None:
+        return Rescaled(before=before, after=before)
+    factors = dict(zip(handles, (1 + step).tolist(), strict=True))
+    with _scaled(pruned, factors):
+        after = dense_outputs.of(pruned)["divergence"]
+    if not after < before:
+        return Rescaled(before=before, after=before)
+    for handle, factor in factors.items():
+        _multiply(pruned.get_submodule(handle.path), factor, handle.offset)
+    scales = {handle.name: factor for handle, factor in factors.items()}
+    return Rescaled(scales, damp, before, after, change)
 
 
 def handles_of(model: nn.Module, at: Sequence[Site]) -> list[Handle]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.generated import SELF
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.distributed import alone, broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep
@@ -97,12 +97,11 @@ class SmallerVocabulary:
         texts, judging = held_out_of(texts)
         most = JUDGED_PIECES if predicts_next_token(self.model) else JUDGED_DOCUMENTS
         counted, quality = count(texts), self._quality(recipe, judging, most)
-        given = counted, self.model, self.tokenizer, quality
         if shares_budget(recipe):
             with alone():
-                chosen, auto = share_budget(*given, recipe, self._draw(), self._progress)
+                chosen, auto = share_budget(counted, quality, recipe, self._draw())
         else:
-            chosen, auto = smallest(*given)
+            chosen, auto = smallest(counted, quality)
         whole = {"before": counted.size, "after": counted.size}
         whole |= {"kind": counted.pieces.kind_in_words, "kept_of_text": 1.0}
         facts = (chosen.facts if chosen else whole) | {"auto": auto}
@@ -137,13 +136,7 @@ class SmallerVocabulary:
 
 
 def share_budget(
-    counted: Counted,
-    model: nn.Module,
-    tokenizer: Any,
-    quality: VocabularyQuality,
-    recipe: Recipe,
-    batches: Batches,
-    progress: bool = False,
+    counted: Counted, quality: VocabularyQuality, recipe: Recipe, batches: Batches
 ) -> tuple[Choice | None, dict[str, Any]]:
     """Return the vocabulary with which a model pruned to the whole budget loses least.
 
@@ -151,15 +144,12 @@ def share_budget(
     budget, and measured on text that chose no token. Sizes fall by a quarter until the loss grows;
     then those halfway to both neighbours of the best are tried. Moments, scores and sensitivities
     are computed once, with all tokens. Returns None if all tokens stay, and the sizes tried.
-
-    Raises
-    ------
-    InputError
-        If no size meets the budget, or outputs of different vocabularies don't compare.
+    InputError if no size meets the budget, or outputs of different vocabularies don't compare.
     """
+    model, tokenizer = counted.model, counted.tokenizer
     quality.check_judges(model)
     fixed = replace(recipe, schedule="one-pass", keep_vocab=1.0, vocab_text=(), vocab_scripts=())
-    work = Sweep(model, batches, progress=progress, probe_keep=PROBE_KEEP)
+    work = Sweep(model, batches, progress=counted.progress, probe_keep=PROBE_KEEP)
     total, tried, choices = count_params(model), {}, {}
 
     def measure(size: int) -> None:
@@ -204,7 +194,6 @@ def _sizes(size: int) -> Iterator[int]:
 
 
 def _between(sizes: list[int], best: int) -> list[int]:
-    """Return the multiples of 64 halfway from a size to its neighbours among sizes."""
     at = sizes.index(best)
     around = [each for each in (at - 1, at + 1) if 0 <= each < len(sizes)]
     halfway = {STEP * round((best + sizes[each]) / 2 / STEP) for each in around}

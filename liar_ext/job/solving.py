@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.distributed import alone, is_first
 from liar_ext.job.state import Job
 from liar_ext.measure.embeddings import Evaluator
@@ -92,11 +92,11 @@ def reconstruct(job: Job, passes: Passes | None, plan: Plan, evaluation: Evaluat
     facts = {"max_memory": job.limit}
 
     def blocks() -> Iterator[Block]:
-        given, along = (plan, recipe.reconstruct, recipe.damp), [job.out.fixed, *evaluation.along]
+        along, how = [job.out.fixed, *evaluation.along], (recipe.reconstruct, recipe.damp)
         if recipe.schedule == "layerwise":
-            yield from solve_layerwise(walk, *given, job.batches, job.certify_on or (), along)
+            yield from solve_layerwise(walk, plan, *how, job.batches, job.certify_on or (), along)
         else:
-            yield from passes.solve(*given, along)
+            yield from passes.solve(plan, along)
         facts["calibrate_passes"] = passes.taken
         facts["hidden_states_on_disk"] = walk.states.most_on_disk
 
@@ -138,7 +138,6 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
 
 
 def _solve(job: Job, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:
-    """Return new weights by a schedule, and the rows of the report."""
     settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
     if schedule == "layerwise":
         settings |= {"fresh": job.certify_on or (), "saved": job.saved}

@@ -7,36 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch, Batches, count_tokens, one_of_each, read_batches
+from liar_ext.calibration.bank import MomentBank
+from liar_ext.calibration.batches import count_tokens, one_of_each, read_batches
 from liar_ext.calibration.collect import (
     Passes,
     check_not_padding,
     check_sums,
-    routed_tokens,
+    counted,
     summing,
 )
-from liar_ext.calibration.moments import MomentBank, Moments
+from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
 from liar_ext.calibration.taps import is_relative, tap_at
-from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.saving import SHARD_BYTES
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
-from liar_ext.job.state import Shares
+from liar_ext.job.state import Job, Shares
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.plan import Budget, Plan
+from liar_ext.plan import Plan
 from liar_ext.progress import Bar, spare
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved, solve_blocks
 from liar_ext.reconstruction.solve import reconstruct_shared
-from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
+from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams
 from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
 from liar_ext.selection.error_curves import energy_shares
 from liar_ext.selection.sensitivity import mean_divergences, pruned_site
@@ -67,23 +68,16 @@ def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bo
         )
 
 
-def share_out(
-    store: BlockStore,
-    at: Sequence[Site],
-    batches: Sequence[Batch],
-    recipe: Recipe,
-    limit: int,
-    keep_sums: bool | None = None,
-) -> Shares:
-    """Share ``limit`` bytes out; raise InputError if a block and its sums don't fit.
+def share_out(job: Job, keep_sums: bool | None = None) -> Job:
+    """Return a job with its limit shared out; raise InputError if a block and its sums don't fit.
 
     Sums are kept where they fit, unless ``keep_sums`` says.
     """
+    store, at, recipe, limit = job.walk.source, job.sites(job.model), job.recipe, job.limit
+    batches = list(read_batches(job.batches))
 
     def needed(shard: int) -> dict[str, int]:
-        size = store.block_bytes * (1 + store.prefetch)
-        need = bytes_by_blocks(store.model, at, batches, recipe, blocks=size, head=store.head_bytes)
-        return need | {"a shard to be written": shard}
+        return bytes_by_blocks(store, at, batches, recipe) | {"a shard to be written": shard}
 
     shard = min(SHARD_BYTES, max(limit // SHARD_PART, store.block_bytes))
     need = needed(shard)
@@ -94,7 +88,8 @@ def share_out(
     left, sums = room_for_states(need, limit), sum(bytes_of_sums(site.d_in) for site in at)
     if keep_sums is None:
         keep_sums = all(gather(recipe.schedule == "one-pass" and sums <= left // 2))
-    return Shares(need, shard, max(0, left - (sums if keep_sums else 0)), keep_sums)
+    states = max(0, left - (sums if keep_sums else 0))
+    return replace(job, shares=Shares(need, shard, states, keep_sums))
 
 
 ALONG = "judged"  # the key of text that has passed the dense model
@@ -109,18 +104,11 @@ class StreamedPasses(Passes):
     ``along`` and ``probes`` are other text that passes the blocks in the first walk.
     """
 
-    def __init__(
-        self,
-        walk: Walk,
-        batches: Batches,
-        at: Sequence[Site],
-        keep: bool = False,
-        along: Sequence[StreamedBatches] = (),
-        probes: ProbeStreams | None = None,
-    ) -> None:
-        self.walk, self.model, self.at, self.keep = walk, walk.model, list(at), keep
-        self.along, self.probes = along, probes
-        self.batches = list(read_batches(batches))
+    def __init__(self, job: Job, along: Sequence[StreamedBatches]) -> None:
+        walk, self.recipe, self.keep = job.walk, job.recipe, job.shares.keep_sums
+        self.walk, self.model, self.at = walk, walk.model, job.sites(walk.model)
+        self.probes = ProbeStreams(job) if job.recipe.allocation == "curve" else None
+        self.along, self.batches = along, list(read_batches(job.batches))
         numbers = range(rank(), len(self.batches), world_size())
         self.text = StreamedBatches("text", walk, [self.batches[n] for n in numbers], numbers)
         self.summed: list[int] = []  # numbers of the walks that ran the text
@@ -167,9 +155,7 @@ class StreamedPasses(Passes):
                     yield group
             self.bank = MomentBank({}, self.source)  # what comes after needs the memory
 
-    def solve(
-        self, plan: Plan, mode: str, damp: float | str, along: Sequence[StreamedBatches]
-    ) -> Iterator[Solved]:
+    def solve(self, plan: Plan, along: Sequence[StreamedBatches]) -> Iterator[Solved]:
         """Yield the blocks in a second walk, as :func:`solve_blocks` does, each in one pass."""
         if not self.keep:
             self.text.hidden.clear()
@@ -179,7 +165,8 @@ class StreamedPasses(Passes):
             if self.keep and not self.kept:  # the plan was known
                 self._restore_sums(range(done, len(self.walk.blocks)))
             for group in self.back():
-                how = {"mode": mode, "damp": damp}  # a name for the bank would keep it
+                # A name for the bank would keep it.
+                how = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
                 yield self.index, *reconstruct_shared(self.model, self.bank, plan, group, **how)
 
         def streams() -> Streams:
@@ -201,11 +188,10 @@ class StreamedPasses(Passes):
                 )
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
-        """Take all sequences past a block, and return the moments of its sites."""
         taps = [tap_at(self.model, site) for site in group]
         with summing(self.model, taps) as (moments, current):
             self.text.advance(index, current.set)
-        routed = routed_tokens(current)
+        _, routed = counted(current)
         check_sums(moments, self.source["sequences"], routed)
         if routed:
             self.source["routed"] = self.source.get("routed", {}) | routed
@@ -275,7 +261,6 @@ class StreamedPasses(Passes):
         return {each.name: each.hidden for each in (self.text, *self.along, *probes)}
 
     def _numbers(self, name: str) -> Sequence[int] | None:
-        """Return which hidden states of a stream this rank has."""
         own = {each.name: each.numbers for each in (self.text, *self.along)}
         return own[name] if name in own or self.probes is None else self.probes.dense.numbers
 
@@ -291,9 +276,9 @@ class ProbeStreams:
     the few probe sequences each in turn.
     """
 
-    def __init__(self, walk: Walk, batches: Batches, budget: Budget, mode: str) -> None:
-        self.walk, self.budget, self.mode = walk, budget, mode
-        every = list(read_batches(probes_of(walk.model, batches)))
+    def __init__(self, job: Job) -> None:
+        walk, self.budget, self.mode = job.walk, job.recipe.budget, job.recipe.reconstruct
+        self.walk, every = walk, list(read_batches(probes_of(walk.model, job.batches)))
         numbers = range(rank(), len(every), world_size())
         self.dense = StreamedBatches("probed", walk, [every[n] for n in numbers], numbers)
         self.streams: dict[str, StreamedBatches] = {}  # of each probe that has begun

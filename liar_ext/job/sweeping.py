@@ -10,17 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.errors import InputError
 from liar_ext.job.analysis import decide_anew, narrowed, passes_of
-from liar_ext.job.preparing import prepare
+from liar_ext.job.preparing import changes_all, prepare
 from liar_ext.job.pruning import run
-from liar_ext.job.scoring import changes_all
 from liar_ext.job.state import Job, Known
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.sites import sites, skeleton
@@ -114,7 +113,6 @@ class Sweep:
         return pruned, Point(*given, time.perf_counter() - start, report)
 
     def _size(self, pruned: nn.Module, recipe: Recipe) -> tuple[int, float]:
-        """Return the parameters of a pruned model, and its fraction of the operations."""
         budget = Budget(1.0, "flops", seq_len=recipe.seq_len)
         costs = [total_cost(each, sites(each), budget) for each in (pruned, self.model)]
         return count_params(pruned), costs[0] / costs[1]
@@ -200,10 +198,8 @@ def sweep(
         pruned, point = work.prune(each)
         if evaluate_on is not None:
             dense = dense or evaluator(model, evaluate_on, progress=progress)
-            point.report.evaluation |= {
-                "dense": dense,
-                "pruned": evaluator(pruned, evaluate_on, progress=progress),
-            }
+            quality = evaluator(pruned, evaluate_on, progress=progress)
+            point.report.evaluation |= {"dense": dense, "pruned": quality}
         if on_result is not None:
             on_result(pruned, point.report)
         points.append(point)

@@ -134,10 +134,7 @@ class VocabularyQuality:
         how = {"seq_len": self.seq_len, "samples": self.samples, "packed": False}
         found = evaluation_sequences(self.texts, tokenizer, **how)
         rows = torch.arange(len(found)).split(self.batch_size)
-        return [
-            {"input_ids": found.input_ids[some], "attention_mask": found.attention_mask[some]}
-            for some in rows
-        ]
+        return [{n: each[some] for n, each in found.inputs.items()} for some in rows]
 
 
 def pieces_of(backend: Any, texts: Sequence[str], length: int, most: int | None) -> list[str]:
@@ -166,15 +163,13 @@ def held_out_of(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for at, text in enumerate(texts) if at % HELD_OUT], texts[::HELD_OUT]
 
 
-def smallest(
-    counted: Counted, model: nn.Module, tokenizer: Any, quality: VocabularyQuality
-) -> tuple[Choice | None, dict[str, Any]]:
+def smallest(counted: Counted, quality: VocabularyQuality) -> tuple[Choice | None, dict[str, Any]]:
     """Return the smallest vocabulary whose measured loss is in bounds, and the curve of sizes.
 
     Sizes fall by a quarter until one loses too much; the last step is halved three times. None if
     each smaller vocabulary loses too much. The curve has ``[tokens, loss, tokens per byte]``.
     """
-    quality.check_judges(model)
+    quality.check_judges(counted.model)
     most = LOSSES[quality.judged_by]
     curve: dict[int, list[float]] = {}
     best: Choice | None = None
@@ -185,7 +180,7 @@ def smallest(
             choice = counted.choose(size)
         except InputError:  # more tokens must stay
             return False
-        found = quality.compare(*smaller_copy(model, tokenizer, choice))
+        found = quality.compare(*smaller_copy(counted.model, counted.tokenizer, choice))
         loss = quality.loss(found)
         curve[size] = [size, loss, found["tokens_per_byte"][1]]
         if loss <= most and (best is None or size < len(best.order)):

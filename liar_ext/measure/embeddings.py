@@ -160,9 +160,8 @@ def encoder_similarity(
         If there is no batch, or the outputs can't be compared.
     """
     batches = list(batches)
-    return DenseEncoder(dense, batches, progress=progress).compare(
-        model, batches, progress=progress
-    )
+    whole = DenseEncoder(dense, batches, progress=progress)
+    return whole.compare(model, batches, progress=progress)
 
 
 @torch.no_grad()
@@ -226,9 +225,7 @@ def pair_quality(
         ranks = _ranks((first * second).sum(1)), _ranks(torch.tensor(scores, dtype=torch.double))
         found = {"spearman": float(torch.corrcoef(torch.stack(ranks))[0, 1])}
     else:
-        nearest = [
-            int(at) for rows in first.split(ROWS) for at in (rows @ second.T).argmax(1).tolist()
-        ]
+        nearest = torch.cat([(rows @ second.T).argmax(1) for rows in first.split(ROWS)]).tolist()
         right = sum(texts[at] == own for at, own in zip(nearest, texts, strict=True))
         found = {"recall_at_1": right / len(texts)}
     return {**found, "pairs": len(texts)}
@@ -267,7 +264,6 @@ def _pooled(
 
 
 def _facts(batches: Sequence[Batch]) -> dict[str, int]:
-    """Return how many inputs there are, and of text the tokens and the longest."""
     sequences = sum(map(len, batches))
     if not sequences:
         raise InputError("evaluation: needs at least one batch, got none; give more text")

@@ -72,13 +72,10 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
             if getattr(output, "logits", None) is None or output.logits.shape[:2] != ids.shape:
                 raise InputError("perplexity: needs a causal language model with token logits")
             text = ids != placeholder
-            for logits, target, real, said in zip(output.logits, ids, mask, text, strict=True):
-                chosen = (real[:-1] & real[1:]) & said[1:]
-                loss += float(
-                    nn.functional.cross_entropy(
-                        logits[:-1][chosen].float(), target[1:][chosen], reduction="sum"
-                    )
-                )
+            for logits, target, real, is_text in zip(output.logits, ids, mask, text, strict=True):
+                chosen = (real[:-1] & real[1:]) & is_text[1:]
+                said, wanted = logits[:-1][chosen].float(), target[1:][chosen]
+                loss += float(nn.functional.cross_entropy(said, wanted, reduction="sum"))
                 tokens += int(chosen.sum())
             sequences += len(ids)
             seq_len = max(seq_len, ids.shape[1])
@@ -304,7 +301,7 @@ def word_errors(
         clips += [(number, clip) for clip in reader.clips([item])]
     heard = ["" for _ in items]
     start = time.perf_counter()
-    writer = reader.of(model)
+    writer = Reader(reader.kind, model, reader.processor, reader.tokenizer)
     for at in Bar(range(0, len(clips), batch_size), desc="evaluate", disable=not progress):
         numbers, some = zip(*clips[at : at + batch_size], strict=True)
         features = writer.features([samples for samples, _ in some])

@@ -79,10 +79,6 @@ def measure_latency(
     progress : bool
         Show a progress bar.
 
-    Returns
-    -------
-    LatencyTable
-
     Raises
     ------
     InputError
@@ -160,7 +156,6 @@ def _samples(
 def _mixed_counts(
     shapes: Mapping[tuple, Sequence[Site]], sizes: Mapping[tuple, Sequence[int]]
 ) -> Iterator[dict[str, int]]:
-    """Yield the units that every site keeps, a round each."""
     draw = Random(SEED)
     places = {shape: draw.sample(range(len(some)), len(some)) for shape, some in shapes.items()}
     for turn in range(max(map(len, sizes.values()))):
@@ -243,7 +238,6 @@ def rising_means(values: Sequence[float]) -> list[float]:
 
 
 def _spread_out(counts: Sequence[int]) -> list[int]:
-    """Return some of the counts, evenly, with both ends."""
     if len(counts) <= SIZES:
         return list(counts)
     last = len(counts) - 1

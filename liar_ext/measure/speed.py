@@ -88,9 +88,8 @@ class Benchmark:
 
     def to_json(self) -> str:
         """Return it as strict JSON."""
-        return (
-            json.dumps({"version": BENCH_VERSION, **asdict(self)}, indent=1, allow_nan=False) + "\n"
-        )
+        facts = {"version": BENCH_VERSION, **asdict(self)}
+        return json.dumps(facts, indent=1, allow_nan=False) + "\n"
 
     def rate(self, what: str, batch: int | None = None) -> Rate | None:
         """Return the rate of a name, of one batch size or of the smallest that there is."""
@@ -117,7 +116,6 @@ def benchmark(
     settings: Settings,
     *,
     memory: bool = True,
-    clock: Clock = time.perf_counter,
     progress: bool = False,
 ) -> Benchmark:
     """Measure a pruned model beside a dense one, or alone.
@@ -142,7 +140,7 @@ def benchmark(
             sizes = sum(each.numel() for each in weights), sum(each.nbytes for each in weights)
             facts[role] = ModelFacts(name, *sizes, peaks[role])
         check_models(models, settings)
-        rates = measure(models, settings, clock=clock, progress=progress)
+        rates = measure(models, settings, progress=progress)
         threads = torch.get_num_threads()
     return Benchmark(
         pruned=facts["pruned"],
@@ -249,10 +247,8 @@ def now(model: nn.Module, clock: Clock) -> float:
 
 def check_models(models: Mapping[str, nn.Module], settings: Settings) -> None:
     """Refuse models that do different things, and numbers that they can't have."""
-    kinds = {
-        role: (model.main_input_name, predicts_next_token(model)) for role, model in models.items()
-    }
-    if len(set(kinds.values())) > 1:
+    kinds = {(each.main_input_name, predicts_next_token(each)) for each in models.values()}
+    if len(kinds) > 1:
         named = ", ".join(f"{role} {type(model).__name__}" for role, model in models.items())
         raise InputError(
             f"bench: both models must do the same, one of them predicts tokens and the other "
@@ -332,7 +328,6 @@ def peak_memory(name: str, settings: Settings) -> dict[str, int]:
 
 
 def _own_peaks(name: str, settings: Settings) -> dict[str, int]:
-    """Load and run a model; return the peaks of memory of this process."""
     peaks: dict[str, int] = {}
     with use_threads(settings.threads):
         model = load_model(name, settings.dtype, settings.device)[0]

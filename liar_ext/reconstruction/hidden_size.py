@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
-from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds, symmetric
+from liar_ext.calibration.moments import Moments, Squares, check_folds, symmetric
 from liar_ext.calibration.saved_sums import room_for_sums, split
 from liar_ext.calibration.taps import Tap
 from liar_ext.errors import InputError

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from markupsafe import Markup, escape
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
-from liar_ext.checkpoint.names import REPORT_JSON
+from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.errors import InputError
 from liar_ext.measure.speed import Benchmark, Rate
 from liar_ext.report import pictures, sections, tables

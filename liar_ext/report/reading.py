@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from liar_ext.checkpoint.names import REPORT_JSON
+from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.errors import InputError, one_line
 from liar_ext.measure.speed import BENCH_VERSION, Benchmark, ModelFacts, Quartiles, Rate
 from liar_ext.recipe import Recipe

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from liar_ext import ops
-from liar_ext.checkpoint.names import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
+from liar_ext.checkpoint.folder import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe

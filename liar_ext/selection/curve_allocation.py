@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, probe_batches, read_batches
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.models.running import complete_inputs
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan

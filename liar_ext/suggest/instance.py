@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.stock_config import shapes_of
 from liar_ext.errors import one_line
 from liar_ext.models.running import base_path, config_parts, evaluating

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from liar_ext.calibration.texts import evaluation_sequences
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.progress import Bar

@@ -17,7 +17,7 @@ from tiny import VOCAB, tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, calibrate, sites
 from liar_ext.atomic_write import atomic_write
-from liar_ext.calibration import bank_file
+from liar_ext.calibration import bank as bank_file
 
 
 def batches(seed: int = 0, ragged: bool = True) -> list[dict[str, torch.Tensor]]:

@@ -9,8 +9,7 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, Moments, calibrate
 from liar_ext.atomic_write import write_tensors
-from liar_ext.calibration.bank_file import all_finite
-from liar_ext.calibration.moments import Squares, centre
+from liar_ext.calibration.moments import Squares, all_finite, centre
 
 
 def filled(tokens: int = 40, d_in: int = 7, seed: int = 0) -> tuple[Moments, list]:

@@ -13,8 +13,7 @@ import torch
 from folders import equal_plan, make_plan, pruned
 
 from liar_ext.checkpoint import load_pruned, placing, save_pruned, saving
-from liar_ext.checkpoint.fingerprint import strangers
-from liar_ext.checkpoint.names import MANIFEST_FILE, MARKER_FILE
+from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
 from liar_ext.checkpoint.placing import check_folder
 from liar_ext.errors import InputError
 

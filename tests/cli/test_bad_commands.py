@@ -8,7 +8,7 @@ import pytest
 from reliability import commands
 
 from liar_ext import InputError
-from liar_ext.checkpoint.block_source import load_offloaded
+from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.cli.main import COMMANDS
 from liar_ext.export import export
 from liar_ext.measure.evaluation import load_tasks
@@ -60,7 +60,7 @@ def test_running_the_model_or_success_would_be_seen(inputs):
     [
         ("matplotlib", lambda: drawing("report").__enter__()),
         ("gguf", lambda: export("nowhere", "gguf")),
-        ("accelerate", lambda: load_offloaded("nowhere")),
+        ("accelerate", lambda: BlockStore("nowhere")),
         ("lm_eval", lambda: load_tasks(["arc_easy"])),
     ],
 )

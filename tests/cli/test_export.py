@@ -12,7 +12,7 @@ import transformers
 from reliability.outcome import in_child
 
 from liar_ext import cli, verify_pruned
-from liar_ext.checkpoint.names import REPORT_JSON
+from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.export import gguf
 
 

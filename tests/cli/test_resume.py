@@ -12,8 +12,8 @@ from command import refused, run
 from stopping import stop_at
 
 from liar_ext import load_pruned
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import InFlight
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
 from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import inputs, resume

@@ -13,8 +13,7 @@ import pytest
 from folders import equal_plan
 
 from liar_ext import InputError, cli
-from liar_ext.checkpoint.fingerprint import strangers
-from liar_ext.checkpoint.names import EXPORTS_FILE
+from liar_ext.checkpoint.folder import EXPORTS_FILE, strangers
 from liar_ext.errors import install
 from liar_ext.export import FORMATS, Exported, Format, export
 from liar_ext.export.exporting import read_record

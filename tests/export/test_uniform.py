@@ -11,8 +11,7 @@ from folders import equal_plan, make_plan, pruned
 from tiny import TINY, outputs, tiny
 
 from liar_ext import InputError, cli, save_pruned, verify_pruned
-from liar_ext.checkpoint.fingerprint import strangers
-from liar_ext.checkpoint.names import PLAN_FILE
+from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.export import export
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.models.slicing import apply_plan

@@ -13,8 +13,7 @@ from folders import change, equal_plan, read
 from safetensors.torch import load_file, save_file
 
 from liar_ext import InputError, cli, verify_pruned
-from liar_ext.checkpoint.fingerprint import read_fingerprint
-from liar_ext.checkpoint.names import FINGERPRINT_FILE
+from liar_ext.checkpoint.folder import FINGERPRINT_FILE, read_fingerprint
 from liar_ext.export import export, onnx, verify
 from liar_ext.export.verify import table, verify_everywhere
 

@@ -7,7 +7,7 @@ from folders import equal_plan, make_plan, pruned
 from tiny import tiny
 
 from liar_ext import InputError, save_pruned
-from liar_ext.checkpoint.fingerprint import strangers
+from liar_ext.checkpoint.folder import strangers
 from liar_ext.export import export
 from liar_ext.export.vllm import SERVED
 

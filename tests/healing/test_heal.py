@@ -14,9 +14,8 @@ from tiny import VOCAB, tiny
 from liar_ext import heal
 from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.errors import InputError
-from liar_ext.healing import run
-from liar_ext.healing.run import computes_bfloat16, losses, mean_loss
-from liar_ext.healing.weights import activation_bytes
+from liar_ext.healing import heal as run
+from liar_ext.healing.training import activation_bytes, computes_bfloat16, losses, mean_loss
 from liar_ext.models.slicing import apply_plan
 
 STEPS = {"budget": {"steps": 12}, "lr": 1e-2, "bfloat16": False}
@@ -169,7 +168,7 @@ def test_a_resumed_run_stores_activations_as_it_began(tmp_path, monkeypatch):
     tight = 12 * sum(each.numel() for each in student.parameters())  # gradients and moments alone
     for free in (tight, 1 << 40):
         student.load_state_dict(before)
-        monkeypatch.setattr("liar_ext.healing.weights.available_memory", lambda free=free: free)
+        monkeypatch.setattr("liar_ext.healing.training.available_memory", lambda free=free: free)
         assert heal(student, dense, text(), **settings)["gradient_checkpointing"]
 
 
@@ -232,7 +231,7 @@ def test_activations_are_stored_if_they_fit(monkeypatch):
     one = activation_bytes(student, batch.select([0]))
     assert activation_bytes(student, batch) == pytest.approx(4 * one, rel=0.2)
     for free, expected in ((4 * one, True), (1 << 40, False), (None, False)):
-        monkeypatch.setattr("liar_ext.healing.weights.available_memory", lambda free=free: free)
+        monkeypatch.setattr("liar_ext.healing.training.available_memory", lambda free=free: free)
         student = pair()[0]
         settings = {**STEPS, "budget": {"steps": 1}}
         found = heal(student, dense, text(), held_out=text(1), **settings)

@@ -11,11 +11,11 @@ from stopping import stop_at
 from tiny import tiny
 
 from liar_ext import InputError, Report, cli, compress, load_pruned, verify_pruned
-from liar_ext.checkpoint.fingerprint import strangers
+from liar_ext.checkpoint.folder import strangers
 from liar_ext.cli import inputs
 from liar_ext.healing import MINUTES
-from liar_ext.healing import run as runs
-from liar_ext.healing import weights as weights_of_healing
+from liar_ext.healing import heal as runs
+from liar_ext.healing import training as weights_of_healing
 from liar_ext.progress import no_bars
 
 NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
@@ -24,7 +24,7 @@ NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """Compute in float32 whatever the hardware has, without the bars of loading."""
-    monkeypatch.setattr("liar_ext.healing.run.computes_bfloat16", lambda _: False)
+    monkeypatch.setattr("liar_ext.healing.training.computes_bfloat16", lambda _: False)
     with no_bars():
         yield
 

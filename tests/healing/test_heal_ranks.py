@@ -18,7 +18,7 @@ from tiny import batches, tiny
 
 from liar_ext import distributed, heal, prune
 from liar_ext.cli.main import main
-from liar_ext.healing import run as runs
+from liar_ext.healing import heal as runs
 from liar_ext.job import state
 from liar_ext.progress import no_bars
 
@@ -27,7 +27,7 @@ RANKS, STEPS = 2, 5
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    monkeypatch.setattr("liar_ext.healing.run.computes_bfloat16", lambda _: False)
+    monkeypatch.setattr("liar_ext.healing.training.computes_bfloat16", lambda _: False)
     with no_bars():
         yield
 

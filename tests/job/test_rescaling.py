@@ -17,16 +17,16 @@ from liar_ext.job.rescaling import (
     NUDGE,
     Expansion,
     Handle,
-    Rescaling,
     _expansion,
     _multiply,
     _scaled,
     best_step,
     handles_of,
+    rescale,
     rescale_batches,
 )
-from liar_ext.selection.divergence import DenseOutputs
-from liar_ext.selection.sensitivity import blocks_before
+from liar_ext.selection.divergence import DenseOutputs, Divergence
+from liar_ext.selection.sensitivity import POSITIONS, blocks_before
 
 # Norms of branches and offsets, biases, transposed weights, norms after sums, no logits.
 FAMILIES = ("llama", "gemma3_text", "opt", "gpt2", "bert", "distilbert", "olmo2")
@@ -196,17 +196,19 @@ def test_a_scale_that_was_taken_is_given_back(family):
     handle = handles_of(pruned, sites(pruned))[1]
     with torch.no_grad():
         _multiply(pruned.get_submodule(handle.path), 0.9, handle.offset)
-    found = Rescaling(dense, data).fit(pruned)
+    found = rescale(Divergence(dense, data, POSITIONS), pruned)
     assert found.after < 0.1 * found.before and found.held_out < 0
     assert found.scales[handle.name] == pytest.approx(1 / 0.9, abs=0.02)
-    assert Rescaling(dense, data).fit(pruned).before == pytest.approx(found.after, rel=1e-3)
+    assert rescale(Divergence(dense, data, POSITIONS), pruned).before == pytest.approx(
+        found.after, rel=1e-3
+    )
 
 
 def test_the_dense_model_stays_as_it_is():
     dense = tiny("llama")
     same = copy.deepcopy(dense)
     data = [tiny_inputs(dense, batch=2, tokens=16, seed=seed) for seed in range(4)]
-    found = Rescaling(dense, data).fit(same)
+    found = rescale(Divergence(dense, data, POSITIONS), same)
     assert found.scales == {} and found.before == found.after == pytest.approx(0, abs=1e-6)
     for name, tensor in same.state_dict().items():
         assert torch.equal(tensor, dense.state_dict()[name])
@@ -218,7 +220,7 @@ def test_outputs_that_are_not_finite_scale_nothing(which):
     data = [tiny_inputs(models["dense"], batch=2, seed=seed) for seed in range(3)]
     with torch.no_grad():
         models[which].model.norm.weight.fill_(torch.inf)
-    found = Rescaling(models["dense"], data).fit(models["pruned"])
+    found = rescale(Divergence(models["dense"], data, POSITIONS), models["pruned"])
     assert found.scales == {} and found.before is found.after is None
     assert found.facts()["divergence_unscaled"] is None
 

@@ -11,10 +11,9 @@ from tiny import batches, outputs, same_weights, tiny
 import liar_ext
 from liar_ext import Budget, InputError, MomentBank, Recipe, calibrate, prune, sweep
 from liar_ext.calibration import collect
-from liar_ext.job import scoring
+from liar_ext.job import analysis
 from liar_ext.job.pruning import run
-from liar_ext.job.scoring import score_key
-from liar_ext.job.state import Job, Known
+from liar_ext.job.state import Job, Known, score_key
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.selection import curve_allocation
@@ -155,7 +154,7 @@ def test_what_needs_text_says_so_without_it(choices, named):
 
 def test_what_can_not_be_swept_is_refused_before_anything_is_run(banks, monkeypatch):
     model = tiny("llama")
-    monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("run"))
+    monkeypatch.setattr(analysis, "score", lambda *_, **__: pytest.fail("run"))
     bare = MomentBank(dict(banks["llama"].moments), banks["llama"].source)
     for keep, choices, message in (
         ((), {}, "at least one budget"),

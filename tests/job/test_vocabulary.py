@@ -117,10 +117,10 @@ def test_the_smallest_size_within_the_loss_is_taken(good_from, taken, monkeypatc
     monkeypatch.setattr(
         vocabulary, "smaller_copy", lambda model, tokenizer, choice: (len(choice.order),)
     )
-    counted = SimpleNamespace(choose=choose, size=TOKENS)
+    counted = SimpleNamespace(choose=choose, size=TOKENS, model=None, tokenizer=None)
     measured = {"compare": compare, "loss": loss, "check_judges": lambda model: None}
     quality = SimpleNamespace(judged_by="bits_per_byte", **measured)
-    found, facts = smallest(counted, None, None, quality)
+    found, facts = smallest(counted, quality)
     assert (found and len(found.order)) == taken
     assert all(size % 64 == 0 for size in tried) and sorted(set(tried)) == sorted(tried)
     assert facts["most_loss"] == LOSSES["bits_per_byte"] == 0.01
@@ -135,7 +135,7 @@ def test_models_whose_outputs_do_not_compare_are_refused(tokenizer, texts):
     quality = VocabularyQuality(model, tokenizer, texts[:16], **HOW)
     assert quality.compare(model, tokenizer).keys() == {"tokens_per_byte"}
     with pytest.raises(InputError, match="give a number of tokens instead of auto"):
-        smallest(None, model, tokenizer, quality)
+        smallest(SimpleNamespace(model=model), quality)
 
 
 def test_held_out_documents_choose_nothing(texts):

@@ -23,7 +23,7 @@ from liar_ext import (
     sites,
 )
 from liar_ext.job.dry_run import describe
-from liar_ext.job.speed import Speed
+from liar_ext.job.state import Speed
 from liar_ext.measure import latency
 from liar_ext.measure.latency import plan_of, ratios, rising_means, sliced
 from liar_ext.measure.speed import Quartiles
@@ -174,8 +174,8 @@ def test_costs_are_corrected_by_what_whole_plans_take(monkeypatch):
         found.append(ratio)
         return {"pruned": Quartiles(ratio, ratio, ratio)}
 
-    monkeypatch.setattr("liar_ext.job.speed.measure_latency", lambda *_, **__: table)
-    monkeypatch.setattr("liar_ext.job.speed.ratios", timed)
+    monkeypatch.setattr("liar_ext.job.state.measure_latency", lambda *_, **__: table)
+    monkeypatch.setattr("liar_ext.job.state.ratios", timed)
     speed = Speed(model, at, budget)
     costs = speed.settle(lambda costs: even_plan(at, budget, costs))
     assert speed.table.scale == pytest.approx(0.8)
@@ -196,9 +196,9 @@ def test_a_correction_that_no_plan_meets_is_not_taken(monkeypatch):
     model = tiny("llama")
     at, budget = sites(model), Budget(0.4, "latency", tile=1, **SHORT)
     table = table_for(model, at, budget, fixed=0.01)
-    monkeypatch.setattr("liar_ext.job.speed.measure_latency", lambda *_, **__: table)
+    monkeypatch.setattr("liar_ext.job.state.measure_latency", lambda *_, **__: table)
     slow = Quartiles(0.9, 0.9, 0.9)
-    monkeypatch.setattr("liar_ext.job.speed.ratios", lambda *_, **__: {"pruned": slow})
+    monkeypatch.setattr("liar_ext.job.state.ratios", lambda *_, **__: {"pruned": slow})
     speed = Speed(model, at, budget)
     costs = speed.settle(lambda costs: even_plan(at, budget, costs))
     even_plan(at, budget, costs)

@@ -8,8 +8,9 @@ from folders import check_sliced
 from tiny import MOE, outputs, tiny, tiny_inputs
 from torch import nn
 
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.moments import MomentBank, symmetric
+from liar_ext.calibration.moments import symmetric
 from liar_ext.calibration.taps import watched
 from liar_ext.errors import InputError
 from liar_ext.models.running import layer_at

@@ -18,7 +18,7 @@ from bench.quality.report import markdown
 from bench.quality.sharing import Case
 from liar_ext import Recipe, prune, sites
 from liar_ext.errors import InputError
-from liar_ext.job import scoring
+from liar_ext.job import analysis
 from liar_ext.job.preparing import settled_for
 
 
@@ -82,9 +82,9 @@ METHODS = [
 def test_methods_that_share_give_what_they_give_alone(name, monkeypatch):
     """Nothing is shared that a method would compute otherwise."""
     dense, calls = tiny(name), []
-    measure = scoring.measure_sensitivities
+    measure = analysis.measure_sensitivities
     monkeypatch.setattr(
-        scoring,
+        analysis,
         "measure_sensitivities",
         lambda *given, **more: calls.append(given) or measure(*given, **more),
     )

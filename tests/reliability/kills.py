@@ -19,8 +19,7 @@ import forked
 
 import liar_ext
 from liar_ext.checkpoint import placing
-from liar_ext.checkpoint.fingerprint import digest, strangers
-from liar_ext.checkpoint.names import MANIFEST_FILE
+from liar_ext.checkpoint.folder import MANIFEST_FILE, digest, strangers
 from reliability.outcome import Outcome, in_child
 
 TITLE = "kills in the save phase"

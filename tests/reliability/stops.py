@@ -22,7 +22,7 @@ import torch
 
 from liar_ext import cli
 from liar_ext.atomic_write import is_sealed
-from liar_ext.checkpoint.fingerprint import strangers
+from liar_ext.checkpoint.folder import strangers
 from liar_ext.checkpoint_store import Checkpoint
 from reliability.outcome import LIMIT, Outcome, in_child
 

@@ -28,8 +28,7 @@ from example_reports import wrong as wrong_kinds
 from test_report import GRID, LATENCY
 
 from liar_ext import InputError, untrusted
-from liar_ext.checkpoint.fingerprint import strangers, write_manifest
-from liar_ext.checkpoint.names import REPORT_JSON
+from liar_ext.checkpoint.folder import REPORT_JSON, strangers, write_manifest
 from liar_ext.cli import main
 from liar_ext.cli.main import parser
 from liar_ext.report import pictures

@@ -1,4 +1,4 @@
-"""The file of a moment bank: safetensors, each Gram as its packed lower triangle.
+"""The moments of all sites, and their file: safetensors, a Gram as its packed lower triangle.
 
 Per site ``NAME.gram`` ``(2, d (d + 1) / 2)``, ``NAME.total`` ``(2, d)`` and ``NAME.count``
 ``(2, 2)``. ``sequences/digest`` ``(S,)`` int64 has a digest of each sequence,
@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -32,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liar_ext.atomic_write import SEAL, Held, is_sealed, write_tensors
-from liar_ext.calibration.bank_source import MOST_ID, NAMES, Text, check_source
+from liar_ext.calibration.bank_source import Text, check_source, combine, pack, renumbered, unpack
 from liar_ext.calibration.batches import FOLDS
+from liar_ext.calibration.moments import Moments, all_finite
 from liar_ext.environment import available_memory
 from liar_ext.errors import InputError, one_line, refusing
 
@@ -48,57 +49,112 @@ TEXT = {
     "text/source": "I32",
 }
 EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **TEXT}
-Sums = tuple[Tensor, Tensor, Tensor]  # gram, total, count
 Header = dict[str, tuple[str, list[int]]]  # dtype and shape by name
 
 
 @dataclass
-class Stored:
-    """What a file of a bank holds; ``sums`` is empty where only its facts were asked for."""
+class MomentBank(Mapping[str, Moments]):
+    """The moments of every site of a model by site name, and where they come from.
 
-    source: dict[str, Any]
-    sums: dict[str, Sums] = field(default_factory=dict)
+    Parameters
+    ----------
+    moments : dict of str to Moments
+        By site name such as ``"3.mlp"``.
+    source : dict
+        JSON-ready facts on the calibration: ``model_type``, ``sequences``, ``tokens``, and more,
+        see :mod:`liar_ext.calibration.bank_source`.
+    text : list of dict, optional
+        The batches that the model was run over: ``input_ids`` and their like. Sensitivities,
+        gradients and layerwise walks run over them; all else needs the moments alone.
+    sequences, documents : Tensor, optional
+        int64 digests of the sequences, and of the documents that they were drawn of.
+    """
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    source: dict[str, object] = field(default_factory=dict)
+    text: Text | None = None
     sequences: Tensor | None = None
     documents: Tensor | None = None
-    text: Text | None = None
+
+    def __getitem__(self, name: str) -> Moments:
+        return self.moments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def merge(self, other: MomentBank) -> None:
+        """Add another bank of the same model on other text, site by site.
+
+        Counts add up exactly, and sums in float64: ``A + B`` and ``B + A`` are the same bits, other
+        groupings differ by rounding. Text is kept where both have it, and measured sensitivities
+        are dropped.
+
+        Raises
+        ------
+        InputError
+            If the banks hold different sites, are of different models, dtypes or tokenizers, or
+            have text in common; nothing is added then.
+        """
+        if self.moments.keys() != other.moments.keys() or any(
+            self[name].d_in != other[name].d_in for name in self
+        ):
+            raise InputError("MomentBank.merge: both banks must hold the same sites of one model")
+        if other is self:
+            raise InputError(
+                "MomentBank.merge: both banks hold sums over the same text, being one; calibrate "
+                "on other text"
+            )
+        own = self.source
+        self.source = combine(own, other.source, (self.sequences, other.sequences))
+        for name, moments in self.moments.items():
+            moments.merge(other[name])
+        if self.text is None or other.text is None:
+            self.text = None
+        else:
+            parts = (self.text, own), (other.text, other.source)
+            self.text = [b for text, of in parts for b in renumbered(text, of, self.source)]
+        for name in ("sequences", "documents"):
+            both = getattr(self, name), getattr(other, name)
+            setattr(self, name, None if any(x is None for x in both) else torch.cat(both))
+        if self.documents is not None:
+            self.documents = self.documents.unique()
+
+    def save(
+        self, path: str | os.PathLike[str], take: Callable[[str, Path], None] | None = None
+    ) -> None:
+        """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank`.
+
+        The file is there whole or not at all. ``take`` moves it to its place, by default over one
+        that is there. It holds the calibration text as token ids, if the bank does.
+        """
+        extras = {SEQUENCES: self.sequences, DOCUMENTS: self.documents}
+        extras |= {} if self.text is None else pack(self.text)
+        tensors: dict[str, Tensor | Held] = {}
+        for name, sums in self.moments.items():
+            own = Triangles(sums.gram), sums.total, sums.count
+            tensors |= {f"{name}.{part}": each for part, each in zip(PARTS, own, strict=True)}
+        tensors |= {name: value for name, value in extras.items() if value is not None}
+        source = json.dumps(self.source, allow_nan=False)
+        hint = "nothing was left behind, free space or name another file"
+        with refusing(f"MomentBank.save: can't write {os.fspath(path)!r}", hint, OSError):
+            write_tensors(path, tensors, {"liar_bank": str(BANK_VERSION), "source": source}, take)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MomentBank:
+        """Read a bank that :meth:`save` wrote.
+
+        Raises
+        ------
+        InputError
+            If the file is not a moment bank, or is damaged, or memory can't hold it.
+        """
+        return read_bank(path)
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds neither a NaN nor an infinity.
-
-    By its least and greatest value, of which a NaN is both, in a fortieth of the time of
-    :func:`torch.isfinite`, and without a copy.
-    """
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
-    if tensor.itemsize == 1:
-        tensor = tensor.float()  # torch has no extremes of float8
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
-
-
-def write_bank(
-    path: str | os.PathLike[str], bank: Stored, take: Callable[[str, Path], None] | None = None
-) -> None:
-    """Write a bank, one packed site at a time; raise InputError if that can't be done.
-
-    ``take`` is as for :func:`liar_ext.atomic_write.atomic_write`.
-    """
-    extras = {SEQUENCES: bank.sequences, DOCUMENTS: bank.documents}
-    extras |= {} if bank.text is None else pack(bank.text)
-    tensors: dict[str, Tensor | Held] = {}
-    for name, (gram, total, count) in bank.sums.items():
-        tensors |= {f"{name}.gram": Triangles(gram), f"{name}.total": total, f"{name}.count": count}
-    tensors |= {name: value for name, value in extras.items() if value is not None}
-    source = json.dumps(bank.source, allow_nan=False)
-    hint = "nothing was left behind, free space or name another file"
-    with refusing(f"MomentBank.save: can't write {os.fspath(path)!r}", hint, OSError):
-        write_tensors(path, tensors, {"liar_bank": str(BANK_VERSION), "source": source}, take)
-
-
-def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
+def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> MomentBank:
     """Return what a file holds; without ``sums`` only the facts, which are read in no time.
 
     The header, with the memory that it asks for, is checked before anything is read, then the
@@ -111,7 +167,7 @@ def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
         with safe_open(os.fspath(path), framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             header = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-            stored = Stored(_source(file.metadata() or {}))
+            bank = MomentBank(source=_source(file.metadata() or {}))
             extras = _extras(header)
             widths = _widths({name: kind for name, kind in header.items() if name not in extras})
             more = sum(12 * prod(header[name][1]) for name in extras)  # as int64, and before
@@ -119,15 +175,15 @@ def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
             if sums and not is_sealed(path):
                 raise ValueError("its bytes are not those that were written")
             tensors = {name: file.get_tensor(name) for name in extras}
-            stored.sequences, stored.documents = tensors.get(SEQUENCES), tensors.get(DOCUMENTS)
-            count = stored.source.get("sequences", 0)
-            if stored.sequences is not None and stored.sequences.shape != (count,):
+            bank.sequences, bank.documents = tensors.get(SEQUENCES), tensors.get(DOCUMENTS)
+            count = bank.source.get("sequences", 0)
+            if bank.sequences is not None and bank.sequences.shape != (count,):
                 raise ValueError(f"{SEQUENCES} must be of {count} sequences")
             if "text/fold" in tensors:
-                stored.text = unpack(tensors, count)
+                bank.text = unpack(tensors, count)
             if sums:
-                stored.sums = {name: _sums(file, name, d) for name, d in widths.items()}
-            return stored
+                bank.moments = {name: _sums(file, name, d) for name, d in widths.items()}
+            return bank
 
 
 @contextmanager
@@ -231,63 +287,10 @@ def _check_memory(path: str | os.PathLike[str], widths: list[int], more: int) ->
         )
 
 
-def _sums(file: safe_open, name: str, d: int) -> Sums:
-    """Return the sums of a site, which any calibration could have given."""
+def _sums(file: safe_open, name: str, d: int) -> Moments:
     packed, total, count = (file.get_tensor(f"{name}.{part}") for part in PARTS)
     gram = unpacked(packed, d)
     finite = all(all_finite(part) for part in (packed, total, count))
     if not finite or (gram.diagonal(dim1=1, dim2=2) < 0).any() or (count < 0).any():
         raise ValueError(f"sums of {name} must be finite, sums of squares and counts not < 0")
-    return gram, total, count
-
-
-def pack(text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of a text."""
-    shapes = [[*batch["input_ids"].shape, int("attention_mask" in batch)] for batch in text]
-
-    def joined(name: str) -> Tensor:
-        parts = [batch[name].flatten() for batch in text if name in batch]
-        return torch.cat([torch.zeros(0, dtype=torch.long), *parts])
-
-    packed = {
-        "text/batches": torch.tensor(shapes, dtype=torch.int32).view(-1, 3),
-        "text/input_ids": joined("input_ids").int(),
-        "text/attention_mask": joined("attention_mask").byte(),
-        "text/fold": joined("fold").byte(),
-    }
-    if all("source" in batch for batch in text):
-        packed["text/source"] = joined("source").int()
-    return packed
-
-
-def unpack(tensors: Mapping[str, Tensor], sequences: int) -> Text:
-    """Return the batches of packed tensors.
-
-    Raise ValueError if they contradict one another, or hold what no text gives.
-    """
-    shapes = tensors["text/batches"]
-    if shapes.dim() != 2 or shapes.shape[1] != 3 or (shapes[:, :2] < 1).any():
-        raise ValueError("text/batches must be (batches, 3), of at least a sequence and a token")
-    if ((shapes[:, 2] != 0) & (shapes[:, 2] != 1)).any():
-        raise ValueError("text/batches must say by 0 or 1 whether there is a mask")
-    rows, widths, masked = shapes.long().unbind(1)
-    sizes = {"input_ids": rows * widths, "attention_mask": rows * widths * masked, "fold": rows}
-    sizes |= {"source": rows} if "text/source" in tensors else {}
-    parts = {}
-    for name, size in sizes.items():
-        value = tensors[f"text/{name}"].long()
-        if value.shape != (int(size.sum()),) or int(rows.sum()) != sequences:
-            raise ValueError(f"text/{name} must hold {int(size.sum())} of {sequences} sequences")
-        parts[name] = value.split(size.tolist())
-        most = {"attention_mask": 1, "fold": FOLDS - 1}.get(name, MOST_ID)
-        if name != "source" and ((value < 0) | (value > most)).any():
-            raise ValueError("token ids must be at least 0, masks and folds 0 or 1")
-    text: Text = []
-    for index, (count, width, has_mask) in enumerate(shapes.tolist()):
-        batch = {name: values[index] for name, values in parts.items()}
-        if not has_mask:
-            del batch["attention_mask"]
-        text.append(
-            {n: each.view(count, width) if n in NAMES else each for n, each in batch.items()}
-        )
-    return text
+    return Moments(gram, total, count)

@@ -1,6 +1,6 @@
-"""What proves a saved folder: the output for a fixed input, and the digests of its files.
+"""A saved folder: the names of its files, their digests, and the output for a fixed input.
 
-By the first one can tell, without any other data, that loaded weights still compute the same.
+By the last one can tell, without any other data, that loaded weights still compute the same.
 """
 
 from __future__ import annotations
@@ -18,10 +18,44 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from liar_ext.atomic_write import atomic_write
-from liar_ext.checkpoint.names import FINGERPRINT_FILE, MANIFEST_FILE, MARKER_FILE
 from liar_ext.errors import InputError, refusing
+from liar_ext.models import liar_loader
 from liar_ext.models.running import draw_inputs, evaluating, inputs_read, output_of
 from liar_ext.untrusted import UNREADABLE
+
+# Below a folder of its own: what globs *.safetensors at a folder's top takes all of it for weights,
+# and what copies a model elsewhere leaves it behind.
+OWN_FOLDER = "liar"
+PLAN_FILE = f"{OWN_FOLDER}/plan.json"
+FINGERPRINT_FILE = f"{OWN_FOLDER}/fingerprint.safetensors"
+MANIFEST_FILE = f"{OWN_FOLDER}/manifest.json"
+REPORT_JSON = f"{OWN_FOLDER}/report.json"
+REPORT_MARKDOWN = f"{OWN_FOLDER}/report.md"
+VOCABULARY_FILE = f"{OWN_FOLDER}/vocabulary.json"
+RECIPE_YAML = f"{OWN_FOLDER}/recipe.yaml"
+CARD_FILE = "README.md"
+# What was exported from the folder, and where it lies.
+EXPORTS_FILE = f"{OWN_FOLDER}/exports.json"
+# In a folder that is being written, or removed: nobody else's folder has it.
+MARKER_FILE = ".liar_saving"
+MARK_VERSION = 2
+# The code that from_pretrained(folder, trust_remote_code=True) runs, named by auto_map.
+LOADER_MODULE = liar_loader.__name__.rpartition(".")[2]
+LOADER_FILE = f"{LOADER_MODULE}.py"
+LOADER_CODE = Path(liar_loader.__file__).read_text(encoding="utf-8")
+# What transformers leaves on a model that it read from GGUF, and what forbids to save it.
+QUANTISER_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
+# Any of these says that a folder has a tokenizer.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+# Any of these describes the processor of a model that reads pictures or recordings.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+# Of version 0.1.0, whose folders are loaded.
+OLD_MARK_VERSION = 1
+OLD_PLAN_FILE = "liar_plan.json"
 
 TOKENS = 16
 NAMES = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
@@ -37,7 +71,6 @@ class Fingerprint:
     inputs: dict[str, Tensor]  # one sequence or image, or what each part of the model reads
     output: Tensor  # the logits, or the last hidden state if there is no head
     dtype: torch.dtype
-    attention: str  # which implementation
     params: int  # shared ones counted once
 
     @property
@@ -89,13 +122,12 @@ def read_fingerprint(folder: Path) -> Fingerprint:
             output = file.get_tensor("output")
         _check_fingerprint(inputs, output, facts)
         dtype = getattr(torch, facts["dtype"])
-        return Fingerprint(inputs, output, dtype, facts["attention"], int(facts["params"]))
+        return Fingerprint(inputs, output, dtype, int(facts["params"]))
 
 
 def _check_fingerprint(
     inputs: Mapping[str, Tensor], output: Tensor, facts: Mapping[str, str]
 ) -> None:
-    """Raise ValueError unless a fingerprint is what :func:`write_fingerprint` writes."""
     names, dtype, attention = list(inputs), facts["dtype"], facts["attention"]
     if not set(names) <= set(NAMES) or dtype not in DTYPES or not attention.isidentifier():
         raise ValueError(f"unknown names, dtype or attention {names, dtype, attention}")

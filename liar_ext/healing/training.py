@@ -1,0 +1,293 @@
+"""How a pruned model is trained: its settings, its loss, its weights, and what memory they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from liar_ext.calibration.batches import Batch, count_tokens
+from liar_ext.distributed import all_reduce, rank, world_size
+from liar_ext.environment import available_memory
+from liar_ext.errors import InputError
+from liar_ext.healing import RATE, TRAIN
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, complete_inputs, device_of, output_of
+
+BUDGETS = ("tokens", "minutes", "steps")
+ROWS = 256  # logits whose softmax is in memory at once
+LORA_RANK = 16
+OF_TRAINED = 12  # bytes: gradient and two moments in float32
+OF_FREE = 0.8  # of the free memory may be used
+GIB = 2**30
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Parameters
+    ----------
+    budget : mapping
+        One of ``{"tokens": n}``, ``{"minutes": n}`` and ``{"steps": n}``.
+    lr : float
+        Highest learning rate.
+    train : {"no-embeddings", "all", "norms", "lora"}
+        ``no-embeddings``: all weights but embeddings and output head. ``lora``: adapters for all
+        linear layers, merged into them at the end; needs peft.
+    accumulate : int
+        Batches per step, of each rank.
+    seed : int
+        Of the order of batches, and of adapters.
+    bfloat16 : bool, optional
+        Compute in bfloat16 by autocast. By default if the hardware has instructions for it.
+    gradient_checkpointing : bool, optional
+        Compute the activations of blocks a second time instead of storing them. By default if they
+        would not fit the free memory.
+
+    Raises
+    ------
+    InputError
+        If a field is out of range.
+    """
+
+    budget: Mapping[str, float]
+    lr: float = RATE
+    train: str = TRAIN[0]
+    accumulate: int = 1
+    seed: int = 0
+    bfloat16: bool | None = None
+    gradient_checkpointing: bool | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.budget) != 1 or self.unit not in BUDGETS or not 0 < self.amount < math.inf:
+            raise InputError(
+                f"heal: budget must be one of {', '.join(BUDGETS)} with a number above 0, got "
+                f"{dict(self.budget)}"
+            )
+        if self.train not in TRAIN:
+            raise InputError(f"heal: train must be one of {', '.join(TRAIN)}, got {self.train!r}")
+        if not 0 < self.lr < math.inf or self.accumulate < 1:
+            raise InputError(
+                f"heal: lr must be above 0 and accumulate at least 1, got {self.lr} and "
+                f"{self.accumulate}"
+            )
+
+    unit = property(lambda self: next(iter(self.budget)))
+    amount = property(lambda self: next(iter(self.budget.values())))
+
+    def on(self, device: torch.device) -> Training:
+        """Return it with the precision that is best on a device, unless one was given."""
+        given = self.bfloat16
+        return replace(self, bfloat16=computes_bfloat16(device) if given is None else given)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report and a checkpoint say of it."""
+        return {
+            "budget": dict(self.budget),
+            "lr": self.lr,
+            "train": self.train,
+            "batches_per_step": self.accumulate,
+            "seed": self.seed,
+            "precision": "bfloat16" if self.bfloat16 else "float32",
+        }
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has instructions for bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
+
+
+def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of each row, ``(rows,)`` float32, with gradients for the student.
+
+    ============== ================================================== ================
+    output         loss                                               row
+    ============== ================================================== ================
+    logits         ``KL(p ‖ q) = Σ p (log p − log q)``                token, or
+                                                                      sequence
+    a single logit ``(z − z')²``                                      sequence
+    hidden states  ``1 − cos(m, m') + mean (h − h')²``, where m is    sequence
+                   the mean of h over the tokens
+    ============== ================================================== ================
+
+    Unprimed and p: the dense model. Padding does not count. No labels are used. Raises InputError
+    if the outputs of the two models have different shapes.
+    """
+    batch = replace(batch, inputs=complete_inputs(teacher, batch.inputs, batch.labels))
+    with torch.no_grad():
+        name, target = _run(teacher, batch)
+    _, value = _run(student, batch)
+    target = target.to(value.device)
+    if value.shape != target.shape:
+        raise InputError(
+            f"heal: the outputs of the two models must have one shape, got {tuple(value.shape)} "
+            f"and {tuple(target.shape)} of the dense model; name the model that was pruned as "
+            "teacher"
+        )
+    mask = batch.mask_of(DECODER_MASK if DECODER_IDS in batch.inputs else "attention_mask")
+    if mask is not None and (value.dim() != 3 or mask.shape != value.shape[:2]):
+        mask = None  # one output for each sequence
+    mask = None if mask is None else mask.to(value.device)
+    if name != "logits":
+        return _of_states(value.float(), target.float(), mask)
+    if mask is not None:
+        value, target = value[mask], target[mask]
+    rows = value.flatten(0, -2).split(ROWS), target.flatten(0, -2).split(ROWS)
+    # The softmax of all rows would take several times the memory of the logits.
+    pairs = zip(*rows, strict=True)
+    return torch.cat([checkpoint(_of_logits, *pair, use_reentrant=False) for pair in pairs])
+
+
+@torch.no_grad()
+def mean_loss(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
+    """Return the mean of :func:`losses` over all rows of some batches, which ranks share."""
+    device, sums = device_of(student), torch.zeros(2, dtype=torch.float64)
+    for batch in batches[rank() :: world_size()]:
+        found = losses(student, teacher, batch.to(device))
+        sums[0] += float(found.sum(dtype=torch.float64))
+        sums[1] += len(found)
+    all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+def _run(model: nn.Module, batch: Batch) -> tuple[str, Tensor]:
+    return output_of(model, model(**batch.to(device_of(model)).inputs))
+
+
+def _of_logits(value: Tensor, target: Tensor) -> Tensor:
+    value, target = value.float(), target.float()
+    if value.shape[-1] == 1:
+        return (value - target).square().flatten()
+    both = value.log_softmax(-1), target.log_softmax(-1)
+    return functional.kl_div(*both, reduction="none", log_target=True).sum(-1)
+
+
+def _of_states(value: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    distance = (value - target).square().mean(-1)
+    if value.dim() == 2:  # embeddings
+        return 1 - functional.cosine_similarity(value, target, dim=-1) + distance
+    weight = torch.ones_like(distance) if mask is None else mask.to(distance)
+    weight = weight / weight.sum(1, keepdim=True)
+    pooled = [(weight[..., None] * each).sum(1) for each in (value, target)]
+    return 1 - functional.cosine_similarity(*pooled, dim=-1) + (weight * distance).sum(1)
+
+
+def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Return the model to train, with adapters for ``lora``, and its trained parameters by name."""
+    if train == "lora":
+        model = _with_adapters(model, seed)
+    left, norms = set(), set()
+    for module in model.modules():
+        own = {id(each) for each in module.parameters(recurse=False)}
+        if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
+            left |= own
+        if "norm" in type(module).__name__.lower():
+            norms |= own
+    trained = {
+        name: each
+        for name, each in model.named_parameters()
+        if each.requires_grad
+        and (train != "no-embeddings" or id(each) not in left)
+        and (train != "norms" or id(each) in norms)
+    }
+    if not trained:
+        raise InputError(f"heal: train={train!r} leaves no weights to train; choose another")
+    kept = {id(each) for each in trained.values()}
+    for each in model.parameters():
+        each.requires_grad_(id(each) in kept)
+    return model, trained
+
+
+def _with_adapters(model: nn.Module, seed: int) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError(
+            'heal: train="lora" needs peft, which is not installed; pip install peft, or choose '
+            'train="no-embeddings"'
+        ) from None
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def put(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters."""
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def set_dtypes(model: nn.Module, like: State | None = None) -> None:
+    """Give parameters float32, or the dtypes of others; buffers keep theirs."""
+    for name, each in model.named_parameters():
+        each.data = each.data.to(torch.float32 if like is None else like[name].dtype)
+
+
+def check_memory(device: torch.device, trained: Iterable[Tensor]) -> None:
+    """Raise InputError if gradients and moments of the trained weights do not fit the memory."""
+    need, free = OF_TRAINED * sum(each.numel() for each in trained), _free(device)
+    if free is not None and need > free:
+        raise InputError(
+            f"heal: training takes {need / GIB:.1f} GiB for gradients and moments, and "
+            f"{free / GIB:.1f} GiB are free; train fewer weights (norms or lora), or use a larger "
+            "device"
+        )
+
+
+def _free(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def needs_checkpointing(
+    model: nn.Module, batches: Sequence[Batch], trained: Iterable[Tensor]
+) -> bool:
+    """Tell whether the activations of the largest batch would not fit the free memory."""
+    device = device_of(model)
+    free = _free(device)
+    if free is None:
+        return False
+    largest = max(batches, key=count_tokens)
+    stored = len(largest) * activation_bytes(model, largest.select([0]).to(device))
+    return stored + OF_TRAINED * sum(each.numel() for each in trained) > OF_FREE * free
+
+
+def activation_bytes(model: nn.Module, batch: Batch) -> int:
+    """Return the bytes that a forward pass stores for the backward pass, without weights."""
+    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    held: dict[int, Tensor] = {}  # the tensors, too, so that no address is used twice
+
+    def hold(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        output = model(**complete_inputs(model, batch.inputs, batch.labels))
+    del output
+    stored = (each.untyped_storage() for at, each in held.items() if at not in weights)
+    return sum(each.nbytes() for each in stored)
+
+
+@contextmanager
+def checkpointed(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Let blocks compute their activations a second time in the backward pass."""
+    with ExitStack() as stack:
+        for block in map(model.get_submodule, paths):
+            own = vars(block).get("forward")  # accelerate puts one there
+            undo = (setattr, block, "forward", own) if own else (delattr, block, "forward")
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.callback(*undo)
+        yield
