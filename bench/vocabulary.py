@@ -52,7 +52,7 @@ ENCODER_ROWS = (
     (1.0, "news and STS-B", 0.5, 0),
     ("auto", "news and STS-B", 1.0, 0),
 )
-SHARED, RATE = 12e6, "3e-4"
+SHARED = 12e6
 PROSE = "web and news"
 # Vocabulary, and the part of heads and channels that stays.
 DECODER_ROWS = {
@@ -185,8 +185,7 @@ def pruned(
         how |= {"of": "params", "keep": SHARED / count_params(model)}
     compress(folder, files, out=out, **how)
     if healed:
-        options = f"--tokens {healed} --lr {RATE} --quiet".split()
-        if liar(["heal", str(out), *options]):
+        if liar(["heal", str(out), "--tokens", str(healed), "--quiet"]):
             raise RuntimeError("heal: failed, see above")
     return load_model(str(out), "float32", "cpu")
 

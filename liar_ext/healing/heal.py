@@ -37,6 +37,7 @@ from liar_ext.progress import Bar
 
 WARM_UP = 0.05  # of the budget
 MEASURES = 4  # of the held-out loss, besides that before training
+LOWER = 1 / 3  # of the learning rate, where the held-out loss has not fallen
 CLIP = 1.0
 STATE = "state"  # its key in a checkpoint
 
@@ -57,7 +58,8 @@ def heal(
     The loss compares outputs and uses no labels, see :func:`liar_ext.healing.training.losses`.
     AdamW without weight decay; the learning rate rises over the first twentieth of the budget and
     then falls to 0 as a cosine; gradients are clipped to norm 1; dropout is off. The held-out loss
-    is measured before training and four times during it. The model gets the best state that was
+    is measured before training and four times during it. Where it has not fallen, training goes on
+    from the best state with a third of the learning rate. The model gets the best state that was
     measured. If none is better than the start, it stays bit-identical.
 
     Parameters
@@ -169,6 +171,7 @@ class SoFar:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0  # held-out measurements included
+    last_lr: float = 0.0  # the highest learning rate, after all that were too high
     curve: list[list[float]] = field(default_factory=list)  # pairs of tokens and held-out loss
 
 
@@ -188,7 +191,7 @@ class Healing:
         self.training, self.saved, self.device = training, saved, device_of(model)
         kind, half = self.device.type, training.bfloat16
         self.cast = partial(torch.autocast, kind, torch.bfloat16, enabled=half)
-        self.so_far, self.best, self.after = SoFar(), None, math.inf
+        self.so_far, self.best, self.after = SoFar(last_lr=training.lr), None, math.inf
         self.student, self.trained = choose(model, training.train, training.seed)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=training.lr, weight_decay=0.0)
 
@@ -244,7 +247,7 @@ class Healing:
         step = {"tokens": tokens, "steps": 1, "minutes": minutes}[self.training.unit]
         middle = self.done(step / 2)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.training.lr * schedule(middle)
+            group["lr"] = so_far.last_lr * schedule(middle)
         self.optimizer.step()
         so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
         return True
@@ -268,11 +271,15 @@ class Healing:
         return int(torch.randperm(len(self.batches), generator=generator)[at])
 
     def measure(self) -> None:
-        """Measure the held-out loss, and keep the weights if none were better."""
-        loss, best = self.loss(self.student), min((y for _, y in self.so_far.curve), default=None)
-        if best is not None and loss < best:
+        """Measure the held-out loss; keep the best weights, or go back to them, with a lower lr."""
+        so_far, loss = self.so_far, self.loss(self.student)
+        if loss < min((y for _, y in so_far.curve), default=math.inf):
             self.best = {name: value.detach().cpu().clone() for name, value in self.trained.items()}
-        self.so_far.curve.append([self.so_far.tokens, loss])
+        elif self.best is not None:
+            put(self.trained, self.best)
+            self.optimizer.state.clear()
+            so_far.last_lr *= LOWER
+        so_far.curve.append([so_far.tokens, loss])
 
     def loss(self, student: nn.Module) -> float:
         """Return the held-out loss of a model."""
@@ -309,17 +316,18 @@ class Healing:
         Merged adapters and weights in half precision are measured again, as they are rounded.
         """
         curve = [loss for _, loss in self.so_far.curve]
-        if self.best is not None:
+        self.after = min(curve, default=math.inf)
+        improved = self.best is not None and self.after < curve[0]
+        if improved:
             put(self.trained, self.best)
         if self.training.train == "lora":
-            self.student.merge_and_unload() if self.best else self.student.unload()
-        self.after = min(curve, default=math.inf)
+            self.student.merge_and_unload() if improved else self.student.unload()
         named = dict(self.model.named_parameters())
         half = any(value.dtype != named[name].dtype for name, value in original.items())
-        if self.best is not None and (half or self.training.train == "lora"):
+        if improved and (half or self.training.train == "lora"):
             put(named, {name: named[name].to(value.dtype) for name, value in original.items()})
             self.after = self.loss(self.model)
-        improved = self.best is not None and self.after < curve[0]
+            improved = self.after < curve[0]
         if not improved:
             put(named, original)
             self.after = curve[0] if curve else math.inf

@@ -73,13 +73,35 @@ def test_the_held_out_loss_falls(train):
 
 
 @pytest.mark.parametrize("train", ["no-embeddings", "lora"])
-def test_a_run_that_makes_it_worse_is_undone(train):
+def test_a_run_that_makes_it_worse_is_undone(train, monkeypatch):
     student, dense = pair()
-    before = bits(student)
-    settings = {**STEPS, "lr": 10.0, "train": train}
-    found = heal(student, dense, text(), held_out=text(2, seed=9), **settings)
+    before, losses = bits(student), iter(range(1, 9))
+    monkeypatch.setattr(run.Healing, "loss", lambda self, student: float(next(losses)))
+    found = heal(student, dense, text(), held_out=text(2, seed=9), train=train, **STEPS)
     assert not found["improved"] and found["after"] == found["before"]
     assert same(student, before)
+
+
+def test_it_goes_back_where_the_held_out_loss_has_not_fallen(monkeypatch):
+    student, dense = pair()
+    losses, kept, measure = iter([1.0, 2.0, 0.5, 0.7, 0.6]), [], run.Healing.measure
+
+    def measured(self):
+        before = bits(self.student)
+        measure(self)
+        kept.append((before, bits(self.student), self.so_far.last_lr, len(self.optimizer.state)))
+
+    monkeypatch.setattr(run.Healing, "loss", lambda self, student: next(losses))
+    monkeypatch.setattr(run.Healing, "measure", measured)
+    found = heal(student, dense, text(), held_out=text(1), **STEPS)
+    rates = [STEPS["lr"] / 3**times for times in (0, 1, 1, 2, 3)]
+    assert [lr for _, _, lr, _ in kept] == pytest.approx(rates)
+    assert found["last_lr"] == pytest.approx(rates[-1]) and found["lr"] == STEPS["lr"]
+    for at, best in ((1, 0), (3, 2), (4, 2)):
+        before, after, _, moments = kept[at]
+        assert all(torch.equal(after[name], kept[best][1][name]) for name in after)
+        assert not all(torch.equal(before[name], after[name]) for name in after) and not moments
+    assert same(student, kept[2][1]) and found["after"] == 0.5
 
 
 def test_padding_never_counts():
@@ -135,13 +157,16 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("train", ["no-embeddings", "lora"])
+@pytest.mark.parametrize(
+    ("train", "lr"), [("no-embeddings", 1e-2), ("lora", 1e-2), ("no-embeddings", 10.0)]
+)
 @pytest.mark.parametrize("after", [1, 5, 11])
-def test_a_resumed_run_has_the_bits_of_a_whole_one(after, train, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_bits_of_a_whole_one(after, train, lr, tmp_path, monkeypatch):
     student, dense = pair()
-    whole, settings = copy.deepcopy(student), {**STEPS, "train": train, "accumulate": 2}
+    whole, settings = copy.deepcopy(student), {**STEPS, "train": train, "accumulate": 2, "lr": lr}
     texts = {"held_out": text(2, seed=9)}
     expected = heal(whole, dense, text(), **texts, **settings)
+    assert (expected["last_lr"] < lr) == (lr > 1)
     monkeypatch.setattr(run.Checkpoint, "due", lambda *_: True)
     step, before = run.Healing.step, bits(student)
 
