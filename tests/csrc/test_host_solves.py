@@ -27,7 +27,7 @@ def unchanged():
 
 
 def solve(block, side, shifts):
-    """Solve as `solve_choice._solve_by_kernel` does, with NaNs where nobody may read."""
+    """Solve as `backends._solve_by_kernel` does, with NaNs where nobody may read."""
     above = np.triu(np.full(block.shape, np.nan), 1)
     x, code, diagonal = map(
         torch.from_numpy,
@@ -37,7 +37,7 @@ def solve(block, side, shifts):
 
 
 def eliminate(s, first, count):
-    """Remove single features as `solve_choice._eliminate_by_kernel` does."""
+    """Remove single features as `backends._eliminate_by_kernel` does."""
     state = (one.numpy() for one in (s.h, s.v, s.unit, s.lost, s.order, s.error))
     found = kernels().eliminate(*state, first, count, s.per_group)
     return tuple(map(torch.from_numpy, found))
