@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from liar_ext.calibration.batches import Batch, count_tokens
+from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.distributed import all_reduce, broadcast, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
 from liar_ext.healing.weights import State, choose, put
-from liar_ext.models.running import DECODER_IDS, DECODER_MASK, complete_inputs, device_of, output_of
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, output_of
 from liar_ext.progress import Bar
 
 ROWS = 256  # logits whose softmax is in memory at once
@@ -42,7 +42,7 @@ def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
     Unprimed and p: the dense model. Padding does not count. No labels are used. Raises InputError
     if the outputs of the two models have different shapes.
     """
-    batch = replace(batch, inputs=complete_inputs(teacher, batch.inputs, batch.labels))
+    batch = completed(teacher, batch)
     with torch.no_grad():
         name, target = _run(teacher, batch)
     _, value = _run(student, batch)

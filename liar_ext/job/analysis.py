@@ -26,7 +26,7 @@ from liar_ext.reconstruction.solve import with_bias
 from liar_ext.reconstruction.streams import StreamedBatches
 from liar_ext.selection.allocation import allocate
 from liar_ext.selection.curve_allocation import losses_of, predict_divergence, rounding
-from liar_ext.selection.error_curves import notes_of
+from liar_ext.selection.error_curves import energy_shares, notes_of
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts
 
 PLAN = "plan"  # its key in a checkpoint
@@ -139,13 +139,13 @@ def analyze(job: Job, passes: Passes) -> Analysis:
             elif curve:
                 own = find_sensitivities(job, passes, group, scores, curves)
                 found.sensitivities.update(own)
-                found.losses.update(losses_of(passes.model, passes.bank, group, curves, own))
+                shares = energy_shares(passes.model, passes.bank, group)
+                found.losses.update(losses_of(curves, own, shares))
         passes.finish(kept)
     if probes is not None:
         with job.clock("allocate"):
             found.sensitivities.update(probes.sensitivities())
-        for name, each in curves.items():
-            found.losses[name] = found.sensitivities[name] * probes.shares[name] * each
+        found.losses.update(losses_of(curves, found.sensitivities, probes.shares))
     found.notes.extend(notes_of(elsewhere, job.sites(passes.model)))
     return found
 

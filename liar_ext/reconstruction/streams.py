@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.models.running import complete_inputs, device_of, evaluating
+from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.rows import SiteRow
@@ -267,11 +267,6 @@ class Part:
     # The pruned stream between attention and MLP of the block in work, and what the MLP's consumer
     # reads: all that a new one needs to finish the block.
     halfway: tuple[Held, Held] | None = None
-
-
-def with_inputs(model: nn.Module, batch: Batch) -> Batch:
-    """Return a batch with what the decoder reads where an encoder is there, too."""
-    return replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
 
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]

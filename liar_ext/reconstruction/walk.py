@@ -11,7 +11,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, completed, read_batches
 from liar_ext.distributed import all_reduce, broadcast, gather, is_first, rank, share, world_size
 from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
@@ -20,7 +20,7 @@ from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Forward, Run, counted, layer_forward, rows_of
 from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_of_expert
 from liar_ext.reconstruction.solve import Solution, error_on, solve
-from liar_ext.reconstruction.streams import Held, Part, Stream, Streams, Walk, Weights, with_inputs
+from liar_ext.reconstruction.streams import Held, Part, Stream, Streams, Walk, Weights
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
@@ -53,7 +53,7 @@ class LayerwiseSolver:
         for index, batch in enumerate(read_batches(batches)):
             folds += batch.fold.tolist()
             mine = index % world_size() == rank()
-            batch = with_inputs(self.model, batch) if mine else batch
+            batch = completed(self.model, batch) if mine else batch
             for fold in range(FOLDS):
                 rows, number = (batch.fold == fold).nonzero().flatten(), next(numbers)
                 if len(rows) and mine:
@@ -66,7 +66,7 @@ class LayerwiseSolver:
         for index, batch in enumerate(read_batches(fresh)):
             self.certifies, number = True, next(numbers)
             if index % world_size() == rank():
-                self.fresh.append(self._entered(with_inputs(self.model, batch), None, number))
+                self.fresh.append(self._entered(completed(self.model, batch), None, number))
 
     @property
     def parts(self) -> list[Part]:
