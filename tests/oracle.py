@@ -29,8 +29,8 @@ def reconstruct(
     if weight.dim() == 3:
         optional = holdout, cross, holdout_cross
         return each_site(reconstruct, weight, gram, kept, damps, *optional, errors_only)
-    weight, gram = weight.double(), symmetric(gram)
-    holdout = None if holdout is None else symmetric(holdout)
+    weight, gram = weight.double(), symmetric(gram.double())
+    holdout = None if holdout is None else symmetric(holdout.double())
     cross = None if cross is None else cross.double()
     holdout_cross = None if holdout_cross is None else holdout_cross.double()
     d_out, d = weight.shape
@@ -107,7 +107,7 @@ def obs_curve(
 
     Keeps the re-solved weights and ``(G_KK + Λ)⁻¹`` themselves, and downdates both unit by unit.
     """
-    weight, gram = weight.double(), symmetric(gram)
+    weight, gram = weight.double(), symmetric(gram.double())
     d = len(gram)
     units, removed = d // width, d // width - at_least
     diagonal = gram.diagonal()

@@ -293,9 +293,6 @@ def _read_site(
         head_dim = get_path(block, wiring.head_dim)
         kv_heads = _kv_heads(name, wiring, rows, d_in // head_dim, head_dim)
         unit, units, groups = _attn_units(attn_unit, d_in // head_dim, kv_heads)
-    # A query head that leaves a KV group leaves the group's key and value behind.
-    keys_stay = unit == "head" and kv_heads * head_dim < d_in
-    producers = (*wiring.producers, *(() if keys_stay else wiring.key_value))
     site = Site(
         name=name,
         kind=_KIND[label],
@@ -307,7 +304,7 @@ def _read_site(
         d_in=d_in,
         d_out=d_out,
         consumer=f"{path}.{wiring.consumer}",
-        producers=tuple(f"{path}.{producer}" for producer in producers),
+        producers=(),
         unit_params=0,
         unit_weights=0,
         head_dim=head_dim,
@@ -319,13 +316,16 @@ def _read_site(
         experts=count_experts(block, wiring),
         active=active_fraction(block, wiring),
     )
+    # A query head that leaves a KV group leaves the group's key and value behind.
+    producers = (*wiring.producers, *(() if site.keys_stay else wiring.key_value))
     weights, biases = d_in * d_out, sum(get_path(block, each).numel() for each in wiring.per_head)
     for layer in producers:
         owned = int((site.row_units(layer, rows[layer]) >= 0).sum())
         weights += owned * (found[layer].weight.numel() // rows[layer])
         biases += owned if found[layer].bias is not None else 0
     params, weights = (weights + biases) // units, weights // units
-    return replace(site, unit_params=params, unit_weights=weights)
+    paths = tuple(f"{path}.{producer}" for producer in producers)
+    return replace(site, producers=paths, unit_params=params, unit_weights=weights)
 
 
 def _attn_units(attn_unit: str, heads: int, kv_heads: int) -> tuple[str, int, int]:

@@ -34,14 +34,7 @@ MOST = 4096  # features, tokens and columns of a problem that is timed
 STEPS = 16  # removals of the elimination that is timed
 
 
-def gram_update_(
-    gram: Tensor,
-    total: Tensor,
-    count: Tensor,
-    x: Tensor,
-    y: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> None:
+def gram_update_(gram, total, count, x, y, weight) -> None:
     """Update by the backend that was chosen for calls of this kind."""
     arguments = gram, total, count, x, y, weight
     weighted = weight is not None and weight.dtype != torch.bool

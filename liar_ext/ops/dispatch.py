@@ -56,14 +56,7 @@ if MISSING:
         library.define(_schema)
 
 
-def check_gram_update(
-    gram: Tensor,
-    total: Tensor,
-    count: Tensor,
-    x: Tensor,
-    y: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> None:
+def check_gram_update(gram, total, count, x, y=None, weight=None) -> None:
     """Hold the rules of ``gram_update_``, and tell autograd that the sums change."""
     rule, shaped = partial(_rule, "gram_update_"), partial(_shaped, "gram_update_")
     shaped("total", total, total.dim() == 1 and total.is_contiguous(), "(d,) and contiguous")
@@ -96,16 +89,7 @@ def check_gram_update(
 
 
 def check_reconstruct(
-    weight: Tensor,
-    gram: Tensor,
-    kept: Tensor,
-    damps: Tensor,
-    holdout: Tensor | None = None,
-    cross: Tensor | None = None,
-    holdout_cross: Tensor | None = None,
-    errors_only: bool = False,
-    *,
-    values: bool = True,
+    weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, *_, values: bool = True
 ) -> None:
     """Hold the rules of ``reconstruct``: without ``values`` those that wait for none."""
     rule, shaped = partial(_rule, "reconstruct"), partial(_shaped, "reconstruct")
@@ -140,9 +124,7 @@ def check_reconstruct(
         rule(damp >= 0, f"damps must be at least 0, {hint}")
 
 
-def check_obs_curve(
-    weight: Tensor, gram: Tensor, width: int, damp: float, at_least: int, groups: int = 1
-) -> None:
+def check_obs_curve(weight, gram, width, damp, at_least, groups=1) -> None:
     """Hold the rules of ``obs_curve``."""
     rule = partial(_rule, "obs_curve")
     matrix = weight.dim() == 2 and weight.dtype in FLOATS

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
-from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds, symmetric
+from liar_ext.calibration.moments import MomentBank, Moments, Squares
 from liar_ext.calibration.saved_sums import room_for_sums, split
 from liar_ext.calibration.taps import Tap
 from liar_ext.errors import InputError
@@ -41,6 +41,7 @@ from liar_ext.models.residual_stream import (
 )
 from liar_ext.models.running import body_of, device_of
 from liar_ext.models.slicing import apply_plan
+from liar_ext.ops.reference import symmetric
 from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.progress import Bar
 from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
@@ -221,7 +222,6 @@ class _Solver:
     def solve(self, source: Source, both: Moments) -> SiteRow:
         """Solve a norm and its readers, from the moments of ``[v; x]``."""
         start = time.perf_counter()
-        check_folds(both)
         kept = self.kept.to(both.gram.device)
         n, hidden = len(kept), both.d_in - len(kept)
         one = both.gram.new_ones(n)

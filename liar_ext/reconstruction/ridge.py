@@ -11,9 +11,10 @@ from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.moments import Moments, centre, symmetric
+from liar_ext.calibration.moments import Moments, centre
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
+from liar_ext.ops.reference import symmetric
 from liar_ext.plan import MODES
 from liar_ext.reconstruction.ladder import (
     Choice,

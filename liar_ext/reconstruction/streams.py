@@ -31,14 +31,14 @@ class HiddenStates:
     """A place for the hidden states of all calibration sequences between two blocks.
 
     More than ``memory`` bytes, without bound if not given, go to an unlinked file in ``folder``.
-    ``in_memory`` and ``on_disk`` are the bytes that are held now.
+    ``in_memory`` are the bytes that are held there now.
     """
 
     def __init__(
         self, memory: int | None = None, folder: str | os.PathLike[str] | None = None
     ) -> None:
         self.memory, self.folder = memory, folder
-        self.in_memory = self.on_disk = self.most_on_disk = 0
+        self.in_memory = self.most_on_disk = 0
         self._file = None
         self._free: dict[int, list[int]] = {}  # offsets by size
 
@@ -58,7 +58,6 @@ class HiddenStates:
             self.in_memory += size
             return None
         if self._free.get(size):
-            self.on_disk += size
             return self._free[size].pop()
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
@@ -72,7 +71,6 @@ class HiddenStates:
                 f"where {shutil.disk_usage(where).free / 2**30:.3g} GiB are free "
                 f"({error.strerror}); free disk space, raise --max-memory, or give fewer --samples"
             ) from error
-        self.on_disk += size
         self.most_on_disk += size
         return start
 
@@ -81,7 +79,6 @@ class HiddenStates:
         if offset is None:
             self.in_memory -= size
         else:
-            self.on_disk -= size
             self._free.setdefault(size, []).append(offset)
 
     def move(self, call: Callable[..., int], tensor: Tensor, offset: int) -> None:
@@ -241,10 +238,6 @@ class Stream:
     now: Held  # before the block that comes next
     # What came out of the stacks before, as far as a later one reads it, by the last block.
     behind: dict[int, Held] = field(default_factory=dict)
-
-    def get(self) -> Tensor:
-        """Return the hidden states before the block that comes next."""
-        return self.now.get()
 
     def answers(self, sequences: int | None = None) -> dict[int, Callable[[], Tensor]]:
         """Return what :meth:`Blocks.answering` takes, of the first ``sequences`` or of all."""

@@ -137,7 +137,7 @@ class LayerwiseSolver:
 
     def _dense_run(self, index: int, part: Part) -> Held:
         """Note what the dense model has at each layer, and return its stream after the block."""
-        hidden = part.dense.get()
+        hidden = part.dense.now.get()
         run = self._run(index, part, part.dense)
         part.goals = {
             name: self.states.hold(self._reached(layer[0], self.targets[name], hidden, run))
@@ -257,7 +257,7 @@ class LayerwiseSolver:
         # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
         late = site.kind == "mlp" and name not in self.blocks.norms
         end = None if target == "stream" and late else name
-        hidden = part.pruned.get()
+        hidden = part.pruned.now.get()
         run = self._run(self.blocks.index_of(site), part, part.pruned, consumers, end)
         read, output = run.seen[name]
         r = part.goals[name].get() - self._reached(site, target, hidden, run)
@@ -296,7 +296,7 @@ class LayerwiseSolver:
         """Tell whether a block adds plainly; else which norm reads, and ends, it."""
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
-        hidden = part.dense.get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
+        hidden = part.dense.now.get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
         with self.blocks.answering(part.dense.answers(1)):
             if self.blocks.adds_plainly(site, one, hidden):
                 return True, None, False
@@ -311,7 +311,7 @@ class LayerwiseSolver:
         end: str | None = None,
     ) -> Run:
         inputs = part.batch.to(self.device).inputs
-        hidden = stream.get().to(self.blocks.device(index))
+        hidden = stream.now.get().to(self.blocks.device(index))
         with self.blocks.answering(stream.answers()):
             return self.blocks.run(index, inputs, hidden, consumers, end)
 

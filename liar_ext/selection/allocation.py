@@ -70,11 +70,9 @@ def allocate(
     InputError
         If the method is unknown, ``curve`` lacks its losses, or no plan can meet the budget.
     """
-    costs = costs or Costs.of(at, budget, total)
-    check_budget(at, budget, method, costs)
+    problem = check_budget(at, budget, method, costs or Costs.of(at, budget, total))
     if method == "curve" and losses is None:
         raise InputError("allocate: method curve needs losses, such as those of error_curves")
-    problem = _Problem.of(at, budget, costs)
     if method == "global":
         scores = {site.name: _metric(site, scores[site.name]) for site in at}
     steps = _METHODS[method](problem, losses if method == "curve" else scores)
@@ -123,11 +121,11 @@ def _plan(
 
 def check_budget(
     at: Sequence[Site], budget: Budget, method: str = "uniform", costs: Costs | None = None
-) -> None:
+) -> _Problem:
     """Raise what :func:`allocate` would raise, before any score is known."""
     if method not in _METHODS:
         raise InputError(f"allocate: method must be one of {', '.join(_METHODS)}, got {method!r}")
-    _Problem.of(at, budget, costs or Costs.of(at, budget))
+    return _Problem.of(at, budget, costs or Costs.of(at, budget))
 
 
 def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:

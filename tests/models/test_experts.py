@@ -9,12 +9,13 @@ from tiny import MOE, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.moments import MomentBank, symmetric
+from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.taps import watched
 from liar_ext.errors import InputError
 from liar_ext.models.running import layer_at
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites, teams_of
 from liar_ext.models.slicing import apply_plan
+from liar_ext.ops.reference import symmetric
 from liar_ext.plan import Plan, SitePlan
 
 NAMES = list(MOE)
