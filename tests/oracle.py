@@ -12,7 +12,22 @@ from torch import Tensor
 from liar_ext.ops import dispatch
 from liar_ext.ops.reference import NOT_FINITE, condition_of, each_site, gram_update_, symmetric
 
-__all__ = ["gram_update_", "obs_curve", "reconstruct"]
+__all__ = ["gram_of", "gram_update_", "obs_curve", "problem", "reconstruct"]
+
+
+def problem(tokens=300, d=40, d_out=6, seed=0) -> tuple[Tensor, Tensor]:
+    """Return a weight, and correlated inputs of the layer."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
+    x = torch.randn(tokens, d, generator=generator, dtype=torch.float64) @ mix
+    return torch.randn(d_out, d, generator=generator, dtype=torch.float64), x
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """Return the lower triangle, with NaN above it: whatever reads that is found out."""
+    gram = x.mT @ x
+    gram[torch.ones_like(gram, dtype=torch.bool).triu(1)] = torch.nan
+    return gram
 
 
 def reconstruct(

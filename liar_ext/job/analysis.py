@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from liar_ext.job.speed import Speed
 from liar_ext.job.state import Job
 from liar_ext.job.streamed import ProbeStreams, StreamedPasses
 from liar_ext.models.sites import Site
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
 from liar_ext.progress import spare
 from liar_ext.reconstruction.hidden_size import Narrowing, narrow
@@ -93,13 +95,20 @@ def narrowed(job: Job) -> Base:
         with job.clock("experts"):
             settings["memory"] = job.room
             experts = choose_experts(model, job.batches, recipe.keep_experts, **settings)
-            model = experts.applied_to_copy(model)
+            model = _without(model, experts.scales, experts=experts.plans)
     elif job.narrows:
         with job.clock("narrow"):
             settings |= {"tile": recipe.tile, "memory": recipe.memory}
             narrowing = narrow(model, job.batches, recipe.keep_hidden, **settings)
-            model = narrowing.applied_to_copy(model)
+            model = _without(model, narrowing.weights, hidden=narrowing.kept)
     return Base(model, job.sites(model), narrowing, experts)
+
+
+def _without(model: nn.Module, weights: Mapping[str, Any], **gone: Any) -> nn.Module:
+    """Return a copy of the dense model that lacks what a plan says, and nothing else."""
+    fewer = copy.deepcopy(model)
+    apply_plan(fewer, Plan(model.config.model_type, "auto", {}, **gone), weights)
+    return fewer
 
 
 def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Passes | None:

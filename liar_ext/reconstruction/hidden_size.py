@@ -40,9 +40,8 @@ from liar_ext.models.residual_stream import (
     weight_of,
 )
 from liar_ext.models.running import body_of, device_of
-from liar_ext.models.slicing import apply_plan
 from liar_ext.ops.reference import symmetric
-from liar_ext.plan import Budget, Plan, SitePlan
+from liar_ext.plan import Budget, SitePlan
 from liar_ext.progress import Bar
 from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
 from liar_ext.reconstruction.solve import Solution, solve
@@ -61,13 +60,6 @@ class Narrowing:
     # How many features there are (units), the step that their number is counted in, how many stay
     # (kept), and how many would with a tile of 1 (kept_at_tile_1).
     grid: dict[str, int] = field(default_factory=dict)
-
-    def applied_to_copy(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the dense model with the stream narrowed and nothing else pruned."""
-        narrowed = copy.deepcopy(model)
-        plan = Plan(model.config.model_type, "auto", {}, hidden=self.kept)
-        apply_plan(narrowed, plan, self.weights)
-        return narrowed
 
 
 @torch.no_grad()

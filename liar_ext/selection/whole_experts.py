@@ -14,7 +14,6 @@ place of a removed one can't be folded: a token has the outputs of those alone t
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -32,8 +31,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.experts import called_at, choice_of, gated, router_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites, teams_of
-from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.plan import SitePlan
 from liar_ext.progress import Bar
 from liar_ext.reconstruction.ridge import check_settings
 from liar_ext.rows import SiteRow
@@ -141,13 +139,6 @@ class KeptExperts:
     # Of the whole model by each way to scale, on sequences that it wasn't fitted on; empty if no
     # other way was tried.
     divergences: dict[str, float]
-
-    def applied_to_copy(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model without the experts that leave."""
-        fewer = copy.deepcopy(model)
-        plan = Plan(model.config.model_type, "auto", {}, experts=self.plans)
-        apply_plan(fewer, plan, self.scales)
-        return fewer
 
 
 @torch.no_grad()

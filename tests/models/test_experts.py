@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from folders import check_sliced
-from tiny import MOE, outputs, tiny, tiny_inputs
+from tiny import MOE, eager, experts_of, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext.calibration.collect import calibrate
@@ -19,17 +19,6 @@ from liar_ext.ops.reference import symmetric
 from liar_ext.plan import Plan, SitePlan
 
 NAMES = list(MOE)
-
-
-def eager(name: str, **fields) -> nn.Module:
-    """Return a tiny model in float64 that computes one expert after another."""
-    model = tiny(name, dtype=torch.float64, **fields)
-    model.set_experts_implementation("eager")
-    return model
-
-
-def experts_of(model: nn.Module) -> list:
-    return [site for site in sites(model, ("mlp",)) if site.expert is not None]
 
 
 def padded(model: nn.Module, batch: int = 4, tokens: int = 9) -> dict:
