@@ -221,13 +221,6 @@ def count_experts(block: nn.Module, wiring: Wiring) -> int:
     return 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
 
 
-def active_fraction(block: nn.Module, wiring: Wiring) -> float:
-    """Return the fraction of tokens that a site gets: of an expert, ``top_k / experts``."""
-    if wiring.experts is None:
-        return 1.0
-    return get_path(block, wiring.experts.router).top_k / count_experts(block, wiring)
-
-
 def parts_of(model: nn.Module, family: Family) -> list[tuple[Part, list[Block]]]:
     """Return those parts of a family that a model has, with path and module of each block."""
     base = base_path(model)

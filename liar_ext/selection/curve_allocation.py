@@ -117,7 +117,7 @@ def rounding(
     method: str,
     plan: Plan,
     *,
-    costs: Costs | None = None,
+    costs: Costs,
     losses: Mapping[str, Tensor] | None = None,
 ) -> dict[str, object]:
     """Return the grid of every kind of site, and what the plan that was allocated loses by it.
@@ -132,7 +132,6 @@ def rounding(
         kinds.setdefault((site.unit, site.units, site.expert is None), []).append(site)
     rows = [_row(some, budget, plan) for some in kinds.values()]
     facts = {"tile": budget.tile, "sites": rows, "objective": OBJECTIVES[method]}
-    costs = costs or Costs.of(at, budget)
     facts["kept"] = facts["kept_at_tile_1"] = costs.kept_fraction(plan)
     single, finer = replace(budget, tile=1), plan
     if any(site_step(site, budget) != site_step(site, single) for site in at):

@@ -13,13 +13,7 @@ from torch.nn import functional
 from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.models.running import (
-    DECODER_IDS,
-    DECODER_MASK,
-    device_of,
-    evaluating,
-    output_of,
-)
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, output_of
 
 # Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
 ROW_CHUNK = 32
