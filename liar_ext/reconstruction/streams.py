@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -94,9 +94,7 @@ class Held:
 
     def __init__(self, store: HiddenStates, tensor: Tensor) -> None:
         self._store = store
-        self._tensor: Tensor | None = None
-        self._offset: int | None = None
-        self._size: int | None = None  # None while no place is taken
+        self._tensor = self._offset = self._size = None  # while no place is taken
         self.set(tensor)
 
     def get(self) -> Tensor:
@@ -171,23 +169,18 @@ class Walk:
             yield
 
 
+@dataclass(eq=False)
 class StreamedBatches:
-    """Batches on their way past the blocks of a model; in the end its head answers for them.
+    """Batches on their way past the blocks of a model; in the end its head answers for them."""
 
-    ``name`` is that of their hidden states in a checkpoint. ``numbers`` say which of all batches
-    this rank has; None if the first rank has all. ``hidden`` is given if they have begun.
-    """
+    name: str  # of their hidden states in a checkpoint
+    walk: Walk
+    batches: Iterable[Batch]
+    numbers: Sequence[int] | None = None  # of those of this rank; None if the first rank has all
+    hidden: list[Held] = field(default_factory=list)  # given if they have begun
 
-    def __init__(
-        self,
-        name: str,
-        walk: Walk,
-        batches: Sequence[Batch],
-        numbers: Sequence[int] | None = None,
-        hidden: list[Held] | None = None,
-    ) -> None:
-        self.name, self.walk, self.batches, self.numbers = name, walk, list(batches), numbers
-        self.hidden: list[Held] = [] if hidden is None else hidden
+    def __post_init__(self) -> None:
+        self.batches = list(self.batches)
 
     def advance(self, index: int, note: Callable[[Batch], None] = lambda batch: None) -> None:
         """Take all batches past a block, which is in memory; tell ``note`` of each before."""
@@ -232,28 +225,15 @@ class StreamedBatches:
 
 
 @dataclass
-class Stream:
-    """Hidden states of some sequences, (sequences, tokens, hidden), in one of both models."""
-
-    now: Held  # before the block that comes next
-    # What came out of the stacks before, as far as a later one reads it, by the last block.
-    behind: dict[int, Held] = field(default_factory=dict)
-
-    def answers(self, sequences: int | None = None) -> dict[int, Callable[[], Tensor]]:
-        """Return what :meth:`Blocks.answering` takes, of the first ``sequences`` or of all."""
-        behind = self.behind.items()
-        return {end: lambda held=held: held.get()[:sequences] for end, held in behind}
-
-
-@dataclass
 class Part:
     """Sequences of one fold, or fresh ones, and how far they are."""
 
     batch: Batch  # as the model takes them
     fold: int | None  # None where they are fresh: no solve reads them, errors are measured on them
     number: int  # which of all parts it is, whatever ranks there are
-    dense: Stream
-    pruned: Stream
+    # Hidden states, (sequences, tokens, hidden), of the models "dense" and "pruned" before the next
+    # block. "dense behind 3" came out of the stack that ends there, where a later one reads them.
+    states: dict[str, Held]
     # By layer of the block in work, what the dense model has there: the output of the consumer, or
     # the stream after it.
     goals: dict[str, Held] = field(default_factory=dict)

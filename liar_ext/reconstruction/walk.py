@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count
 
@@ -20,7 +21,7 @@ from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Forward, Run, counted, layer_forward, rows_of
 from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_of_expert
 from liar_ext.reconstruction.solve import Solution, error_on, solve
-from liar_ext.reconstruction.streams import Held, Part, Stream, Streams, Walk, Weights
+from liar_ext.reconstruction.streams import Held, Part, Streams, Walk, Weights
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
@@ -74,8 +75,8 @@ class LayerwiseSolver:
         return [*self.text, *self.fresh]
 
     def _entered(self, batch: Batch, fold: int | None, number: int) -> Part:
-        streams = (Stream(self.states.hold(hidden)) for hidden in 2 * [self._first(0, batch)])
-        return Part(batch, fold, number, *streams)
+        first = self._first(0, batch)
+        return Part(batch, fold, number, {name: self.states.hold(first) for name in STREAMS})
 
     def _first(self, index: int, batch: Batch) -> Tensor:
         """Return the hidden states that the stack beginning at a block reads."""
@@ -86,10 +87,10 @@ class LayerwiseSolver:
         read = self.blocks.read_later(index - 1)
         for part in self.parts:
             hidden = self._first(index, part.batch)
-            for stream in (part.dense, part.pruned):
+            for name in STREAMS:
                 if read:
-                    stream.behind[index - 1] = stream.now
-                stream.now = self.states.hold(hidden)
+                    part.states[f"{name}{BEHIND}{index - 1}"] = part.states[name]
+                part.states[name] = self.states.hold(hidden)
 
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
@@ -108,9 +109,9 @@ class LayerwiseSolver:
                 with solving(name):
                     consumers[name] = self._solve(layer, self.targets[name], consumers)
         for part in self.parts:
-            part.pruned.now.set(self._after(index, part, consumers))
+            part.states["pruned"].set(self._after(index, part, consumers))
         for part, dense in zip(self.parts, after, strict=True):
-            part.dense.now = dense
+            part.states["dense"] = dense
 
     def take(self) -> tuple[Weights, dict[str, SiteRow]]:
         """Hand over the weights and rows of the block that was solved last."""
@@ -120,25 +121,19 @@ class LayerwiseSolver:
 
     def streams(self) -> Streams:
         """Return the hidden states of both streams, by part."""
-        found = {}
-        for name in STREAMS:
-            streams = [getattr(part, name) for part in self.parts]
-            found[name] = [stream.now for stream in streams]
-            for index in streams[0].behind if streams else ():
-                found[f"{name}{BEHIND}{index}"] = [stream.behind[index] for stream in streams]
-        return found
+        names = self.parts[0].states if self.parts else STREAMS
+        return {name: [part.states[name] for part in self.parts] for name in names}
 
     def resume(self, streams: Mapping[str, list[Held]]) -> None:
         """Take what lies behind the streams from :meth:`streams` of a walk that was further."""
-        for name, held in streams.items():
-            which, behind, index = name.partition(BEHIND)
-            for part, each in zip(self.parts, held, strict=True) if behind else ():
-                getattr(part, which).behind[int(index)] = each
+        for name in (name for name in streams if BEHIND in name):
+            for part, held in zip(self.parts, streams[name], strict=True):
+                part.states[name] = held
 
     def _dense_run(self, index: int, part: Part) -> Held:
         """Note what the dense model has at each layer, and return its stream after the block."""
-        hidden = part.dense.now.get()
-        run = self._run(index, part, part.dense)
+        hidden = part.states["dense"].get()
+        run = self._run(index, part, "dense")
         part.goals = {
             name: self.states.hold(self._reached(layer[0], self.targets[name], hidden, run))
             for name, layer in self.blocks.layers[index].items()
@@ -149,7 +144,7 @@ class LayerwiseSolver:
     def _after(self, index: int, part: Part, consumers: Mapping[str, Forward]) -> Tensor:
         """Return the pruned stream after a block whose sites are solved."""
         if part.halfway is None:
-            return self._run(index, part, part.pruned, consumers).output
+            return self._run(index, part, "pruned", consumers).output
         (stream, x), part.halfway = (held.get() for held in part.halfway), None
         layers = self.blocks.layers[index].items()
         (mlp,) = (name for name, layer in layers if layer[0].kind == "mlp")
@@ -257,8 +252,8 @@ class LayerwiseSolver:
         # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
         late = site.kind == "mlp" and name not in self.blocks.norms
         end = None if target == "stream" and late else name
-        hidden = part.pruned.now.get()
-        run = self._run(self.blocks.index_of(site), part, part.pruned, consumers, end)
+        hidden = part.states["pruned"].get()
+        run = self._run(self.blocks.index_of(site), part, "pruned", consumers, end)
         read, output = run.seen[name]
         r = part.goals[name].get() - self._reached(site, target, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
@@ -296,8 +291,8 @@ class LayerwiseSolver:
         """Tell whether a block adds plainly; else which norm reads, and ends, it."""
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
-        hidden = part.dense.now.get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
-        with self.blocks.answering(part.dense.answers(1)):
+        hidden = part.states["dense"].get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
+        with self._behind(part, "dense", 1):
             if self.blocks.adds_plainly(site, one, hidden):
                 return True, None, False
             return False, *self.blocks.norm_of_sum(site, one, hidden)
@@ -306,14 +301,22 @@ class LayerwiseSolver:
         self,
         index: int,
         part: Part,
-        stream: Stream,
+        name: str,
         consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
         inputs = part.batch.to(self.device).inputs
-        hidden = stream.now.get().to(self.blocks.device(index))
-        with self.blocks.answering(stream.answers()):
+        hidden = part.states[name].get().to(self.blocks.device(index))
+        with self._behind(part, name):
             return self.blocks.run(index, inputs, hidden, consumers, end)
+
+    def _behind(self, part: Part, name: str, most: int | None = None) -> AbstractContextManager:
+        """Let stacks of a part that are done answer with their states, of the first sequences."""
+        start, answers = f"{name}{BEHIND}", {}
+        for key, held in part.states.items():
+            if key.startswith(start):
+                answers[int(key.removeprefix(start))] = lambda held=held: held.get()[:most]
+        return self.blocks.answering(answers)
 
     def _reached(self, site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
         """Return the consumer's output, or the stream after the site, on the CPU.

@@ -86,8 +86,8 @@ def test_the_streams_are_those_of_the_dense_and_the_pruned_model(name):
     apply_plan(pruned, plan, walk.weights)
     for part in walk.parts[:3]:
         after = stream_after(pruned, 2, part.batch.inputs)
-        assert torch.allclose(part.pruned.now.get(), after, rtol=1e-9, atol=1e-10)
-        assert torch.equal(part.dense.now.get(), stream_after(model, 2, part.batch.inputs))
+        assert torch.allclose(part.states["pruned"].get(), after, rtol=1e-9, atol=1e-10)
+        assert torch.equal(part.states["dense"].get(), stream_after(model, 2, part.batch.inputs))
 
 
 @cover(2, kind=["attn", "mlp"], target=["branch", "stream"], name=["llama", "gpt_neox"])
@@ -260,7 +260,7 @@ def test_the_stream_target_brings_the_stream_nearer(name, monkeypatch):
         distance += [
             sum(
                 float(
-                    (stream_after(model, 2, part.batch.inputs) - part.pruned.now.get())
+                    (stream_after(model, 2, part.batch.inputs) - part.states["pruned"].get())
                     .detach()
                     .square()
                     .sum()
