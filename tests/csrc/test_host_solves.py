@@ -13,17 +13,10 @@ from host_kernels import LARGE, kernels
 
 from liar_ext.ops import curve, reference
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("unchanged")]
 
 DAMPS = torch.tensor([0.0, 1e-3, 0.5, torch.inf], dtype=torch.float64)
 FORMS = {"plain": 0, "held-out": 1, "targets": 3}
-
-
-@pytest.fixture(autouse=True)
-def unchanged():
-    kernels().configure()
-    yield
-    kernels().configure()
 
 
 def solve(block, side, shifts):
