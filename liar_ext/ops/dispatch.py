@@ -168,7 +168,6 @@ def _rule(op: str, holds: bool, message: str) -> None:
 
 
 def _shaped(op: str, name: str, tensor: Tensor, holds: bool, must: str, hint: str = "") -> None:
-    """Refuse a tensor that must be of another form."""
     _rule(op, holds, f"{name} must be {must}, got {tuple(tensor.shape)}{hint}")
 
 

@@ -49,7 +49,6 @@ def _triangular_tile(index, tile_rows):
 
 @triton.jit
 def _halves(tile):
-    """Return the left and the right half of a tile's columns."""
     rows: tl.constexpr = tile.shape[0]
     columns: tl.constexpr = tile.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns)), (0, 2, 1)))

@@ -228,7 +228,6 @@ _BYTE_OF = {sign: byte for byte, sign in enumerate(byte_alphabet())}
 
 
 def _unknown(model: Mapping[str, Any]) -> str | None:
-    """Return the token of unknown characters, if there is one."""
     if model["type"] != "Unigram":
         return model.get("unk_token")
     at = model.get("unk_id")
