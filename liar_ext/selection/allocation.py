@@ -14,9 +14,8 @@ from torch import Tensor
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan, SitePlan
-from liar_ext.selection.costs import Costs
+from liar_ext.selection.costs import Costs, choose
 from liar_ext.selection.error_curves import removal_order
-from liar_ext.selection.knapsack import choose
 
 # transformers multiplies all experts of a layer at once, by a kernel that takes rows of a multiple
 # of 16 bytes only: 8 channels of two bytes.
@@ -51,7 +50,7 @@ def allocate(
         with scores from ``score(..., per="feature")``, where those of attention are squared first.
         ``curve``: the least sum of ``losses``: exact where the costs share few
         enough grains, else no more than with 1/8192 of the budget less for each site; see
-        :func:`liar_ext.selection.knapsack.choose`.
+        :func:`liar_ext.selection.costs.choose`.
     model_type : str
         For the record in the plan.
     total : float, optional
