@@ -185,26 +185,26 @@ def _check_solved(code: Tensor, held_out: Tensor, damp: float, asked: float | st
 
 
 def error_on(
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor,
+    model: nn.Module,
+    site: Site,
+    plan: Plan,
     new: tuple[Tensor, Tensor | None],
     moments: Moments,
     target: Residual | None = None,
 ) -> float:
-    """Return the error of a new consumer on sums that it was not solved on.
+    """Return the error of a site's new consumer on sums that it was not solved on.
 
     ``Σ_t |ΔW x_t + Δb + r_t|² / Σ_t |W x_t|²`` with ``ΔW = W − W' S``, S selecting the features
-    that are kept, and r the residual of the target, if any. NaN if the dense output is zero.
-
-    ``new`` is W' and b', None if the consumer keeps its bias; all else is as for :func:`solve`.
+    that the plan keeps, and r the residual of the target, if any. NaN if the dense output is zero.
+    ``new`` is W' and b', None if the consumer keeps its bias.
     """
     gram, total, tokens = moments.pooled()
-    gram, old = symmetric(gram), weight.detach().to(gram)
+    gram, bias = symmetric(gram), get_consumer_bias(model, site)
+    old = get_consumer_weight(model, site).to(gram)
     lost, shift = old.clone(), old.new_zeros(len(old))
-    lost[:, kept.to(lost.device)] -= new[0].to(gram)
+    lost[:, site.features(plan.sites[site.name].kept).to(lost.device)] -= new[0].to(gram)
     if new[1] is not None:
-        shift = (0.0 if bias is None else bias.detach().to(gram)) - new[1].to(gram)
+        shift = (0.0 if bias is None else bias.to(gram)) - new[1].to(gram)
     error = ((lost @ gram) * lost).sum() + 2 * shift @ (lost @ total)
     error += tokens * shift.square().sum()
     if target is not None:
@@ -327,7 +327,6 @@ def certified_errors(
     """
     errors = {}
     for site in (site for group in passes for site in group):
-        given = (get(passes.model, site) for get in (get_consumer_weight, get_consumer_bias))
-        kept, name = site.features(plan.sites[site.name].kept), site.name
-        errors[name] = error_on(*given, kept, weights[name], passes.bank[name])
+        given = passes.model, site, plan, weights[site.name], passes.bank[site.name]
+        errors[site.name] = error_on(*given)
     return errors

@@ -107,7 +107,7 @@ class LayerwiseSolver:
                 self._keep(layer)
             else:
                 with solving(name):
-                    consumers[name] = self._solve(layer, self.targets[name], consumers)
+                    consumers[name] = self._solve(layer, consumers)
         for part in self.parts:
             part.states["pruned"].set(self._after(index, part, consumers))
         for part, dense in zip(self.parts, after, strict=True):
@@ -135,7 +135,7 @@ class LayerwiseSolver:
         hidden = part.states["dense"].get()
         run = self._run(index, part, "dense")
         part.goals = {
-            name: self.states.hold(self._reached(layer[0], self.targets[name], hidden, run))
+            name: self.states.hold(self._reached(layer[0], hidden, run))
             for name, layer in self.blocks.layers[index].items()
             if layer[0].name in self.plan.sites
         }
@@ -153,17 +153,15 @@ class LayerwiseSolver:
         norm = self.blocks.norms.get(mlp)
         return after if norm is None else self.model.get_submodule(norm)(after.to(device)).detach()
 
-    def _solve(
-        self, layer: Sequence[Site], target: str, consumers: Mapping[str, Forward]
-    ) -> Forward:
+    def _solve(self, layer: Sequence[Site], consumers: Mapping[str, Forward]) -> Forward:
         """Solve the sites of a layer, and return what takes its consumer's place."""
-        start, new = time.perf_counter(), {}
-        found = self._collect(self.text, layer, target, consumers)
+        start, new, target = time.perf_counter(), {}, self.targets[layer[0].team]
+        found = self._collect(self.text, layer, consumers)
         sums = {site.name: each for site, each in zip(layer, found, strict=True)}
         found = share(layer, lambda mine: {s.name: self._solution(s, sums[s.name]) for s in mine})
         fresh = [None] * len(layer)
         if self.certifies:
-            fresh = self._collect(self.fresh, layer, target, consumers)
+            fresh = self._collect(self.fresh, layer, consumers)
         seconds = (time.perf_counter() - start) / len(layer)
         for site, unseen in zip(layer, fresh, strict=True):
             solution, each = Solution(**found[site.name]), sums[site.name]
@@ -196,17 +194,13 @@ class LayerwiseSolver:
         self.rows[site.name] = solution.row_of(site, units, **facts)
 
     def _collect(
-        self,
-        parts: Sequence[Part],
-        layer: Sequence[Site],
-        target: str,
-        consumers: Mapping[str, Forward],
+        self, parts: Sequence[Part], layer: Sequence[Site], consumers: Mapping[str, Forward]
     ) -> list[LayerSums]:
         """Return the sums of all ranks over x̂ and the residual; those of fresh text in fold 0."""
         device = self.blocks.device(self.blocks.index_of(layer[0]))
         sums = [LayerSums.zeros(site, device) for site in layer]
         for part in parts:
-            read = self._read(layer, target, part, consumers)
+            read = self._read(layer, part, consumers)
             for each, rows in zip(sums, read, strict=True):
                 each.add(rows, part.fold or 0)
         counts = gather([each.rows for each in sums])
@@ -227,8 +221,8 @@ class LayerwiseSolver:
         return vars(solve(weight, bias, sums.moments, site.features(planned.kept), **settings))
 
     def _error(self, site: Site, solution: Solution, fresh: LayerSums) -> float:
-        kept, new = site.features(self.plan.sites[site.name].kept), (solution.weight, solution.bias)
-        return error_on(*self._given(site), kept, new, fresh.moments, fresh.residual)
+        new = solution.weight, solution.bias
+        return error_on(self.model, site, self.plan, new, fresh.moments, fresh.residual)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the new consumer of a site, as a function of all its features."""
@@ -242,7 +236,7 @@ class LayerwiseSolver:
         return get_consumer_weight(self.model, site), get_consumer_bias(self.model, site)
 
     def _read(
-        self, layer: Sequence[Site], target: str, part: Part, consumers: Mapping[str, Forward]
+        self, layer: Sequence[Site], part: Part, consumers: Mapping[str, Forward]
     ) -> list[Tokens]:
         """Return what the consumers of a layer read of a part, and the residual.
 
@@ -251,11 +245,11 @@ class LayerwiseSolver:
         site, name = layer[0], layer[0].team
         # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
         late = site.kind == "mlp" and name not in self.blocks.norms
-        end = None if target == "stream" and late else name
+        end = None if self.targets[name] == "stream" and late else name
         hidden = part.states["pruned"].get()
         run = self._run(self.blocks.index_of(site), part, "pruned", consumers, end)
         read, output = run.seen[name]
-        r = part.goals[name].get() - self._reached(site, target, hidden, run)
+        r = part.goals[name].get() - self._reached(site, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
         r = r.to(output.device).flatten(0, -2)
         used = counted(part.batch, site, len(r), output, run.sums.get(name))
@@ -318,13 +312,13 @@ class LayerwiseSolver:
                 answers[int(key.removeprefix(start))] = lambda held=held: held.get()[:most]
         return self.blocks.answering(answers)
 
-    def _reached(self, site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
+    def _reached(self, site: Site, hidden: Tensor, run: Run) -> Tensor:
         """Return the consumer's output, or the stream after the site, on the CPU.
 
         Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
         In float32, or float64 as the model is: the difference of two of these is the residual.
         """
-        if target == "branch":
+        if self.targets[site.team] == "branch":
             found = run.seen[site.team][1].view_as(hidden)
         elif site.team in run.sums:
             found = run.sums[site.team].view_as(hidden)

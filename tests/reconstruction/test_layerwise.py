@@ -105,8 +105,8 @@ def test_sums_equal_brute_force(name, target, kind):
         walk._dense_run(1, part)
     consumers = {}
     if kind == "mlp":
-        consumers["1.attn"] = walk._solve([here["attn"]], target, {})
-    (sums,) = walk._collect(walk.text, [site], target, consumers)
+        consumers["1.attn"] = walk._solve([here["attn"]], {})
+    (sums,) = walk._collect(walk.text, [site], consumers)
     moments, residual = sums.moments, sums.residual
     context.__exit__(None, None, None)
 
@@ -158,14 +158,15 @@ def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     walk, context = walk_blocks(model, data, plan, 1)
     here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
     walk.targets = {site.name: walk._target_at(site) for site in here.values()}
+    assert set(walk.targets.values()) == {"stream"}
     for part in walk.parts:
         walk._dense_run(1, part)
     here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
     site, consumers = here[kind], {}
     if kind == "mlp":
-        consumers["1.attn"] = walk._solve([here["attn"]], "stream", {})
+        consumers["1.attn"] = walk._solve([here["attn"]], {})
     norm = model.get_submodule(walk.blocks.norms[site.name])
-    residual = walk._collect(walk.text, [site], "stream", consumers)[0].residual
+    residual = walk._collect(walk.text, [site], consumers)[0].residual
     context.__exit__(None, None, None)
 
     done = {name: plan.sites[name] for name in walk.weights}
