@@ -44,6 +44,7 @@ class LayerwiseSolver:
         self.fresh: list[Part] = []  # and of fresh text
         self.certifies = False  # whether any rank has fresh text
         self.targets: dict[str, str] = {}  # by layer of the block in work
+        self.consumers: dict[str, Forward] = {}  # those of its layers that are solved
         self.ends: set[str] = set()  # layers whose norm gives what their block does
         self.weights: Weights = {}
         self.rows: dict[str, SiteRow] = {}
@@ -99,7 +100,6 @@ class LayerwiseSolver:
         layers = self.blocks.layers[index]
         self.targets = {name: self._target_at(layer[0]) for name, layer in layers.items()}
         after = [self._dense_run(index, part) for part in self.parts]
-        consumers: dict[str, Forward] = {}
         for name, layer in layers.items():
             if layer[0].name not in self.plan.sites:
                 continue
@@ -107,11 +107,12 @@ class LayerwiseSolver:
                 self._keep(layer)
             else:
                 with solving(name):
-                    consumers[name] = self._solve(layer, consumers)
+                    self.consumers[name] = self._solve(layer)
         for part in self.parts:
-            part.states["pruned"].set(self._after(index, part, consumers))
+            part.states["pruned"].set(self._after(index, part))
         for part, dense in zip(self.parts, after, strict=True):
             part.states["dense"] = dense
+        self.consumers = {}
 
     def take(self) -> tuple[Weights, dict[str, SiteRow]]:
         """Hand over the weights and rows of the block that was solved last."""
@@ -141,27 +142,27 @@ class LayerwiseSolver:
         }
         return self.states.hold(run.output)
 
-    def _after(self, index: int, part: Part, consumers: Mapping[str, Forward]) -> Tensor:
+    def _after(self, index: int, part: Part) -> Tensor:
         """Return the pruned stream after a block whose sites are solved."""
         if part.halfway is None:
-            return self._run(index, part, "pruned", consumers).output
+            return self._run(index, part, "pruned").output
         (stream, x), part.halfway = (held.get() for held in part.halfway), None
         layers = self.blocks.layers[index].items()
         (mlp,) = (name for name, layer in layers if layer[0].kind == "mlp")
         device = self.blocks.device(index)
-        after = stream + consumers[mlp](x.to(device)).cpu().view_as(stream)
+        after = stream + self.consumers[mlp](x.to(device)).cpu().view_as(stream)
         norm = self.blocks.norms.get(mlp)
         return after if norm is None else self.model.get_submodule(norm)(after.to(device)).detach()
 
-    def _solve(self, layer: Sequence[Site], consumers: Mapping[str, Forward]) -> Forward:
+    def _solve(self, layer: Sequence[Site]) -> Forward:
         """Solve the sites of a layer, and return what takes its consumer's place."""
         start, new, target = time.perf_counter(), {}, self.targets[layer[0].team]
-        found = self._collect(self.text, layer, consumers)
+        found = self._collect(self.text, layer)
         sums = {site.name: each for site, each in zip(layer, found, strict=True)}
         found = share(layer, lambda mine: {s.name: self._solution(s, sums[s.name]) for s in mine})
         fresh = [None] * len(layer)
         if self.certifies:
-            fresh = self._collect(self.fresh, layer, consumers)
+            fresh = self._collect(self.fresh, layer)
         seconds = (time.perf_counter() - start) / len(layer)
         for site, unseen in zip(layer, fresh, strict=True):
             solution, each = Solution(**found[site.name]), sums[site.name]
@@ -193,15 +194,12 @@ class LayerwiseSolver:
         units = len(self.plan.sites[site.name].kept)
         self.rows[site.name] = solution.row_of(site, units, **facts)
 
-    def _collect(
-        self, parts: Sequence[Part], layer: Sequence[Site], consumers: Mapping[str, Forward]
-    ) -> list[LayerSums]:
+    def _collect(self, parts: Sequence[Part], layer: Sequence[Site]) -> list[LayerSums]:
         """Return the sums of all ranks over x̂ and the residual; those of fresh text in fold 0."""
         device = self.blocks.device(self.blocks.index_of(layer[0]))
         sums = [LayerSums.zeros(site, device) for site in layer]
         for part in parts:
-            read = self._read(layer, part, consumers)
-            for each, rows in zip(sums, read, strict=True):
+            for each, rows in zip(sums, self._read(layer, part), strict=True):
                 each.add(rows, part.fold or 0)
         counts = gather([each.rows for each in sums])
         for each, rows in zip(sums, zip(*counts, strict=True), strict=True):
@@ -235,9 +233,7 @@ class LayerwiseSolver:
     def _given(self, site: Site) -> tuple[Tensor, Tensor | None]:
         return get_consumer_weight(self.model, site), get_consumer_bias(self.model, site)
 
-    def _read(
-        self, layer: Sequence[Site], part: Part, consumers: Mapping[str, Forward]
-    ) -> list[Tokens]:
+    def _read(self, layer: Sequence[Site], part: Part) -> list[Tokens]:
         """Return what the consumers of a layer read of a part, and the residual.
 
         That is what the dense model has there, less what the pruned one has with the dense weight.
@@ -247,7 +243,7 @@ class LayerwiseSolver:
         late = site.kind == "mlp" and name not in self.blocks.norms
         end = None if self.targets[name] == "stream" and late else name
         hidden = part.states["pruned"].get()
-        run = self._run(self.blocks.index_of(site), part, "pruned", consumers, end)
+        run = self._run(self.blocks.index_of(site), part, "pruned", end)
         read, output = run.seen[name]
         r = part.goals[name].get() - self._reached(site, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
@@ -291,14 +287,8 @@ class LayerwiseSolver:
                 return True, None, False
             return False, *self.blocks.norm_of_sum(site, one, hidden)
 
-    def _run(
-        self,
-        index: int,
-        part: Part,
-        name: str,
-        consumers: Mapping[str, Forward] | None = None,
-        end: str | None = None,
-    ) -> Run:
+    def _run(self, index: int, part: Part, name: str, end: str | None = None) -> Run:
+        consumers = self.consumers if name == "pruned" else None
         inputs = part.batch.to(self.device).inputs
         hidden = part.states[name].get().to(self.blocks.device(index))
         with self._behind(part, name):

@@ -103,10 +103,9 @@ def test_sums_equal_brute_force(name, target, kind):
     walk.targets = {other.name: target for other in here.values()}
     for part in walk.parts:
         walk._dense_run(1, part)
-    consumers = {}
     if kind == "mlp":
-        consumers["1.attn"] = walk._solve([here["attn"]], {})
-    (sums,) = walk._collect(walk.text, [site], consumers)
+        walk.consumers["1.attn"] = walk._solve([here["attn"]])
+    (sums,) = walk._collect(walk.text, [site])
     moments, residual = sums.moments, sums.residual
     context.__exit__(None, None, None)
 
@@ -162,11 +161,11 @@ def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     for part in walk.parts:
         walk._dense_run(1, part)
     here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
-    site, consumers = here[kind], {}
+    site = here[kind]
     if kind == "mlp":
-        consumers["1.attn"] = walk._solve([here["attn"]], {})
+        walk.consumers["1.attn"] = walk._solve([here["attn"]])
     norm = model.get_submodule(walk.blocks.norms[site.name])
-    residual = walk._collect(walk.text, [site], consumers)[0].residual
+    residual = walk._collect(walk.text, [site])[0].residual
     context.__exit__(None, None, None)
 
     done = {name: plan.sites[name] for name in walk.weights}
