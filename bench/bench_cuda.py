@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from liar_ext import ops
-from liar_ext.ops import curve, gram_choice, reference
+from liar_ext.ops import backends, curve, reference
 
 SHAPES = {
     "Llama-3.2-1B o_proj": 2048,
@@ -81,7 +81,7 @@ def gram_rows(name, d, tokens, peak):
 
     ways = {
         f"ours, {backend} bf16": lambda update=update: update(gram, total, count, x)
-        for backend, update in gram_choice.existing(x.device).items()
+        for backend, update in backends.gram_backends(x.device).items()
     }
     ways |= {
         "chosen, 10 % padding": lambda: ops.gram_update_(gram, total, count, x, None, mask),

@@ -37,7 +37,7 @@ from liar_ext.selection.curve_allocation import (
     predict_divergence,
     probe_sites,
 )
-from liar_ext.selection.error_curves import error_curves
+from liar_ext.selection.error_curves import energy_shares, error_curves
 
 ROUNDS = 15
 
@@ -108,7 +108,7 @@ class Job:
         curves, budget = error_curves(*given, self.scores), Budget(1 / options.speedup)
         probes = probe_sites(*given, self.scores, curves, budget)
         measured = measure_sensitivities(model, probes, probe_batches(batches))
-        self.losses = losses_of(*given, curves, measured)
+        self.losses = losses_of(curves, measured, energy_shares(*given))
         self.dense = {name: perplexity(model, some)["perplexity"] for name, some in texts.items()}
 
     def measure(self, phase: str) -> list[dict[str, object]]:

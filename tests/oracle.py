@@ -12,7 +12,22 @@ from torch import Tensor
 from liar_ext.ops import dispatch
 from liar_ext.ops.reference import NOT_FINITE, condition_of, each_site, gram_update_, symmetric
 
-__all__ = ["gram_update_", "obs_curve", "reconstruct"]
+__all__ = ["gram_of", "gram_update_", "obs_curve", "problem", "reconstruct"]
+
+
+def problem(tokens=300, d=40, d_out=6, seed=0) -> tuple[Tensor, Tensor]:
+    """Return a weight, and correlated inputs of the layer."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
+    x = torch.randn(tokens, d, generator=generator, dtype=torch.float64) @ mix
+    return torch.randn(d_out, d, generator=generator, dtype=torch.float64), x
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """Return the lower triangle, with NaN above it: whatever reads that is found out."""
+    gram = x.mT @ x
+    gram[torch.ones_like(gram, dtype=torch.bool).triu(1)] = torch.nan
+    return gram
 
 
 def reconstruct(
@@ -29,8 +44,8 @@ def reconstruct(
     if weight.dim() == 3:
         optional = holdout, cross, holdout_cross
         return each_site(reconstruct, weight, gram, kept, damps, *optional, errors_only)
-    weight, gram = weight.double(), symmetric(gram)
-    holdout = None if holdout is None else symmetric(holdout)
+    weight, gram = weight.double(), symmetric(gram.double())
+    holdout = None if holdout is None else symmetric(holdout.double())
     cross = None if cross is None else cross.double()
     holdout_cross = None if holdout_cross is None else holdout_cross.double()
     d_out, d = weight.shape
@@ -107,7 +122,7 @@ def obs_curve(
 
     Keeps the re-solved weights and ``(G_KK + Λ)⁻¹`` themselves, and downdates both unit by unit.
     """
-    weight, gram = weight.double(), symmetric(gram)
+    weight, gram = weight.double(), symmetric(gram.double())
     d = len(gram)
     units, removed = d // width, d // width - at_least
     diagonal = gram.diagonal()

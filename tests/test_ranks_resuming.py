@@ -17,7 +17,6 @@ from tiny import tiny, tiny_inputs
 import liar_ext
 from liar_ext import InputError, MomentBank, distributed
 from liar_ext.calibration.taps import InFlight
-from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
 from liar_ext.reconstruction.walk import LayerwiseSolver
@@ -45,10 +44,7 @@ JOBS = {
 
 
 @pytest.fixture(autouse=True)
-def always_saving(monkeypatch):
-    """With a clock that stands still it is always time to save."""
-    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def one_thread(always_saving):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,9 @@ from tiny_decoders import DECODERS
 from tiny_encoders import ENCODERS
 from tiny_moe import MOE_FAMILIES
 from torch import Tensor
+
+from liar_ext.calibration.taps import watched
+from liar_ext.models.sites import Site, sites
 
 if TYPE_CHECKING:  # transformers itself imports its parts when they are asked for
     from transformers import PreTrainedModel
@@ -147,6 +151,29 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 9, seed: i
         shape = batch, tokens + 2
         inputs["decoder_input_ids"] = torch.randint(3, VOCAB - 1, shape, generator=generator)
     return inputs
+
+
+def eager(name: str, **fields) -> PreTrainedModel:
+    """Return a tiny mixture in float64 that computes one expert after another."""
+    model = tiny(name, dtype=torch.float64, **fields)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def experts_of(model: PreTrainedModel) -> list[Site]:
+    return [site for site in sites(model, ("mlp",)) if site.expert is not None]
+
+
+@torch.no_grad()
+def seen_at(model: PreTrainedModel, paths: list[str], inputs: dict) -> dict[str, tuple]:
+    """Return what modules are called with and give, in the model's own forward, by path."""
+    seen: dict[str, tuple] = {}
+    with ExitStack() as stack:
+        for path in paths:
+            note = lambda *given, path=path: seen.update({path: given})  # noqa: E731
+            stack.enter_context(watched(model.get_submodule(path), note))
+        model(**inputs)
+    return seen
 
 
 def batches(model: PreTrainedModel, count: int = 6) -> list[dict]:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from liar_ext.errors import InputError
+from liar_ext.models.running import complete_inputs
 
 FOLDS = 2
 
@@ -80,6 +81,11 @@ def read_batches(batches: Batches) -> Iterator[Batch]:
         read = read_batch(batch, sequences)
         sequences += len(read)
         yield read
+
+
+def completed(model: nn.Module, batch: Batch) -> Batch:
+    """Return a batch with what the decoder reads where an encoder is there, too."""
+    return replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
 
 
 def one_of_each(batches: Iterable[Batch]) -> list[Batch]:

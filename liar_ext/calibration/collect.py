@@ -7,7 +7,6 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 from liar_ext import distributed
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.bank_source import Seen, fingerprint_of
-from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, completed, read_batches
 from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
 from liar_ext.calibration.saved_sums import SavedSums, group_sites, room_for_sums
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
 from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.errors import InputError
-from liar_ext.models.running import body_of, complete_inputs, device_of, evaluating
+from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, sites
 from liar_ext.progress import Bar, spare
 
@@ -131,8 +130,7 @@ def collect(
             seen.add(batch)
             if index >= saved.done:
                 if index % count == distributed.rank():
-                    inputs = complete_inputs(model, batch.inputs, batch.labels)
-                    batch = replace(batch, inputs=inputs).to(device_of(model))
+                    batch = completed(model, batch).to(device_of(model))
                     current.set(batch)
                     with suppress(Ended):
                         body(**batch.inputs)

@@ -11,8 +11,6 @@ from liar_ext import ops
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.errors import InputError
 
-ROW_BLOCK = 256  # of a triangle that is mirrored
-
 
 @dataclass
 class Moments:
@@ -184,14 +182,3 @@ def centre(gram: Tensor, total: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
     centred -= cross.mT
     torch.outer(mean, mean, out=cross)
     return centred.add_(cross.mul_(tokens))
-
-
-def symmetric(gram: Tensor) -> Tensor:
-    """Return the full matrix, or batch of them, of which the lower triangle is given."""
-    full = gram.tril()
-    for start in range(0, full.shape[-1], ROW_BLOCK):  # by blocks: no second matrix is made
-        rows, after = slice(start, start + ROW_BLOCK), slice(start + ROW_BLOCK, None)
-        corner = full[..., rows, rows]
-        corner += corner.tril(-1).mT
-        full[..., rows, after] = full[..., after, rows].mT
-    return full

@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +18,11 @@ from liar_ext.cli.output import show
 from liar_ext.environment import available_memory, version_of
 from liar_ext.errors import install, one_line
 from liar_ext.export import export
-from liar_ext.models.registry import FAMILIES, overview, plain
+from liar_ext.models.registry import COLUMNS, FAMILIES, Entry, overview
 from liar_ext.recipe.fields import CRITERIA
 from liar_ext.report.page import write_comparison, write_page
 from liar_ext.report.report import versions
+from liar_ext.report.tables import Table, to_text
 
 PLACE = str(Path(liar_ext.__file__).parent)
 OPTIONAL = {
@@ -194,7 +196,20 @@ def run_families(options: argparse.Namespace) -> None:
         return _suggest(options)
     table = overview()
     facts = {n: {key: each._asdict() for key, each in row.items()} for n, row in table.items()}
-    return show(options, facts, plain(table))
+    return show(options, facts, families_in_text(table))
+
+
+def families_in_text(table: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Return the lines of the table of families, with the reasons below it."""
+    heads = ["family", *COLUMNS.values()]
+    rows = [[name, *(each.applies for each in row.values())] for name, row in table.items()]
+    reasons = [
+        f"{name}, {COLUMNS[key]}: {each.reason}"
+        for name, row in table.items()
+        for key, each in row.items()
+        if each.reason and key != "biases"
+    ]
+    return [*to_text(Table("", heads, rows, range(len(heads)))), "", *reasons]
 
 
 def _suggest(options: argparse.Namespace) -> None:

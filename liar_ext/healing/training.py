@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from liar_ext.calibration.batches import Batch, count_tokens
+from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.distributed import all_reduce, rank, world_size
 from liar_ext.environment import available_memory
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
-from liar_ext.models.running import DECODER_IDS, DECODER_MASK, complete_inputs, device_of, output_of
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, output_of
 
 BUDGETS = ("tokens", "minutes", "steps")
 ROWS = 256  # logits whose softmax is in memory at once
@@ -125,7 +125,7 @@ def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
     Unprimed and p: the dense model. Padding does not count. No labels are used. Raises InputError
     if the outputs of the two models have different shapes.
     """
-    batch = replace(batch, inputs=complete_inputs(teacher, batch.inputs, batch.labels))
+    batch = completed(teacher, batch)
     with torch.no_grad():
         name, target = _run(teacher, batch)
     _, value = _run(student, batch)
@@ -275,7 +275,7 @@ def activation_bytes(model: nn.Module, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        output = model(**complete_inputs(model, batch.inputs, batch.labels))
+        output = model(**completed(model, batch).inputs)
     del output
     stored = (each.untyped_storage() for at, each in held.items() if at not in weights)
     return sum(each.nbytes() for each in stored)

@@ -6,6 +6,7 @@ computed again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +22,7 @@ from liar_ext.distributed import broadcast, share
 from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.models.sites import Site
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
 from liar_ext.progress import spare
 from liar_ext.reconstruction.hidden_size import Narrowing, narrow
@@ -36,7 +38,7 @@ from liar_ext.selection.curve_allocation import (
     probes_of,
     rounding,
 )
-from liar_ext.selection.error_curves import error_curves, notes_of
+from liar_ext.selection.error_curves import energy_shares, error_curves, notes_of
 from liar_ext.selection.sensitivity import Measured
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts
 
@@ -104,13 +106,20 @@ def narrowed(job: Job) -> Base:
         with job.clock("experts"):
             settings["memory"] = job.room
             experts = choose_experts(model, job.batches, recipe.keep_experts, **settings)
-            model = experts.applied_to_copy(model)
+            model = _without(model, experts.scales, experts=experts.plans)
     elif job.narrows:
         with job.clock("narrow"):
             settings |= {"tile": recipe.tile, "memory": recipe.memory}
             narrowing = narrow(model, job.batches, recipe.keep_hidden, **settings)
-            model = narrowing.applied_to_copy(model)
+            model = _without(model, narrowing.weights, hidden=narrowing.kept)
     return Base(model, job.sites(model), narrowing, experts)
+
+
+def _without(model: nn.Module, weights: Mapping[str, Any], **gone: Any) -> nn.Module:
+    """Return a copy of the dense model that lacks what a plan says, and nothing else."""
+    fewer = copy.deepcopy(model)
+    apply_plan(fewer, Plan(model.config.model_type, "auto", {}, **gone), weights)
+    return fewer
 
 
 def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Passes | None:
@@ -146,13 +155,13 @@ def analyze(job: Job, passes: Passes) -> Analysis:
             elif curve:
                 own = find_sensitivities(job, passes, group, scores, curves)
                 found.sensitivities.update(own)
-                found.losses.update(losses_of(passes.model, passes.bank, group, curves, own))
+                shares = energy_shares(passes.model, passes.bank, group)
+                found.losses.update(losses_of(curves, own, shares))
         passes.finish(kept)
     if probes is not None:
         with job.clock("allocate"):
             found.sensitivities.update(probes.sensitivities())
-        for name, each in curves.items():
-            found.losses[name] = found.sensitivities[name] * probes.shares[name] * each
+        found.losses.update(losses_of(curves, found.sensitivities, probes.shares))
     found.notes.extend(notes_of(elsewhere, job.sites(passes.model)))
     return found
 

@@ -312,9 +312,8 @@ class ProbeStreams:
         if group:
             given = self.walk.model, bank, group, scores, curves, self.budget
             here = probe_sites(*given, mode=self.mode)
+            self.shares |= energy_shares(self.walk.model, bank, group)
             for name, team in teams_of(group).items():  # the experts of a layer together
-                shares = energy_shares(self.walk.model, bank, team)
-                self.shares |= {s.name: each for s, each in zip(team, shares, strict=True)}
                 some = [site for site in team if here.plan.sites[site.name].removed]
                 with ExitStack() as pruned:
                     for site in some:

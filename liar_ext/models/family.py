@@ -95,9 +95,8 @@ class Wiring:
     optional: bool = False  # some blocks have another kind of layer in the place of such a site
     per_head: tuple[str, ...] = ()  # parameters with one number per query head
     experts: Experts | None = None  # where every expert has such layers, which name parameters then
-    output_norm: str = (
-        ""  # norm that reads what the consumer gives, and that alone, if there is one
-    )
+    # Norm that reads what the consumer gives, and that alone; empty if there is none.
+    output_norm: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= set(self.producers):

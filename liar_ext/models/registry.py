@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
@@ -125,20 +125,3 @@ def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
     if lacking and not reason:
         reason = f"{' and '.join(lacking)}: no field says their number"
     return Entry(", ".join(said) or NO, reason)
-
-
-def plain(table: Mapping[str, Mapping[str, Entry]]) -> list[str]:
-    """Return the table as lines for a terminal, with the reasons below it."""
-    rows = [
-        ["family", *COLUMNS.values()],
-        *([name, *(each.applies for each in row.values())] for name, row in table.items()),
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    reasons = [
-        f"{name}, {COLUMNS[key]}: {each.reason}"
-        for name, row in table.items()
-        for key, each in row.items()
-        if each.reason and key != "biases"
-    ]
-    return [*lines, "", *reasons]

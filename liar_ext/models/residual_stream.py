@@ -102,7 +102,6 @@ def hidden_of(model: nn.Module) -> Hidden:
 
 
 def _check_row(model: nn.Module, family: Family, row: Stream | None) -> None:
-    """Refuse a model whose family has no row for its stream, or one of other models."""
     reason = f" ({family.without['hidden']})" if "hidden" in family.without else ""
     if row is None:
         raise InputError(

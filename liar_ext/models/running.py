@@ -82,34 +82,26 @@ def draw_inputs(
     These are ``count`` sequences of so many ``tokens``, or images; tokens are below
     ``vocabulary``, by default below the number that the model knows.
     """
-    return {
-        name: _draw(name, model, config, (count, tokens), generator, vocabulary)
-        for name, config in inputs_read(model).items()
-    }
-
-
-def _draw(
-    name: str,
-    model: nn.Module,
-    config: Any,
-    shape: tuple[int, int],
-    generator: torch.Generator,
-    vocabulary: int | None,
-) -> Tensor:
-    if name == "pixel_values":
-        size = config.image_size
-        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        return torch.randn(shape[0], config.num_channels, *size, generator=generator)
-    if name == "input_features":  # two frames of a spectrogram for each position
-        frames = 2 * config.max_source_positions
-        return torch.randn(shape[0], config.num_mel_bins, frames, generator=generator)
-    ids = torch.randint(vocabulary or known_tokens(model, config), shape, generator=generator)
-    end = getattr(config, "eos_token_id", None)
-    if name == "input_ids" and isinstance(end, int) and len(inputs_read(model)) > 1:
-        # Some heads read what is at the end of the text, which there has to be one of.
-        ids = ids.masked_fill(ids == end, abs(end - 1))
-        ids[:, -1] = end
-    return ids
+    needed, found = inputs_read(model), {}
+    for name, config in needed.items():
+        if name == "pixel_values":
+            size = config.image_size
+            size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+            shape = (count, config.num_channels, *size)
+            found[name] = torch.randn(shape, generator=generator)
+        elif name == "input_features":  # two frames of a spectrogram for each position
+            shape = count, config.num_mel_bins, 2 * config.max_source_positions
+            found[name] = torch.randn(shape, generator=generator)
+        else:
+            known, shape = vocabulary or known_tokens(model, config), (count, tokens)
+            ids = torch.randint(known, shape, generator=generator)
+            end = getattr(config, "eos_token_id", None)
+            if name == "input_ids" and isinstance(end, int) and len(needed) > 1:
+                # Some heads read what is at the end of the text, which there has to be one of.
+                ids = ids.masked_fill(ids == end, abs(end - 1))
+                ids[:, -1] = end
+            found[name] = ids
+    return found
 
 
 def known_tokens(model: nn.Module, config: Any) -> int:
@@ -227,13 +219,6 @@ def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | Expe
 def count_experts(block: nn.Module, wiring: Wiring) -> int:
     """Return how many experts a block has, by their weights; 0 where it has none."""
     return 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
-
-
-def active_fraction(block: nn.Module, wiring: Wiring) -> float:
-    """Return the fraction of tokens that a site gets: of an expert, ``top_k / experts``."""
-    if wiring.experts is None:
-        return 1.0
-    return get_path(block, wiring.experts.router).top_k / count_experts(block, wiring)
 
 
 def parts_of(model: nn.Module, family: Family) -> list[tuple[Part, list[Block]]]:

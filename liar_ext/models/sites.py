@@ -29,15 +29,7 @@ from torch import Tensor, nn
 from liar_ext.errors import InputError
 from liar_ext.models.family import Part, Stack, Wiring
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import (
-    Block,
-    active_fraction,
-    block_config,
-    count_experts,
-    get_path,
-    layer_at,
-    parts_of,
-)
+from liar_ext.models.running import Block, block_config, count_experts, get_path, layer_at, parts_of
 from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
 
 CROSS, SHARED = "cross_attn", "shared_mlp"
@@ -289,13 +281,12 @@ def _read_site(
     rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)
     unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
+    experts = count_experts(block, wiring)
+    top_k = get_path(block, wiring.experts.router).top_k if experts else 0
     if _KIND[label] == "attn":
         head_dim = get_path(block, wiring.head_dim)
         kv_heads = _kv_heads(name, wiring, rows, d_in // head_dim, head_dim)
         unit, units, groups = _attn_units(attn_unit, d_in // head_dim, kv_heads)
-    # A query head that leaves a KV group leaves the group's key and value behind.
-    keys_stay = unit == "head" and kv_heads * head_dim < d_in
-    producers = (*wiring.producers, *(() if keys_stay else wiring.key_value))
     site = Site(
         name=name,
         kind=_KIND[label],
@@ -307,7 +298,7 @@ def _read_site(
         d_in=d_in,
         d_out=d_out,
         consumer=f"{path}.{wiring.consumer}",
-        producers=tuple(f"{path}.{producer}" for producer in producers),
+        producers=(),
         unit_params=0,
         unit_weights=0,
         head_dim=head_dim,
@@ -316,16 +307,19 @@ def _read_site(
         wiring=wiring,
         part=part,
         expert=expert,
-        experts=count_experts(block, wiring),
-        active=active_fraction(block, wiring),
+        experts=experts,
+        active=top_k / experts if experts else 1.0,
     )
+    # A query head that leaves a KV group leaves the group's key and value behind.
+    producers = (*wiring.producers, *(() if site.keys_stay else wiring.key_value))
     weights, biases = d_in * d_out, sum(get_path(block, each).numel() for each in wiring.per_head)
     for layer in producers:
         owned = int((site.row_units(layer, rows[layer]) >= 0).sum())
         weights += owned * (found[layer].weight.numel() // rows[layer])
         biases += owned if found[layer].bias is not None else 0
     params, weights = (weights + biases) // units, weights // units
-    return replace(site, unit_params=params, unit_weights=weights)
+    paths = tuple(f"{path}.{producer}" for producer in producers)
+    return replace(site, producers=paths, unit_params=params, unit_weights=weights)
 
 
 def _attn_units(attn_unit: str, heads: int, kv_heads: int) -> tuple[str, int, int]:

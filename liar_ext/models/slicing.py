@@ -159,7 +159,6 @@ def _check_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_site(site: Site, site_plan: SitePlan) -> None:
-    """Refuse the plan of a site that counts other units, or empties KV groups unequally."""
     check_count(site.name, site.units, f"units ({site.unit})", site_plan)
     per_group = Counter(unit * site.groups // site.units for unit in site_plan.kept)
     if len(per_group) != site.groups or len(set(per_group.values())) != 1:
@@ -200,7 +199,6 @@ def _check_experts(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> N
 def _check_weight(
     model: nn.Module, site: Site, plan: Plan, weight: Tensor, bias: Tensor | None
 ) -> None:
-    """Refuse a consumer weight or bias of another shape, or a bias with no place."""
     d_out = site.d_out if plan.hidden is None else len(plan.hidden.kept)
     site_plan = plan.sites[site.name]
     shape = (d_out, len(site_plan.kept) * site.width)
@@ -218,7 +216,6 @@ def _check_weight(
 def _of_blocks(
     found: Mapping[str, Site], plan: Plan, blocks: Collection[int]
 ) -> tuple[dict[str, Site], Plan]:
-    """Return the sites of some blocks, and what the plan says of them."""
     here = {name: site for name, site in found.items() if site.block in blocks}
     # A site that the model lacks stays, to be refused by name.
     planned = {n: p for n, p in plan.sites.items() if n in here or n not in found}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liar_ext.ops import dispatch, gram_choice, solve_choice
+from liar_ext.ops import backends, dispatch
 
 __all__ = ["build_info", "gram_update_", "obs_curve", "reconstruct"]
 
@@ -67,7 +67,7 @@ def gram_update_(
     that folds, shards and resumed runs add up.
     """
     if x.is_cuda and not torch.compiler.is_compiling():
-        gram_choice.gram_update_(gram, total, count, x, y, weight)
+        backends.gram_update_(gram, total, count, x, y, weight)
     else:
         torch.ops.liar_ext.gram_update_(gram, total, count, x, y, weight)
 
@@ -218,11 +218,7 @@ def build_info() -> dict[str, str]:
     ``gram``, ``solve`` and ``curve`` name the backends that were chosen, see
     :mod:`liar_ext.ops.choice`.
     """
-    choosers = {
-        "gram": gram_choice.chooser,
-        "solve": solve_choice.solves,
-        "curve": solve_choice.curves,
-    }
+    choosers = {"gram": backends.grams, "solve": backends.solves, "curve": backends.curves}
     chosen = {name: "; ".join(said) for name, each in choosers.items() if (said := each.lines())}
     if dispatch.MISSING:
         return chosen | {

@@ -3,8 +3,7 @@
 At the first call of a kind on a device, the backends that exist are checked on a small problem. Of
 those that are right, the fastest on a problem of that kind is taken, and noted in a cache file for
 the next process. A backend that is wrong or raises is left out, with a warning. A variable of the
-environment forces a backend, unchecked. Gram updates (:mod:`liar_ext.ops.gram_choice`) and solves
-(:mod:`liar_ext.ops.solve_choice`) share this.
+environment forces a backend, unchecked. :mod:`liar_ext.ops.backends` says what there is.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -29,41 +27,44 @@ RUNS = 3
 Backend = Callable[..., object]
 
 
-class Kind(Protocol):
-    """What a choice holds for. Its text is the key of a measurement."""
+@dataclass(frozen=True)
+class Kind:
+    """What a choice holds for, whose text is the key of a measurement."""
 
     device: torch.device
+    words: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()  # rounded up, so that one measurement serves many
 
-    def checked(self) -> Hashable:
-        """Return the kind without the sizes that one check serves."""
+    def checked(self) -> Kind:
+        """Return the kind of all sizes: one check serves them."""
+        return Kind(self.device, self.words)
+
+    def __str__(self) -> str:
+        return " ".join([str(self.device), *self.words, " × ".join(map(str, self.sizes))]).rstrip()
 
 
-@dataclass(frozen=True)
-class Operator:
-    """An operator that has several backends."""
+@dataclass
+class Chooser:
+    """The choices of a process for an operator that has several backends."""
 
     name: str
     variable: str  # of the environment, forces a backend
     backends: Callable[[torch.device], Mapping[str, Backend]]  # of equal speed the first is taken
     fault: Callable[[Backend, Kind], str]  # of a backend on a small problem, or nothing
     problem: Callable[[Kind], Callable[[Backend], object]]  # gives a problem of a kind to a backend
+    chosen: dict[Kind, str] = field(init=False, default_factory=dict)
+    seconds: dict[Kind, dict[str, float]] = field(init=False, default_factory=dict)
+    # By kind and backend why it is wrong, or nothing where it is right.
+    wrong: dict[tuple[Kind, str], str] = field(init=False, default_factory=dict)
 
-
-class Chooser:
-    """The choices of a process for one operator."""
-
-    def __init__(self, operator: Operator) -> None:
-        self.operator = operator
-        self.backends = functools.cache(operator.backends)  # are looked for once a device
-        self.chosen: dict[Kind, str] = {}
-        self.seconds: dict[Kind, dict[str, float]] = {}
-        self.wrong: dict[tuple[Hashable, str], str] = {}  # why, or nothing where it is right
+    def __post_init__(self) -> None:
+        self.backends = functools.cache(self.backends)  # are looked for once a device
 
     def choose(self, kind: Kind) -> str:
         """Return the name of the backend for a kind of call, found once."""
         if kind in self.chosen:
             return self.chosen[kind]
-        found, variable = self.backends(kind.device), self.operator.variable
+        found, variable = self.backends(kind.device), self.variable
         forced = os.environ.get(variable)
         if forced:
             if forced not in found:
@@ -78,7 +79,7 @@ class Chooser:
         right = {name: each for name, each in found.items() if self._is_right(kind, name)}
         if not right:
             raise RuntimeError(
-                f"{self.operator.name}: no backend is right on {kind.device}; use --device cpu"
+                f"{self.name}: no backend is right on {kind.device}; use --device cpu"
             )
         self.chosen[kind] = self._fastest(kind, right)
         return self.chosen[kind]
@@ -92,13 +93,13 @@ class Chooser:
         key = kind.checked(), name
         if key not in self.wrong:
             try:
-                why = self.operator.fault(self.backends(kind.device)[name], kind)
+                why = self.fault(self.backends(kind.device)[name], kind)
             except Exception as error:  # of a compiler, a driver or a library: it is out
                 why = f"it raises {type(error).__name__}: {one_line(error)}"
             self.wrong[key] = why
             if why:
                 warnings.warn(
-                    f"liar_ext: the {name} backend of {self.operator.name} is left out on "
+                    f"liar_ext: the {name} backend of {self.name} is left out on "
                     f"{kind.checked()}: {why}. The others do the work. Please report "
                     "this with the output of `liar doctor --json`, see CONTRIBUTING.md",
                     RuntimeWarning,
@@ -110,11 +111,11 @@ class Chooser:
         """Return the fastest backend, from the cache file or by the clock."""
         if len(right) == 1:
             return next(iter(right))
-        key = f"{self.operator.name} on {machine(kind.device)}: {kind}"
+        key = f"{self.name} on {machine(kind.device)}: {kind}"
         kept = _read().get(key)
         if not isinstance(kept, dict) or set(kept) != set(right):
             try:
-                run = self.operator.problem(kind)
+                run = self.problem(kind)
                 kept = {name: seconds(lambda each=each: run(each)) for name, each in right.items()}
             except torch.OutOfMemoryError:
                 return next(iter(right))

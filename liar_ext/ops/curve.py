@@ -49,7 +49,7 @@ def obs_curve(
     that went, and products take off the rest. ``eliminate`` makes a panel, as :func:`eliminate`
     does. Nothing waits for a value of a tensor.
     """
-    gram = symmetric(gram)
+    gram = symmetric(gram.double())
     d, diagonal = len(gram), gram.diagonal()
     units, removed = d // width, d // width - at_least
     weight = torch.where(diagonal == 0, 0.0, weight.double())

@@ -18,7 +18,6 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from liar_ext.ops.reference import CHUNK_TOKENS, FLUSH_TOKENS, rows_in_use
 
@@ -50,7 +49,6 @@ def _triangular_tile(index, tile_rows):
 
 @triton.jit
 def _halves(tile):
-    """Return the left and the right half of a tile's columns."""
     rows: tl.constexpr = tile.shape[0]
     columns: tl.constexpr = tile.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns)), (0, 2, 1)))
@@ -158,14 +156,7 @@ def settings(dtype: torch.dtype, weighted: bool) -> dict:
     return tile | {"num_stages": 3, "enable_fp_fusion": True}
 
 
-def gram_update_(
-    gram: Tensor,
-    total: Tensor,
-    count: Tensor,
-    x: Tensor,
-    y: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> None:
+def gram_update_(gram, total, count, x, y=None, weight=None) -> None:
     """Add to the sums as :func:`liar_ext.ops.gram_update_` does."""
     use, weights = rows_in_use(gram, count, x, y, weight)
     weighted = weight is not None and weight.dtype != torch.bool

@@ -17,6 +17,7 @@ from torch import Tensor
 # Products are summed in float32 over CHUNK tokens, in the accumulators of the hardware, and over
 # FLUSH tokens by additions that round to nearest; from there on in the dtype of the sums.
 CHUNK_TOKENS, FLUSH_TOKENS = 512, 2048
+ROW_BLOCK = 256  # of a triangle that is mirrored
 PANEL = 1024  # columns of a triangle that are computed at once; what they waste is above a diagonal
 LARGEST, LARGEST_FLOAT64 = 2.0**48, 2.0**500  # see `gram_update_` in liar_ext.ops
 # Codes of `reconstruct`; the second where values are not waited for.
@@ -168,7 +169,8 @@ def reconstruct(
     finite = torch.stack([each.isfinite().all() for each in read]).all()
     before = torch.where(finite, 0.0, NOT_FINITE)
     before = torch.where(inside, before, NOT_ASCENDING).to(torch.float64)
-    site = _prepare(weight.double(), symmetric(gram), kept.clamp(0, max(0, d - 1)), optional)
+    kept = kept.clamp(0, max(0, d - 1))
+    site = _prepare(weight.double(), symmetric(gram.double()), kept, optional)
     mean = site.block.diagonal().mean() if n else site.block.new_ones(())
     mean = torch.where(mean == 0, 1.0, mean)
     shifts = damps * mean
@@ -197,7 +199,7 @@ def _prepare(
     d = weight.shape[1]
     stays = torch.zeros(d, dtype=torch.int8, device=weight.device).index_fill(0, kept, 1)
     removed = stays.argsort(stable=True)[: d - len(kept)]  # without waiting for how many there are
-    held = None if optional[0] is None else symmetric(optional[0])
+    held = None if optional[0] is None else symmetric(optional[0].double())
     cross, held_cross = (None if each is None else each.double() for each in optional[1:])
     kept_weight, removed_weight = weight[:, kept].mT, weight[:, removed].mT
     rows, held_rows = gram[kept], None if held is None else held[kept]
@@ -309,5 +311,11 @@ def each_site(
 
 
 def symmetric(gram: Tensor) -> Tensor:
-    """Return the full float64 matrix of which only the lower triangle is given."""
-    return gram.tril().double() + gram.tril(-1).double().mT
+    """Return the full matrix, or batch of them, of which the lower triangle is given."""
+    full = gram.tril()
+    for start in range(0, full.shape[-1], ROW_BLOCK):  # by blocks: no second matrix is made
+        rows, after = slice(start, start + ROW_BLOCK), slice(start + ROW_BLOCK, None)
+        corner = full[..., rows, rows]
+        corner += corner.tril(-1).mT
+        full[..., rows, after] = full[..., after, rows].mT
+    return full

@@ -145,7 +145,7 @@ class Blocks:
                 note = _note(run.seen, name, keep, ends=norm is None and name == end)
                 stack.enter_context(watched(consumer, note))
                 if norm is not None:
-                    note = _note(run.sums, name, _input, ends=name == end)
+                    note = _note(run.sums, name, lambda args, _: args[0], ends=name == end)
                     stack.enter_context(watched(self._model.get_submodule(norm), note))
             try:
                 output = self._forwards[index](hidden, *args, **kwargs)
@@ -225,7 +225,7 @@ class Blocks:
         with ExitStack() as stack:
             for name, module in self._model.get_submodule(site.path).named_modules():
                 if "norm" in type(module).__name__.lower():
-                    note = _note(read, f"{site.path}.{name}", _input)
+                    note = _note(read, f"{site.path}.{name}", lambda args, _: args[0])
                     stack.enter_context(watched(module, note))
             return self.run(self.index_of(site), inputs, hidden, consumers), read
 
@@ -315,10 +315,6 @@ def _note(seen: dict, name: str, keep: Callable, *, ends: bool = False) -> Calla
             raise Ended
 
     return note
-
-
-def _input(args: tuple[Tensor, ...], _: Tensor) -> Tensor:
-    return args[0]
 
 
 def rows_of(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
-from liar_ext.calibration.moments import Moments, Squares, check_folds, symmetric
+from liar_ext.calibration.moments import Moments, Squares
 from liar_ext.calibration.saved_sums import room_for_sums, split
 from liar_ext.calibration.taps import Tap
 from liar_ext.errors import InputError
@@ -41,8 +41,8 @@ from liar_ext.models.residual_stream import (
     weight_of,
 )
 from liar_ext.models.running import body_of, device_of
-from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Budget, Plan, SitePlan
+from liar_ext.ops.reference import symmetric
+from liar_ext.plan import Budget, SitePlan
 from liar_ext.progress import Bar
 from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
 from liar_ext.reconstruction.solve import Solution, solve
@@ -61,13 +61,6 @@ class Narrowing:
     # How many features there are (units), the step that their number is counted in, how many stay
     # (kept), and how many would with a tile of 1 (kept_at_tile_1).
     grid: dict[str, int] = field(default_factory=dict)
-
-    def applied_to_copy(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the dense model with the stream narrowed and nothing else pruned."""
-        narrowed = copy.deepcopy(model)
-        plan = Plan(model.config.model_type, "auto", {}, hidden=self.kept)
-        apply_plan(narrowed, plan, self.weights)
-        return narrowed
 
 
 @torch.no_grad()
@@ -222,7 +215,6 @@ class _Solver:
     def solve(self, source: Source, both: Moments) -> SiteRow:
         """Solve a norm and its readers, from the moments of ``[v; x]``."""
         start = time.perf_counter()
-        check_folds(both)
         kept = self.kept.to(both.gram.device)
         n, hidden = len(kept), both.d_in - len(kept)
         one = both.gram.new_ones(n)

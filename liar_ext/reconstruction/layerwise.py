@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch, Batches, one_of_each, read_batches
+from liar_ext.calibration.batches import Batch, Batches, completed, one_of_each, read_batches
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
@@ -25,7 +25,6 @@ from liar_ext.reconstruction.streams import (
     Weights,
     keep_block,
     kept_block,
-    with_inputs,
 )
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
@@ -187,7 +186,7 @@ def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor
     family = family_of(model)
     reason = family.without.get("layerwise")
     for batch in one_of_each(read_batches(batches)) if reason is None else []:
-        one = with_inputs(model, batch).to(device_of(model)).inputs
+        one = completed(model, batch).to(device_of(model)).inputs
         with evaluating(model):
             if not is_chain(model, sites(model), one):
                 reason = "a layer that is in no block reads what one writes"

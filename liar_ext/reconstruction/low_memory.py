@@ -17,9 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from liar_ext.calibration.moments import Moments, symmetric
+from liar_ext.calibration.moments import Moments
 from liar_ext.errors import is_out_of_memory, one_line
-from liar_ext.ops.reference import NOT_FINITE
+from liar_ext.ops.reference import NOT_FINITE, symmetric
 from liar_ext.reconstruction import ridge
 from liar_ext.reconstruction.ladder import Choice, Equations, Fit, Rows, half_product, slices
 from liar_ext.reconstruction.ridge import BOTH

@@ -11,24 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import Passes
-from liar_ext.calibration.moments import Moments, check_finite, check_folds, symmetric
+from liar_ext.calibration.moments import Moments, check_finite, check_folds
 from liar_ext.distributed import share
 from liar_ext.errors import InputError, solving
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
-from liar_ext.ops.reference import NOT_FINITE
+from liar_ext.ops.reference import NOT_FINITE, symmetric
 from liar_ext.plan import Plan
 from liar_ext.progress import Bar
 from liar_ext.reconstruction import low_memory, ridge
 from liar_ext.reconstruction.ladder import slices
-from liar_ext.reconstruction.ridge import (
-    BOTH,
-    WITH_BIAS,
-    Residual,
-    check_settings,
-    damp_ladder,
-    form_of_expert,
-    ratio,
-)
+from liar_ext.reconstruction.ridge import BOTH, WITH_BIAS, Residual, check_settings, ratio
 from liar_ext.rows import BY_BLOCKS, ON_HOST, SiteRow
 
 
@@ -95,40 +87,16 @@ def solve(
     Where the device of the sums has no memory for the solve, it is done on the CPU, and there, if
     need be, by :mod:`liar_ext.reconstruction.low_memory`; the path of the solution says so.
 
-    Parameters
-    ----------
-    weight : Tensor
-        ``W``, ``(d_out, d_in)``.
-    bias : Tensor or None
-        ``b``, ``(d_out,)``.
-    moments : Moments
-        Of the consumer's input x.
-    kept : Tensor
-        ``(n_kept,)`` int64, ascending: features that are kept.
-    target : Residual, optional
-        Of the target, over the same tokens; if not given, the target is the dense output.
-    step : (float, float)
-        Least and greatest α.
-    mode : {"auto", "none", "bias", "linear", "affine"}
-        Form of the new weight; ``auto`` is ``affine`` if there is a bias, else ``linear``.
-    damp : float or "auto"
-        λ, or the choice among ``DAMP_LADDER``.
+    W is ``(d_out, d_in)``, b ``(d_out,)`` or None, and ``moments`` are those of x; ``kept`` are the
+    features that are kept, ``(n_kept,)`` int64, ascending. ``target`` is the residual over the same
+    tokens, without which the target is the dense output; ``step`` is the least and greatest α.
+    ``mode`` auto is ``affine`` if there is a bias, else ``linear``; ``damp`` is λ, or "auto", the
+    choice among ``DAMP_LADDER``. Errors of the solution are those to the full target, whatever α,
+    relative to ``tr(W G Wᵀ)``.
 
-    Returns
-    -------
-    Solution
-        Its errors are those to the full target, whatever α, relative to ``tr(W G Wᵀ)``.
+    InputError is raised if a fold has no tokens and ``mode`` isn't ``none``, or a given damp leaves
+    ``G_KK + Λ`` singular; MemoryError or RuntimeError if an allocation fails by blocks as well.
 
-    Raises
-    ------
-    InputError
-        If a fold has no tokens and ``mode`` isn't ``none``, or a given damp leaves ``G_KK + Λ``
-        singular.
-    MemoryError, RuntimeError
-        If an allocation fails by blocks as well.
-
-    Notes
-    -----
     Source: LIAR, arXiv:2407.13331; docs/method.md, "Reconstruction" and "Choice of λ".
     """
     device, weight, kept = moments.gram.device, weight.detach(), kept.to(moments.gram.device)
@@ -160,7 +128,6 @@ def solution_of(
     system: ridge.System, step: tuple[float, float] = (0.0, 0.0), damp: float | str = "auto"
 ) -> Solution:
     """Choose λ and the step size on held-out tokens, and solve with them on all."""
-    check_settings(system.mode, damp)
     moments, target, form = system.moments, system.target, system.form
     starved = form == "none" and bool((moments.tokens <= 0).any())
     if not starved:
@@ -168,7 +135,7 @@ def solution_of(
     if target is not None:
         check_finite(target.cross, target.total, target.energy)
     unfitted = target is None and len(system.kept) == system.weight.shape[1]
-    ladder = [math.inf] if unfitted or form in ("none", "bias") else damp_ladder(damp)
+    ladder = [math.inf] if unfitted or form in ("none", "bias") else ridge.damp_ladder(damp)
     choice = system.choose(ladder, step)
     new, error, energy, code, condition = system.solve(choice)
     _check_solved(code, choice.held_out, choice.damp, damp)
@@ -218,26 +185,26 @@ def _check_solved(code: Tensor, held_out: Tensor, damp: float, asked: float | st
 
 
 def error_on(
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor,
+    model: nn.Module,
+    site: Site,
+    plan: Plan,
     new: tuple[Tensor, Tensor | None],
     moments: Moments,
     target: Residual | None = None,
 ) -> float:
-    """Return the error of a new consumer on sums that it was not solved on.
+    """Return the error of a site's new consumer on sums that it was not solved on.
 
     ``Σ_t |ΔW x_t + Δb + r_t|² / Σ_t |W x_t|²`` with ``ΔW = W − W' S``, S selecting the features
-    that are kept, and r the residual of the target, if any. NaN if the dense output is zero.
-
-    ``new`` is W' and b', None if the consumer keeps its bias; all else is as for :func:`solve`.
+    that the plan keeps, and r the residual of the target, if any. NaN if the dense output is zero.
+    ``new`` is W' and b', None if the consumer keeps its bias.
     """
     gram, total, tokens = moments.pooled()
-    gram, old = symmetric(gram), weight.detach().to(gram)
+    gram, bias = symmetric(gram), get_consumer_bias(model, site)
+    old = get_consumer_weight(model, site).to(gram)
     lost, shift = old.clone(), old.new_zeros(len(old))
-    lost[:, kept.to(lost.device)] -= new[0].to(gram)
+    lost[:, site.features(plan.sites[site.name].kept).to(lost.device)] -= new[0].to(gram)
     if new[1] is not None:
-        shift = (0.0 if bias is None else bias.detach().to(gram)) - new[1].to(gram)
+        shift = (0.0 if bias is None else bias.to(gram)) - new[1].to(gram)
     error = ((lost @ gram) * lost).sum() + 2 * shift @ (lost @ total)
     error += tokens * shift.square().sum()
     if target is not None:
@@ -297,7 +264,7 @@ def reconstruct(
         start, site, moments, form = time.perf_counter(), by_name[name], bank[name], mode
         weight, bias = get_consumer_weight(model, site), get_consumer_bias(model, site)
         if site.expert is not None:
-            form = form_of_expert(mode, bias is not None, moments)
+            form = ridge.form_of_expert(mode, bias is not None, moments)
         with solving(name):
             features = site.features(kept.kept)
             solution = solve(weight, bias, moments, features, mode=form, damp=damp)
@@ -360,7 +327,6 @@ def certified_errors(
     """
     errors = {}
     for site in (site for group in passes for site in group):
-        given = (get(passes.model, site) for get in (get_consumer_weight, get_consumer_bias))
-        kept, name = site.features(plan.sites[site.name].kept), site.name
-        errors[name] = error_on(*given, kept, weights[name], passes.bank[name])
+        given = passes.model, site, plan, weights[site.name], passes.bank[site.name]
+        errors[site.name] = error_on(*given)
     return errors

@@ -6,9 +6,9 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.models.running import complete_inputs, device_of, evaluating
+from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.rows import SiteRow
@@ -31,14 +31,14 @@ class HiddenStates:
     """A place for the hidden states of all calibration sequences between two blocks.
 
     More than ``memory`` bytes, without bound if not given, go to an unlinked file in ``folder``.
-    ``in_memory`` and ``on_disk`` are the bytes that are held now.
+    ``in_memory`` are the bytes that are held there now.
     """
 
     def __init__(
         self, memory: int | None = None, folder: str | os.PathLike[str] | None = None
     ) -> None:
         self.memory, self.folder = memory, folder
-        self.in_memory = self.on_disk = self.most_on_disk = 0
+        self.in_memory = self.most_on_disk = 0
         self._file = None
         self._free: dict[int, list[int]] = {}  # offsets by size
 
@@ -58,7 +58,6 @@ class HiddenStates:
             self.in_memory += size
             return None
         if self._free.get(size):
-            self.on_disk += size
             return self._free[size].pop()
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
@@ -72,7 +71,6 @@ class HiddenStates:
                 f"where {shutil.disk_usage(where).free / 2**30:.3g} GiB are free "
                 f"({error.strerror}); free disk space, raise --max-memory, or give fewer --samples"
             ) from error
-        self.on_disk += size
         self.most_on_disk += size
         return start
 
@@ -81,7 +79,6 @@ class HiddenStates:
         if offset is None:
             self.in_memory -= size
         else:
-            self.on_disk -= size
             self._free.setdefault(size, []).append(offset)
 
     def move(self, call: Callable[..., int], tensor: Tensor, offset: int) -> None:
@@ -97,9 +94,7 @@ class Held:
 
     def __init__(self, store: HiddenStates, tensor: Tensor) -> None:
         self._store = store
-        self._tensor: Tensor | None = None
-        self._offset: int | None = None
-        self._size: int | None = None  # None while no place is taken
+        self._tensor = self._offset = self._size = None  # while no place is taken
         self.set(tensor)
 
     def get(self) -> Tensor:
@@ -174,23 +169,18 @@ class Walk:
             yield
 
 
+@dataclass(eq=False)
 class StreamedBatches:
-    """Batches on their way past the blocks of a model; in the end its head answers for them.
+    """Batches on their way past the blocks of a model; in the end its head answers for them."""
 
-    ``name`` is that of their hidden states in a checkpoint. ``numbers`` say which of all batches
-    this rank has; None if the first rank has all. ``hidden`` is given if they have begun.
-    """
+    name: str  # of their hidden states in a checkpoint
+    walk: Walk
+    batches: Iterable[Batch]
+    numbers: Sequence[int] | None = None  # of those of this rank; None if the first rank has all
+    hidden: list[Held] = field(default_factory=list)  # given if they have begun
 
-    def __init__(
-        self,
-        name: str,
-        walk: Walk,
-        batches: Sequence[Batch],
-        numbers: Sequence[int] | None = None,
-        hidden: list[Held] | None = None,
-    ) -> None:
-        self.name, self.walk, self.batches, self.numbers = name, walk, list(batches), numbers
-        self.hidden: list[Held] = [] if hidden is None else hidden
+    def __post_init__(self) -> None:
+        self.batches = list(self.batches)
 
     def advance(self, index: int, note: Callable[[Batch], None] = lambda batch: None) -> None:
         """Take all batches past a block, which is in memory; tell ``note`` of each before."""
@@ -235,43 +225,21 @@ class StreamedBatches:
 
 
 @dataclass
-class Stream:
-    """Hidden states of some sequences, (sequences, tokens, hidden), in one of both models."""
-
-    now: Held  # before the block that comes next
-    # What came out of the stacks before, as far as a later one reads it, by the last block.
-    behind: dict[int, Held] = field(default_factory=dict)
-
-    def get(self) -> Tensor:
-        """Return the hidden states before the block that comes next."""
-        return self.now.get()
-
-    def answers(self, sequences: int | None = None) -> dict[int, Callable[[], Tensor]]:
-        """Return what :meth:`Blocks.answering` takes, of the first ``sequences`` or of all."""
-        behind = self.behind.items()
-        return {end: lambda held=held: held.get()[:sequences] for end, held in behind}
-
-
-@dataclass
 class Part:
     """Sequences of one fold, or fresh ones, and how far they are."""
 
     batch: Batch  # as the model takes them
     fold: int | None  # None where they are fresh: no solve reads them, errors are measured on them
     number: int  # which of all parts it is, whatever ranks there are
-    dense: Stream
-    pruned: Stream
+    # Hidden states, (sequences, tokens, hidden), of the models "dense" and "pruned" before the next
+    # block. "dense behind 3" came out of the stack that ends there, where a later one reads them.
+    states: dict[str, Held]
     # By layer of the block in work, what the dense model has there: the output of the consumer, or
     # the stream after it.
     goals: dict[str, Held] = field(default_factory=dict)
     # The pruned stream between attention and MLP of the block in work, and what the MLP's consumer
     # reads: all that a new one needs to finish the block.
     halfway: tuple[Held, Held] | None = None
-
-
-def with_inputs(model: nn.Module, batch: Batch) -> Batch:
-    """Return a batch with what the decoder reads where an encoder is there, too."""
-    return replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
 
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]

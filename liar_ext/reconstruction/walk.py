@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, completed, read_batches
 from liar_ext.distributed import all_reduce, broadcast, gather, is_first, rank, share, world_size
 from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
@@ -20,7 +21,7 @@ from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Forward, Run, counted, layer_forward, rows_of
 from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_of_expert
 from liar_ext.reconstruction.solve import Solution, error_on, solve
-from liar_ext.reconstruction.streams import Held, Part, Stream, Streams, Walk, Weights, with_inputs
+from liar_ext.reconstruction.streams import Held, Part, Streams, Walk, Weights
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
@@ -43,6 +44,7 @@ class LayerwiseSolver:
         self.fresh: list[Part] = []  # and of fresh text
         self.certifies = False  # whether any rank has fresh text
         self.targets: dict[str, str] = {}  # by layer of the block in work
+        self.consumers: dict[str, Forward] = {}  # those of its layers that are solved
         self.ends: set[str] = set()  # layers whose norm gives what their block does
         self.weights: Weights = {}
         self.rows: dict[str, SiteRow] = {}
@@ -53,7 +55,7 @@ class LayerwiseSolver:
         for index, batch in enumerate(read_batches(batches)):
             folds += batch.fold.tolist()
             mine = index % world_size() == rank()
-            batch = with_inputs(self.model, batch) if mine else batch
+            batch = completed(self.model, batch) if mine else batch
             for fold in range(FOLDS):
                 rows, number = (batch.fold == fold).nonzero().flatten(), next(numbers)
                 if len(rows) and mine:
@@ -66,7 +68,7 @@ class LayerwiseSolver:
         for index, batch in enumerate(read_batches(fresh)):
             self.certifies, number = True, next(numbers)
             if index % world_size() == rank():
-                self.fresh.append(self._entered(with_inputs(self.model, batch), None, number))
+                self.fresh.append(self._entered(completed(self.model, batch), None, number))
 
     @property
     def parts(self) -> list[Part]:
@@ -74,8 +76,8 @@ class LayerwiseSolver:
         return [*self.text, *self.fresh]
 
     def _entered(self, batch: Batch, fold: int | None, number: int) -> Part:
-        streams = (Stream(self.states.hold(hidden)) for hidden in 2 * [self._first(0, batch)])
-        return Part(batch, fold, number, *streams)
+        first = self._first(0, batch)
+        return Part(batch, fold, number, {name: self.states.hold(first) for name in STREAMS})
 
     def _first(self, index: int, batch: Batch) -> Tensor:
         """Return the hidden states that the stack beginning at a block reads."""
@@ -86,10 +88,10 @@ class LayerwiseSolver:
         read = self.blocks.read_later(index - 1)
         for part in self.parts:
             hidden = self._first(index, part.batch)
-            for stream in (part.dense, part.pruned):
+            for name in STREAMS:
                 if read:
-                    stream.behind[index - 1] = stream.now
-                stream.now = self.states.hold(hidden)
+                    part.states[f"{name}{BEHIND}{index - 1}"] = part.states[name]
+                part.states[name] = self.states.hold(hidden)
 
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
@@ -98,7 +100,6 @@ class LayerwiseSolver:
         layers = self.blocks.layers[index]
         self.targets = {name: self._target_at(layer[0]) for name, layer in layers.items()}
         after = [self._dense_run(index, part) for part in self.parts]
-        consumers: dict[str, Forward] = {}
         for name, layer in layers.items():
             if layer[0].name not in self.plan.sites:
                 continue
@@ -106,11 +107,12 @@ class LayerwiseSolver:
                 self._keep(layer)
             else:
                 with solving(name):
-                    consumers[name] = self._solve(layer, self.targets[name], consumers)
+                    self.consumers[name] = self._solve(layer)
         for part in self.parts:
-            part.pruned.now.set(self._after(index, part, consumers))
+            part.states["pruned"].set(self._after(index, part))
         for part, dense in zip(self.parts, after, strict=True):
-            part.dense.now = dense
+            part.states["dense"] = dense
+        self.consumers = {}
 
     def take(self) -> tuple[Weights, dict[str, SiteRow]]:
         """Hand over the weights and rows of the block that was solved last."""
@@ -120,55 +122,47 @@ class LayerwiseSolver:
 
     def streams(self) -> Streams:
         """Return the hidden states of both streams, by part."""
-        found = {}
-        for name in STREAMS:
-            streams = [getattr(part, name) for part in self.parts]
-            found[name] = [stream.now for stream in streams]
-            for index in streams[0].behind if streams else ():
-                found[f"{name}{BEHIND}{index}"] = [stream.behind[index] for stream in streams]
-        return found
+        names = self.parts[0].states if self.parts else STREAMS
+        return {name: [part.states[name] for part in self.parts] for name in names}
 
     def resume(self, streams: Mapping[str, list[Held]]) -> None:
         """Take what lies behind the streams from :meth:`streams` of a walk that was further."""
-        for name, held in streams.items():
-            which, behind, index = name.partition(BEHIND)
-            for part, each in zip(self.parts, held, strict=True) if behind else ():
-                getattr(part, which).behind[int(index)] = each
+        for name in (name for name in streams if BEHIND in name):
+            for part, held in zip(self.parts, streams[name], strict=True):
+                part.states[name] = held
 
     def _dense_run(self, index: int, part: Part) -> Held:
         """Note what the dense model has at each layer, and return its stream after the block."""
-        hidden = part.dense.get()
-        run = self._run(index, part, part.dense)
+        hidden = part.states["dense"].get()
+        run = self._run(index, part, "dense")
         part.goals = {
-            name: self.states.hold(self._reached(layer[0], self.targets[name], hidden, run))
+            name: self.states.hold(self._reached(layer[0], hidden, run))
             for name, layer in self.blocks.layers[index].items()
             if layer[0].name in self.plan.sites
         }
         return self.states.hold(run.output)
 
-    def _after(self, index: int, part: Part, consumers: Mapping[str, Forward]) -> Tensor:
+    def _after(self, index: int, part: Part) -> Tensor:
         """Return the pruned stream after a block whose sites are solved."""
         if part.halfway is None:
-            return self._run(index, part, part.pruned, consumers).output
+            return self._run(index, part, "pruned").output
         (stream, x), part.halfway = (held.get() for held in part.halfway), None
         layers = self.blocks.layers[index].items()
         (mlp,) = (name for name, layer in layers if layer[0].kind == "mlp")
         device = self.blocks.device(index)
-        after = stream + consumers[mlp](x.to(device)).cpu().view_as(stream)
+        after = stream + self.consumers[mlp](x.to(device)).cpu().view_as(stream)
         norm = self.blocks.norms.get(mlp)
         return after if norm is None else self.model.get_submodule(norm)(after.to(device)).detach()
 
-    def _solve(
-        self, layer: Sequence[Site], target: str, consumers: Mapping[str, Forward]
-    ) -> Forward:
+    def _solve(self, layer: Sequence[Site]) -> Forward:
         """Solve the sites of a layer, and return what takes its consumer's place."""
-        start, new = time.perf_counter(), {}
-        found = self._collect(self.text, layer, target, consumers)
+        start, new, target = time.perf_counter(), {}, self.targets[layer[0].team]
+        found = self._collect(self.text, layer)
         sums = {site.name: each for site, each in zip(layer, found, strict=True)}
         found = share(layer, lambda mine: {s.name: self._solution(s, sums[s.name]) for s in mine})
         fresh = [None] * len(layer)
         if self.certifies:
-            fresh = self._collect(self.fresh, layer, target, consumers)
+            fresh = self._collect(self.fresh, layer)
         seconds = (time.perf_counter() - start) / len(layer)
         for site, unseen in zip(layer, fresh, strict=True):
             solution, each = Solution(**found[site.name]), sums[site.name]
@@ -200,19 +194,12 @@ class LayerwiseSolver:
         units = len(self.plan.sites[site.name].kept)
         self.rows[site.name] = solution.row_of(site, units, **facts)
 
-    def _collect(
-        self,
-        parts: Sequence[Part],
-        layer: Sequence[Site],
-        target: str,
-        consumers: Mapping[str, Forward],
-    ) -> list[LayerSums]:
+    def _collect(self, parts: Sequence[Part], layer: Sequence[Site]) -> list[LayerSums]:
         """Return the sums of all ranks over x̂ and the residual; those of fresh text in fold 0."""
         device = self.blocks.device(self.blocks.index_of(layer[0]))
         sums = [LayerSums.zeros(site, device) for site in layer]
         for part in parts:
-            read = self._read(layer, target, part, consumers)
-            for each, rows in zip(sums, read, strict=True):
+            for each, rows in zip(sums, self._read(layer, part), strict=True):
                 each.add(rows, part.fold or 0)
         counts = gather([each.rows for each in sums])
         for each, rows in zip(sums, zip(*counts, strict=True), strict=True):
@@ -232,8 +219,8 @@ class LayerwiseSolver:
         return vars(solve(weight, bias, sums.moments, site.features(planned.kept), **settings))
 
     def _error(self, site: Site, solution: Solution, fresh: LayerSums) -> float:
-        kept, new = site.features(self.plan.sites[site.name].kept), (solution.weight, solution.bias)
-        return error_on(*self._given(site), kept, new, fresh.moments, fresh.residual)
+        new = solution.weight, solution.bias
+        return error_on(self.model, site, self.plan, new, fresh.moments, fresh.residual)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the new consumer of a site, as a function of all its features."""
@@ -246,9 +233,7 @@ class LayerwiseSolver:
     def _given(self, site: Site) -> tuple[Tensor, Tensor | None]:
         return get_consumer_weight(self.model, site), get_consumer_bias(self.model, site)
 
-    def _read(
-        self, layer: Sequence[Site], target: str, part: Part, consumers: Mapping[str, Forward]
-    ) -> list[Tokens]:
+    def _read(self, layer: Sequence[Site], part: Part) -> list[Tokens]:
         """Return what the consumers of a layer read of a part, and the residual.
 
         That is what the dense model has there, less what the pruned one has with the dense weight.
@@ -256,11 +241,11 @@ class LayerwiseSolver:
         site, name = layer[0], layer[0].team
         # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
         late = site.kind == "mlp" and name not in self.blocks.norms
-        end = None if target == "stream" and late else name
-        hidden = part.pruned.get()
-        run = self._run(self.blocks.index_of(site), part, part.pruned, consumers, end)
+        end = None if self.targets[name] == "stream" and late else name
+        hidden = part.states["pruned"].get()
+        run = self._run(self.blocks.index_of(site), part, "pruned", end)
         read, output = run.seen[name]
-        r = part.goals[name].get() - self._reached(site, target, hidden, run)
+        r = part.goals[name].get() - self._reached(site, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
         r = r.to(output.device).flatten(0, -2)
         used = counted(part.batch, site, len(r), output, run.sums.get(name))
@@ -296,32 +281,34 @@ class LayerwiseSolver:
         """Tell whether a block adds plainly; else which norm reads, and ends, it."""
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
-        hidden = part.dense.get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
-        with self.blocks.answering(part.dense.answers(1)):
+        hidden = part.states["dense"].get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
+        with self._behind(part, "dense", 1):
             if self.blocks.adds_plainly(site, one, hidden):
                 return True, None, False
             return False, *self.blocks.norm_of_sum(site, one, hidden)
 
-    def _run(
-        self,
-        index: int,
-        part: Part,
-        stream: Stream,
-        consumers: Mapping[str, Forward] | None = None,
-        end: str | None = None,
-    ) -> Run:
+    def _run(self, index: int, part: Part, name: str, end: str | None = None) -> Run:
+        consumers = self.consumers if name == "pruned" else None
         inputs = part.batch.to(self.device).inputs
-        hidden = stream.get().to(self.blocks.device(index))
-        with self.blocks.answering(stream.answers()):
+        hidden = part.states[name].get().to(self.blocks.device(index))
+        with self._behind(part, name):
             return self.blocks.run(index, inputs, hidden, consumers, end)
 
-    def _reached(self, site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
+    def _behind(self, part: Part, name: str, most: int | None = None) -> AbstractContextManager:
+        """Let stacks of a part that are done answer with their states, of the first sequences."""
+        start, answers = f"{name}{BEHIND}", {}
+        for key, held in part.states.items():
+            if key.startswith(start):
+                answers[int(key.removeprefix(start))] = lambda held=held: held.get()[:most]
+        return self.blocks.answering(answers)
+
+    def _reached(self, site: Site, hidden: Tensor, run: Run) -> Tensor:
         """Return the consumer's output, or the stream after the site, on the CPU.
 
         Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
         In float32, or float64 as the model is: the difference of two of these is the residual.
         """
-        if target == "branch":
+        if self.targets[site.team] == "branch":
             found = run.seen[site.team][1].view_as(hidden)
         elif site.team in run.sums:
             found = run.sums[site.team].view_as(hidden)

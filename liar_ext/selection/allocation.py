@@ -14,9 +14,8 @@ from torch import Tensor
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan, SitePlan
-from liar_ext.selection.costs import Costs
+from liar_ext.selection.costs import Costs, choose
 from liar_ext.selection.error_curves import removal_order
-from liar_ext.selection.knapsack import choose
 
 # transformers multiplies all experts of a layer at once, by a kernel that takes rows of a multiple
 # of 16 bytes only: 8 channels of two bytes.
@@ -51,7 +50,7 @@ def allocate(
         with scores from ``score(..., per="feature")``, where those of attention are squared first.
         ``curve``: the least sum of ``losses``: exact where the costs share few
         enough grains, else no more than with 1/8192 of the budget less for each site; see
-        :func:`liar_ext.selection.knapsack.choose`.
+        :func:`liar_ext.selection.costs.choose`.
     model_type : str
         For the record in the plan.
     total : float, optional
@@ -70,11 +69,9 @@ def allocate(
     InputError
         If the method is unknown, ``curve`` lacks its losses, or no plan can meet the budget.
     """
-    costs = costs or Costs.of(at, budget, total)
-    check_budget(at, budget, method, costs)
+    problem = check_budget(at, budget, method, costs or Costs.of(at, budget, total))
     if method == "curve" and losses is None:
         raise InputError("allocate: method curve needs losses, such as those of error_curves")
-    problem = _Problem.of(at, budget, costs)
     if method == "global":
         scores = {site.name: _metric(site, scores[site.name]) for site in at}
     steps = _METHODS[method](problem, losses if method == "curve" else scores)
@@ -123,11 +120,11 @@ def _plan(
 
 def check_budget(
     at: Sequence[Site], budget: Budget, method: str = "uniform", costs: Costs | None = None
-) -> None:
+) -> _Problem:
     """Raise what :func:`allocate` would raise, before any score is known."""
     if method not in _METHODS:
         raise InputError(f"allocate: method must be one of {', '.join(_METHODS)}, got {method!r}")
-    _Problem.of(at, budget, costs or Costs.of(at, budget))
+    return _Problem.of(at, budget, costs or Costs.of(at, budget))
 
 
 def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:

@@ -89,11 +89,6 @@ def get_criterion(name: str) -> Criterion:
     return _CRITERIA[name]
 
 
-def list_criteria() -> list[Criterion]:
-    """Return the registered criteria by name."""
-    return [_CRITERIA[name] for name in sorted(_CRITERIA)]
-
-
 def score(
     model: nn.Module,
     bank: Mapping[str, Moments],

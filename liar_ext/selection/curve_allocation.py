@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import Batches, probe_batches, read_batches
-from liar_ext.models.running import complete_inputs
+from liar_ext.calibration.batches import Batches, completed, probe_batches, read_batches
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
 from liar_ext.reconstruction.solve import reconstruct_shared, with_bias
@@ -26,11 +25,7 @@ def predict_divergence(losses: Mapping[str, Tensor], plan: Plan) -> float:
 
 def probes_of(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
     """Return a few sequences to measure divergences on, with all that the model reads."""
-    whole = (
-        replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
-        for batch in read_batches(batches)
-    )
-    return probe_batches(whole)
+    return probe_batches(completed(model, batch) for batch in read_batches(batches))
 
 
 @dataclass
@@ -62,14 +57,11 @@ def probe_sites(
     plan = with_bias(plan, model, mode)
     settings = {"mode": mode, "damp": CURVE_DAMP, "progress": progress}
     weights, _ = reconstruct_shared(model, bank, plan, at, **settings)
-    errors = {}
+    errors, shares = {}, energy_shares(model, bank, at)
     for team in teams_of(at).values():
-        shares = energy_shares(model, bank, team)
-        error = sum(
-            share * float(curves[site.name][len(plan.sites[site.name].removed)])
-            for site, share in zip(team, shares, strict=True)
-        )
-        errors |= {site.name: error for site in team}
+        gone = {site.name: len(plan.sites[site.name].removed) for site in team}
+        error = sum(shares[name] * float(curves[name][count]) for name, count in gone.items())
+        errors |= dict.fromkeys(gone, error)
     return Probes(plan, weights, errors)
 
 
@@ -100,23 +92,15 @@ def sensitivities_of(
 
 
 def losses_of(
-    model: nn.Module,
-    bank: MomentBank,
-    at: Sequence[Site],
-    curves: Mapping[str, Tensor],
-    sensitivities: Mapping[str, float],
+    curves: Mapping[str, Tensor], sensitivities: Mapping[str, float], shares: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """Return ``L_s(k) = a_s · share_s · E_s(k)`` for every number k of units gone, by site name.
 
     That is the site's held-out error curve times its sensitivity. The losses of a plan add up to
-    its predicted divergence. The experts of a layer are measured together, and share by energy; of
-    any other site the share is 1.
+    its predicted divergence. The experts of a layer are measured together, and share by energy, see
+    :func:`energy_shares`; of any other site the share is 1.
     """
-    losses = {}
-    for team in teams_of(at).values():
-        for site, share in zip(team, energy_shares(model, bank, team), strict=True):
-            losses[site.name] = sensitivities[site.name] * share * curves[site.name]
-    return losses
+    return {name: sensitivities[name] * share * curves[name] for name, share in shares.items()}
 
 
 OBJECTIVES = {
@@ -133,7 +117,7 @@ def rounding(
     method: str,
     plan: Plan,
     *,
-    costs: Costs | None = None,
+    costs: Costs,
     losses: Mapping[str, Tensor] | None = None,
 ) -> dict[str, object]:
     """Return the grid of every kind of site, and what the plan that was allocated loses by it.
@@ -148,7 +132,6 @@ def rounding(
         kinds.setdefault((site.unit, site.units, site.expert is None), []).append(site)
     rows = [_row(some, budget, plan) for some in kinds.values()]
     facts = {"tile": budget.tile, "sites": rows, "objective": OBJECTIVES[method]}
-    costs = costs or Costs.of(at, budget)
     facts["kept"] = facts["kept_at_tile_1"] = costs.kept_fraction(plan)
     single, finer = replace(budget, tile=1), plan
     if any(site_step(site, budget) != site_step(site, single) for site in at):

@@ -5,23 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from liar_ext.calibration.batches import Batch, Batches, read_batch, read_batches
+from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.models.running import (
-    DECODER_IDS,
-    DECODER_MASK,
-    complete_inputs,
-    device_of,
-    evaluating,
-    output_of,
-)
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, output_of
 
 # Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
 ROW_CHUNK = 32
@@ -48,9 +40,8 @@ class DenseOutputs:
         batch: Mapping[str, Tensor] | Tensor | Batch,
         positions: int | None = None,
     ) -> None:
-        batch = read_batch(batch)
-        inputs = complete_inputs(dense, batch.inputs, batch.labels)
-        self._batch = replace(batch, inputs=inputs)
+        self._batch = completed(dense, read_batch(batch))
+        inputs = self._batch.inputs
         # The outputs are those of the decoder, if there is one.
         ids = inputs.get(DECODER_IDS, inputs.get("input_ids"))
         self._mask = DECODER_MASK if DECODER_IDS in inputs else "attention_mask"

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.moments import Moments, symmetric
+from liar_ext.calibration.moments import Moments
 from liar_ext.distributed import gather
 from liar_ext.errors import InputError, solving
-from liar_ext.models.sites import Site, get_consumer_weight
+from liar_ext.models.sites import Site, get_consumer_weight, teams_of
+from liar_ext.ops.reference import symmetric
 from liar_ext.progress import Bar
 from liar_ext.reconstruction.ladder import factor_with_damp, slices
 from liar_ext.reconstruction.low_memory import in_file, oom_fallback
@@ -115,18 +116,20 @@ def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> tuple
 
 
 def energy_shares(
-    model: nn.Module, bank: Mapping[str, Moments], team: Sequence[Site]
-) -> list[float]:
-    """Return what each site has of the sum of ``tr(W G Wᵀ)`` over sites of one layer."""
-    if len(team) == 1:
-        return [1.0]
-    energies = []
-    for site in team:
-        gram = symmetric(bank[site.name].gram.sum(0).double())
-        weight = get_consumer_weight(model, site).to(gram)
-        energies.append(float(((weight @ gram) * weight).sum()))
-    total = sum(energies)
-    return [each / total if total > 0 else 0.0 for each in energies]
+    model: nn.Module, bank: Mapping[str, Moments], at: Sequence[Site]
+) -> dict[str, float]:
+    """Return what each site has of the sum of ``tr(W G Wᵀ)`` over the sites of its layer."""
+    shares = {}
+    for team in teams_of(at).values():
+        energies = [1.0] if len(team) == 1 else []
+        for site in team if len(team) > 1 else ():
+            gram = symmetric(bank[site.name].gram.sum(0).double())
+            weight = get_consumer_weight(model, site).to(gram)
+            energies.append(float(((weight @ gram) * weight).sum()))
+        total = sum(energies)
+        for site, energy in zip(team, energies, strict=True):
+            shares[site.name] = energy / total if total > 0 else 0.0
+    return shares
 
 
 def error_curve(

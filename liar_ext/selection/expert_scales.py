@@ -127,7 +127,7 @@ def fit_scales(
         "damp": damp,
         "error": ratio(energy.sum() + lost(*whole, both), energy.sum()),
         "holdout_error": ratio(_held_out(energy, sums, by_fold).sum(), energy.sum()),
-        "condition": _condition(whole[0], damp),
+        "condition": 1.0 if math.isinf(damp) else float(torch.linalg.cond(_damped(whole[0], damp))),
     }
     return Scales(tuple(by_fold), both, facts)
 
@@ -224,7 +224,3 @@ def _damped(a: Tensor, damp: float) -> Tensor:
     mean = a.diagonal().mean()
     shift = damp * torch.where(mean > 0, mean, 1.0)
     return a + shift * torch.eye(len(a), dtype=a.dtype, device=a.device)
-
-
-def _condition(a: Tensor, damp: float) -> float:
-    return 1.0 if math.isinf(damp) else float(torch.linalg.cond(_damped(a, damp)))

@@ -18,11 +18,10 @@ from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import evaluating, layer_at
 from liar_ext.models.sites import Site, sites, teams_of
+from liar_ext.models.slicing import Weights
 from liar_ext.plan import Plan
 from liar_ext.progress import Bar, spare
 from liar_ext.selection.divergence import DenseOutputs
-
-Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.

@@ -14,7 +14,6 @@ place of a removed one can't be folded: a token has the outputs of those alone t
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -32,10 +31,8 @@ from liar_ext.errors import InputError
 from liar_ext.models.experts import called_at, choice_of, gated, router_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites, teams_of
-from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.plan import SitePlan
 from liar_ext.progress import Bar
-from liar_ext.reconstruction.ridge import check_settings
 from liar_ext.rows import SiteRow
 from liar_ext.selection.error_curves import CURVE_DAMP
 from liar_ext.selection.expert_scales import (
@@ -142,13 +139,6 @@ class KeptExperts:
     # other way was tried.
     divergences: dict[str, float]
 
-    def applied_to_copy(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model without the experts that leave."""
-        fewer = copy.deepcopy(model)
-        plan = Plan(model.config.model_type, "auto", {}, experts=self.plans)
-        apply_plan(fewer, plan, self.scales)
-        return fewer
-
 
 @torch.no_grad()
 def choose_experts(
@@ -173,7 +163,6 @@ def choose_experts(
     raised if the model has no experts, fewer would stay than a token is sent to, or a fold gets no
     token.
     """
-    check_settings(mode, damp)
     mode = "none" if mode == "bias" else mode
     layers = layers_of(model)
     count = count_experts_kept(model, keep)
@@ -211,10 +200,8 @@ def layers_of(model: nn.Module) -> list[Site]:
 def count_experts_kept(model: nn.Module, keep: float) -> int:
     """Return how many experts stay in each layer: at most the fraction ``keep``.
 
-    InputError is raised if a token is sent to more, or ``keep`` is out of range.
+    InputError is raised if a token is sent to more.
     """
-    if not 0.0 < keep <= 1.0:
-        raise InputError(f"experts: keep_experts must be in (0, 1], got {keep}; 0.9 keeps 90 %")
     site = layers_of(model)[0]
     if (groups := getattr(router_of(model, site), "num_group", None) or 1) > 1:
         raise InputError(

@@ -83,11 +83,32 @@ class Counted:
 
     @cached_property
     def expected(self) -> np.ndarray:
-        """Each token's mean probability as the next one of the texts; 0 if the model has none."""
-        if not predicts_next_token(self.model) or not self.counts.any():
-            return np.zeros(len(self.counts))
-        given = self.model, self.tokenizer, self.texts, len(self.counts)
-        return expected_tokens(*given, progress=self.progress)
+        """``mean_t p(token | text before t)`` by token, over beginnings of documents.
+
+        Zeros if the model predicts no next token, or the texts have none.
+        """
+        model, found = self.model, np.zeros(len(self.counts))
+        if not predicts_next_token(model) or not self.counts.any():
+            return found
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or START
+        how = {"seq_len": min(START, known), "samples": STARTS, "packed": False}
+        texts = [each for each in self.texts if each.strip()]
+        drawn, total, positions = evaluation_sequences(texts, self.tokenizer, **how), 0.0, 0
+        bar = Bar(total=len(drawn), desc="tokens", disable=not self.progress)
+        with torch.no_grad(), evaluating(model), bar:
+            for batch in drawn.batches(1):  # the logits of one sequence are many
+                logits = model(input_ids=batch["input_ids"].to(device_of(model))).logits[0]
+                logits = logits[:, : len(found)]
+                total = total + logits.float().softmax(-1).sum(0, dtype=torch.float64)
+                positions += len(logits)
+                bar.update()
+        if not torch.isfinite(total).all():
+            raise InputError(
+                "vocabulary: the model's predictions on the text are not finite; load it with "
+                "--dtype float32, or keep fewer tokens than the text has"
+            )
+        found[: len(total)] = (total / positions).cpu()
+        return found
 
     def choose(self, keep: float | int) -> Choice | None:
         """Return the most frequent tokens with all that they need; None if that is all of them.
@@ -264,31 +285,6 @@ def counts_of(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> np.nda
     for ids in encode(tokenizer, texts):
         counts += np.bincount(ids, minlength=tokens)
     return counts
-
-
-@torch.no_grad()
-def expected_tokens(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], tokens: int, progress: bool = False
-) -> np.ndarray:
-    """Return ``mean_t p(token | text before t)`` of each token, over beginnings of documents."""
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or START
-    how = {"seq_len": min(START, known), "samples": STARTS, "packed": False}
-    drawn = evaluation_sequences([each for each in texts if each.strip()], tokenizer, **how)
-    total, positions = 0.0, 0
-    with evaluating(model), Bar(total=len(drawn), desc="tokens", disable=not progress) as bar:
-        for batch in drawn.batches(1):  # the logits of one sequence are many
-            logits = model(input_ids=batch["input_ids"].to(device_of(model))).logits[0, :, :tokens]
-            total = total + logits.float().softmax(-1).sum(0, dtype=torch.float64)
-            positions += len(logits)
-            bar.update()
-    if not torch.isfinite(total).all():
-        raise InputError(
-            "vocabulary: the model's predictions on the text are not finite; load it with --dtype "
-            "float32, or keep fewer tokens than the text has"
-        )
-    found = np.zeros(tokens)
-    found[: len(total)] = (total / positions).cpu()
-    return found
 
 
 def choose(pieces: Pieces, counts: np.ndarray, size: int, needed: Collection[int]) -> set[int]:

@@ -40,6 +40,7 @@ class Pieces:
     suffix: str = ""  # what ends a word in tokens of BPE
     unknown: int | None = None  # the token of unknown characters
     byte_level: bool = False  # whether text is read as bytes
+    _needs: dict[str, set[int]] = field(init=False, default_factory=dict)  # as far as was asked
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -59,10 +60,6 @@ class Pieces:
         if name not in self._needs:
             self._needs[name] = self._needed(name)
         return self._needs[name]
-
-    @cached_property
-    def _needs(self) -> dict[str, set[int]]:
-        return {}
 
     def _needed(self, name: str) -> set[int]:
         found = {self.ids[name]} if name in self.ids else {self.added[name]}
@@ -231,7 +228,6 @@ _BYTE_OF = {sign: byte for byte, sign in enumerate(byte_alphabet())}
 
 
 def _unknown(model: Mapping[str, Any]) -> str | None:
-    """Return the token of unknown characters, if there is one."""
     if model["type"] != "Unigram":
         return model.get("unk_token")
     at = model.get("unk_id")

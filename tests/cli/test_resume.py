@@ -21,13 +21,9 @@ from liar_ext.job import pruning, state
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
+pytestmark = pytest.mark.usefixtures("always_saving")
+
 SIZES = ["--samples", 8, "--seq-len", 32, "--batch-size", 1, "--keep", 0.7, "--certify", 4]
-
-
-@pytest.fixture(autouse=True)
-def always_saving(monkeypatch):
-    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def same_folders(a, b) -> bool:

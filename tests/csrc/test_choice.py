@@ -23,9 +23,9 @@ import torch
 from liar_ext import ops
 from dataclasses import replace
 from liar_ext.errors import InputError
-from liar_ext.ops import choice, curve, gram_choice, reference, solve_choice
-from liar_ext.ops.choice import Chooser
-from liar_ext.ops.gram_choice import Kind
+from liar_ext.ops import backends, choice, curve, reference
+from liar_ext.ops.backends import gram_kind
+from liar_ext.ops.choice import Kind
 
 del os.environ["LIAR_GRAM"], os.environ["LIAR_SOLVE"]
 right = reference.gram_update_
@@ -52,15 +52,15 @@ def full(gram, total, count, x, y=None, weight=None):
     gram += gram.tril(-1).mT
 
 def kind(dtype=torch.bfloat16, **more):
-    return Kind(torch.device("cuda", 0), dtype, torch.float64, False, False, 64, 32)
+    return gram_kind(torch.device("cuda", 0), dtype, torch.float64, False, False, 64, 32)
 
-def chooser_of(backends, operator=gram_choice.OPERATOR):
-    return Chooser(replace(operator, backends=lambda device: backends))
+def chooser_of(found, operator=backends.grams):
+    return replace(operator, backends=lambda device: found)
 
-def choose(operator=gram_choice.OPERATOR, asked=kind(), **backends):
+def choose(operator=backends.grams, asked=kind(), **found):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        chooser = chooser_of(backends, operator)
+        chooser = chooser_of(found, operator)
         try:
             print(chooser.choose(asked), *(str(one.message)[:210] for one in said), sep=" | ")
         except RuntimeError as error:
@@ -154,12 +154,12 @@ def test_the_kernels_pass_the_check_and_are_named(tmp_path):
     said = script(
         """
         device = torch.device("cuda", 0)
-        found = gram_choice.existing(device)
+        found = backends.gram_backends(device)
         print(*found)
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             for weighted, cross in ((False, False), (True, True)):
-                asked = Kind(device, dtype, torch.float64, weighted, cross)
-                faults = (gram_choice.fault(found[name], asked) for name in ("csrc", "torch"))
+                asked = gram_kind(device, dtype, torch.float64, weighted, cross)
+                faults = (backends.gram_fault(found[name], asked) for name in ("csrc", "torch"))
                 print(*(each or "right" for each in faults))
         x = torch.randn(40, 12, device="cuda")
         sums = [torch.zeros(s, dtype=torch.float64, device="cuda") for s in ([12, 12], 12, 2)]
@@ -183,7 +183,7 @@ def test_a_card_older_than_the_kernels_is_served_by_torch(tmp_path):
     said = script(
         """
         torch.cuda.get_device_capability = lambda device=None: (7, 5)
-        print(*gram_choice.existing(torch.device("cuda", 0)))
+        print(*backends.gram_backends(torch.device("cuda", 0)))
         x = torch.randn(40, 12)
         sums = [torch.zeros(s, dtype=torch.float64, device="cuda") for s in ([12, 12], 12, 2)]
         ops.gram_update_(*sums, x.cuda())
@@ -204,8 +204,8 @@ def test_a_card_older_than_the_kernels_is_served_by_torch(tmp_path):
 def test_planted_faults_of_solves(tmp_path):
     said = script(
         """
-        asked = solve_choice.Kind(torch.device("cuda", 0), (128, 64, 2))
-        operator, library = solve_choice.solves.operator, reference.solve_by_library
+        asked = Kind(torch.device("cuda", 0), sizes=(128, 64, 2))
+        operator, library = backends.solves, reference.solve_by_library
 
         def wrong(block, side, shifts):
             for x, code, condition in library(block, side, shifts):
@@ -241,8 +241,8 @@ def test_planted_faults_of_solves(tmp_path):
 def test_planted_faults_of_curves(tmp_path):
     said = script(
         """
-        asked = solve_choice.Kind(torch.device("cuda", 0), (64,))
-        operator, library = solve_choice.curves.operator, curve.eliminate_panel
+        asked = Kind(torch.device("cuda", 0), sizes=(64,))
+        operator, library = backends.curves, curve.eliminate_panel
 
         def no_rounds(s, first, count):
             lost = s.lost.clone()
@@ -273,12 +273,12 @@ def test_each_size_goes_where_the_rule_says(tmp_path):
     said = script(
         """
         device = torch.device("cuda", 0)
-        for each in (solve_choice.solves, solve_choice.curves):
+        for each in (backends.solves, backends.curves):
             found = each.backends(device)
-            print(*found, *(each.operator.fault(one, solve_choice.Kind(device)) or "right"
+            print(*found, *(each.fault(one, Kind(device)) or "right"
                             for one in found.values()))
         def choices():
-            return len(solve_choice.solves.chosen), len(solve_choice.curves.chosen)
+            return len(backends.solves.chosen), len(backends.curves.chosen)
 
         damps = torch.tensor([0.1, 1.0], dtype=torch.float64, device="cuda")
         gram, weight = torch.eye(200, device="cuda").double(), torch.randn(5, 200, device="cuda")

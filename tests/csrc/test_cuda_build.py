@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from liar_ext import ops
-from liar_ext.ops import dispatch, gram_choice
+from liar_ext.ops import backends, dispatch
 
 BUILT = ops.build_info()["cuda"] == "compiled"
 OPERATORS = ("gram_update_", "reconstruct", "obs_curve")
@@ -133,7 +133,7 @@ def test_gram_on_a_gpu(dtype, shape, weighted):
 @pytest.mark.parametrize("backend", ["csrc", "triton", "torch"])
 def test_fewer_tokens_than_features_on_a_real_gpu(backend, monkeypatch):
     """Sums that truncating accumulators make too small are not definite at λ = 1e-6."""
-    found = gram_choice.existing(torch.device("cuda", 0))
+    found = backends.gram_backends(torch.device("cuda", 0))
     if backend not in found:
         pytest.skip(f"no {backend} here")
     x = torch.randn(2048, 2304, device="cuda").bfloat16()

@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 from host_kernels import DTYPES, guarded, kernels, narrow, widen
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("unchanged")]
 
 SHAPES = [(0, 5), (1, 1), (7, 7), (33, 129), (129, 8), (200, 300), (1, 256), (70, 64)]
-
-
-@pytest.fixture(autouse=True)
-def unchanged():
-    kernels().configure()
-    yield
-    kernels().configure()
 
 
 def random(rng, tokens, width, dtype):

@@ -4,15 +4,9 @@ import numpy as np
 import pytest
 from host_kernels import DTYPES, kernels, narrow
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("unchanged")]
 
 LIMIT = 2.0**48
-
-
-@pytest.fixture(autouse=True)
-def unchanged():
-    kernels().configure()
-    yield
 
 
 def moments(x, dtype, y=None, weight=None, gram_dtype=np.float64, limit=LIMIT):

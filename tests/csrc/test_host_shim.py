@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from host_kernels import SANITIZED, build_script, kernels
 
-pytestmark = pytest.mark.exhaustive
-
-
-@pytest.fixture(autouse=True)
-def unchanged():
-    kernels().configure()
-    yield
-    kernels().configure()
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("unchanged")]
 
 
 def run(name, size=64, n=0, inputs=None, **launch):

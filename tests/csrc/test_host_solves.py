@@ -13,21 +13,14 @@ from host_kernels import LARGE, kernels
 
 from liar_ext.ops import curve, reference
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("unchanged")]
 
 DAMPS = torch.tensor([0.0, 1e-3, 0.5, torch.inf], dtype=torch.float64)
 FORMS = {"plain": 0, "held-out": 1, "targets": 3}
 
 
-@pytest.fixture(autouse=True)
-def unchanged():
-    kernels().configure()
-    yield
-    kernels().configure()
-
-
 def solve(block, side, shifts):
-    """Solve as `solve_choice._solve_by_kernel` does, with NaNs where nobody may read."""
+    """Solve as `backends._solve_by_kernel` does, with NaNs where nobody may read."""
     above = np.triu(np.full(block.shape, np.nan), 1)
     x, code, diagonal = map(
         torch.from_numpy,
@@ -37,7 +30,7 @@ def solve(block, side, shifts):
 
 
 def eliminate(s, first, count):
-    """Remove single features as `solve_choice._eliminate_by_kernel` does."""
+    """Remove single features as `backends._eliminate_by_kernel` does."""
     state = (one.numpy() for one in (s.h, s.v, s.unit, s.lost, s.order, s.error))
     found = kernels().eliminate(*state, first, count, s.per_group)
     return tuple(map(torch.from_numpy, found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -14,10 +13,11 @@ from torch import nn
 
 from liar_ext import InputError, calibrate, prune
 from liar_ext.calibration.collect import InFlight
-from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.job import solving
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
+
+pytestmark = pytest.mark.usefixtures("always_saving")
 
 CURVE = {"keep": 0.6, "tile": 1, "allocation": "curve"}
 JOBS = {
@@ -28,13 +28,6 @@ JOBS = {
     "experts": ("qwen3_moe", {**CURVE, "schedule": "one-pass"}),
     "narrowed": ("llama", {**CURVE, "keep_hidden": 0.8}),
 }
-
-
-@pytest.fixture(autouse=True)
-def always_saving(monkeypatch):
-    """With a clock that stands still it is always time to save."""
-    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 STAGES = {

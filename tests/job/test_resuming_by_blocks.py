@@ -19,6 +19,8 @@ from liar_ext.job.streamed import StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
 
+pytestmark = pytest.mark.usefixtures("always_saving")
+
 ONE_PASS = {"schedule": "one-pass"}
 # Family, choices, and whether hidden states are on disk and the sums of one block there at a time.
 JOBS = {
@@ -29,12 +31,6 @@ JOBS = {
     "uniform": ("llama", {**ONE_PASS, "allocation": "uniform"}, True),
     "experts": ("qwen3_moe", ONE_PASS, False),
 }
-
-
-@pytest.fixture(autouse=True)
-def always_saving(monkeypatch):
-    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")

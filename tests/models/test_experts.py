@@ -5,31 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from folders import check_sliced
-from tiny import MOE, outputs, tiny, tiny_inputs
+from tiny import MOE, eager, experts_of, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.moments import symmetric
 from liar_ext.calibration.taps import watched
 from liar_ext.errors import InputError
 from liar_ext.models.running import layer_at
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites, teams_of
 from liar_ext.models.slicing import apply_plan
+from liar_ext.ops.reference import symmetric
 from liar_ext.plan import Plan, SitePlan
 
 NAMES = list(MOE)
-
-
-def eager(name: str, **fields) -> nn.Module:
-    """Return a tiny model in float64 that computes one expert after another."""
-    model = tiny(name, dtype=torch.float64, **fields)
-    model.set_experts_implementation("eager")
-    return model
-
-
-def experts_of(model: nn.Module) -> list:
-    return [site for site in sites(model, ("mlp",)) if site.expert is not None]
 
 
 def padded(model: nn.Module, batch: int = 4, tokens: int = 9) -> dict:

@@ -8,8 +8,9 @@ from test_docs import ROOT
 from tiny import TINY, tiny
 
 from bench.families import KINDS, markdown, placed, summary
+from liar_ext.cli.info import families_in_text
 from liar_ext.models import registry
-from liar_ext.models.registry import COLUMNS, FAMILIES, Entry, overview, plain
+from liar_ext.models.registry import COLUMNS, FAMILIES, Entry, overview
 from liar_ext.models.sites import sites
 
 PAGES = ("README.md", "docs/index.md", "docs/families.md")
@@ -69,4 +70,4 @@ def test_reasons_of_a_row_are_told(monkeypatch):
     line = next(line for line in markdown(table).splitlines() if line.startswith("| odd |"))
     assert line.count(" | ") == 4 and "| channels | heads: a norm is over all heads; " in line
     assert "a\\|b" in line
-    assert "odd, heads: a norm is over all heads" in plain(table)
+    assert "odd, heads: a norm is over all heads" in families_in_text(table)

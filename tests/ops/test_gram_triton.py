@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 from covers import cover  # noqa: E402
 
-from liar_ext.ops import gram_choice, gram_triton, reference  # noqa: E402
+from liar_ext.ops import backends, gram_triton, reference  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Ragged in tokens and in features, several tiles, and beyond the tokens of a launch.
@@ -44,15 +44,15 @@ def test_the_kernel_agrees_with_float64(dtype, shape, kind, cross):
     clean = x.double().nan_to_num(posinf=0).abs()
     right = clean if y is None else y.double().abs()
     scale = (clean.mT @ right).max() + 1e-30
-    bound = gram_choice.TOLERANCE.get(dtype, gram_choice.HALF_TOLERANCE)
+    bound = backends.GRAM_TOLERANCE.get(dtype, backends.HALF_TOLERANCE)
     assert (got[0] - want[0]).abs().max() <= bound * scale
     torch.testing.assert_close(got[1:], want[1:], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_passes_the_check_of_the_chooser(dtype):
-    kind = gram_choice.Kind(torch.device("cpu"), dtype, torch.float64, False, False)
-    assert gram_choice.fault(gram_triton.gram_update_, kind) == ""
+    kind = backends.gram_kind(torch.device("cpu"), dtype, torch.float64, False, False)
+    assert backends.gram_fault(gram_triton.gram_update_, kind) == ""
 
 
 def test_sums_in_float32_and_no_tokens():

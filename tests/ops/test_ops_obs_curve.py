@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from covers import cover
+from oracle import gram_of
 
 from liar_ext import ops
 from liar_ext.ops import curve, dispatch
@@ -14,17 +15,7 @@ DAMP = 1e-3
 
 
 def problem(tokens=200, d=24, d_out=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(d, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
-    x = torch.randn(tokens, d, generator=generator, dtype=torch.float64) @ mix
-    return torch.randn(d_out, d, generator=generator, dtype=torch.float64), x
-
-
-def gram_of(x):
-    """The lower triangle, with NaN above it: whatever reads that is found out."""
-    gram = x.mT @ x
-    gram[torch.ones_like(gram, dtype=torch.bool).triu(1)] = torch.nan
-    return gram
+    return oracle.problem(tokens, d, d_out, seed)
 
 
 def shift_of(x, damp):

@@ -6,26 +6,12 @@ import oracle
 import pytest
 import torch
 from covers import cover
+from oracle import gram_of, problem
 
 from liar_ext import ops
 from liar_ext.ops import reference
 
 LADDER = torch.tensor([0.0, 1e-4, 1e-2, 1.0, math.inf], dtype=torch.float64)
-
-
-def problem(tokens=300, d=40, d_out=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(d, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
-    x = torch.randn(tokens, d, generator=generator, dtype=torch.float64) @ mix
-    weight = torch.randn(d_out, d, generator=generator, dtype=torch.float64)
-    return weight, x
-
-
-def gram_of(x):
-    """The lower triangle, with NaN above it: whatever reads that is found out."""
-    gram = x.mT @ x
-    gram[torch.ones_like(gram, dtype=torch.bool).triu(1)] = torch.nan
-    return gram
 
 
 def every_third_removed(d):

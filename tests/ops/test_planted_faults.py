@@ -23,7 +23,7 @@ FAULTS = {
     "wrong sign of a trace": (reference, "- shift * _dot(v, x)", "+ shift * _dot(v, x)"),
     "half of a trace": (reference, "- 2 * _dot(v, site.held_side)", "- _dot(v, site.held_side)"),
     "target without its damping": (reference, "- _dot(v, pulled)", ""),
-    "upper triangle": (reference, "gram.tril().double()", "gram.triu().double()"),
+    "upper triangle": (reference, "full = gram.tril()", "full = gram.triu()"),
     "metric of the outputs": (
         reference,
         "x if site.metric is None else x @ site.metric",

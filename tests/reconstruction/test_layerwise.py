@@ -86,8 +86,8 @@ def test_the_streams_are_those_of_the_dense_and_the_pruned_model(name):
     apply_plan(pruned, plan, walk.weights)
     for part in walk.parts[:3]:
         after = stream_after(pruned, 2, part.batch.inputs)
-        assert torch.allclose(part.pruned.get(), after, rtol=1e-9, atol=1e-10)
-        assert torch.equal(part.dense.get(), stream_after(model, 2, part.batch.inputs))
+        assert torch.allclose(part.states["pruned"].get(), after, rtol=1e-9, atol=1e-10)
+        assert torch.equal(part.states["dense"].get(), stream_after(model, 2, part.batch.inputs))
 
 
 @cover(2, kind=["attn", "mlp"], target=["branch", "stream"], name=["llama", "gpt_neox"])
@@ -103,10 +103,9 @@ def test_sums_equal_brute_force(name, target, kind):
     walk.targets = {other.name: target for other in here.values()}
     for part in walk.parts:
         walk._dense_run(1, part)
-    consumers = {}
     if kind == "mlp":
-        consumers["1.attn"] = walk._solve([here["attn"]], target, {})
-    (sums,) = walk._collect(walk.text, [site], target, consumers)
+        walk.consumers["1.attn"] = walk._solve([here["attn"]])
+    (sums,) = walk._collect(walk.text, [site])
     moments, residual = sums.moments, sums.residual
     context.__exit__(None, None, None)
 
@@ -158,14 +157,15 @@ def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     walk, context = walk_blocks(model, data, plan, 1)
     here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
     walk.targets = {site.name: walk._target_at(site) for site in here.values()}
+    assert set(walk.targets.values()) == {"stream"}
     for part in walk.parts:
         walk._dense_run(1, part)
     here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
-    site, consumers = here[kind], {}
+    site = here[kind]
     if kind == "mlp":
-        consumers["1.attn"] = walk._solve([here["attn"]], "stream", {})
+        walk.consumers["1.attn"] = walk._solve([here["attn"]])
     norm = model.get_submodule(walk.blocks.norms[site.name])
-    residual = walk._collect(walk.text, [site], "stream", consumers)[0].residual
+    residual = walk._collect(walk.text, [site])[0].residual
     context.__exit__(None, None, None)
 
     done = {name: plan.sites[name] for name in walk.weights}
@@ -260,7 +260,7 @@ def test_the_stream_target_brings_the_stream_nearer(name, monkeypatch):
         distance += [
             sum(
                 float(
-                    (stream_after(model, 2, part.batch.inputs) - part.pruned.get())
+                    (stream_after(model, 2, part.batch.inputs) - part.states["pruned"].get())
                     .detach()
                     .square()
                     .sum()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import plan_of_experts
-from tiny import MOE, outputs, tiny, tiny_inputs
+from tiny import MOE, eager, outputs, seen_at, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext import apply_plan, prune, reconstruct_layerwise, sites
@@ -17,32 +17,11 @@ from liar_ext.models.sites import get_consumer_weight, teams_of
 from liar_ext.reconstruction.walk import LayerwiseSolver
 
 
-def eager(name: str) -> nn.Module:
-    """Return a tiny model in float64 that computes one expert after another."""
-    model = tiny(name, dtype=torch.float64)
-    model.set_experts_implementation("eager")
-    return model
-
-
 def padded(model: nn.Module) -> list[dict]:
     data = [tiny_inputs(model, batch=6, tokens=16, seed=seed) for seed in range(3)]
     for inputs in data:
         inputs["attention_mask"][2, 7:] = 0
     return data
-
-
-def seen_at(model: nn.Module, paths: list[str], inputs: dict) -> dict[str, tuple[tuple, Tensor]]:
-    """Return what modules are called with and give, in the model's own forward."""
-    seen: dict[str, tuple[tuple, Tensor]] = {}
-
-    def note(path: str):
-        return lambda _, args, output: seen.update({path: (args, output)})
-
-    hooks = [model.get_submodule(path).register_forward_hook(note(path)) for path in paths]
-    model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 @pytest.mark.parametrize("target", ["branch", "stream"])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import make_plan
-from tiny import outputs, tiny, tiny_inputs
+from tiny import outputs, seen_at, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext import InputError, apply_plan, prune, reconstruct_layerwise, sites
@@ -38,21 +38,10 @@ def whole_plan(model: nn.Module):
     return replace(plan, sites=kept)
 
 
-def seen_at(model: nn.Module, paths: list[str], inputs: dict) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return what modules read and give in the model's own forward."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(path: str):
-        def hook(_, args, output):
-            seen[path] = args[0], output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    hooks = [model.get_submodule(path).register_forward_hook(note(path)) for path in paths]
-    model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return seen
+def hidden_at(model: nn.Module, path: str, inputs: dict) -> tuple[Tensor, Tensor]:
+    """Return the hidden states that a module reads and gives in the model's own forward."""
+    args, output = seen_at(model, [path], inputs)[path]
+    return args[0], output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -69,17 +58,18 @@ def test_the_streams_of_every_stack_are_those_of_both_models(name: str) -> None:
             walk.step(index)
             if index + 1 == len(blocks) or blocks.begins(index + 1):
                 ends[next(iter(blocks.layers[index].values()))[0].path] = [
-                    (part.batch.inputs, part.dense.get(), part.pruned.get()) for part in walk.parts
+                    (part.batch.inputs, part.states["dense"].get(), part.states["pruned"].get())
+                    for part in walk.parts
                 ]
     apply_plan(pruned, plan, walk.weights)
     assert len(ends) == 2
     for path, parts in ends.items():
         for inputs, before, after in parts:
-            torch.testing.assert_close(after, seen_at(pruned, [path], inputs)[path][1])
-            torch.testing.assert_close(before, seen_at(model, [path], inputs)[path][1])
+            torch.testing.assert_close(after, hidden_at(pruned, path, inputs)[1])
+            torch.testing.assert_close(before, hidden_at(model, path, inputs)[1])
             assert not torch.allclose(before, after)
     read = sites(model)[-1].part.cross_attn is not None
-    assert all(bool(part.pruned.behind) == read for part in walk.parts)
+    assert all((len(part.states) > 2) == read for part in walk.parts)
 
 
 @pytest.mark.parametrize("name", [*PARTS, "bart decoder", "t5 encoder"])
@@ -111,8 +101,8 @@ def test_a_site_of_a_decoder_is_the_least_squares_solution(name: str, monkeypatc
     read, wanted = [], []
     for inputs in data:
         real = inputs["decoder_attention_mask"].bool()
-        read.append(seen_at(half, [site.consumer], inputs)[site.consumer][0][real])
-        wanted.append(seen_at(model, [site.consumer], inputs)[site.consumer][1][real])
+        read.append(hidden_at(half, site.consumer, inputs)[0][real])
+        wanted.append(hidden_at(model, site.consumer, inputs)[1][real])
     consumer = model.get_submodule(site.consumer)
     kept = site.features(plan.sites[name].kept)
     own = torch.cat(read) @ consumer.weight.T

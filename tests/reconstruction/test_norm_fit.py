@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from liar_ext import Moments
-from liar_ext.calibration.moments import symmetric
+from liar_ext.ops.reference import symmetric
 from liar_ext.reconstruction.hidden_size import fit_norm, lost_moments
 
 KEPT = torch.tensor([0, 2, 3])

@@ -155,11 +155,7 @@ def test_keeping_everything_is_the_identity():
 
 
 def test_refused():
-    _, weight, kept, moments = problem()
-    with pytest.raises(InputError, match="mode must be one of auto, none, bias, linear, affine"):
-        solve(weight, None, moments, kept, mode="ridge")
-    with pytest.raises(InputError, match='damp must be "auto" or a number >= 0'):
-        solve(weight, None, moments, kept, damp=-1.0)
+    _, weight, kept, _ = problem()
     with pytest.raises(InputError, match="both folds need tokens"):
         solve(weight, None, Moments.zeros(24), kept)
     one_token = Moments.zeros(24)
@@ -179,6 +175,10 @@ def test_a_plan_for_another_model_or_bank_is_refused():
         reconstruct(model, part, plan)
     with pytest.raises(InputError, match="reconstruct: .* missing 2.attn, 2.mlp"):
         reconstruct(tiny("llama", num_hidden_layers=2), bank, plan)
+    with pytest.raises(InputError, match="mode must be one of auto, none, bias, linear, affine"):
+        reconstruct(model, bank, plan, mode="ridge")
+    with pytest.raises(InputError, match='damp must be "auto" or a number >= 0'):
+        reconstruct(model, bank, plan, damp=-1.0)
 
 
 @pytest.mark.parametrize("target", [False, True])

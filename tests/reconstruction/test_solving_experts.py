@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import MOE, tiny, tiny_inputs
+from tiny import MOE, eager, experts_of, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.taps import watched
 from liar_ext.models.experts import routed_input
-from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
+from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.solve import reconstruct, with_bias
 from liar_ext.rows import what_to_know
 from liar_ext.selection.criteria import score
 from liar_ext.selection.error_curves import error_curves
-
-
-def experts_of(model: nn.Module) -> list[Site]:
-    return [site for site in sites(model, ("mlp",)) if site.expert is not None]
 
 
 def planned(model: nn.Module) -> Plan:
@@ -46,8 +42,7 @@ def routed(model: nn.Module, batches: list[dict], site: Site) -> tuple[Tensor, T
 @pytest.mark.parametrize("name", MOE)
 def test_an_expert_is_solved_by_least_squares_on_its_tokens(name: str) -> None:
     """The rows are the tokens times their weight, so that the error is that of the layer."""
-    model = tiny(name, dtype=torch.float64)
-    model.set_experts_implementation("eager")
+    model = eager(name)
     batches = [tiny_inputs(model, 8, 16, seed) for seed in range(2)]
     plan = planned(model)
     weights, rows = reconstruct(model, calibrate(model, batches), plan, damp=1e-13)

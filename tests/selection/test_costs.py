@@ -14,8 +14,7 @@ from tiny import tiny
 from liar_ext import Budget, Costs, InputError, allocate, prune, sites
 from liar_ext.plan import BUDGET_UNITS
 from liar_ext.selection.allocation import allowed_counts, check_budget, even_plan
-from liar_ext.selection.costs import total_cost
-from liar_ext.selection.knapsack import MAX_GRAINS, choose
+from liar_ext.selection.costs import MAX_GRAINS, choose, total_cost
 
 METHODS = ("uniform", "global", "curve")
 SHAPES = ("concave", "steps", "noisy", "flat", "free")

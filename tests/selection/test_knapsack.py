@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from liar_ext.selection.knapsack import MAX_GRAINS, choose
+from liar_ext.selection.costs import MAX_GRAINS, choose
 
 
 def brute_force(costs, losses, limit):

@@ -8,10 +8,10 @@ from losses import measure_losses
 from tiny import batches, tiny
 
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.moments import symmetric
 from liar_ext.calibration.saved_sums import group_sites
 from liar_ext.errors import InputError
 from liar_ext.models.sites import get_consumer_weight, sites, teams_of
+from liar_ext.ops.reference import symmetric
 from liar_ext.plan import Budget
 from liar_ext.reconstruction.solve import reconstruct
 from liar_ext.selection.allocation import allocate, allowed_counts, probe_plan

@@ -216,10 +216,11 @@ def test_what_is_measured_does_not_depend_on_the_tile():
     assert all(site_plan.removed for site_plan in plans[0].sites.values())
 
 
-def facts_of(at, budget, method="curve", **more):
+def facts_of(at, budget, method="curve"):
     scores, losses = scores_and_losses(at)
     plan = allocate(at, scores, budget, method, losses=losses)
-    return plan, losses, rounding(at, scores, budget, method, plan, losses=losses, **more)
+    costs = Costs.of(at, budget)
+    return plan, losses, rounding(at, scores, budget, method, plan, costs=costs, losses=losses)
 
 
 def test_the_cost_of_rounding_is_that_of_both_allocations():

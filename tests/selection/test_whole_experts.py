@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import MOE, outputs, tiny, tiny_inputs
+from tiny import eager as each_in_turn
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
@@ -20,9 +21,7 @@ EXPERTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
 
 
 def eager(name: str) -> nn.Module:
-    model = tiny(name, dtype=torch.float64, **{EXPERTS.get(name, "num_experts"): 5})
-    model.set_experts_implementation("eager")
-    return model
+    return each_in_turn(name, **{EXPERTS.get(name, "num_experts"): 5})
 
 
 def text(model: nn.Module) -> list[dict]:
