@@ -72,7 +72,9 @@ def export(
             raise InputError(f"export: --to {to} writes nothing, got an output {out}; leave it out")
         return run(folder, folder, progress=progress, **options)
 
-    target = _target(folder, out, row.suffix)
+    with refusing(f"export: can't write {out!r}", "", *NO_PATH):
+        target = folder.with_name(folder.name + row.suffix) if out is None else Path(out)
+        target = target.parent.resolve() / target.name  # a link is not followed: it is in the way
     _check_target(target, folder.resolve(), overwrite)
     hint = "nothing was left behind, free space or choose another output"
     with refusing(f"export: can't write {target}", hint, OSError):
@@ -117,13 +119,6 @@ def _model_folder(folder: str | os.PathLike[str]) -> Path:
         raise InputError(f"export: {folder} {what}; give a model folder")
     inspect_folder(path, "export")
     return path
-
-
-def _target(folder: Path, out: str | os.PathLike[str] | None, suffix: str) -> Path:
-    """Return what is to be written: ``out``, or the folder's name with a suffix, beside it."""
-    with refusing(f"export: can't write {out!r}", "", *NO_PATH):
-        target = folder.with_name(folder.name + suffix) if out is None else Path(out)
-        return target.parent.resolve() / target.name  # a link is not followed: it is in the way
 
 
 def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
