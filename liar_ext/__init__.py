@@ -97,7 +97,6 @@ __all__ = ["__version__", "ops", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name."""
     if name == "__version__":
         return version("liar_ext")
     if name == "ops":

@@ -145,7 +145,6 @@ def _settle_healing(options: argparse.Namespace) -> None:
 
 
 def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -> Given:
-    """Return what a recipe names, loaded as the options say."""
     if options.max_memory is not None:
         return load_blocks(recipe, options)
     if options.bank:

@@ -170,7 +170,6 @@ def _put(made: Path, target: Path, overwrite: bool) -> None:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file, or of all files of a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
