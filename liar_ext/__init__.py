@@ -8,85 +8,48 @@ from typing import TYPE_CHECKING, Any
 import liar_ext.environment  # noqa: F401  (before torch)
 
 if TYPE_CHECKING:
-    from liar_ext import ops
-    from liar_ext.calibration.bank import MomentBank
-    from liar_ext.calibration.collect import calibrate
-    from liar_ext.calibration.documents import read_documents
-    from liar_ext.calibration.moments import Moments
-    from liar_ext.calibration.texts import calibration_sequences
-    from liar_ext.checkpoint import load_model, load_pruned
-    from liar_ext.checkpoint.saving import save_pruned
-    from liar_ext.cli.prune import compress
-    from liar_ext.cli.sweep import compare_methods
-    from liar_ext.errors import InputError
-    from liar_ext.export.verify import verify_pruned
-    from liar_ext.healing.heal import heal
-    from liar_ext.job import prune, sweep
-    from liar_ext.measure.embeddings import encoder_similarity
-    from liar_ext.measure.evaluation import kl_divergence, perplexity
-    from liar_ext.measure.latency import measure_latency
-    from liar_ext.models.registry import register_family
-    from liar_ext.models.sites import sites
-    from liar_ext.models.slicing import apply_plan
-    from liar_ext.plan import Budget, Plan
-    from liar_ext.recipe import Recipe
-    from liar_ext.reconstruction.hidden_size import narrow
-    from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-    from liar_ext.reconstruction.solve import reconstruct
-    from liar_ext.report.report import Report
-    from liar_ext.selection.allocation import allocate
-    from liar_ext.selection.costs import Costs, LatencyTable
-    from liar_ext.selection.criteria import criterion, score
-    from liar_ext.selection.error_curves import error_curves
-    from liar_ext.selection.sensitivity import site_divergences
-    from liar_ext.suggest.suggest import suggest_family
-    from liar_ext.vocabulary.keep import choose_tokens, keep_tokens
+    from liar_ext import ops as ops
+    from liar_ext.calibration.bank import MomentBank as MomentBank
+    from liar_ext.calibration.collect import calibrate as calibrate
+    from liar_ext.calibration.documents import read_documents as read_documents
+    from liar_ext.calibration.moments import Moments as Moments
+    from liar_ext.calibration.texts import calibration_sequences as calibration_sequences
+    from liar_ext.checkpoint import load_model as load_model
+    from liar_ext.checkpoint import load_pruned as load_pruned
+    from liar_ext.checkpoint.saving import save_pruned as save_pruned
+    from liar_ext.cli.prune import compress as compress
+    from liar_ext.cli.sweep import compare_methods as compare_methods
+    from liar_ext.errors import InputError as InputError
+    from liar_ext.export.verify import verify_pruned as verify_pruned
+    from liar_ext.healing.heal import heal as heal
+    from liar_ext.job import prune as prune
+    from liar_ext.job import sweep as sweep
+    from liar_ext.measure.embeddings import encoder_similarity as encoder_similarity
+    from liar_ext.measure.evaluation import kl_divergence as kl_divergence
+    from liar_ext.measure.evaluation import perplexity as perplexity
+    from liar_ext.measure.latency import measure_latency as measure_latency
+    from liar_ext.models.registry import register_family as register_family
+    from liar_ext.models.sites import sites as sites
+    from liar_ext.models.slicing import apply_plan as apply_plan
+    from liar_ext.plan import Budget as Budget
+    from liar_ext.plan import Plan as Plan
+    from liar_ext.recipe import Recipe as Recipe
+    from liar_ext.reconstruction.hidden_size import narrow as narrow
+    from liar_ext.reconstruction.layerwise import reconstruct_layerwise as reconstruct_layerwise
+    from liar_ext.reconstruction.solve import reconstruct as reconstruct
+    from liar_ext.report.report import Report as Report
+    from liar_ext.selection.allocation import allocate as allocate
+    from liar_ext.selection.costs import Costs as Costs
+    from liar_ext.selection.costs import LatencyTable as LatencyTable
+    from liar_ext.selection.criteria import criterion as criterion
+    from liar_ext.selection.criteria import score as score
+    from liar_ext.selection.error_curves import error_curves as error_curves
+    from liar_ext.selection.sensitivity import site_divergences as site_divergences
+    from liar_ext.suggest.suggest import suggest_family as suggest_family
+    from liar_ext.vocabulary.keep import choose_tokens as choose_tokens
+    from liar_ext.vocabulary.keep import keep_tokens as keep_tokens
 
 __version__: str
-
-__all__ = [
-    "Budget",
-    "Costs",
-    "InputError",
-    "LatencyTable",
-    "MomentBank",
-    "Moments",
-    "Plan",
-    "Recipe",
-    "Report",
-    "__version__",
-    "allocate",
-    "apply_plan",
-    "calibrate",
-    "calibration_sequences",
-    "choose_tokens",
-    "compare_methods",
-    "compress",
-    "criterion",
-    "encoder_similarity",
-    "error_curves",
-    "heal",
-    "keep_tokens",
-    "kl_divergence",
-    "load_model",
-    "load_pruned",
-    "measure_latency",
-    "narrow",
-    "ops",
-    "perplexity",
-    "prune",
-    "read_documents",
-    "reconstruct",
-    "reconstruct_layerwise",
-    "register_family",
-    "save_pruned",
-    "score",
-    "site_divergences",
-    "sites",
-    "suggest_family",
-    "sweep",
-    "verify_pruned",
-]
 
 _MODULES = {  # of the public names, imported when one is first asked for
     "Budget": "plan",
@@ -130,9 +93,10 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "verify_pruned": "export.verify",
 }
 
+__all__ = ["__version__", "ops", *_MODULES]
+
 
 def __getattr__(name: str) -> Any:
-    """Import a public name."""
     if name == "__version__":
         return version("liar_ext")
     if name == "ops":

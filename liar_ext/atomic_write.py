@@ -10,7 +10,6 @@ import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -49,13 +48,11 @@ def atomic_write(
     # Named before it is there, so that an interrupt at any point finds it.
     name = os.fspath(path.parent / f"{_prefix(path)}{secrets.token_hex(8)}.part")
     try:
-        for_its_owner = partial(os.open, mode=0o600)
-        with open(name, "xb", opener=for_its_owner) as file:
+        with open(name, "xb") as file:
             with suppress(OSError):  # a file system may have no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
             (take or os.replace)(name, path)
         _sync_folder(path.parent)
@@ -192,9 +189,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -61,13 +61,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def solving(site: str, operation: str = "reconstruct", work: str = "solve") -> Iterator[None]:
-    """Let an allocation that fails in the solve of a site, or other work, say which one it was."""
-    with naming_memory(f"{operation}: out of memory in the {work} of {site}"):
-        yield
-
-
-@contextmanager
 def naming_memory(what: str) -> Iterator[None]:
     """Let an allocation that fails say what it was for, unless its error says so already."""
     try:

@@ -73,7 +73,6 @@ class Bar(tqdm):
         return self.job.line(self.number, self.desc, self.n, self.total)
 
     def __iter__(self) -> Iterator:
-        """Yield the steps."""
         if not self.logs:
             yield from super().__iter__()
             return

@@ -82,13 +82,14 @@ def _text(options: argparse.Namespace) -> Result:
             f"eval: {name} reads {' and '.join(inputs_read(model))}, and no text; call "
             "liar_ext.encoder_similarity with batches of your own"
         )
-    how = {"samples": options.samples, "packed": causal}
-    if causal:
-        batches = _batches(documents, tokenizer, options, **how)
-        return _perplexity(options, model, batches, "windows of")
-    dense, result, lines = _dense(options, needed=documents is not None)
+    batches = None
     if documents is not None:
-        batches = _batches(documents, tokenizer, options, **how)
+        how = {"seq_len": options.seq_len, "samples": options.samples, "packed": causal}
+        batches = evaluation_sequences(documents, tokenizer, **how).batches(options.batch_size)
+    if causal:
+        return _perplexity(options, model, batches, "windows of")
+    dense, result, lines = _dense(options, needed=batches is not None)
+    if batches is not None:
         _compare(options, model, dense, batches, result, lines)
     if pairs is not None:
         result |= _of_pairs(model, tokenizer, pairs, options)
@@ -220,13 +221,6 @@ def _not_causal(kind: str) -> InputError:
     return InputError(
         f"eval: --tasks needs a causal language model, got {kind}; judge an encoder by --text"
     )
-
-
-def _batches(
-    documents: Sequence[str], tokenizer: Any, options: argparse.Namespace, **how: Any
-) -> list[dict[str, Tensor]]:
-    sequences = evaluation_sequences(documents, tokenizer, seq_len=options.seq_len, **how)
-    return sequences.batches(options.batch_size)
 
 
 def _of_pairs(

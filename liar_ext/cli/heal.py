@@ -16,7 +16,7 @@ from liar_ext.checkpoint.folder import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
-from liar_ext.cli.inputs import Given, let_write, load
+from liar_ext.cli.inputs import let_write, load
 from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
@@ -75,7 +75,11 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     check_apart(options)
     with checkpoint_of(recipe, options) as saved:
         given = load(recipe, progress=options.progress, judge=max(recipe.samples // TRAINED, 2))
-        _check_text(given)
+        if given.judging is None:
+            raise InputError(
+                "heal: the text is too short to hold out an eighth of its documents; give more "
+                "text, or a smaller --seq-len"
+            )
         spread = placement(recipe.device)
         model = load_pruned(options.folder, dtype="auto", **spread)
         model = model if spread else model.to(recipe.device)
@@ -113,15 +117,6 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
                 facts = {"report": written, "source": options.folder}
                 fill_folder(model, path, plan, **facts)
     return found
-
-
-def _check_text(given: Given) -> None:
-    """Refuse text that can't be trained on."""
-    if given.judging is None:
-        raise InputError(
-            "heal: the text is too short to hold out an eighth of its documents; give more text, "
-            "or a smaller --seq-len"
-        )
 
 
 def _save(report: Any, pruned: str, folder: Path) -> None:

@@ -133,11 +133,9 @@ def load(
             "prune: --dry-run can't tell how --keep-vocab auto shares a budget of params, which it "
             "measures on pruned models; give a number of tokens, or leave --dry-run out"
         )
+    texts_read = {"read": read, "held_out": held_out}
     asked = {"progress": progress, "sketch": sketch, "judge": judge}
-
-    def draw(reads: Any) -> dict[str, Any]:
-        return _draw(recipe, model, reads, read, held_out, **asked)
-
+    draw = partial(_draw, recipe, model, **texts_read, **asked)
     vocabulary = SmallerVocabulary(
         *(recipe, model, tokenizer, read, held_out),
         draw=lambda: draw(tokenizer)["calibration"],

@@ -23,19 +23,15 @@ from liar_ext.errors import InputError, did_you_mean, is_out_of_memory, one_line
 ALIASES = {"--text": "--calibration"}
 
 
-def _call(place: str, *given: object) -> int | None:
+def _call(place: str, options: argparse.Namespace) -> int:
     """Call a function of a module of commands, which imports torch, and return an exit code."""
     module, function = place.split(":")
-    code = getattr(import_module(f"liar_ext.cli.{module}"), function)(*given)
+    code = getattr(import_module(f"liar_ext.cli.{module}"), function)(options)
     return code if isinstance(code, int) else 0
 
 
-def _resume(options: argparse.Namespace) -> int | None:
-    return _call("resume:run", options, lambda name, *job: _call(f"{name}:run_recipe", *job))
-
-
 PLACES = {  # module and function
-    **{name: f"{name}:run" for name in ("prune", "calibrate", "sweep", "info", "heal")},
+    **{name: f"{name}:run" for name in ("prune", "calibrate", "resume", "sweep", "info", "heal")},
     **{name: f"info:run_{name}" for name in ("compare", "doctor", "export", "families", "report")},
     "bench": "evaluate:run_bench",
     "compare-methods": "sweep:run_compare_methods",
@@ -43,9 +39,8 @@ PLACES = {  # module and function
     "merge": "calibrate:run_merge",
     "verify": "evaluate:run_verify",
 }
-COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    **{name: partial(_call, place) for name, place in PLACES.items()},
-    "resume": _resume,
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    name: partial(_call, place) for name, place in PLACES.items()
 }
 
 

@@ -99,7 +99,10 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
             given.add_to(report, given.model)
 
         with naming_memory("prune: out of memory"):
-            early = _warned_early(given, options)
+            # What the text lacks is said while there is time to stop.
+            early = given.notes if is_first() and not options.json else ()
+            for note in early:
+                warnings.warn(note, stacklevel=2)
             let_write(given, saved, progress=options.progress)
             job = Job(
                 given.model,
@@ -142,21 +145,12 @@ def _settle_healing(options: argparse.Namespace) -> None:
 
 
 def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -> Given:
-    """Return what a recipe names, loaded as the options say."""
     if options.max_memory is not None:
         return load_blocks(recipe, options)
     if options.bank:
         return load_by_bank(recipe, options)
     judge = sequences_to_judge(recipe)
     return load(recipe, progress=options.progress, sketch=sketch, judge=judge)
-
-
-def _warned_early(given: Given, options: argparse.Namespace) -> Sequence[str]:
-    """Warn of what the text lacks while there is time to stop; return what was said."""
-    notes = given.notes if is_first() and not options.json else ()
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
-    return notes
 
 
 def _sketched(given: Given, options: argparse.Namespace) -> list[str]:

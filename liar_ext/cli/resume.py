@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ OWN: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-def run(options: argparse.Namespace, start: Callable) -> int | None:
-    """Read the job, print its progress, continue by what starts a command of a recipe."""
+def run(options: argparse.Namespace) -> object:
+    """Read the job, print its progress, continue by the module of its command."""
     job = broadcast(read_job(options.folder) if is_first() else None)
     folder, command = os.path.abspath(options.folder), job["command"]
     check_shared(command)
@@ -85,7 +86,8 @@ def run(options: argparse.Namespace, start: Callable) -> int | None:
         return show(options, {"out": result, "written_before": True}, lines)
     own = {"checkpoint": folder, "command": command, **job["options"]}
     own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}
-    return start(command, Recipe.from_dict(job["recipe"]), argparse.Namespace(**own))
+    start = import_module(f"liar_ext.cli.{command}").run_recipe  # it imports this module
+    return start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**own))
 
 
 def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:

@@ -78,7 +78,9 @@ def export(
             raise InputError(f"export: --to {to} writes nothing, got an output {out}; leave it out")
         return run(folder, folder, progress=progress, **options)
 
-    target = _target(folder, out, row.suffix)
+    with refusing(f"export: can't write {out!r}", "", *NO_PATH):
+        target = folder.with_name(folder.name + row.suffix) if out is None else Path(out)
+        target = target.parent.resolve() / target.name  # a link is not followed: it is in the way
     _check_target(target, folder.resolve(), overwrite)
     hint = "nothing was left behind, free space or choose another output"
     with refusing(f"export: can't write {target}", hint, OSError):
@@ -123,13 +125,6 @@ def _model_folder(folder: str | os.PathLike[str]) -> Path:
         raise InputError(f"export: {folder} {what}; give a model folder")
     inspect_folder(path, "export")
     return path
-
-
-def _target(folder: Path, out: str | os.PathLike[str] | None, suffix: str) -> Path:
-    """Return what is to be written: ``out``, or the folder's name with a suffix, beside it."""
-    with refusing(f"export: can't write {out!r}", "", *NO_PATH):
-        target = folder.with_name(folder.name + suffix) if out is None else Path(out)
-        return target.parent.resolve() / target.name  # a link is not followed: it is in the way
 
 
 def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
@@ -181,7 +176,6 @@ def _put(made: Path, target: Path, overwrite: bool) -> None:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file, or of all files of a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -20,7 +20,6 @@ from liar_ext.export import Exported, stored_dtype
 from liar_ext.export.gguf_architectures import (
     Architecture,
     Layers,
-    Mixture,
     architecture_of,
     layers_of,
     rope_parameters,
@@ -179,8 +178,14 @@ def add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers:
     else:
         name = "layer_norm_epsilon" if hasattr(config, "layer_norm_epsilon") else "layer_norm_eps"
         writer.add_layer_norm_eps(getattr(config, name))
-    if architecture.mixture is not None:
-        _add_experts(writer, architecture.mixture, layers)
+    mixture = architecture.mixture
+    if mixture is not None:
+        writer.add_expert_count(layers.experts[0])
+        writer.add_expert_used_count(layers.active)
+        if mixture.own_width:
+            writer.add_expert_feed_forward_length(layers.channels[0])
+        if mixture.shared:
+            writer.add_expert_shared_feed_forward_length(layers.shared[0])
     if architecture.scaled:
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
@@ -192,15 +197,6 @@ def add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers:
         writer.add_parallel_residual(config.use_parallel_residual)
     if architecture.rotary:
         _add_rope(writer, config, architecture, layers.head_dim)
-
-
-def _add_experts(writer: Any, mixture: Mixture, layers: Layers) -> None:
-    writer.add_expert_count(layers.experts[0])
-    writer.add_expert_used_count(layers.active)
-    if mixture.own_width:
-        writer.add_expert_feed_forward_length(layers.channels[0])
-    if mixture.shared:
-        writer.add_expert_shared_feed_forward_length(layers.shared[0])
 
 
 def _add_rope(writer: Any, config: Any, architecture: Architecture, head_dim: int) -> None:

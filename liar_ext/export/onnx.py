@@ -29,7 +29,7 @@ from liar_ext.checkpoint.sentence import Sentence, read_inside, read_sentence
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
 from liar_ext.errors import InputError, refusing
 from liar_ext.export import Exported
-from liar_ext.models.running import inputs_read, predicts_next_token
+from liar_ext.models.running import draw_inputs, inputs_read, predicts_next_token
 
 FILE = Path("onnx", "model.onnx")
 PREPROCESSOR = PROCESSOR_FILES[0]
@@ -237,13 +237,9 @@ def build_graph(model: nn.Module, sentence: Sentence | None) -> nn.Module:
 def sample_inputs(model: nn.Module, batch: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
     """Return random inputs; of texts all but the first are padded, on the right and on the left."""
     generator = torch.Generator().manual_seed(seed)
-    config = model.config
     if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (batch, config.num_channels, height, width)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
-    rows = model.get_input_embeddings().weight.shape[0]
+        return draw_inputs(model, batch, tokens, generator)
+    config, rows = model.config, model.get_input_embeddings().weight.shape[0]
     pad = config.pad_token_id if config.pad_token_id in range(rows) else 0
     # RoBERTa counts positions from beyond its padding token.
     longest = getattr(config, "max_position_embeddings", tokens + pad + 1) - pad - 1

@@ -162,7 +162,6 @@ def _agrees(found: Mapping[str, Any], fingerprint: Fingerprint) -> bool:
 def _loaded(
     jobs: Mapping[str, dict[str, Any]], fingerprint: Fingerprint, megabytes: float
 ) -> list[Row]:
-    """Return a row for each loader of torch."""
     # A device that is asked for by a parent is lost to its forks.
     forks = sys.platform == "linux" and all(job["device"] == "cpu" for job in jobs.values())
     groups = [list(jobs.values())] if forks else [[job] for job in jobs.values()]

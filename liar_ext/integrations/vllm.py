@@ -201,8 +201,9 @@ def _subclass(own: type, module: str | None, build: Build | None) -> type:
             quantised = getattr(self, "quant_config", None) is not None
             weights = check_shapes(weights, self._liar_config, quantised)
             loaded = super().load_weights(weights, *args)
-            if loaded is not None:
-                _drop_biases(self, loaded)
+            for name, layer in _consumers(self) if loaded is not None else ():
+                if f"{name}.bias" not in loaded:
+                    layer.bias = None
             return loaded
 
     Model.__name__, Model.__qualname__ = own.__name__, own.__qualname__
@@ -280,13 +281,6 @@ def _reserve_biases(model: nn.Module) -> None:
             bias = torch.zeros(layer.output_size, dtype=layer.params_dtype)
             layer.bias = nn.Parameter(bias, requires_grad=False)
             set_weight_attrs(layer.bias, {"output_dim": 0, "weight_loader": layer.weight_loader})
-
-
-def _drop_biases(model: nn.Module, loaded: set[str]) -> None:
-    """Take the biases away that no weight was read for."""
-    for name, layer in _consumers(model):
-        if f"{name}.bias" not in loaded:
-            layer.bias = None
 
 
 def is_pruned(config: Any) -> bool:

@@ -183,7 +183,6 @@ if Recipe.__doc__:  # python -OO drops it
 
 
 def _check_names(choices: Mapping[str, Any]) -> None:
-    """Raise InputError for the first name that is no field."""
     known = [each.name for each in recipe_fields()]
     for name in choices:
         if name in REMOVED:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import Moments, check_finite, check_folds
 from liar_ext.distributed import share
-from liar_ext.errors import InputError, solving
+from liar_ext.errors import InputError, naming_memory
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.ops.reference import NOT_FINITE, symmetric
 from liar_ext.plan import Plan
@@ -265,7 +265,7 @@ def reconstruct(
         weight, bias = get_consumer_weight(model, site), get_consumer_bias(model, site)
         if site.expert is not None:
             form = ridge.form_of_expert(mode, bias is not None, moments)
-        with solving(name):
+        with naming_memory(f"reconstruct: out of memory in the solve of {name}"):
             features = site.features(kept.kept)
             solution = solve(weight, bias, moments, features, mode=form, damp=damp)
         weights[name] = (solution.weight, solution.bias)

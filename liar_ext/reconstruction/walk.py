@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, completed, read_batches
 from liar_ext.distributed import all_reduce, broadcast, gather, is_first, rank, share, world_size
-from liar_ext.errors import InputError, solving
+from liar_ext.errors import InputError, naming_memory
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
@@ -106,7 +106,7 @@ class LayerwiseSolver:
             if all(len(self.plan.sites[at.name].kept) == at.units for at in layer):
                 self._keep(layer)
             else:
-                with solving(name):
+                with naming_memory(f"reconstruct: out of memory in the solve of {name}"):
                     self.consumers[name] = self._solve(layer)
         for part in self.parts:
             part.states["pruned"].set(self._after(index, part))

@@ -188,7 +188,6 @@ class Report:
 
     @property
     def _params(self) -> tuple[int, int] | None:
-        """Parameters before and after; None unless both are known."""
         before, after = self.params.get("before"), self.params.get("after")
         return (before, after) if before and after is not None else None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments
 from liar_ext.distributed import gather
-from liar_ext.errors import InputError, solving
+from liar_ext.errors import InputError, naming_memory
 from liar_ext.models.sites import Site, get_consumer_weight, teams_of
 from liar_ext.ops.reference import symmetric
 from liar_ext.progress import Bar
@@ -73,7 +73,7 @@ def error_curves(
         moments = bank[site.name]
         weight = get_consumer_weight(model, site).to(moments.gram.device, torch.float64)
         order = removal_order(site.per_unit(scores[site.name]), site.groups)
-        with solving(site.name, "error_curves", "error curve"):
+        with naming_memory(f"error_curves: out of memory in the error curve of {site.name}"):
             curve, instead = _held_out(weight, moments.gram, order, damp)
         if elsewhere is not None and instead:
             elsewhere[site.name] = instead

@@ -61,7 +61,8 @@ def prepare(model_class: type[nn.Module], config: Any) -> Tried:
     if len(models) == 1:  # then these tell numbers apart where no name of a field says what it is
         fields = first.model.config.to_dict()
         names = [name for name, value in fields.items() if type(value) is int and value > 1]
-        models += _possible(lambda name: _doubled(first.model, name), names[:MOST_VARIANTS])
+        vary = partial(with_field, first.model)
+        models += _possible(lambda name: vary(name, 2 * fields[name]), names[:MOST_VARIANTS])
     whole = _possible(
         lambda each: build(model_class, shrink(config, *each, layers=True), "meta"),
         () if is_deep(config) else TRIED,
@@ -82,9 +83,12 @@ def _possible(make: Callable[[Any], Any], options: Iterable[Any]) -> Iterator[An
     return (each for each in made if each is not None)
 
 
-def _doubled(model: nn.Module, name: str) -> nn.Module:
+def with_field(
+    model: nn.Module, name: str, value: Any, part_of: Callable[[Any], Any] = lambda config: config
+) -> nn.Module:
+    """Return a model without weights, one field of whose config, or of a part of it, differs."""
     config = copy.deepcopy(model.config)
-    setattr(config, name, 2 * getattr(config, name))
+    setattr(part_of(config), name, value)
     return build(type(model), config, "meta")
 
 
@@ -221,11 +225,6 @@ class Call:
     kwargs: dict[str, Any]
     output: Tensor | None = None
 
-    @property
-    def input(self) -> Tensor | None:
-        """The first tensor that it was given."""
-        return first_tensor((self.args, self.kwargs))
-
 
 class Blocks(NamedTuple):
     """The path of a list of blocks inside the base model, and how the model called each of them."""
@@ -316,7 +315,8 @@ def _holds_layers(module: nn.Module) -> bool:
 
 def _is_chain(runs: list[Call]) -> bool:
     """Tell whether each of some modules reads what the one before it put out."""
+    reads = (first_tensor((call.args, call.kwargs)) for call in runs[1:])
     return all(
         one.output is not None and read is not None and torch.equal(one.output, read)
-        for one, read in zip(runs, (call.input for call in runs[1:]), strict=False)
+        for one, read in zip(runs, reads, strict=False)
     )

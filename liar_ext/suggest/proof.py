@@ -70,10 +70,11 @@ def tells_sizes(family: Family, kind: str) -> bool:
 def prove(instances: Sequence[Instance], family: Family) -> list[str]:
     """Return in words what was proved of a row, on each of some instances."""
     done: dict[str, float] = {}
+    stock = type(instances[0].model)
+    has_sdpa = stock._supports_sdpa and stock._can_set_attn_implementation()
+    ways = ("eager", "sdpa") if has_sdpa else ("eager",)
     with registered(family):
-        for instance, attention in product(instances, ("eager", "sdpa")):
-            if attention == "sdpa" and not _has_sdpa(instance.model):
-                continue
+        for instance, attention in product(instances, ways):
             for kinds, unit in _combinations(instance.model, kinds_of(family)):
                 error = _compare(instance, kinds, unit, attention)
                 name = " and ".join(kinds) + (f" by {unit}" if "attn" in kinds else "")
@@ -120,11 +121,6 @@ def some_plan(model: nn.Module, kinds: Sequence[str], unit: str = "", equal: boo
         ]
         kept[site.name] = SitePlan(site.units, tuple(chosen))
     return Plan(model.config.model_type, unit, kept)
-
-
-def _has_sdpa(model: nn.Module) -> bool:
-    can = getattr(model, "_can_set_attn_implementation", None)
-    return bool(getattr(model, "_supports_sdpa", False)) and can is not None and can()
 
 
 def _combinations(model: nn.Module, kinds: list[str]) -> Iterator[tuple[list[str], str]]:

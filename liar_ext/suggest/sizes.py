@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from liar_ext.models.family import Family
 from liar_ext.models.running import block_config, blocks_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.suggest.instance import Instance, Refused, attempt, build
+from liar_ext.suggest.instance import Instance, Refused, attempt, with_field
 from liar_ext.suggest.proof import KINDS, kinds_of, registered, rewired, some_plan, tells_sizes
 
 BLOCK = 1  # the one whose numbers are read: neither the first nor, mostly, the last
@@ -212,9 +213,10 @@ def with_bias_flags(instance: Instance, family: Family) -> Family:
     for kind in kinds_of(family):
         at = _sites(model, family, kind)
         biases[kind] = {f"{site.path}.{layer}.bias" for site in at for layer in site.wiring.layers}
-    own = block_config(family, model.config).to_dict()
+    part_of = partial(block_config, family)
+    own = part_of(model.config).to_dict()
     for name in (n for n, value in own.items() if "bias" in n and isinstance(value, bool)):
-        built = _build(model, family, name, not own[name])
+        built = attempt(partial(with_field, model, name, not own[name], part_of))
         if built is None:
             continue
         changed = shapes_of(model).keys() ^ shapes_of(built).keys()
@@ -261,7 +263,8 @@ def _fields_of(
     blocks = tuple(f"{site.path}." for site in at)
     own = tuple(f"{site.path}.{layer}." for site in at for layer in site.wiring.layers)
     own += tuple(f"{site.path}.{name}" for site in at for name in site.wiring.per_head)
-    configs = [block_config(family, each.model.config).to_dict() for each in instances]
+    part_of = partial(block_config, family)
+    configs = [part_of(each.model.config).to_dict() for each in instances]
     before = shapes_of(model)
     found: dict[str, str] = {}
     others: list[str] = []
@@ -276,7 +279,7 @@ def _fields_of(
             )
             if name in found or not (derived or holds):
                 continue
-            built = _build(model, family, name, OTHER[size])
+            built = attempt(partial(with_field, model, name, OTHER[size], part_of))
             if built is None:  # a rule ties it to another field
                 found |= {name: size} if holds and size in ("heads", "kv_heads") else {}
                 continue
@@ -284,19 +287,14 @@ def _fields_of(
             changed = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
             # Norms of single heads follow the size of a head.
             places = blocks if size == "head_dim" else own
-            if _follows(built, family, kind, size) and all(n.startswith(places) for n in changed):
+            # A number of heads that divides the hidden size changes no shape.
+            at_built = attempt(partial(_sites, built, family, kind))
+            follows = bool(at_built) and at_built[0].sizes[size] == OTHER[size]
+            if follows and all(n.startswith(places) for n in changed):
                 found[name] = size
             elif size == "features" and any(n.startswith(own) for n in changed):
                 others.append(name)
     return found, others
-
-
-def _follows(built: nn.Module, family: Family, kind: str, size: str) -> bool:
-    """Tell whether the size of a site is the one that a field was set to.
-
-    Where a head is the hidden size by the number of heads, the number follows and no shape does.
-    """
-    return attempt(lambda: _sites(built, family, kind)[0].sizes[size]) == OTHER[size]
 
 
 def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
@@ -305,13 +303,3 @@ def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
     with registered(family):
         apply_plan(model, some_plan(model, (kind,), equal=True))
         return attempt(lambda: equal_config(model, dense_config(model.config))) is not None
-
-
-def _build(model: nn.Module, family: Family, field: str, value: Any) -> nn.Module | None:
-    config = copy.deepcopy(model.config)
-
-    def changed() -> nn.Module:
-        setattr(block_config(family, config), field, value)
-        return build(type(model), config, "meta")
-
-    return attempt(changed)

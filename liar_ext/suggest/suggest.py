@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from liar_ext.checkpoint.inspection import read_config
@@ -38,6 +39,7 @@ from liar_ext.suggest.wiring import Found, find_sites
 EXTRA = ("liar", "per_layer_config", "quantization_config", "auto_map")
 MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
 HIDDEN = "the residual stream isn't described"
+FEW = "only a few blocks were looked at: not all of them can be built"
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,17 @@ def suggest_for(name: str) -> Suggestion:
     :func:`liar_ext.suggest_family` with it. InputError is raised if there is no config,
     transformers has no such architecture, or no row can be proposed.
     """
-    fields = _fields(name)
+    path = Path(name)
+    if path.is_dir():
+        fields = read_config(path, "families")
+    elif path.suffix == ".gguf" or path.is_absolute() or path.exists():
+        raise InputError(f"families: {name} must be a model folder or a hub id")
+    else:
+        with reading(name, "families"):
+            fields = transformers.PreTrainedConfig.get_config_dict(name)[0]
     kind = fields.get("model_type")
     if kind in FAMILIES:
         return Suggestion(FAMILIES[kind], known=True)
-    import transformers
-
     if kind not in transformers.CONFIG_MAPPING:
         raise InputError(
             f"families: transformers {transformers.__version__} has no architecture "
@@ -137,23 +144,9 @@ def suggest_for(name: str) -> Suggestion:
     return suggest_family(config)
 
 
-def _fields(name: str) -> Mapping[str, Any]:
-    path = Path(name)
-    if path.is_dir():
-        return read_config(path, "families")
-    if path.suffix == ".gguf" or path.is_absolute() or path.exists():
-        raise InputError(f"families: {name} must be a model folder or a hub id")
-    from transformers import PreTrainedConfig
-
-    with reading(name, "families"):
-        return PreTrainedConfig.get_config_dict(name)[0]
-
-
 def _class_of(model: Any) -> type[nn.Module]:
     if isinstance(model, nn.Module):
         return type(model)
-    import transformers
-
     names = getattr(model, "architectures", None) or [""]
     stock = getattr(transformers, str(names[0]), None)
     if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel):
@@ -279,7 +272,8 @@ class Stack:
             ran = {path for path in ran if not f"{path}.".startswith(f"{home}.")}
         wirings = {kind: site.wiring for kind, site in found.items()}
         family = Family(name=self.name, blocks=self.blocks.path, **wirings)
-        family, notes = _fitting_every_block(tried, family, missing)
+        family = _fitting_every_block(tried, family, missing)
+        notes = [] if tried.whole is not None else [FEW]
         if family.attn is not None:
             site, first = found["attn"], self.blocks.calls[0].module
             try:
@@ -317,10 +311,8 @@ def _home(site: Found) -> str:
     return ".".join(first) or "."
 
 
-def _fitting_every_block(
-    tried: Tried, family: Family, missing: dict[str, str]
-) -> tuple[Family, list[str]]:
-    """Return a row without what some block lacks, also of the whole model; and what to know."""
+def _fitting_every_block(tried: Tried, family: Family, missing: dict[str, str]) -> Family:
+    """Return a row without what some block lacks, also of the whole model."""
     for kind, model in product(KINDS, (tried.models[0], tried.whole)):
         wiring = getattr(family, kind)
         for path, block in blocks_of(model, family) if wiring and model is not None else ():
@@ -329,8 +321,7 @@ def _fitting_every_block(
                 missing[kind] = f"blocks differ: {path} has no {lacking[0]}"
                 family = replace(family, **{kind: None})
                 break
-    few = "only a few blocks were looked at: not all of them can be built"
-    return family, [few] * (tried.whole is None)
+    return family
 
 
 def _settle(

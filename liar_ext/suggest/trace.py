@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from liar_ext.calibration.taps import Ended
 from liar_ext.models.family import HeadInput
 from liar_ext.suggest.instance import Call, Refused, cloned, first_tensor, hooked
 
@@ -92,7 +91,7 @@ class Trace:
     def _reach(self, producer: str, consumer: str) -> list[Reach]:
         found = []
         for row in range(self.layers[producer].rows):
-            after = self._input(producer, self._move(producer, row, math.nan), consumer)
+            after = self._read(consumer, producer, self._move(producer, row, math.nan))
             hit = after.isnan().flatten(0, -2)
             tokens = hit.any(1).nonzero().flatten().tolist()
             columns = tuple(hit.any(0).nonzero().flatten().tolist())
@@ -102,7 +101,7 @@ class Trace:
     def is_linear_in(self, producer: str, row: int, consumer: str) -> bool:
         """Tell whether a consumer's input is a linear function of one output of a layer."""
         move, before = self._move(producer, row, 1.0), self.layers[consumer].input
-        once, twice = (self._input(producer, k * move, consumer) - before for k in (1.0, 2.0))
+        once, twice = (self._read(consumer, producer, k * move) - before for k in (1.0, 2.0))
         return bool(torch.allclose(twice, 2 * once, rtol=1e-6, atol=1e-9))
 
     def mixers(self, producers: Iterable[str]) -> list[str]:
@@ -203,7 +202,7 @@ class Trace:
         return [name for name, read in found.items() if name != moved and read.isnan().any()]
 
     def _inputs(
-        self, moved: str | None, move: float, of: Iterable[str] | None = None
+        self, moved: str | None, move: Tensor | float, of: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
         """Return what layers, or all modules without parts, read while one output is moved."""
         inputs: dict[str, Tensor] = {}
@@ -217,19 +216,12 @@ class Trace:
             self._run(moved, move)
         return inputs
 
-    def _input(self, producer: str, move: Tensor, consumer: str) -> Tensor:
+    def _read(self, consumer: str, producer: str, move: Tensor) -> Tensor:
         """Return what a consumer reads where one layer puts out something else."""
-        found: list[Tensor] = []
-
-        def catch(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            found.append(args[0].detach())
-            raise Ended
-
-        with hooked({consumer: self._modules[consumer]}, catch), suppress(Ended):
-            self._run(producer, move)
-        if not found or found[0].shape != self.layers[consumer].input.shape:
+        found = self._inputs(producer, move, [consumer]).get(consumer)
+        if found is None or found.shape != self.layers[consumer].input.shape:
             raise Refused(f"{consumer} doesn't always run, or on other tokens each time")
-        return found[0]
+        return found
 
     @torch.no_grad()
     def _run(self, moved: str | None = None, move: Tensor | float = 0.0) -> Tensor | None:
