@@ -146,6 +146,7 @@ def _builds(stock: type[nn.Module], config: Any, plan: Plan, kind: str) -> bool:
 def _fill(padded: nn.Module, model: nn.Module, plan: Plan, wide: Plan) -> None:
     """Copy the weights of a model into the wider one, whose other weights become zero."""
     places: dict[str, tuple[int, Tensor]] = {}  # of parameters: a dimension, and what is kept of it
+    named = dict(padded.named_parameters())
     for site in sites(padded, attn_unit=plan.attn_unit):
         if site.name in plan.sites:
             at = {unit: index for index, unit in enumerate(wide.sites[site.name].kept)}
@@ -156,8 +157,11 @@ def _fill(padded: nn.Module, model: nn.Module, plan: Plan, wide: Plan) -> None:
                 rows = unit_rows(site, path, kept, weight.shape[dim])
                 places |= {f"{path}.weight": (dim, rows), f"{path}.bias": (0, rows)}
             places[f"{site.consumer}.weight"] = 1 - dim, site.features(kept)
+            for path in (f"{site.path}.{name}" for name in site.wiring.per_head):
+                if path in named:
+                    places[path] = 0, unit_rows(site, path, kept, len(named[path]))
     theirs = dict(model.named_parameters())
-    for path, parameter in padded.named_parameters():
+    for path, parameter in named.items():
         source = theirs.get(path)
         parameter.zero_()
         if path in places and source is not None:  # a bias that only some layers have may lack
