@@ -14,6 +14,7 @@ BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
 KINDS = {
     "language models": "llama gpt",
+    "hybrids with linear attention, Mamba or convolutions": "hybrid",
     "mixtures of experts": "moe",
     "encoders": "bert",
     "encoder-decoders": "t5",

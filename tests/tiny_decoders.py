@@ -36,9 +36,9 @@ _GEMMA4 = {
 _LINEAR = {
     **_GQA,
     **{"head_dim": 8, "rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}},
-    "layer_types": ["full_attention", "linear_attention", "full_attention"],
-    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    **{"linear_key_head_dim": 6, "linear_value_head_dim": 4},
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8},
 }
 
 

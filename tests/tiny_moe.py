@@ -24,8 +24,8 @@ _LATENT = {
 }
 _LINEAR = {
     **{"layer_types": ["full_attention", "linear_attention"]},
-    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 6, "linear_value_head_dim": 4},
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8},
     **{"shared_expert_intermediate_size": 12, "norm_topk_prob": True},
 }
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}

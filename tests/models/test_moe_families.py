@@ -39,7 +39,9 @@ def with_choice(name: str, **settings) -> nn.Module:
 def test_slicing_equals_zeroing(name: str) -> None:
     model = with_choice(name, dtype=torch.float64)
     model.set_experts_implementation("eager")
-    check_sliced(model, plan_of_experts(model), rtol=1e-9, atol=1e-9)
+    # Linear attention computes in float32, whatever the dtype is.
+    close = 1e-5 if any(site.key_dim for site in sites(model)) else 1e-9
+    check_sliced(model, plan_of_experts(model), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("name", one_of_each_kind(MOE_FAMILIES))

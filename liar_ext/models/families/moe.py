@@ -45,7 +45,7 @@ def _experts(
 _LOCAL = {"intermediate_size": "features", "num_local_experts": "experts"}
 _OWN_WIDTH = {"moe_intermediate_size": "features", "num_experts": "experts"}
 _OLMOE = _experts({"intermediate_size": "features", "num_experts": "experts"})
-_QWEN3 = _experts(_OWN_WIDTH)
+QWEN3_EXPERTS = _experts(_OWN_WIDTH)
 # gpt-oss has columns for rows, with gate and up of a channel side by side.
 _GPT_OSS = replace(
     _experts(_LOCAL, router="mlp.router", width="intermediate_size"),
@@ -75,7 +75,7 @@ def _shared(module: str, field: str = "", **more: object) -> Wiring:
 
 
 # What it gives is scaled, token by token.
-_GATED = _shared("mlp.shared_expert", "shared_expert_intermediate_size")
+GATED = _shared("mlp.shared_expert", "shared_expert_intermediate_size")
 _SUMMED = _shared("mlp.shared_experts")
 # Queries, and keys and values together, of all heads are made from a few numbers of a token, which
 # all heads share; v2-lite makes queries from the token itself.
@@ -95,40 +95,43 @@ _JOINT = {"attn": JOINT, "kv_group": JOINT}
 _BESIDE = {"stock": "channels: one field says how wide routed and shared experts are"}
 
 
-def _row(
+def mixture(
     name: str,
     attn: Wiring | tuple[Wiring, ...] | None,
     mlp: Wiring | tuple[Wiring, ...],
     shared_mlp: Wiring | None = None,
     without: Mapping[str, str] | None = None,
 ) -> Family:
+    """Return the row of a mixture, whose hidden size stays as its routers read it."""
     without = {"hidden": ROUTED, **(without or {})}
     return Family(name, "layers", attn, mlp, shared_mlp, without=without)
 
 
-_NEXT = _row("qwen3_next", _OPTIONAL, (_QWEN3, MLP), _GATED)
 ROWS = (
-    _row("mixtral", ATTN, _experts(_LOCAL)),
+    mixture("mixtral", ATTN, _experts(_LOCAL)),
     # Layers that mlp_only_layers names have an ordinary MLP.
-    _row("qwen3_moe", ROW.attn, (_QWEN3, MLP)),
-    _row("olmoe", None, _OLMOE, without=_JOINT),
-    _row("gpt_oss", replace(ROW.attn, per_head=("self_attn.sinks",)), _GPT_OSS),
+    mixture("qwen3_moe", ROW.attn, (QWEN3_EXPERTS, MLP)),
+    mixture("olmoe", None, _OLMOE, without=_JOINT),
+    mixture("gpt_oss", replace(ROW.attn, per_head=("self_attn.sinks",)), _GPT_OSS),
     replace(
-        _row(
-            "qwen3_vl_moe", ROW.attn, (_QWEN3, MLP), without={"hidden": f"{ROUTED}, and {PICTURES}"}
+        mixture(
+            "qwen3_vl_moe",
+            ROW.attn,
+            (QWEN3_EXPERTS, MLP),
+            without={"hidden": f"{ROUTED}, and {PICTURES}"},
         ),
         blocks="language_model.layers",
         config="text_config",
     ),
     # Blocks of linear attention have no sites of attention, and as many heads by the config.
-    _row(
+    mixture(
         "minimax",
         replace(ATTN, optional=True, config=None),
         _experts(_LOCAL),
         without={"stock": "heads: one field also counts those of linear attention"},
     ),
     # The first layers have an ordinary MLP, some blocks convolutions in place of attention.
-    _row(
+    mixture(
         "lfm2_moe",
         replace(ATTN, consumer="self_attn.out_proj", optional=True),
         (
@@ -139,8 +142,8 @@ ROWS = (
             ),
         ),
     ),
-    _row("hunyuan_v1_moe", ROW.attn, _HUNYUAN, _shared("mlp.shared_mlp"), _BESIDE),
-    _row(
+    mixture("hunyuan_v1_moe", ROW.attn, _HUNYUAN, _shared("mlp.shared_mlp"), _BESIDE),
+    mixture(
         "ernie4_5_moe",
         replace(ATTN, **_FLAG),
         (
@@ -150,20 +153,17 @@ ROWS = (
         replace(_SUMMED, **_FLAG),
         _BESIDE,
     ),
-    _row("qwen2_moe", ATTN, (_QWEN3, MLP), _GATED),
-    _row(
+    mixture("qwen2_moe", ATTN, (QWEN3_EXPERTS, MLP), GATED),
+    mixture(
         "granitemoe",
         ROW.attn,
         _experts(_LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router"),
     ),
-    _row("phimoe", ROW.attn, _experts(_LOCAL, router="mlp.router")),
+    mixture("phimoe", ROW.attn, _experts(_LOCAL, router="mlp.router")),
     # The first layers of these have an ordinary MLP.
-    _row("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    _row("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    _row("deepseek_v2", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    _row("deepseek_v3", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    _row("flex_olmo", None, _OLMOE, without=_JOINT),
-    # As in Qwen3.5, some blocks have another mixer of tokens in place of attention.
-    _NEXT,
-    replace(_NEXT, name="qwen3_5_moe_text"),
+    mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("deepseek_v2", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("deepseek_v3", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("flex_olmo", None, _OLMOE, without=_JOINT),
 )
