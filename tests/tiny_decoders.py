@@ -121,6 +121,13 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
             },
         },
     ),
+    "bamba": _causal(
+        "Bamba",
+        {
+            **{**_SQUARE, "attn_layer_indices": [1], "mamba_n_heads": 8},
+            **{"mamba_d_state": 6, "mamba_chunk_size": 4},
+        },
+    ),
     "lfm2": _causal(
         "Lfm2",
         {

@@ -10,7 +10,7 @@ from folders import check_sliced, make_plan, read
 from journeys import check_job
 from tiny import batches, outputs, tiny
 
-from liar_ext import Budget, Plan, load_pruned, prune, save_pruned, sites
+from liar_ext import Budget, InputError, Plan, load_pruned, prune, save_pruned, sites
 from liar_ext.models.registry import overview
 from liar_ext.models.sites import Site, attn_unit_of
 from liar_ext.models.slicing import apply_plan
@@ -33,7 +33,7 @@ def owned(model: torch.nn.Module, site: Site) -> list[tuple[torch.nn.Parameter, 
     return [(each, site.row_units(path, len(each))) for each, path in found]
 
 
-@pytest.mark.parametrize("name", DELTA)
+@pytest.mark.parametrize("name", [*DELTA, "nemotron_h"])
 @torch.no_grad()
 def test_what_leaves_with_a_key_head_is_all_that_it_alone_uses(name: str) -> None:
     """Noise in every weight that a unit is said to own changes nothing but the unit."""
@@ -142,8 +142,40 @@ def test_costs_of_heads_that_keep_a_state() -> None:
     assert not any(report.plan.sites[s.name].removed for s in state if s.name in report.plan.sites)
 
 
+def test_heads_of_mamba_leave_by_groups_as_its_norm_mixes_them(tmp_path: Path) -> None:
+    model = tiny("nemotron_h")
+    assert [(site.unit, site.units) for site in linear(model, "head")] == [("kv_group", 4)] * 2
+    kept = {"0.attn": SitePlan(4, (1, 2, 3)), "2.attn": SitePlan(8, (1, 3, 4, 6))}
+    plan = Plan("nemotron_h", "head", kept)
+    sliced = check_sliced(model, plan, rtol=1e-5, atol=1e-5)
+    save_pruned(sliced, tmp_path / "one", plan)
+    said = read(tmp_path / "one")["liar"]["modules"]["layers.0.mixer"]
+    assert said == {
+        **{"A_log": [6], "D": [6], "dt_bias": [6], "num_heads": 6, "n_groups": 3},
+        **{"intermediate_size": 18, "conv_dim": 48},
+    }
+    assert torch.equal(outputs(load_pruned(tmp_path / "one")), outputs(sliced))
+    assert attn_unit_of(sites(model, ("attn",), "head")) == "head"
+
+
+def test_experts_that_write_fewer_features_than_the_stream_has_stay() -> None:
+    model = tiny("nemotron_h", moe_latent_size=20)
+    names = ["0.attn", "1.shared_mlp", "2.attn", "3.mlp", "4.attn"]
+    assert [site.name for site in sites(model)] == names
+    prune(model, batches(model, 4), 0.6)
+    with pytest.raises(InputError, match="experts"):
+        prune(model, batches(model, 4), 0.9, keep_experts=0.75)
+
+
+def test_a_mixture_without_routed_experts_has_the_shared_one_alone() -> None:
+    model = tiny("granitemoehybrid", num_local_experts=0, output_router_logits=False)
+    assert [site.name for site in sites(model)] == ["0.shared_mlp", "1.attn", "1.shared_mlp"]
+    check_sliced(model, make_plan(model), rtol=1e-5, atol=1e-5)
+
+
 def test_the_table_tells_of_linear_attention() -> None:
     assert overview()["qwen3_next"]["heads"].reason == "of linear attention, too"
+    assert overview()["nemotron_h"]["heads"].reason.endswith("of Mamba by whole groups")
 
 
 @pytest.mark.parametrize("name", DELTA)

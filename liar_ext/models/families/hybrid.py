@@ -14,9 +14,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from liar_ext.models.families.llama import ATTN, MLP, NORMS, ROW, in_pictures, with_block
-from liar_ext.models.families.moe import GATED, QWEN3_EXPERTS, mixture
-from liar_ext.models.family import Family, Stack, Wiring, mlp
+from liar_ext.models.families.llama import (
+    ATTN,
+    GROUPS,
+    HEADS,
+    MLP,
+    NORMS,
+    QKVO,
+    ROW,
+    in_pictures,
+    with_block,
+)
+from liar_ext.models.families.moe import GATED, LOCAL, QWEN3_EXPERTS, experts, mixture, shared
+from liar_ext.models.family import GATE_UP, Family, Stack, Wiring, attention, mlp
 
 _KEYS = ("query", "key")  # of which a value head has none of its own
 
@@ -75,6 +85,95 @@ DELTA_ROWS = (
     *(_NEXT, replace(_NEXT, name="qwen3_5_moe_text", attn=(ROW.attn, _DELTA))),
 )
 
+# Of Mamba-2 B, C and x are keys, queries and values, and dt is a number for each head.
+_CONV = Stack(("value", "key", "query"), grouped=_KEYS)
+
+
+def _mamba(module: str, config: Mapping[str, str] | None) -> Wiring:
+    """Return Mamba-2, whose norm runs over a group of heads: those that share B and C."""
+    stacks = {
+        "in_proj": Stack(("gate", "value", "key", "query", "dt"), grouped=_KEYS, single=("dt",)),
+        **{"conv1d.weight": _CONV, "conv1d.bias": _CONV},
+    }
+    sizes = {
+        **{"num_heads": "heads", "n_groups": "kv_heads"},
+        **{"intermediate_size": "features", "conv_dim": "conv_features"},
+    }
+    own = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight")
+    return Wiring(
+        producers=(f"{module}.in_proj",),
+        consumer=f"{module}.out_proj",
+        head_dim=f"{module}.head_dim",
+        key_dim=f"{module}.ssm_state_size",
+        whole_groups=True,
+        stacked={f"{module}.{name}": stack for name, stack in stacks.items()},
+        numbers={f"{module}.{name}": size for name, size in sizes.items()},
+        config=config,
+        optional=True,
+        per_head=tuple(f"{module}.{name}" for name in own),
+    )
+
+
+_OPTIONAL = replace(ROW.attn, optional=True)
+# A block is attention, Mamba, an MLP or a mixture of experts, which have no gate.
+_NEMOTRON_EXPERTS = replace(
+    experts(
+        {"moe_intermediate_size": "features", "n_routed_experts": "experts"},
+        *("mixer.experts", "mixer.gate"),
+    ),
+    producers=("mixer.experts.up_proj",),
+    stacked={},
+    requires={"moe_latent_size": None},  # else they write other features than the stream's
+)
+# Heads of Mamba of the first two are one group, in all models that there are, and stay.
+MAMBA_ROWS = (
+    mixture(
+        "granitemoehybrid",
+        _OPTIONAL,
+        # Its smallest models have no experts but the one that every token passes.
+        replace(
+            experts(LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router"), optional=True
+        ),
+        mlp(
+            "shared_mlp.input_linear shared_mlp.output_linear",
+            "shared_intermediate_size",
+            GATE_UP,
+            numbers={"shared_mlp.hidden_size": "features"},
+            optional=True,
+        ),
+    ),
+    Family(
+        "bamba",
+        "layers",
+        _OPTIONAL,
+        mlp(
+            "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj",
+            numbers={"feed_forward.intermediate_size": "features"},
+            bias_flag="mlp_bias",
+        ),
+        without={"hidden": "the stock class makes its Mamba layers a multiple of it"},
+    ),
+    mixture(
+        "nemotron_h",
+        (
+            attention("mixer", QKVO, numbers=GROUPS, config=HEADS, optional=True),
+            _mamba("mixer", {"mamba_num_heads": "heads", "n_groups": "kv_heads"}),
+        ),
+        (
+            _NEMOTRON_EXPERTS,
+            mlp(
+                "mixer.up_proj mixer.down_proj",
+                numbers={"mixer.intermediate_size": "features"},
+                optional=True,
+            ),
+        ),
+        replace(
+            shared("mixer.shared_experts", "moe_shared_expert_intermediate_size"),
+            producers=("mixer.shared_experts.up_proj",),
+        ),
+    ),
+)
+
 CONVOLUTION_ROWS = (
     Family(
         "lfm2",
@@ -89,4 +188,4 @@ CONVOLUTION_ROWS = (
     ),
 )
 
-ROWS = (*DELTA_ROWS, *CONVOLUTION_ROWS)
+ROWS = (*DELTA_ROWS, *MAMBA_ROWS, *CONVOLUTION_ROWS)

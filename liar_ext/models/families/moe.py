@@ -19,7 +19,7 @@ from liar_ext.models.family import (
 )
 
 
-def _experts(
+def experts(
     config: dict[str, str],
     module: str = "mlp.experts",
     router: str = "mlp.gate",
@@ -42,28 +42,28 @@ def _experts(
     )
 
 
-_LOCAL = {"intermediate_size": "features", "num_local_experts": "experts"}
+LOCAL = {"intermediate_size": "features", "num_local_experts": "experts"}
 _OWN_WIDTH = {"moe_intermediate_size": "features", "num_experts": "experts"}
-_OLMOE = _experts({"intermediate_size": "features", "num_experts": "experts"})
-QWEN3_EXPERTS = _experts(_OWN_WIDTH)
+_OLMOE = experts({"intermediate_size": "features", "num_experts": "experts"})
+QWEN3_EXPERTS = experts(_OWN_WIDTH)
 # gpt-oss has columns for rows, with gate and up of a channel side by side.
 _GPT_OSS = replace(
-    _experts(_LOCAL, router="mlp.router", width="intermediate_size"),
+    experts(LOCAL, router="mlp.router", width="intermediate_size"),
     stacked={"mlp.experts.gate_up_proj": Stack(("gate", "up"), by_group=True)},
     transposed=True,
 )
-_LFM2 = _experts(
+_LFM2 = experts(
     _OWN_WIDTH, "feed_forward.experts", "feed_forward.gate", choice="feed_forward.expert_bias"
 )
 # The router's weight is that of a linear layer inside of it; experts and the one beside them have
 # one width.
-_HUNYUAN = _experts({"num_experts": "experts"}, weight="wg.weight")
-_ERNIE = _experts({"moe_num_experts": "experts"})
+_HUNYUAN = experts({"num_experts": "experts"}, weight="wg.weight")
+_ERNIE = experts({"moe_num_experts": "experts"})
 # The config makes an expert that reads every token as wide as the others, or a multiple of that.
-_ROUTED = _experts({"n_routed_experts": "experts"})
+_ROUTED = experts({"n_routed_experts": "experts"})
 
 
-def _shared(module: str, field: str = "", **more: object) -> Wiring:
+def shared(module: str, field: str = "", **more: object) -> Wiring:
     """Return the wiring of an expert that every token passes, in the layers that have one."""
     return mlp(
         f"{module}.gate_proj {module}.up_proj {module}.down_proj",
@@ -75,8 +75,8 @@ def _shared(module: str, field: str = "", **more: object) -> Wiring:
 
 
 # What it gives is scaled, token by token.
-GATED = _shared("mlp.shared_expert", "shared_expert_intermediate_size")
-_SUMMED = _shared("mlp.shared_experts")
+GATED = shared("mlp.shared_expert", "shared_expert_intermediate_size")
+_SUMMED = shared("mlp.shared_experts")
 # Queries, and keys and values together, of all heads are made from a few numbers of a token, which
 # all heads share; v2-lite makes queries from the token itself.
 _LATENT = tuple(
@@ -108,7 +108,7 @@ def mixture(
 
 
 ROWS = (
-    mixture("mixtral", ATTN, _experts(_LOCAL)),
+    mixture("mixtral", ATTN, experts(LOCAL)),
     # Layers that mlp_only_layers names have an ordinary MLP.
     mixture("qwen3_moe", ROW.attn, (QWEN3_EXPERTS, MLP)),
     mixture("olmoe", None, _OLMOE, without=_JOINT),
@@ -127,7 +127,7 @@ ROWS = (
     mixture(
         "minimax",
         replace(ATTN, optional=True, config=None),
-        _experts(_LOCAL),
+        experts(LOCAL),
         without={"stock": "heads: one field also counts those of linear attention"},
     ),
     # The first layers have an ordinary MLP, some blocks convolutions in place of attention.
@@ -142,7 +142,7 @@ ROWS = (
             ),
         ),
     ),
-    mixture("hunyuan_v1_moe", ROW.attn, _HUNYUAN, _shared("mlp.shared_mlp"), _BESIDE),
+    mixture("hunyuan_v1_moe", ROW.attn, _HUNYUAN, shared("mlp.shared_mlp"), _BESIDE),
     mixture(
         "ernie4_5_moe",
         replace(ATTN, **_FLAG),
@@ -157,9 +157,9 @@ ROWS = (
     mixture(
         "granitemoe",
         ROW.attn,
-        _experts(_LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router"),
+        experts(LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router"),
     ),
-    mixture("phimoe", ROW.attn, _experts(_LOCAL, router="mlp.router")),
+    mixture("phimoe", ROW.attn, experts(LOCAL, router="mlp.router")),
     # The first layers of these have an ordinary MLP.
     mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE),
     mixture("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
