@@ -97,17 +97,20 @@ def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan
     A config may refuse head counts (one that doesn't divide the hidden size), or derive them: then
     more units come back, up to all of the dense model.
     """
-    chosen = plan
-    for kind in ("attn", "mlp"):
-        own = {name: site for name, site in plan.sites.items() if kind_of(name) == kind}
+    whole = {name: replace(s, kept=tuple(range(s.units))) for name, s in plan.sites.items()}
+    chosen, tied = replace(plan, sites=whole), {}  # sites by what says their number
+    for site in sites(model, attn_unit=plan.attn_unit):
+        fields = (site.kind, site.part.config, *(site.wiring.config or ()))
+        tied.setdefault(fields, []).append(site)
+    for (kind, *_), some in sorted(tied.items()):
+        own = {site.name: plan.sites[site.name] for site in some if site.name in plan.sites}
         if not own:
             continue
-        units = max(site.units for site in own.values())
+        units, runs = max(site.units for site in own.values()), some[0].groups
         least = max(len(site.kept) for site in own.values())
-        everything = len(own) < sum(site.kind == kind for site in sites(model, (kind,)))
         if kind == "mlp":
             least = min(units, -(-least // multiple_of) * multiple_of)
-        runs = sites(model, (kind,), plan.attn_unit)[0].groups  # into which the units fall
+        everything = len(own) < len(some) or not some[0].wiring.config
         tries = range(units if everything else least, units + 1, runs)
         for count in tries if kind == "attn" else sorted({tries[0], units}):
             more = {name: _widened(site, count, runs) for name, site in own.items()}

@@ -50,6 +50,17 @@ def test_sites_of_one_kind(kinds, tmp_path):
     same_outputs(model, again)
 
 
+@pytest.mark.parametrize("unit", ["kv_group", "head"])
+def test_each_kind_of_attention_has_a_number_of_its_own(unit, tmp_path):
+    model, plan = pruned("qwen3_5_text", make_plan, attn_unit=unit)
+    again, _ = exported(model, plan, tmp_path)
+    same_outputs(model, again)
+    kept = {name: len(each.kept) for name, each in plan.sites.items() if "attn" in name}
+    for site in sites(again, ("attn",), unit):
+        alike = [n for name, n in kept.items() if bool(site.key_dim) == (name != "1.attn")]
+        assert site.units == max(alike)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_query_heads_within_kv_groups(name, tmp_path):
     model = tiny(name, num_attention_heads=8, num_key_value_heads=2)
