@@ -90,7 +90,7 @@ class Wiring:
     producers: tuple[str, ...]
     consumer: str  # the linear layer that reads the units
     key_value: tuple[str, ...] = ()  # producers with one run of rows per key/value head
-    head_dim: str = ""  # attribute that holds the size of a head; empty for an MLP
+    head_dim: str = ""  # attribute that holds the size of a head; empty if units are channels
     # The same of a key head, where heads keep one state in place of the keys and values of all
     # tokens: linear attention, whose key heads have a query each, and Mamba. "Query heads" are
     # the heads of values then.

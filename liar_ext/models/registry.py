@@ -110,6 +110,8 @@ def _sites(wirings: list[Wiring], reason: str | None, lacking: str) -> Entry:
     notes = ["in the blocks that have any"] if any(w.optional for w in wirings) else []
     if any(not wiring.whole_groups for wiring in states):
         notes.append("of linear attention, too")
+    if {bool(wiring.head_dim) for wiring in wirings} == {True, False}:
+        notes.append("and channels of convolutions")
     if any(wiring.whole_groups for wiring in states):
         notes.append("of Mamba by whole groups")
     if not notes and all(wiring.requires for wiring in wirings):

@@ -96,7 +96,7 @@ class Site:
     def sizes(self) -> dict[str, int]:
         """Sizes by name: features; experts; for attention also heads, kv_heads, group_size, ..."""
         sizes = {"features": self.d_in, "experts": self.experts}
-        if self.kind == "attn":
+        if self.head_dim:
             heads, keys = self.d_in // self.head_dim, self.kv_heads * self.key_dim
             sizes |= {"heads": heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
             sizes |= {"group_size": heads // self.kv_heads, "key_features": keys}
@@ -156,7 +156,7 @@ class Site:
         normalisation, activation, softmax and short convolutions aren't counted.
         """
         reads = 6 * self.key_dim if self.key_dim else 4 * seq_len
-        attention = reads * seq_len * self.width if self.kind == "attn" else 0
+        attention = reads * seq_len * self.width if self.head_dim else 0
         return round(2 * seq_len * self.active * self.unit_weights) + attention
 
 
@@ -220,13 +220,13 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
             f"sites: no block of {family.name!r} has any {' or '.join(kinds)} to prune"
         )
     if attn_unit == "auto" and attn_unit_of(found) == "kv_group":  # a head is a group of its own
-        found = [replace(s, unit="kv_group") if s.kind == "attn" else s for s in found]
+        found = [replace(s, unit="kv_group") if s.unit == "head" else s for s in found]
     return found
 
 
 def attn_unit_of(at: Sequence[Site]) -> str:
     """Return the attention unit of a plan for these sites, some of which leave by groups alone."""
-    attn = [site for site in at if site.kind == "attn"]
+    attn = [site for site in at if site.head_dim]
     single = any(site.keys_stay for site in attn) or {site.unit for site in attn} == {"head"}
     return "head" if single else "kv_group"
 
@@ -304,7 +304,7 @@ def _read_site(
     rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)
     unit, units, groups, head_dim, kv_heads, key_dim = "channel", d_in, 1, 0, 0, 0
-    if _KIND[label] == "attn":
+    if wiring.head_dim:
         head_dim = get_path(block, wiring.head_dim)
         key_dim = get_path(block, wiring.key_dim) if wiring.key_dim else 0
         sizes = d_in // head_dim, head_dim, key_dim or head_dim

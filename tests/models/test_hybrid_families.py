@@ -11,7 +11,7 @@ from journeys import check_job
 from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, Plan, load_pruned, prune, save_pruned, sites
-from liar_ext.models.registry import overview
+from liar_ext.models.running import get_path
 from liar_ext.models.sites import Site, attn_unit_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import SitePlan
@@ -29,16 +29,17 @@ def owned(model: torch.nn.Module, site: Site) -> list[tuple[torch.nn.Parameter, 
     """Return the parameters before the consumer that units own, each with the unit of its rows."""
     held = [(f"{path}.weight", path) for path in site.producers]
     held += [(f"{site.path}.{name}", f"{site.path}.{name}") for name in site.wiring.per_head]
-    found = [(model.get_parameter(name), path) for name, path in held]
-    return [(each, site.row_units(path, len(each))) for each, path in found]
+    found = [(get_path(model, name), path) for name, path in held]
+    return [(each, site.row_units(path, len(each))) for each, path in found if each is not None]
 
 
-@pytest.mark.parametrize("name", [*DELTA, "nemotron_h"])
+@pytest.mark.parametrize("name", [*DELTA, "nemotron_h", "lfm2"])
 @torch.no_grad()
-def test_what_leaves_with_a_key_head_is_all_that_it_alone_uses(name: str) -> None:
+def test_what_leaves_with_a_unit_is_all_that_it_alone_uses(name: str) -> None:
     """Noise in every weight that a unit is said to own changes nothing but the unit."""
     model = tiny(name)
-    (site, *_), inputs = linear(model), torch.randn(2, 9, model.config.hidden_size)
+    site = next(site for site in sites(model) if site.wiring.per_head)
+    inputs = torch.randn(2, 9, model.config.hidden_size)
     mixer = model.get_submodule(site.consumer.rpartition(".")[0])
     seen = []
     model.get_submodule(site.consumer).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
@@ -173,9 +174,18 @@ def test_a_mixture_without_routed_experts_has_the_shared_one_alone() -> None:
     check_sliced(model, make_plan(model), rtol=1e-5, atol=1e-5)
 
 
-def test_the_table_tells_of_linear_attention() -> None:
-    assert overview()["qwen3_next"]["heads"].reason == "of linear attention, too"
-    assert overview()["nemotron_h"]["heads"].reason.endswith("of Mamba by whole groups")
+def test_channels_of_a_convolution_have_a_width_of_their_own(tmp_path: Path) -> None:
+    model = tiny("lfm2")
+    convolution, hidden = sites(model, ("attn",))[1], model.config.hidden_size
+    assert (convolution.unit, convolution.units, convolution.d_out) == ("channel", hidden, hidden)
+    assert convolution.unit_flops(10) == 10 * 2 * 4 * hidden  # in_proj has three rows a channel
+    report = prune(model, batches(model, 4), 0.6, allocation="uniform", tile=4)
+    left = len(report.plan.sites["1.attn"].kept)
+    assert left < hidden and left % 4 == 0 and report.plan.attn_unit == "kv_group"
+    save_pruned(model, tmp_path / "one", report.plan, report=report)
+    said = read(tmp_path / "one")["liar"]["modules"]
+    assert said["layers.1.conv.in_proj"]["weight"] == [3 * left, hidden]
+    assert torch.equal(outputs(load_pruned(tmp_path / "one")), outputs(model))
 
 
 @pytest.mark.parametrize("name", DELTA)

@@ -25,7 +25,15 @@ from liar_ext.models.families.llama import (
     in_pictures,
     with_block,
 )
-from liar_ext.models.families.moe import GATED, LOCAL, QWEN3_EXPERTS, experts, mixture, shared
+from liar_ext.models.families.moe import (
+    GATED,
+    LOCAL,
+    OWN_WIDTH,
+    QWEN3_EXPERTS,
+    experts,
+    mixture,
+    shared,
+)
 from liar_ext.models.family import GATE_UP, Family, Stack, Wiring, attention, mlp
 
 _KEYS = ("query", "key")  # of which a value head has none of its own
@@ -174,17 +182,43 @@ MAMBA_ROWS = (
     ),
 )
 
+# Channels of a short convolution, gated before and after: C · conv(B · x).
+_SHORT = Wiring(
+    producers=("conv.in_proj",),
+    consumer="conv.out_proj",
+    stacked={"conv.in_proj": Stack(("B", "C", "x"))},
+    per_head=("conv.conv.weight", "conv.conv.bias"),
+)
+_LFM2 = (replace(ATTN, consumer="self_attn.out_proj"), _SHORT)
+_AS_WIDE = "convolutions: the config has no width of theirs but the hidden size"
 CONVOLUTION_ROWS = (
     Family(
         "lfm2",
         "layers",
-        replace(ATTN, consumer="self_attn.out_proj", optional=True),
+        _LFM2,
         # Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
         mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", ""),
         without={
             "hidden": "its convolutions are as wide as the hidden size",
-            "stock": "channels: its config rounds their number",
+            "stock": f"channels: its config rounds their number; {_AS_WIDE}",
         },
+    ),
+    # The first layers have an ordinary MLP.
+    mixture(
+        "lfm2_moe",
+        _LFM2,
+        (
+            experts(
+                OWN_WIDTH,
+                *("feed_forward.experts", "feed_forward.gate"),
+                choice="feed_forward.expert_bias",
+            ),
+            mlp(
+                "feed_forward.w1 feed_forward.w3 feed_forward.w2",
+                numbers={"feed_forward.intermediate_size": "features"},
+            ),
+        ),
+        without={"stock": _AS_WIDE},
     ),
 )
 

@@ -43,17 +43,14 @@ def experts(
 
 
 LOCAL = {"intermediate_size": "features", "num_local_experts": "experts"}
-_OWN_WIDTH = {"moe_intermediate_size": "features", "num_experts": "experts"}
+OWN_WIDTH = {"moe_intermediate_size": "features", "num_experts": "experts"}
 _OLMOE = experts({"intermediate_size": "features", "num_experts": "experts"})
-QWEN3_EXPERTS = experts(_OWN_WIDTH)
+QWEN3_EXPERTS = experts(OWN_WIDTH)
 # gpt-oss has columns for rows, with gate and up of a channel side by side.
 _GPT_OSS = replace(
     experts(LOCAL, router="mlp.router", width="intermediate_size"),
     stacked={"mlp.experts.gate_up_proj": Stack(("gate", "up"), by_group=True)},
     transposed=True,
-)
-_LFM2 = experts(
-    _OWN_WIDTH, "feed_forward.experts", "feed_forward.gate", choice="feed_forward.expert_bias"
 )
 # The router's weight is that of a linear layer inside of it; experts and the one beside them have
 # one width.
@@ -129,18 +126,6 @@ ROWS = (
         replace(ATTN, optional=True, config=None),
         experts(LOCAL),
         without={"stock": "heads: one field also counts those of linear attention"},
-    ),
-    # The first layers have an ordinary MLP, some blocks convolutions in place of attention.
-    mixture(
-        "lfm2_moe",
-        replace(ATTN, consumer="self_attn.out_proj", optional=True),
-        (
-            _LFM2,
-            mlp(
-                "feed_forward.w1 feed_forward.w3 feed_forward.w2",
-                numbers={"feed_forward.intermediate_size": "features"},
-            ),
-        ),
     ),
     mixture("hunyuan_v1_moe", ROW.attn, _HUNYUAN, shared("mlp.shared_mlp"), _BESIDE),
     mixture(
