@@ -11,6 +11,7 @@ from journeys import check_job
 from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, Plan, load_pruned, prune, save_pruned, sites
+from liar_ext.checkpoint import load_model
 from liar_ext.models.running import get_path
 from liar_ext.models.sites import Site, attn_unit_of
 from liar_ext.models.slicing import apply_plan
@@ -196,3 +197,12 @@ def test_another_number_of_key_heads_than_the_rows_have_is_refused(name: str) ->
     model.get_submodule(linear(model)[0].consumer.rpartition(".")[0]).head_k_dim = 7
     with pytest.raises(Exception, match="must stack query, key, value"):
         sites(model)
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "bamba", "granitemoehybrid"])
+def test_a_config_with_an_infinite_number_is_read(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    model.save_pretrained(tmp_path / "dense")
+    assert "__float__" in (tmp_path / "dense" / "config.json").read_text()
+    loaded, _ = load_model(tmp_path / "dense")
+    assert torch.equal(outputs(loaded), outputs(model))
