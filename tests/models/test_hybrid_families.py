@@ -87,16 +87,21 @@ def test_a_folder_says_the_sizes_of_single_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "choices",
+    ("name", "choices"),
     [
-        {"schedule": "layerwise", "reconstruct": "affine"},
-        {"attn_unit": "head", "schedule": "one-pass", "criterion": "obs"},
-        {"attn_unit": "head", "keep_hidden": 0.7},
+        ("qwen3_5_text", {"schedule": "layerwise", "reconstruct": "affine"}),
+        ("qwen3_5_text", {"attn_unit": "head", "schedule": "one-pass", "criterion": "obs"}),
+        ("qwen3_5_text", {"attn_unit": "head", "keep_hidden": 0.7}),
+        ("lfm2", {"keep_hidden": 0.7, "tile": 4}),
+        ("bamba", {"keep_hidden": 0.7}),
     ],
 )
-def test_jobs(choices: dict, tmp_path: Path) -> None:
-    model = check_job("qwen3_5_text", tmp_path, **choices)
-    assert any(site.d_in < 32 for site in linear(model))
+def test_jobs(name: str, choices: dict, tmp_path: Path) -> None:
+    dense = {site.name: site.d_in for site in sites(tiny(name), ("attn",))}
+    model = check_job(name, tmp_path, **choices)
+    left = {site.name: site.d_in for site in sites(model, ("attn",))}
+    assert any(left[name] < dense[name] for name in dense)
+    assert "keep_hidden" not in choices or sites(model)[0].d_out < tiny(name).config.hidden_size
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])

@@ -11,7 +11,7 @@ them may leave; if it runs over a group of them, as in Mamba-2, whole groups alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from liar_ext.models.families.llama import (
@@ -19,7 +19,6 @@ from liar_ext.models.families.llama import (
     GROUPS,
     HEADS,
     MLP,
-    NORMS,
     QKVO,
     ROW,
     in_pictures,
@@ -34,9 +33,24 @@ from liar_ext.models.families.moe import (
     mixture,
     shared,
 )
-from liar_ext.models.family import GATE_UP, Family, Stack, Wiring, attention, mlp
+from liar_ext.models.family import GATE_UP, Family, Stack, Stream, Wiring, attention, mlp, steps
 
 _KEYS = ("query", "key")  # of which a value head has none of its own
+
+
+def _mixed(norms: str, mixers: Sequence[Wiring], mlp: Wiring, **more: object) -> Stream:
+    """Return the stream of blocks with one of some mixers of tokens, and then an MLP."""
+    first, second, last = norms.split()
+    filters = {path for each in mixers for path in each.per_head if path.endswith("weight")}
+    block = with_block(
+        f"norm {first}",
+        f"read_if {' '.join(path for each in mixers for path in each.layers[:-1])}",
+        f"write_if {' '.join(each.consumer for each in mixers)}",
+        f"aside_if {' '.join(path.rpartition('.')[0] for path in sorted(filters))}",
+        *(f"norm {second}", mlp),
+    )
+    ends = (steps(f"norm {last}", "read lm_head score qa_outputs"),)
+    return replace(block, ends=ends, **more)
 
 
 def _delta(projections: Mapping[str, Stack | None]) -> Wiring:
@@ -76,15 +90,8 @@ _QWEN = replace(
     name="qwen3_5_text",
     attn=(ROW.attn, _DELTA),
     mlp=MLP,
-    stream=replace(
-        with_block(
-            NORMS[0],
-            f"read_if {' '.join((*ATTN.layers[:-1], *_DELTA.producers))}",
-            f"write_if {ATTN.consumer} {_DELTA.consumer}",
-            f"aside_if {_DELTA.per_head[0].removesuffix('.weight')}",
-            *(NORMS[1], MLP),
-        ),
-        norm_offset=1.0,
+    stream=_mixed(
+        "input_layernorm post_attention_layernorm norm", (ATTN, _DELTA), MLP, norm_offset=1.0
     ),
 )
 _NEXT = mixture("qwen3_next", (ROW.attn, _DELTA_NEXT), (QWEN3_EXPERTS, MLP), GATED)
@@ -133,6 +140,11 @@ _NEMOTRON_EXPERTS = replace(
     stacked={},
     requires={"moe_latent_size": None},  # else they write other features than the stream's
 )
+_BAMBA = mlp(
+    "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj",
+    numbers={"feed_forward.intermediate_size": "features"},
+    bias_flag="mlp_bias",
+)
 # Heads of Mamba of the first two are one group, in all models that there are, and stay.
 MAMBA_ROWS = (
     mixture(
@@ -154,12 +166,13 @@ MAMBA_ROWS = (
         "bamba",
         "layers",
         _OPTIONAL,
-        mlp(
-            "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj",
-            numbers={"feed_forward.intermediate_size": "features"},
-            bias_flag="mlp_bias",
+        _BAMBA,
+        stream=_mixed(
+            "input_layernorm pre_ff_layernorm final_layernorm",
+            (ATTN, _mamba("mamba", None)),
+            _BAMBA,
+            multiple_of=None,  # its config makes Mamba a multiple of it
         ),
-        without={"hidden": "the stock class makes its Mamba layers a multiple of it"},
     ),
     mixture(
         "nemotron_h",
@@ -190,18 +203,17 @@ _SHORT = Wiring(
     per_head=("conv.conv.weight", "conv.conv.bias"),
 )
 _LFM2 = (replace(ATTN, consumer="self_attn.out_proj"), _SHORT)
+# Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
+_SWIGLU = mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", "")
 _AS_WIDE = "convolutions: the config has no width of theirs but the hidden size"
 CONVOLUTION_ROWS = (
     Family(
         "lfm2",
         "layers",
         _LFM2,
-        # Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
-        mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", ""),
-        without={
-            "hidden": "its convolutions are as wide as the hidden size",
-            "stock": f"channels: its config rounds their number; {_AS_WIDE}",
-        },
+        _SWIGLU,
+        stream=_mixed("operator_norm ffn_norm embedding_norm", _LFM2, _SWIGLU, multiple_of=None),
+        without={"stock": f"channels: its config rounds their number; {_AS_WIDE}"},
     ),
     # The first layers have an ordinary MLP.
     mixture(
