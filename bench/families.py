@@ -81,8 +81,8 @@ REFUSED = {
     ),
     "single heads of Mamba-2 (nemotron_h, bamba, granitemoehybrid)": (
         "Its gated norm runs over all heads of a group, so removing one changes the others. Whole "
-        "groups are exact: nemotron_h has several. bamba and granitemoehybrid have one, and their "
-        "Mamba layers stay whole."
+        "groups are exact: nemotron_h has several. bamba and granitemoehybrid have one by default, "
+        "and their Mamba layers stay whole."
     ),
     "heads of lightning attention (minimax)": (
         "Its norm runs over all heads at once, so removing one changes the others. One config "

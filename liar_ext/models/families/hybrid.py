@@ -145,7 +145,7 @@ _BAMBA = mlp(
     numbers={"feed_forward.intermediate_size": "features"},
     bias_flag="mlp_bias",
 )
-# Heads of Mamba of the first two are one group, in all models that there are, and stay.
+# Heads of Mamba of the first two are one group, unless a config says otherwise, and stay.
 MAMBA_ROWS = (
     mixture(
         "granitemoehybrid",
