@@ -14,6 +14,7 @@ BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
 KINDS = {
     "language models": "llama gpt",
+    "hybrids with linear attention, Mamba or convolutions": "hybrid",
     "mixtures of experts": "moe",
     "encoders": "bert",
     "encoder-decoders": "t5",
@@ -78,9 +79,21 @@ REFUSED = {
         "llama.cpp gives all layers the same sizes, and computes phimoe otherwise; the other "
         "families have no table of tensors yet."
     ),
-    "heads of linear attention and of Mamba (qwen3_5, qwen3_next, minimax, lfm2)": (
-        "No row says yet which rows of their projections, convolutions and states belong to "
-        "one head. They stay whole."
+    "single heads of Mamba-2 (nemotron_h, bamba, granitemoehybrid)": (
+        "Its gated norm runs over all heads of a group, so removing one changes the others. Whole "
+        "groups are exact: nemotron_h has several. bamba and granitemoehybrid have one by default, "
+        "and their Mamba layers stay whole."
+    ),
+    "heads of lightning attention (minimax)": (
+        "Its norm runs over all heads at once, so removing one changes the others. One config "
+        "field also counts the heads of the other blocks."
+    ),
+    "experts of nemotron_h with `moe_latent_size`": (
+        "They write fewer features than the residual stream has, and a projection follows."
+    ),
+    "pure Mamba models (mamba, mamba2, falcon_mamba)": (
+        "Their blocks are in no row of the table. Channels of Mamba-1 meet in `x_proj`, which "
+        "makes the time steps of all of them."
     ),
     "diffusion transformers": (
         "They load through diffusers. The table and the loaders know classes of transformers alone."

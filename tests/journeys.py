@@ -82,7 +82,9 @@ def check_slicing(name: str) -> None:
     for unit in ("kv_group", "head") if grouped else ("auto",):
         for chosen in [kinds] if unit == "head" else [(kind,) for kind in kinds]:
             plan = make_plan(model, chosen, unit)
-            sliced = check_sliced(model, plan, rtol=1e-7, atol=1e-7)
+            # Linear attention computes in float32, whatever the dtype is.
+            close = 1e-5 if any(site.key_dim for site in sites(model)) else 1e-7
+            sliced = check_sliced(model, plan, rtol=close, atol=close)
             for site in sites(sliced, attn_unit=unit):
                 layers = [sliced.get_submodule(path) for path in (*site.producers, site.consumer)]
                 for layer in layers:

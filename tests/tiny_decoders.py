@@ -36,9 +36,9 @@ _GEMMA4 = {
 _LINEAR = {
     **_GQA,
     **{"head_dim": 8, "rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}},
-    "layer_types": ["full_attention", "linear_attention", "full_attention"],
-    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    **{"linear_key_head_dim": 6, "linear_value_head_dim": 4},
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8},
 }
 
 
@@ -119,6 +119,13 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
                 **_QWEN_VISION,
                 **{"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16},
             },
+        },
+    ),
+    "bamba": _causal(
+        "Bamba",
+        {
+            **{**_SQUARE, "attn_layer_indices": [1], "mamba_n_heads": 8},
+            **{"mamba_d_state": 6, "mamba_chunk_size": 4},
         },
     ),
     "lfm2": _causal(

@@ -24,8 +24,8 @@ _LATENT = {
 }
 _LINEAR = {
     **{"layer_types": ["full_attention", "linear_attention"]},
-    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 6, "linear_value_head_dim": 4},
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8},
     **{"shared_expert_intermediate_size": 12, "norm_topk_prob": True},
 }
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
@@ -34,6 +34,13 @@ _VISION = {
     **{"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1},
     **{"hidden_size": 16, "out_hidden_size": 40, "intermediate_size": 16},
     "deepstack_visual_indexes": [0],
+}
+
+NEMOTRON = {
+    **{**_EXPERTS, "num_hidden_layers": 5, "n_routed_experts": 4},
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    **{"moe_shared_expert_intermediate_size": 12, "ssm_state_size": 5, "n_groups": 4},
+    **{"mamba_num_heads": 8, "mamba_head_dim": 3, "chunk_size": 4, "norm_topk_prob": True},
 }
 
 # name: (model class, config class, config fields)
@@ -127,4 +134,15 @@ MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
             "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
         },
     ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
+        {
+            **{**_SIZES, "num_local_experts": 4, "residual_multiplier": 0.5},
+            **{"shared_intermediate_size": 12, "position_embedding_type": "rope"},
+            **{"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 8},
+            **{"mamba_d_state": 6, "mamba_chunk_size": 4},
+        },
+    ),
+    "nemotron_h": ("NemotronHForCausalLM", "NemotronHConfig", NEMOTRON),
 }

@@ -224,7 +224,8 @@ def bare_class(found: Folder, stock: Any) -> Any | None:
     if (found.path / MODULES_FILE).is_file():
         return bare
     with reading(found.path, "load_model"):
-        config = CONFIG_MAPPING[found.config["model_type"]].from_dict(found.config)
+        # Of the file, in which transformers writes an infinite number in a way of its own.
+        config = CONFIG_MAPPING[found.config["model_type"]].from_pretrained(found.path)
         model, without = (skeleton(each, config) for each in (stock, bare))
     prefix, tied = f"{stock.base_model_prefix}.", set(model.all_tied_weights_keys)
     head = {name for name in model.state_dict() if not name.startswith(prefix)} - tied

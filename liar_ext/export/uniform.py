@@ -96,17 +96,20 @@ def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan
     A config may refuse head counts (one that doesn't divide the hidden size), or derive them: then
     more units come back, up to all of the dense model.
     """
-    chosen = plan
-    for kind in ("attn", "mlp"):
-        own = {name: site for name, site in plan.sites.items() if kind_of(name) == kind}
+    whole = {name: replace(s, kept=tuple(range(s.units))) for name, s in plan.sites.items()}
+    chosen, tied = replace(plan, sites=whole), {}  # sites by what says their number
+    for site in sites(model, attn_unit=plan.attn_unit):
+        fields = (site.kind, site.part.config, *(site.wiring.config or ()))
+        tied.setdefault(fields, []).append(site)
+    for (kind, *_), some in sorted(tied.items()):
+        own = {site.name: plan.sites[site.name] for site in some if site.name in plan.sites}
         if not own:
             continue
-        units = max(site.units for site in own.values())
+        units, runs = max(site.units for site in own.values()), some[0].groups
         least = max(len(site.kept) for site in own.values())
-        everything = len(own) < sum(site.kind == kind for site in sites(model, (kind,)))
         if kind == "mlp":
             least = min(units, -(-least // multiple_of) * multiple_of)
-        runs = sites(model, (kind,), plan.attn_unit)[0].groups  # into which the units fall
+        everything = len(own) < len(some) or not some[0].wiring.config
         tries = range(units if everything else least, units + 1, runs)
         for count in tries if kind == "attn" else sorted({tries[0], units}):
             more = {name: _widened(site, count, runs) for name, site in own.items()}
@@ -145,6 +148,7 @@ def _builds(stock: type[nn.Module], config: Any, plan: Plan, kind: str) -> bool:
 def _fill(padded: nn.Module, model: nn.Module, plan: Plan, wide: Plan) -> None:
     """Copy the weights of a model into the wider one, whose other weights become zero."""
     places: dict[str, tuple[int, Tensor]] = {}  # of parameters: a dimension, and what is kept of it
+    named = dict(padded.named_parameters())
     for site in sites(padded, attn_unit=plan.attn_unit):
         if site.name in plan.sites:
             at = {unit: index for index, unit in enumerate(wide.sites[site.name].kept)}
@@ -155,8 +159,11 @@ def _fill(padded: nn.Module, model: nn.Module, plan: Plan, wide: Plan) -> None:
                 rows = unit_rows(site, path, kept, weight.shape[dim])
                 places |= {f"{path}.weight": (dim, rows), f"{path}.bias": (0, rows)}
             places[f"{site.consumer}.weight"] = 1 - dim, site.features(kept)
+            for path in (f"{site.path}.{name}" for name in site.wiring.per_head):
+                if path in named:
+                    places[path] = 0, unit_rows(site, path, kept, len(named[path]))
     theirs = dict(model.named_parameters())
-    for path, parameter in padded.named_parameters():
+    for path, parameter in named.items():
         source = theirs.get(path)
         parameter.zero_()
         if path in places and source is not None:  # a bias that only some layers have may lack

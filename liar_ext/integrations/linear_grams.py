@@ -96,7 +96,9 @@ def _producer_inputs(model: nn.Module, site: Site) -> int:
         kind = type(layers[0]).__name__
         wrong = f"the layers of {site.name} must be torch.nn.Linear, got {kind}"
     # Attention to another part, or to positions, has producers that read something else.
-    elif site.kind == "attn" and (len(site.wiring.producers) > 1 or site.name.endswith(CROSS)):
+    elif site.kind == "attn" and (
+        (len(site.wiring.producers) > 1 and not site.key_dim) or site.name.endswith(CROSS)
+    ):
         wrong = f"the producers of {site.name} must all read the same, and they don't"
     if wrong:
         raise InputError(f"calibrate_linears: {wrong}; let the quantiser calibrate by itself")

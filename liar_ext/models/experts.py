@@ -88,7 +88,8 @@ def gated(model: nn.Module, site: Site, hidden: Tensor) -> Tensor:
     (path,) = site.producers
     layer = layer_at(model, path, site.expert)
     out = hidden @ (layer.weight if site.wiring.transposed else layer.weight.T)
-    return layer.owner._apply_gate(out if layer.bias is None else out + layer.bias)
+    gate = layer.owner._apply_gate if layer.owner.has_gate else layer.owner.act_fn
+    return gate(out if layer.bias is None else out + layer.bias)
 
 
 @torch.no_grad()

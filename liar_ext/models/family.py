@@ -41,17 +41,29 @@ class Stack(NamedTuple):
         ("query", "key", "value")            q0 q1 q2 q3 k0 k1 v0 v1
         ("query", "key", "value"), True      q0 q1 k0 v0 q2 q3 k1 v1
 
-    ``key`` and ``value`` have one run of rows per key/value head; any other name, such as
-    ``query``, ``gate`` or ``up``, one per query head or channel.
+    Those in ``grouped`` have one run of rows per key/value head; any other, such as ``query``,
+    ``gate`` or ``up``, one per query head or channel; those in ``single`` one row per query head.
     """
 
     matrices: tuple[str, ...]
     by_group: bool = False
+    grouped: tuple[str, ...] = ("key", "value")
+    single: tuple[str, ...] = ()
 
     @property
     def shared(self) -> int:
         """How many of the matrices have rows per key/value head."""
-        return sum(matrix in ("key", "value") for matrix in self.matrices)
+        return sum(matrix in self.grouped for matrix in self.matrices)
+
+    def rows(self, of_all: int, own: int, heads: int) -> dict[str, int]:
+        """Return the rows of each matrix: ``of_all`` together, ``own`` of all query heads."""
+        known = {
+            matrix: heads if matrix in self.single else own
+            for matrix in self.matrices
+            if matrix not in self.grouped
+        }
+        each = (of_all - sum(known.values())) // self.shared if self.shared else 0
+        return {matrix: known.get(matrix, each) for matrix in self.matrices}
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,15 @@ class Wiring:
     producers: tuple[str, ...]
     consumer: str  # the linear layer that reads the units
     key_value: tuple[str, ...] = ()  # producers with one run of rows per key/value head
-    head_dim: str = ""  # attribute that holds the size of a head; empty for an MLP
-    stacked: Mapping[str, Stack] = field(default_factory=dict)  # producers of several matrices
+    head_dim: str = ""  # attribute that holds the size of a head; empty if units are channels
+    # The same of a key head, where heads keep one state in place of the keys and values of all
+    # tokens: linear attention, whose key heads have a query each, and Mamba. "Query heads" are
+    # the heads of values then.
+    key_dim: str = ""
+    # Whether heads can leave by whole groups alone, as a norm runs over the heads of a group.
+    whole_groups: bool = False
+    # Producers, and parameters of heads, that hold several matrices.
+    stacked: Mapping[str, Stack] = field(default_factory=dict)
     transposed: bool = False  # weights are stored as (d_in, d_out), as in Conv1D
     # Integers that modules keep, and the size that each must hold; self_attn.config.x is one that
     # forward reads from the config of the model.
@@ -93,13 +112,16 @@ class Wiring:
     # sites whole.
     requires: Mapping[str, object] = field(default_factory=dict)
     optional: bool = False  # some blocks have another kind of layer in the place of such a site
-    per_head: tuple[str, ...] = ()  # parameters with one number per query head
+    # Parameters whose first dimension is a run for each query head: a number, or the channels of a
+    # depthwise convolution. A model may lack them.
+    per_head: tuple[str, ...] = ()
     experts: Experts | None = None  # where every expert has such layers, which name parameters then
     # Norm that reads what the consumer gives, and that alone; empty if there is none.
     output_norm: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= set(self.producers):
+        known = {*self.producers, *self.per_head}
+        if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= known:
             raise InputError(
                 "Wiring: stacked must map some of the producers to a Stack, got "
                 f"{self.stacked!r}; for [q; k; v] in one layer write "

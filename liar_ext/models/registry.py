@@ -8,12 +8,12 @@ from typing import NamedTuple
 from torch import nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.families import bert, gpt, llama, moe, t5, vit
+from liar_ext.models.families import bert, gpt, hybrid, llama, moe, t5, vit
 from liar_ext.models.family import Family, Wiring
 
 # One row a family, checked against the source of transformers 5.24 and by a test that slicing
 # equals zeroing.
-_MODULES = (llama, gpt, bert, t5, vit, moe)
+_MODULES = (llama, gpt, hybrid, bert, t5, vit, moe)
 FAMILIES: dict[str, Family] = {row.name: row for module in _MODULES for row in module.ROWS}
 COLUMNS = {
     "heads": "heads",
@@ -106,11 +106,17 @@ def _hidden(family: Family) -> Entry:
 def _sites(wirings: list[Wiring], reason: str | None, lacking: str) -> Entry:
     if not wirings or reason is not None:
         return Entry(NO, reason or lacking)
-    if any(wiring.optional for wiring in wirings):
-        return Entry(YES, "in the blocks that have any")
-    if not all(wiring.requires for wiring in wirings):
-        return Entry(YES)
-    return Entry(YES, _only(need for wiring in wirings for need in wiring.requires.items()))
+    states = [wiring for wiring in wirings if wiring.key_dim]
+    notes = ["in the blocks that have any"] if any(w.optional for w in wirings) else []
+    if any(not wiring.whole_groups for wiring in states):
+        notes.append("of linear attention, too")
+    if {bool(wiring.head_dim) for wiring in wirings} == {True, False}:
+        notes.append("and channels of convolutions")
+    if any(wiring.whole_groups for wiring in states):
+        notes.append("of Mamba by whole groups")
+    if not notes and all(wiring.requires for wiring in wirings):
+        notes.append(_only(need for wiring in wirings for need in wiring.requires.items()))
+    return Entry(YES, ", ".join(notes))
 
 
 def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:

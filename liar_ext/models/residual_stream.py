@@ -344,7 +344,9 @@ def narrow_norm(norm: nn.Module, kept: Tensor) -> None:
 
 def fit(layer: nn.Module) -> None:
     """Make the sizes that a layer keeps those of its weight."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv1d):  # a filter for each channel
+        layer.in_channels = layer.out_channels = layer.groups = len(layer.weight)
+    elif isinstance(layer, nn.Conv2d):
         layer.out_channels = len(layer.weight)
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = layer.weight.shape

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.family import Part, Stack, Wiring
+from liar_ext.models.family import Part, Wiring
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import Block, block_config, count_experts, get_path, layer_at, parts_of
 from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
@@ -67,6 +67,7 @@ class Site:
     expert: int | None = None  # which expert of the layer, where there are several
     experts: int = 0  # how many there are
     active: float = 1.0  # fraction of the tokens that the site reads, on average
+    key_dim: int = 0  # size of a key head where heads keep a state, as linear attention does
 
     @property
     def team(self) -> str:
@@ -87,10 +88,11 @@ class Site:
     def sizes(self) -> dict[str, int]:
         """Sizes by name: features; experts; for attention also heads, kv_heads, group_size, ..."""
         sizes = {"features": self.d_in, "experts": self.experts}
-        if self.kind == "attn":
-            heads = self.d_in // self.head_dim
+        if self.head_dim:
+            heads, keys = self.d_in // self.head_dim, self.kv_heads * self.key_dim
             sizes |= {"heads": heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
-            sizes["group_size"] = heads // self.kv_heads
+            sizes |= {"group_size": heads // self.kv_heads, "key_features": keys}
+            sizes["conv_features"] = self.d_in + 2 * keys  # of values, keys and queries
         return sizes
 
     @property
@@ -114,10 +116,12 @@ class Site:
         stack = self.wiring.stacked.get(producer.removeprefix(f"{self.path}."))
         if stack is None:
             return _runs(rows, self.units)
-        own, shared = _runs(self.d_in, self.units), _shared_rows(stack, rows, self.d_in)
-        shared = _runs(shared, 1) - 1 if self.keys_stay else _runs(shared, self.units)
+        heads = self.d_in // (self.head_dim or 1)
         groups = (self.kv_heads or self.units) if stack.by_group else 1
-        parts = [shared if matrix in ("key", "value") else own for matrix in stack.matrices]
+        parts = []
+        for matrix, size in stack.rows(rows, self.d_in, heads).items():
+            stays = self.keys_stay and matrix in stack.grouped
+            parts.append(_runs(size, 1) - 1 if stays else _runs(size, self.units))
         return torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten()
 
     def per_unit(self, values: Tensor) -> Tensor:
@@ -138,11 +142,13 @@ class Site:
         """Return the FLOPs of one forward pass that leave with one unit.
 
         ``2 · n · unit_weights``, of an expert times the fraction of tokens that it gets, and for
-        attention ``4 · n² · width`` more for QKᵀ and PV, with n = ``seq_len`` tokens. A
+        attention ``4 · n² · width`` more for QKᵀ and PV, with n = ``seq_len`` tokens; for heads
+        that keep a state ``6 · n · key_dim · width``, to read, change and read it again. A
         multiply-add counts as 2, and attention as the full square also where it is causal;
-        normalisation, activation and softmax aren't counted.
+        normalisation, activation, softmax and short convolutions aren't counted.
         """
-        attention = 4 * seq_len**2 * self.width if self.kind == "attn" else 0
+        reads = 6 * self.key_dim if self.key_dim else 4 * seq_len
+        attention = reads * seq_len * self.width if self.head_dim else 0
         return round(2 * seq_len * self.active * self.unit_weights) + attention
 
 
@@ -205,7 +211,16 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
         raise InputError(
             f"sites: no block of {family.name!r} has any {' or '.join(kinds)} to prune"
         )
+    if attn_unit == "auto" and attn_unit_of(found) == "kv_group":  # a head is a group of its own
+        found = [replace(s, unit="kv_group") if s.unit == "head" else s for s in found]
     return found
+
+
+def attn_unit_of(at: Sequence[Site]) -> str:
+    """Return the attention unit of a plan for these sites, some of which leave by groups alone."""
+    attn = [site for site in at if site.head_dim]
+    single = any(site.keys_stay for site in attn) or {site.unit for site in attn} == {"head"}
+    return "head" if single else "kv_group"
 
 
 def teams_of(at: Sequence[Site]) -> dict[str, list[Site]]:
@@ -280,13 +295,16 @@ def _read_site(
     found = {layer: layer_at(block, layer, expert) for layer in wiring.layers}
     rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)
-    unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
+    unit, units, groups, head_dim, kv_heads, key_dim = "channel", d_in, 1, 0, 0, 0
     experts = count_experts(block, wiring)
     top_k = get_path(block, wiring.experts.router).top_k if experts else 0
-    if _KIND[label] == "attn":
+    if wiring.head_dim:
         head_dim = get_path(block, wiring.head_dim)
-        kv_heads = _kv_heads(name, wiring, rows, d_in // head_dim, head_dim)
-        unit, units, groups = _attn_units(attn_unit, d_in // head_dim, kv_heads)
+        key_dim = get_path(block, wiring.key_dim) if wiring.key_dim else 0
+        sizes = d_in // head_dim, head_dim, key_dim or head_dim
+        kv_heads = _kv_heads(name, wiring, rows, sizes)
+        attn_unit = "kv_group" if wiring.whole_groups else attn_unit
+        unit, units, groups = _attn_units(attn_unit, sizes[0], kv_heads)
     site = Site(
         name=name,
         kind=_KIND[label],
@@ -309,10 +327,15 @@ def _read_site(
         expert=expert,
         experts=experts,
         active=top_k / experts if experts else 1.0,
+        key_dim=key_dim,
     )
     # A query head that leaves a KV group leaves the group's key and value behind.
     producers = (*wiring.producers, *(() if site.keys_stay else wiring.key_value))
-    weights, biases = d_in * d_out, sum(get_path(block, each).numel() for each in wiring.per_head)
+    weights, biases = d_in * d_out, 0
+    for each in wiring.per_head:
+        if (held := get_path(block, each)) is not None:
+            owned = int((site.row_units(each, len(held)) >= 0).sum())
+            biases += owned * (held.numel() // len(held))
     for layer in producers:
         owned = int((site.row_units(layer, rows[layer]) >= 0).sum())
         weights += owned * (found[layer].weight.numel() // rows[layer])
@@ -340,16 +363,19 @@ def _out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]
     return tuple(weight.shape[::-1] if wiring.transposed else weight.shape)
 
 
-def _kv_heads(site: str, wiring: Wiring, rows: Mapping[str, int], heads: int, head_dim: int) -> int:
-    """Return the number of key/value heads, by the rows of the layers of an attention site."""
+def _kv_heads(site: str, wiring: Wiring, rows: Mapping[str, int], sizes: Sequence[int]) -> int:
+    """Return the number of key/value heads, by the rows of the layers of an attention site.
+
+    ``sizes`` are the number of query heads, the size of a head, and that of a key head.
+    """
+    heads, head_dim, key_dim = sizes
     if wiring.key_value:
         return rows[wiring.key_value[0]] // head_dim
     for layer, stack in wiring.stacked.items():
-        if stack.shared:
-            each = _shared_rows(stack, rows[layer], heads * head_dim)
-            kv_heads = each // head_dim
-            own = (len(stack.matrices) - stack.shared) * heads * head_dim
-            if own + stack.shared * kv_heads * head_dim != rows[layer] or not kv_heads:
+        if stack.shared and layer in rows:
+            each = stack.rows(rows[layer], heads * head_dim, heads)
+            kv_heads, left = divmod(min(each[m] for m in stack.grouped if m in each), key_dim)
+            if sum(each.values()) != rows[layer] or left or kv_heads < 1:
                 raise InputError(
                     f"sites: {layer} of {site} must stack {', '.join(stack.matrices)} of {heads} "
                     f"query heads of {head_dim} rows, got {rows[layer]} rows; register a family "
@@ -357,12 +383,6 @@ def _kv_heads(site: str, wiring: Wiring, rows: Mapping[str, int], heads: int, he
                 )
             return kv_heads
     return heads
-
-
-def _shared_rows(stack: Stack, rows: int, own: int) -> int:
-    """Return the rows of each matrix of keys or values, where each other one has ``own``."""
-    left = rows - (len(stack.matrices) - stack.shared) * own
-    return left // stack.shared if stack.shared else 0
 
 
 def _runs(rows: int, units: int) -> Tensor:

@@ -261,8 +261,10 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
         _narrow_layer(model, site, path, output, rows, with_bias=True)
     columns = [each.features(units) for each, units in zip(team, kept, strict=True)]
     _narrow_layer(model, site, site.consumer, input_, columns)
-    for path in site.wiring.per_head:
-        narrow(*owner_of(model, f"{site.path}.{path}"), 0, _heads(site, kept[0]))
+    for path in (f"{site.path}.{name}" for name in site.wiring.per_head):
+        owner, name = owner_of(model, path)
+        if (held := getattr(owner, name)) is not None:
+            narrow(owner, name, 0, unit_rows(site, path, kept[0], len(held)))
     if site.wiring.head_input is not None:
         said = site.wiring.head_input
         heads = None if said.own else _heads(site, kept[0]).tolist()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.errors import InputError
-from liar_ext.models.sites import Site, teams_of
+from liar_ext.models.sites import Site, attn_unit_of, teams_of
 from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.selection.costs import Costs, choose
 from liar_ext.selection.error_curves import removal_order
@@ -114,8 +114,7 @@ def _plan(
     for site in at:
         values = site.per_unit(scores[site.name])
         plan[site.name] = SitePlan(site.units, select(values, counts[site.name], site.groups))
-    attn_unit = next((site.unit for site in at if site.kind == "attn"), "kv_group")
-    return Plan(model_type, attn_unit, plan, budget)
+    return Plan(model_type, attn_unit_of(at), plan, budget)
 
 
 def check_budget(

@@ -300,11 +300,12 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
 def cached_values(site: Site) -> int:
     """Return the numbers that generation keeps of a token for a site: a key and a value each.
 
-    None where keys and values of a token are made anew from what all heads share.
+    None where keys and values of a token are made anew from what all heads share, or where heads
+    keep a state, as large for any number of tokens.
     """
     stacks = site.wiring.stacked.values()
     own = bool(site.wiring.key_value) or any(stack.shared for stack in stacks)
-    return 2 * site.kv_heads * site.head_dim if own else 0
+    return 2 * site.kv_heads * site.head_dim if own and not site.key_dim else 0
 
 
 def _unit_cost(site: Site, budget: Budget) -> float:

@@ -29,7 +29,7 @@ def same_outputs(a, b):
     torch.testing.assert_close(outputs(a), outputs(b), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*TINY, "phi3", "falcon_new", "stablelm"])
+@pytest.mark.parametrize("name", [*TINY, "phi3", "falcon_new", "stablelm", "qwen3_5_text"])
 def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
     model, plan = pruned(name, make_plan)
     again, done = exported(model, plan, tmp_path)
@@ -37,7 +37,8 @@ def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
     (out,) = done.paths
     assert strangers(out) == [] and verify_pruned(out)["layers"] == "equal"
     for kind in ("attn", "mlp"):
-        assert len({site.d_in for site in sites(again, (kind,))}) == 1
+        sizes = {(site.wiring.consumer, site.d_in) for site in sites(again, (kind,))}
+        assert len(sizes) == len({consumer for consumer, _ in sizes})
     assert "+" in done.notes[1] and "padded with zeros" in done.notes[0]
 
 
@@ -46,6 +47,17 @@ def test_sites_of_one_kind(kinds, tmp_path):
     model, plan = pruned("llama", make_plan, kinds=kinds)
     again, _ = exported(model, plan, tmp_path)
     same_outputs(model, again)
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "head"])
+def test_each_kind_of_attention_has_a_number_of_its_own(unit, tmp_path):
+    model, plan = pruned("qwen3_5_text", make_plan, attn_unit=unit)
+    again, _ = exported(model, plan, tmp_path)
+    same_outputs(model, again)
+    kept = {name: len(each.kept) for name, each in plan.sites.items() if "attn" in name}
+    for site in sites(again, ("attn",), unit):
+        alike = [n for name, n in kept.items() if bool(site.key_dim) == (name != "1.attn")]
+        assert site.units == max(alike)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -14,7 +14,7 @@ from liar_ext.calibration.taps import watched
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "opt", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "opt", "gemma3_text", "qwen3_5_text"])
 def test_grams_are_those_of_the_dense_inputs_that_stay(name):
     model = tiny(name)
     rows = batches(model, 2)

@@ -39,7 +39,9 @@ def with_choice(name: str, **settings) -> nn.Module:
 def test_slicing_equals_zeroing(name: str) -> None:
     model = with_choice(name, dtype=torch.float64)
     model.set_experts_implementation("eager")
-    check_sliced(model, plan_of_experts(model), rtol=1e-9, atol=1e-9)
+    # Linear attention computes in float32, whatever the dtype is.
+    close = 1e-5 if any(site.key_dim for site in sites(model)) else 1e-9
+    check_sliced(model, plan_of_experts(model), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("name", one_of_each_kind(MOE_FAMILIES))
@@ -171,7 +173,8 @@ def test_a_compressed_cache_is_the_same_whatever_heads_there_are(name: str) -> N
 def test_equal_heads_are_said_by_the_config(name: str, tmp_path: Path) -> None:
     model, kept = tiny(name), {}
     for site in sites(model, ("attn",)):
-        kept[site.name] = SitePlan(site.units, tuple(range(0, site.units, 2)))
+        if site.head_dim:  # and not the channels of a convolution
+            kept[site.name] = SitePlan(site.units, tuple(range(0, site.units, 2)))
     plan = Plan(model.config.model_type, "auto", kept)
     apply_plan(model, plan)
     save_pruned(model, tmp_path / "pruned", plan)

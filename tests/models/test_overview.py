@@ -49,7 +49,10 @@ def test_the_table_says_what_models_of_the_family_have():
     assert table["llama"]["biases"] == Entry("attention_bias, mlp_bias")
     assert table["olmo2"]["heads"].applies == "no" and table["olmo2"]["channels"] == Entry("yes")
     assert table["stablelm"]["heads"] == Entry("yes", "only with qk_layernorm=False")
-    assert table["lfm2"]["heads"] == Entry("yes", "in the blocks that have any")
+    assert table["minimax"]["heads"] == Entry("yes", "in the blocks that have any")
+    assert table["lfm2"]["heads"] == Entry("yes", "and channels of convolutions")
+    assert table["qwen3_next"]["heads"] == Entry("yes", "of linear attention, too")
+    assert table["nemotron_h"]["heads"].reason.endswith("of Mamba by whole groups")
     assert table["mixtral"]["experts"] == Entry("yes")
     assert table["mixtral"]["stock"].applies == "heads, channels, experts"
     assert table["llama"]["experts"] == Entry("–")

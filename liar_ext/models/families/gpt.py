@@ -13,7 +13,6 @@ from liar_ext.models.families.llama import (
     QKVO,
     ROW,
     counts,
-    in_pictures,
     with_block,
 )
 from liar_ext.models.family import (
@@ -167,35 +166,4 @@ PARALLEL_ROWS = (
     Family("falcon", "h", _FALCON, _FALCON_MLP, stream=_FALCON_STREAM, without=NO_STOCK),
 )
 
-# A head of q_proj is its query and the gate of its output, one after the other.
-_LINEAR = " ".join(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
-_QWEN_STREAM = with_block(
-    NORMS[0],
-    f"read_if {' '.join(ATTN.layers[:-1])} {_LINEAR}",
-    "write_if self_attn.o_proj linear_attn.out_proj",
-    *(NORMS[1], MLP),
-)
-_QWEN = replace(
-    ROW,
-    name="qwen3_5_text",
-    attn=replace(ROW.attn, optional=True),
-    mlp=MLP,
-    stream=replace(_QWEN_STREAM, norm_offset=1.0),
-)
-HYBRID_ROWS = (
-    _QWEN,
-    in_pictures(_QWEN, "qwen3_5"),
-    Family(
-        "lfm2",
-        "layers",
-        replace(ATTN, consumer="self_attn.out_proj", optional=True),
-        # Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
-        mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", ""),
-        without={
-            "hidden": "its convolutions are as wide as the hidden size",
-            "stock": "channels: its config rounds their number",
-        },
-    ),
-)
-
-ROWS = (*FUSED_ROWS, *GPT_ROWS, *PARALLEL_ROWS, *HYBRID_ROWS)
+ROWS = (*FUSED_ROWS, *GPT_ROWS, *PARALLEL_ROWS)

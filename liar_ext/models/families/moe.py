@@ -19,7 +19,7 @@ from liar_ext.models.family import (
 )
 
 
-def _experts(
+def experts(
     config: dict[str, str],
     module: str = "mlp.experts",
     router: str = "mlp.gate",
@@ -42,28 +42,25 @@ def _experts(
     )
 
 
-_LOCAL = {"intermediate_size": "features", "num_local_experts": "experts"}
-_OWN_WIDTH = {"moe_intermediate_size": "features", "num_experts": "experts"}
-_OLMOE = _experts({"intermediate_size": "features", "num_experts": "experts"})
-_QWEN3 = _experts(_OWN_WIDTH)
+LOCAL = {"intermediate_size": "features", "num_local_experts": "experts"}
+OWN_WIDTH = {"moe_intermediate_size": "features", "num_experts": "experts"}
+_OLMOE = experts({"intermediate_size": "features", "num_experts": "experts"})
+QWEN3_EXPERTS = experts(OWN_WIDTH)
 # gpt-oss has columns for rows, with gate and up of a channel side by side.
 _GPT_OSS = replace(
-    _experts(_LOCAL, router="mlp.router", width="intermediate_size"),
+    experts(LOCAL, router="mlp.router", width="intermediate_size"),
     stacked={"mlp.experts.gate_up_proj": Stack(("gate", "up"), by_group=True)},
     transposed=True,
 )
-_LFM2 = _experts(
-    _OWN_WIDTH, "feed_forward.experts", "feed_forward.gate", choice="feed_forward.expert_bias"
-)
 # The router's weight is that of a linear layer inside of it; experts and the one beside them have
 # one width.
-_HUNYUAN = _experts({"num_experts": "experts"}, weight="wg.weight")
-_ERNIE = _experts({"moe_num_experts": "experts"})
+_HUNYUAN = experts({"num_experts": "experts"}, weight="wg.weight")
+_ERNIE = experts({"moe_num_experts": "experts"})
 # The config makes an expert that reads every token as wide as the others, or a multiple of that.
-_ROUTED = _experts({"n_routed_experts": "experts"})
+_ROUTED = experts({"n_routed_experts": "experts"})
 
 
-def _shared(module: str, field: str = "", **more: object) -> Wiring:
+def shared(module: str, field: str = "", **more: object) -> Wiring:
     """Return the wiring of an expert that every token passes, in the layers that have one."""
     return mlp(
         f"{module}.gate_proj {module}.up_proj {module}.down_proj",
@@ -75,8 +72,8 @@ def _shared(module: str, field: str = "", **more: object) -> Wiring:
 
 
 # What it gives is scaled, token by token.
-_GATED = _shared("mlp.shared_expert", "shared_expert_intermediate_size")
-_SUMMED = _shared("mlp.shared_experts")
+GATED = shared("mlp.shared_expert", "shared_expert_intermediate_size")
+_SUMMED = shared("mlp.shared_experts")
 # Queries, and keys and values together, of all heads are made from a few numbers of a token, which
 # all heads share; v2-lite makes queries from the token itself.
 _LATENT = tuple(
@@ -95,52 +92,43 @@ _JOINT = {"attn": JOINT, "kv_group": JOINT}
 _BESIDE = {"stock": "channels: one field says how wide routed and shared experts are"}
 
 
-def _row(
+def mixture(
     name: str,
     attn: Wiring | tuple[Wiring, ...] | None,
     mlp: Wiring | tuple[Wiring, ...],
     shared_mlp: Wiring | None = None,
     without: Mapping[str, str] | None = None,
 ) -> Family:
+    """Return the row of a mixture, whose hidden size stays as its routers read it."""
     without = {"hidden": ROUTED, **(without or {})}
     return Family(name, "layers", attn, mlp, shared_mlp, without=without)
 
 
-_NEXT = _row("qwen3_next", _OPTIONAL, (_QWEN3, MLP), _GATED)
 ROWS = (
-    _row("mixtral", ATTN, _experts(_LOCAL)),
+    mixture("mixtral", ATTN, experts(LOCAL)),
     # Layers that mlp_only_layers names have an ordinary MLP.
-    _row("qwen3_moe", ROW.attn, (_QWEN3, MLP)),
-    _row("olmoe", None, _OLMOE, without=_JOINT),
-    _row("gpt_oss", replace(ROW.attn, per_head=("self_attn.sinks",)), _GPT_OSS),
+    mixture("qwen3_moe", ROW.attn, (QWEN3_EXPERTS, MLP)),
+    mixture("olmoe", None, _OLMOE, without=_JOINT),
+    mixture("gpt_oss", replace(ROW.attn, per_head=("self_attn.sinks",)), _GPT_OSS),
     replace(
-        _row(
-            "qwen3_vl_moe", ROW.attn, (_QWEN3, MLP), without={"hidden": f"{ROUTED}, and {PICTURES}"}
+        mixture(
+            "qwen3_vl_moe",
+            ROW.attn,
+            (QWEN3_EXPERTS, MLP),
+            without={"hidden": f"{ROUTED}, and {PICTURES}"},
         ),
         blocks="language_model.layers",
         config="text_config",
     ),
     # Blocks of linear attention have no sites of attention, and as many heads by the config.
-    _row(
+    mixture(
         "minimax",
         replace(ATTN, optional=True, config=None),
-        _experts(_LOCAL),
+        experts(LOCAL),
         without={"stock": "heads: one field also counts those of linear attention"},
     ),
-    # The first layers have an ordinary MLP, some blocks convolutions in place of attention.
-    _row(
-        "lfm2_moe",
-        replace(ATTN, consumer="self_attn.out_proj", optional=True),
-        (
-            _LFM2,
-            mlp(
-                "feed_forward.w1 feed_forward.w3 feed_forward.w2",
-                numbers={"feed_forward.intermediate_size": "features"},
-            ),
-        ),
-    ),
-    _row("hunyuan_v1_moe", ROW.attn, _HUNYUAN, _shared("mlp.shared_mlp"), _BESIDE),
-    _row(
+    mixture("hunyuan_v1_moe", ROW.attn, _HUNYUAN, shared("mlp.shared_mlp"), _BESIDE),
+    mixture(
         "ernie4_5_moe",
         replace(ATTN, **_FLAG),
         (
@@ -150,20 +138,17 @@ ROWS = (
         replace(_SUMMED, **_FLAG),
         _BESIDE,
     ),
-    _row("qwen2_moe", ATTN, (_QWEN3, MLP), _GATED),
-    _row(
+    mixture("qwen2_moe", ATTN, (QWEN3_EXPERTS, MLP), GATED),
+    mixture(
         "granitemoe",
         ROW.attn,
-        _experts(_LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router"),
+        experts(LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router"),
     ),
-    _row("phimoe", ROW.attn, _experts(_LOCAL, router="mlp.router")),
+    mixture("phimoe", ROW.attn, experts(LOCAL, router="mlp.router")),
     # The first layers of these have an ordinary MLP.
-    _row("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    _row("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    _row("deepseek_v2", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    _row("deepseek_v3", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    _row("flex_olmo", None, _OLMOE, without=_JOINT),
-    # As in Qwen3.5, some blocks have another mixer of tokens in place of attention.
-    _NEXT,
-    replace(_NEXT, name="qwen3_5_moe_text"),
+    mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("deepseek_v2", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("deepseek_v3", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("flex_olmo", None, _OLMOE, without=_JOINT),
 )
