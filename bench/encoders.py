@@ -212,8 +212,8 @@ def train(
     """Train an encoder on all of the text, without an eighth of it."""
     settings = {"samples": ALL, "seq_len": SEQ_LEN, "seed": seed, "packed": False, "judge": 64}
     drawn = calibration_sequences(sources, tokenizer, **settings)
-    held_out, budget = drawn.judging.batches(16), {"tokens": tokens}
-    heal(model, dense, drawn.batches(16), held_out=held_out, budget=budget)
+    how = {"held_out": drawn.judging.batches(16), "budget": {"tokens": tokens}, "lr": 3e-4}
+    heal(model, dense, drawn.batches(16), **how)
 
 
 def draw(

@@ -95,6 +95,11 @@ REFUSED = {
         "Their blocks are in no row of the table. Channels of Mamba-1 meet in `x_proj`, which "
         "makes the time steps of all of them."
     ),
+    "whole layers and blocks": (
+        "No option. Without six blocks, a SmolLM2 generates slightly faster at a slightly larger "
+        "gap than with narrower layers. A gain at equal seconds is "
+        "[not settled](experiments.md#depth)."
+    ),
     "diffusion transformers": (
         "They load through diffusers. The table and the loaders know classes of transformers alone."
     ),

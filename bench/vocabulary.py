@@ -98,7 +98,7 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         chosen = "all tokens" if row["keep"] == 1.0 else row["chosen_by"]
         size = f"{row['params'] / 1e6:.1f} M"
         size += f", {100 * row['units']:.0f} % of heads and channels" * (row["units"] < 1)
-        size += ", one budget" * (row["keep"] == "auto") + ", healed" * (row["healed"] > 0)
+        size += ", one budget" * (row["keep"] == "auto") + ", healed" * (row.get("healed", 0) > 0)
         longer = row["tokens_per_byte"]["news"] / dense["tokens_per_byte"]["news"]
         speed = [f"{what} {ratio / longer:.2f}×" for what, ratio in row["speed"].items()]
         texts = ("; ".join(each) for each in (quality, rates, speed))
@@ -109,6 +109,8 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
     if any(row["units"] < 1 for row in rows):
         drawn = "heads and channels: {samples} × {seq_len} tokens of the texts, seed 0"
         notes.append(drawn.format(**DRAWN))
+    if any(row.get("healed") for row in rows):
+        notes.append("healed: `liar heal --tokens 400k`, which leaves the speed as it was")
     note = "; ".join(notes)
     facts = {"command": "make vocabulary STSB=FOLDER", "columns": list(COLUMNS), "rows": cells}
     TABLE.write_text(json.dumps({**facts, "note": note}, indent=1, ensure_ascii=False) + "\n")

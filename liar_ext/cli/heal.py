@@ -20,7 +20,7 @@ from liar_ext.cli.inputs import let_write, load
 from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.distributed import broadcast, is_first
+from liar_ext.distributed import broadcast, is_first, world_size
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
 from liar_ext.measure.embeddings import Evaluator
@@ -141,7 +141,7 @@ def _recipe(start: Any, options: argparse.Namespace) -> Recipe:
             "option"
         )
     (unit, amount), *_ = _budget(options).items()
-    each = recipe.batch_size * options.grad_accumulation
+    each = recipe.batch_size * options.grad_accumulation * world_size()
     wanted = {"tokens": amount / recipe.seq_len, "steps": amount * each, "minutes": IN_MINUTES}
     samples = min(max(int(wanted[unit]) + 1, LEAST_SAMPLES), MOST_SAMPLES)
     return replace(recipe, samples=samples)

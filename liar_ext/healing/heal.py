@@ -277,7 +277,8 @@ class Healing:
             self.best = {name: value.detach().cpu().clone() for name, value in self.trained.items()}
         elif self.best is not None:
             put(self.trained, self.best)
-            self.optimizer.state.clear()
+            for state in self.optimizer.state.values():
+                state["exp_avg"].zero_()  # its steps begin small again, of the scales seen so far
             so_far.last_lr *= LOWER
         so_far.curve.append([so_far.tokens, loss])
 

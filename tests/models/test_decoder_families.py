@@ -200,8 +200,8 @@ def test_a_job(name: str, layers: str, tmp_path: Path) -> None:
     """
     if layers == "unequal":
         check_job(name, tmp_path, schedule="one-pass", allocation="global", criterion="wifv")
-        # Of olmo2 the MLPs alone are pruned, by chance alike.
-        assert read(tmp_path / "one")["liar"]["layers"] == "unequal" or name == "olmo2"
+        # Of these only the MLPs have several sites, by chance alike.
+        assert read(tmp_path / "one")["liar"]["layers"] == "unequal" or name in ("bamba", "olmo2")
         return
     equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "layerwise"}
     equal["allocation"] = "uniform"
