@@ -206,7 +206,8 @@ def healing(figure) -> None:
                 for row in rows
                 if row[:2] == [part, start]
             ]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=start.replace("`", ""))
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            axes.plot(xs, ys, "o-", color=colour, label=start.replace("`", ""))
         axes.set(title=f"SmolLM2-135M, {part} removed", xlabel="thousand tokens of healing")
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("mean of log(perplexity / dense)")
@@ -229,7 +230,8 @@ def vocabulary(figure) -> None:
         for (name, points), colour in zip(curves.items(), COLOURS.values(), strict=False):
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
         axes.set(title=model, xlabel="million parameters")
-        axes.legend(loc="best")
+        axes.set_ylim(top=1.5 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(loc="upper left", fontsize="small")
         axes.invert_xaxis()
     figure.axes[0].set_ylabel("% lost, of score or bits per byte")
 
