@@ -156,6 +156,7 @@ def heal(
         "improved": improved,
         "interrupted": interrupted,
         **asdict(so_far),
+        "last_lr": run.lr(),
         "held_out_sequences": sum(map(len, held_out)),
         "trained_params": sum(each.numel() for each in run.trained.values()),
         **settings,
@@ -171,8 +172,12 @@ class SoFar:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0  # held-out measurements included
-    last_lr: float = 0.0  # the highest learning rate, after all that were too high
     curve: list[list[float]] = field(default_factory=list)  # pairs of tokens and held-out loss
+
+    def times_back(self) -> int:
+        """Return how often the held-out loss had not fallen, and training went back."""
+        found = [loss for _, loss in self.curve]
+        return sum(not loss < min(found[:at]) for at, loss in enumerate(found) if at)
 
 
 class Healing:
@@ -191,7 +196,7 @@ class Healing:
         self.training, self.saved, self.device = training, saved, device_of(model)
         kind, half = self.device.type, training.bfloat16
         self.cast = partial(torch.autocast, kind, torch.bfloat16, enabled=half)
-        self.so_far, self.best, self.after = SoFar(last_lr=training.lr), None, math.inf
+        self.so_far, self.best, self.after = SoFar(), None, math.inf
         self.student, self.trained = choose(model, training.train, training.seed)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=training.lr, weight_decay=0.0)
 
@@ -225,6 +230,10 @@ class Healing:
         spent = {"tokens": so_far.tokens, "steps": so_far.steps, "minutes": so_far.seconds / 60}
         return (spent[self.training.unit] + ahead) / self.training.amount
 
+    def lr(self) -> float:
+        """Return the highest learning rate, after all that were too high."""
+        return self.training.lr * LOWER ** self.so_far.times_back()
+
     def step(self) -> bool:
         """Do one step; return False, and leave the weights, if gradients are not finite."""
         so_far, each = self.so_far, self.training.accumulate * world_size()
@@ -247,7 +256,7 @@ class Healing:
         step = {"tokens": tokens, "steps": 1, "minutes": minutes}[self.training.unit]
         middle = self.done(step / 2)
         for group in self.optimizer.param_groups:
-            group["lr"] = so_far.last_lr * schedule(middle)
+            group["lr"] = self.lr() * schedule(middle)
         self.optimizer.step()
         so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
         return True
@@ -279,7 +288,6 @@ class Healing:
             put(self.trained, self.best)
             for state in self.optimizer.state.values():
                 state["exp_avg"].zero_()  # its steps begin small again, of the scales seen so far
-            so_far.last_lr *= LOWER
         so_far.curve.append([so_far.tokens, loss])
 
     def loss(self, student: nn.Module) -> float:

@@ -90,7 +90,7 @@ def test_it_goes_back_where_the_held_out_loss_has_not_fallen(monkeypatch):
         before = bits(self.student)
         measure(self)
         moving = any(state["exp_avg"].any() for state in self.optimizer.state.values())
-        kept.append((before, bits(self.student), self.so_far.last_lr, moving))
+        kept.append((before, bits(self.student), self.lr(), moving))
 
     monkeypatch.setattr(run.Healing, "loss", lambda self, student: next(losses))
     monkeypatch.setattr(run.Healing, "measure", measured)
