@@ -10,13 +10,14 @@ import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from liar_ext.errors import InputError
 
 PLAN_VERSION = 2
-EXPERTS_VERSION = 3  # of a plan that removes whole experts, which a reader of version 2 would keep
-READABLE = (1, 2, 3)  # version 1 has no hidden features
+# Of a plan that removes whole experts, or blocks, which a reader of an earlier one would keep.
+EXPERTS_VERSION, BLOCKS_VERSION = 3, 4
+READABLE = (1, 2, 3, 4)  # version 1 has no hidden features
 KINDS = ("attn", "mlp")
 PARTS = ("encoder", "decoder")  # of a model that has both
 ATTN_UNITS = ("auto", "kv_group", "head")
@@ -174,6 +175,8 @@ class Plan:
     experts : mapping of str to SitePlan
         The experts that stay, by layer such as ``"3.mlp"``. Those of ``sites`` are numbered as they
         are then: ``"3.mlp.0"`` is the first one that stays.
+    blocks : SitePlan or None
+        The blocks that stay; None: all. Sites and experts are numbered as they are then.
     """
 
     model_type: str
@@ -182,6 +185,7 @@ class Plan:
     budget: Mapping[str, object] = field(default_factory=dict)
     hidden: SitePlan | None = None
     experts: Mapping[str, SitePlan] = field(default_factory=dict)
+    blocks: SitePlan | None = None
 
     def check_sites(self, held: Collection[str], operation: str) -> None:
         """Raise InputError unless every site of the plan is in ``held``."""
@@ -207,19 +211,23 @@ class Plan:
                 f"{first.model_type}/{first.attn_unit} and {self.model_type}/{self.attn_unit}; "
                 "keep both plans"
             )
-        one = {**_renumbered(first.sites, self.experts), "hidden features": first.hidden}
-        two = {**self.sites, "hidden features": self.hidden}
-        sites, experts = _composed(one, two), _composed(first.experts, self.experts)
-        hidden = sites.pop("hidden features")
+        whole = {"hidden features": first.hidden, "blocks": first.blocks}
+        one = {**_renumbered(sites_left(first.sites, self.blocks), self.experts), **whole}
+        two = {**self.sites, "hidden features": self.hidden, "blocks": self.blocks}
+        sites = _composed(one, two)
+        experts = _composed(sites_left(first.experts, self.blocks), self.experts)
+        hidden, blocks = sites.pop("hidden features"), sites.pop("blocks")
         unit = min(units or {first.attn_unit, self.attn_unit} - {"auto"}, default="auto")
-        return Plan(self.model_type, unit, sites, self.budget, hidden, experts)
+        return Plan(self.model_type, unit, sites, self.budget, hidden, experts, blocks)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
-        facts = asdict(self)
-        version = EXPERTS_VERSION if facts["experts"] else PLAN_VERSION
-        if not facts["experts"]:
-            del facts["experts"]
+        facts, version = asdict(self), PLAN_VERSION
+        for name, own in (("experts", EXPERTS_VERSION), ("blocks", BLOCKS_VERSION)):
+            if facts[name]:
+                version = own
+            else:
+                del facts[name]
         return json.dumps({"version": version, **facts})
 
     @classmethod
@@ -236,8 +244,9 @@ class Plan:
             for part in ("sites", "experts"):
                 some = data.get(part, {}) if part == "experts" else data[part]
                 data[part] = {name: SitePlan.from_dict(site) for name, site in some.items()}
-            if data.get("hidden") is not None:
-                data["hidden"] = SitePlan.from_dict(data["hidden"])
+            for part in ("hidden", "blocks"):
+                if data.get(part) is not None:
+                    data[part] = SitePlan.from_dict(data[part])
             return cls(**data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise InputError(f"Plan: not a plan: {error!r}") from error
@@ -256,6 +265,24 @@ def kind_of(site: str) -> str:
     """Return the kind of a site by its name: ``attn`` of ``decoder.3.cross_attn``, for one."""
     words = [word for word in site.split(".") if not word.isdigit()]
     return (words or [""])[-1].removeprefix("cross_").removeprefix("shared_")
+
+
+Value = TypeVar("Value")
+
+
+def sites_left(sites: Mapping[str, Value], blocks: SitePlan | None) -> dict[str, Value]:
+    """Return what there is of sites, by the names that they have once other blocks are gone.
+
+    A name, of a layer of experts for one, begins with the number of the block.
+    """
+    if blocks is None:
+        return dict(sites)
+    found = {}
+    for name, value in sites.items():
+        number, _, rest = name.partition(".")
+        if int(number) in blocks.kept:
+            found[f"{blocks.kept.index(int(number))}.{rest}"] = value
+    return found
 
 
 def _renumbered(

@@ -6,7 +6,7 @@ Nothing is masked and no number is computed. Of a site that keeps the units K::
     consumer    W ← W[:, columns of K], or the reconstructed weight that is given
 
 The experts of a layer are sliced together, each to channels of its own. The head counts that
-``forward`` reads follow; the size of a head stays. Hidden features go first:
+``forward`` reads follow; the size of a head stays. Whole blocks go first, and then hidden features:
 :func:`liar_ext.models.residual_stream.slice_hidden`.
 """
 
@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
+from liar_ext.models.depth import check_kept_blocks, keep_blocks
 from liar_ext.models.experts import check_count, check_kept_experts, keep_experts
 from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
 from liar_ext.models.running import bias_name, layer_at, owner_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.plan import Plan, SitePlan, sites_left
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
+DENSE = "dense."  # before the name of a site: as it is called before blocks go
 
 
 @torch.no_grad()
@@ -55,8 +57,10 @@ def apply_plan(
         New consumer weight, ``(d_out, n_kept · width)``, and bias, ``(d_out,)``, by site name. A
         site without an entry keeps the columns of its units, which is plain dropping. Of a layer
         that loses experts, by its name, what the outputs of those that stay are multiplied by,
-        ``(kept,)``. With hidden features, d_out is the number of them that stay, and weights of
-        norms and readers come by path, from :func:`liar_ext.reconstruction.hidden_size.narrow`.
+        ``(kept,)``. If blocks go, by ``dense.`` and the name that a site has before that, what its
+        consumer is set to first. With hidden features, d_out is the number of them that
+        stay, and weights of norms and readers come by path, from
+        :func:`liar_ext.reconstruction.hidden_size.narrow`.
     blocks : collection of int, optional
         Slice these blocks alone, and leave the others for a later call with the same plan.
 
@@ -72,8 +76,17 @@ def apply_plan(
     If a plan gives a bias to a consumer of a family that has a config flag for it, every layer that
     the flag governs gains one, zero except for the consumers', as the stock class builds them.
     """
-    found = _by_name(model, plan)
-    weights, flags = weights or {}, _bias_flags(found, plan)
+    found, weights = _by_name(model, plan), dict(weights or {})
+    refits: dict[str, tuple[Tensor, Tensor | None]] = {}
+    if plan.blocks is not None:
+        check_kept_blocks(model, plan.blocks)
+        refits = {site.name: weights.pop(f"{DENSE}{site.name}", None) for site in found.values()}
+        refits = {name: refit for name, refit in refits.items() if refit is not None}
+        for name, (weight, _) in refits.items():
+            _check_shape(f"weight of {name}", weight, (found[name].d_out, found[name].d_in))
+        before = found  # whose modules the later names have, too
+        found = {n: replace(s, name=n) for n, s in sites_left(found, plan.blocks).items()}
+    flags = _bias_flags(found, plan)
     if blocks is not None:
         found, plan = _of_blocks(found, plan, blocks)
     layers = _hidden_layers(model, plan, weights)
@@ -82,6 +95,11 @@ def apply_plan(
     _check(model, found, plan, {name: weights[name] for name in weights if name not in layers})
     for name, site_plan in plan.experts.items():
         check_kept_experts(model, found.get(f"{name}.0"), name, site_plan, scales.get(name))
+    if plan.blocks is not None:
+        for name, refit in refits.items():
+            _set_consumer(model, before[name], *refit)
+        keep_blocks(model, plan.blocks.kept)
+        found = _by_name(model, plan)
     if plan.hidden is not None:
         slice_hidden(model, plan.hidden.kept, layers)
         found = _by_name(model, plan)

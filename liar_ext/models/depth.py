@@ -1,0 +1,162 @@
+"""Whole blocks: which models can lose some, and a model without them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from liar_ext.errors import InputError, one_line
+from liar_ext.models.experts import check_count
+from liar_ext.models.family import Part
+from liar_ext.models.registry import family_of
+from liar_ext.models.running import Block, block_config, parts_of
+from liar_ext.models.sites import sites, skeleton
+from liar_ext.plan import SitePlan
+
+PLAIN = bool | int | float | str | tuple | None
+SHAPE = "shape of "
+Number = tuple[nn.Module, str, int]  # a number that a module keeps, and what it becomes
+
+
+def stack_of(model: nn.Module) -> tuple[Part, list[Block]]:
+    """Return the only stack of blocks of a model; InputError if none of it can be left out."""
+    family = family_of(model)
+    parts = parts_of(model, family)
+    part, blocks = parts[0]
+    said = getattr(model.config, "liar", None) or {}
+    reason = family.without.get("layerwise")
+    for broken, why in (
+        (len(parts) > 1 or len(family.all_parts) > 1, "it has several stacks of blocks"),
+        (family.lends, "blocks read more of earlier ones than hidden states"),
+        (family.repeats or "*" in part.blocks, "blocks share their weights"),
+        ({s.block for s in sites(model)} != set(range(len(blocks))), "some blocks have no site"),
+        (_depth(part, model.config) != len(blocks), "no field of its config counts its blocks"),
+        (said.get("layers") == "unequal", "its layers are unequal already; remove blocks first"),
+    ):
+        reason = reason or (why if broken else None)
+    if reason is not None:
+        raise InputError(f"blocks: this {family.name!r} can lose none: {reason}")
+    return part, blocks
+
+
+def count_blocks_kept(model: nn.Module, keep: float) -> int:
+    """Return how many blocks stay: at most the fraction ``keep``; InputError if that is none."""
+    _, blocks = stack_of(model)
+    count = math.floor(keep * len(blocks) + 1e-9)
+    if count < 1:
+        raise InputError(
+            f"blocks: {keep:.4g} of {len(blocks)} blocks is less than one; raise keep_blocks"
+        )
+    return count
+
+
+def check_kept_blocks(model: nn.Module, plan: SitePlan) -> None:
+    """Raise InputError unless a model can lose the blocks that a plan doesn't keep."""
+    _, blocks = stack_of(model)
+    check_count("the model", len(blocks), "blocks", plan)
+    _renumbered(model, plan.kept)
+
+
+def keep_blocks(model: nn.Module, kept: Sequence[int]) -> None:
+    """Remove all other blocks, in place; the config and the numbers of modules follow."""
+    part, blocks = stack_of(model)
+    numbers = _renumbered(model, kept)
+    _shorten(part, model.config, kept, len(blocks))
+    for module, name, value in numbers:
+        setattr(module, name, value)
+    # The list stays the same module.
+    held = model.get_submodule(blocks[0][0].rpartition(".")[0])._modules
+    left = [blocks[index][1] for index in kept]
+    held.clear()
+    held.update({str(index): block for index, block in enumerate(left)})
+
+
+def _depth(part: Part, config: Any) -> int | None:
+    return getattr(block_config(part, config), "num_hidden_layers", None)
+
+
+def _shorten(part: Part, config: Any, kept: Sequence[int], count: int) -> None:
+    """Let a config say that these of ``count`` blocks are all; lists with an item each follow."""
+    config = block_config(part, config)
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == count:
+            setattr(config, name, type(value)(value[index] for index in kept))
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "stage_names", None):  # of a backbone, which gives what its last block does
+        config.stage_names = config.stage_names[: len(kept) + 1]
+        config.set_output_features_output_indices(None, None)
+
+
+def _renumbered(model: nn.Module, kept: Sequence[int]) -> list[Number]:
+    """Return the numbers to change: of its place in a block, and of blocks outside of them.
+
+    What the config builds without the other blocks is compared with what it builds with all. If
+    anything else differs, as a block of another kind would, InputError is raised.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    part, blocks = stack_of(model)
+    config = copy.deepcopy(model.config)
+    _shorten(part, config, kept, len(blocks))
+    try:
+        config = type(config).from_dict(config.to_dict())  # as a loader reads it
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(
+            f"blocks: no config of {model.config.model_type!r} says these blocks alone "
+            f"({one_line(error)}); leave keep_blocks out"
+        ) from error
+    pairs = _pairs(model, kept, skeleton(type(model), model.config), skeleton(type(model), config))
+    numbers: list[Number] = []
+    for module, dense, fewer, moved in pairs:
+        one, two = _facts(dense), _facts(fewer)
+        # What served kinds of blocks that are all gone may stay, be it no tensor of a folder.
+        names = {*two, *(name for name in one if name.startswith(SHAPE))}
+        for name in sorted(n for n in names if one.get(n) != two.get(n)):
+            if (one.get(name), two.get(name)) != moved:
+                raise InputError(
+                    f"blocks: the config of {model.config.model_type!r} builds others without the "
+                    f"blocks that go: {name} of a {type(dense).__name__} is {two.get(name)}, not "
+                    f"{one.get(name)}; leave keep_blocks out"
+                )
+            numbers.append((module, name, two[name]))
+    return numbers
+
+
+def _pairs(
+    model: nn.Module, kept: Sequence[int], dense: nn.Module, fewer: nn.Module
+) -> Iterator[tuple[nn.Module, nn.Module, nn.Module, tuple[int, int]]]:
+    """Yield each module of a model that stays, and what it is in two others.
+
+    The last are the numbers that a place of its block, or the count of all, has in these.
+    """
+    family = family_of(model)
+    (_, own), *others = (parts_of(each, family)[0] for each in (model, dense, fewer))
+    ((_, before), (_, after)) = others
+    inside = {module for _, block in own for module in block.modules()}
+    one, two = dict(dense.named_modules()), dict(fewer.named_modules())
+    for path, module in model.named_modules():
+        if module not in inside:
+            yield module, one[path], two[path], (len(before), len(after))
+    for place, index in enumerate(kept):
+        trio = own[index][1], before[index][1], after[place][1]
+        names = [[name for name, _ in block.named_modules()] for block in trio]
+        if names[1] != names[2]:
+            raise InputError(
+                f"blocks: the config of {model.config.model_type!r} builds other layers in block "
+                f"{index} once others are gone; leave keep_blocks out"
+            )
+        for each in zip(*(block.modules() for block in trio), strict=True):
+            yield *each, (index, place)
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    """Return the plain values that a module keeps, its class, and the shapes of what is saved."""
+    own = {n: v for n, v in vars(module).items() if isinstance(v, PLAIN) and n != "training"}
+    both, aside = {**module._parameters, **module._buffers}, module._non_persistent_buffers_set
+    held = {name: each for name, each in both.items() if each is not None and name not in aside}
+    shapes = {f"{SHAPE}{name}": tuple(each.shape) for name, each in held.items()}
+    return own | shapes | {"class": type(module).__name__}
