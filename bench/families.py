@@ -95,10 +95,9 @@ REFUSED = {
         "Their blocks are in no row of the table. Channels of Mamba-1 meet in `x_proj`, which "
         "makes the time steps of all of them."
     ),
-    "whole layers and blocks": (
-        "No option. Without six blocks, a SmolLM2 generates slightly faster at a slightly larger "
-        "gap than with narrower layers. A gain at equal seconds is "
-        "[not settled](experiments.md#depth)."
+    "single attention or MLP layers, and blocks of encoder-decoders": (
+        "`--keep-blocks` removes whole blocks of models with one stack of them. Where a config "
+        "can't say which blocks stay, as with layers that are listed by number, it is refused."
     ),
     "diffusion transformers": (
         "They load through diffusers. The table and the loaders know classes of transformers alone."

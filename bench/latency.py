@@ -1,11 +1,12 @@
-"""A plan by seconds beside the plan by parameters that is as fast: speed and perplexity of both.
+"""A plan by seconds beside those by parameters and by blocks that are as fast: speed, perplexity.
 
-For each phase, the units of both plans are chosen by the same scores, error curves and
-sensitivities, and both are reconstructed alike. The first is given the fraction `1 / SPEEDUP` of
-the dense seconds. The second is the largest fraction of the prunable parameters that, by the same
-table of seconds, takes no longer. Both are saved, loaded again, and timed beside the dense model in
-turns. With one thread times are of the processor, so that other jobs of the machine don't count.
-Writes latency.json and latency.md, after every phase; phases that are there are kept.
+For each phase, the units of two plans are chosen by the same scores, error curves and
+sensitivities. The first is given the fraction `1 / SPEEDUP` of the dense seconds. The second is the
+largest fraction of the prunable parameters that, by the same table of seconds, takes no longer. The
+third keeps as many whole blocks as take no longer, and all of their units. All are solved layer by
+layer, saved, loaded again, and timed beside the dense model in turns. With one thread times are of
+the processor, so that other jobs of the machine don't count. Writes latency.json and latency.md,
+after every phase; phases that are there are kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -29,15 +31,17 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.job.state import Speed
 from liar_ext.measure.latency import ratios
 from liar_ext.models.sites import Site
-from liar_ext.reconstruction.solve import reconstruct, with_bias
+from liar_ext.models.slicing import Weights
+from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+from liar_ext.reconstruction.solve import with_bias
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.curve_allocation import (
     losses_of,
     measure_sensitivities,
-    predict_divergence,
     probe_sites,
 )
 from liar_ext.selection.error_curves import energy_shares, error_curves
+from liar_ext.selection.whole_blocks import choose_blocks
 
 ROUNDS = 15
 
@@ -101,6 +105,7 @@ class Job:
         options: argparse.Namespace,
     ) -> None:
         self.model, self.tokenizer, self.texts, self.options = model, tokenizer, texts, options
+        self.batches = batches
         self.at: list[Site] = sites(model)
         self.bank: MomentBank = calibrate(model, batches, self.at)
         self.scores = score(model, self.bank, self.at, "wifv")
@@ -120,15 +125,23 @@ class Job:
         seconds = time.process_time() - start
         plans = {"seconds": self.allocate(budget, costs)}
         plans["parameters"] = self.as_fast(costs, costs.kept_fraction(plans["seconds"]))
-        loaded = {"dense": self.model}
+        loaded, predicted, spent = {"dense": self.model}, {}, {}
         for name, plan in plans.items():
+            clock = time.process_time()
             plan = plans[name] = with_bias(plan, self.model, "auto")
-            weights, _ = reconstruct(self.model, self.bank, plan)
-            pruned = copy.deepcopy(self.model)
-            apply_plan(pruned, plan, weights)
-            folder = self.options.out / f"{phase}-{name}"
-            save_pruned(pruned, folder, plan, tokenizer=self.tokenizer, overwrite=True)
-            loaded[name] = load_model(folder)[0]
+            weights, _ = reconstruct_layerwise(self.model, self.batches, plan)
+            spent[name] = time.process_time() - clock
+            loaded[name] = self.written(f"{phase}-{name}", plan, weights)
+            predicted[name] = costs.kept_fraction(plan)
+        clock, fixed = time.process_time(), speed.table.fixed
+        count = len({site.block for site in self.at})
+        share = (predicted["seconds"] * costs.total - fixed) / (costs.total - fixed)
+        blocks = choose_blocks(self.model, self.batches, share)
+        plans["blocks"] = replace(plans["seconds"], sites={}, blocks=blocks.plan)
+        spent["blocks"] = time.process_time() - clock
+        loaded["blocks"] = self.written(f"{phase}-blocks", plans["blocks"], blocks.weights)
+        left = len(blocks.plan.kept) / count * (costs.total - fixed)
+        predicted["blocks"] = (fixed + left) / costs.total
         found = ratios(loaded, budget, rounds=ROUNDS)
         total = sum(site.params for site in self.at)
         return [
@@ -138,9 +151,8 @@ class Job:
                 "kept_parameters": kept(self.at, plan) / total,
                 "kept_attention": part(self.at, plan, "attn"),
                 "kept_mlp": part(self.at, plan, "mlp"),
-                "predicted": 1 / costs.kept_fraction(plan),
+                "predicted": 1 / predicted[name],
                 "measured": [1 / found[name].median, 1 / found[name].high, 1 / found[name].low],
-                "divergence": predict_divergence(self.losses, plan),
                 "perplexity": {
                     text: [self.dense[text], perplexity(loaded[name], some)["perplexity"]]
                     for text, some in self.texts.items()
@@ -148,10 +160,18 @@ class Job:
                 "dense_seconds": costs.total,
                 "outside_of_sites": speed.table.fixed / costs.total,
                 "seconds_to_measure": seconds,
+                "seconds_to_solve": spent[name],
                 "table": speed.table.to_dict(),
             }
             for name, plan in plans.items()
         ]
+
+    def written(self, name: str, plan: Plan, weights: Weights) -> nn.Module:
+        """Return the model of a plan as it is loaded from its folder."""
+        pruned, folder = copy.deepcopy(self.model), self.options.out / name
+        apply_plan(pruned, plan, weights)
+        save_pruned(pruned, folder, plan, tokenizer=self.tokenizer, overwrite=True)
+        return load_model(folder)[0]
 
     def allocate(self, budget: Budget, costs: Costs | None = None) -> Plan:
         """Return the plan of least predicted divergence."""
@@ -178,6 +198,8 @@ class Job:
 
 def kept(at: Sequence[Site], plan: Plan) -> int:
     """Return the parameters that the sites keep."""
+    if plan.blocks is not None:
+        return sum(site.params for site in at if site.block in plan.blocks.kept)
     return sum(site.unit_params * len(plan.sites[site.name].kept) for site in at)
 
 

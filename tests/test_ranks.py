@@ -46,6 +46,7 @@ JOBS: dict[str, tuple[str, torch.dtype, int, int, dict]] = {
     "repeats": ("albert", torch.float32, 4, 0, {}),
     "gradients": ("llama", torch.float32, 3, 0, {"criterion": "taylor", "schedule": "one-pass"}),
     "hidden": ("llama", torch.float32, 4, 0, {"keep_hidden": 0.75}),
+    "blocks": ("llama", torch.float64, 4, 0, {"keep_blocks": 0.67}),
     "rescaled": ("llama", torch.float32, 4, 0, {"rescale": True}),
     "auto": ("llama", torch.float32, 4, 2, {}),
 }

@@ -40,6 +40,7 @@ from liar_ext.selection.curve_allocation import (
 )
 from liar_ext.selection.error_curves import energy_shares, error_curves, notes_of
 from liar_ext.selection.sensitivity import Measured
+from liar_ext.selection.whole_blocks import KeptBlocks, choose_blocks
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts
 
 PLAN = "plan"  # its key in a checkpoint
@@ -54,24 +55,28 @@ class Base:
     at: Sequence[Site]  # what may be pruned
     narrowing: Narrowing | None = None  # hidden features that the copy lacks
     experts: KeptExperts | None = None  # experts that it lacks
+    blocks: KeptBlocks | None = None  # blocks that it lacks
 
     @property
     def source(self) -> Mapping[str, Any]:
         """What it was decided on."""
         none = {"sequences": 0, "tokens": 0}  # where the vocabulary alone is smaller
-        return getattr(self.narrowing or self.experts, "source", none)
+        return getattr(self.narrowing or self.experts or self.blocks, "source", none)
 
     @property
     def weights(self) -> Mapping[str, Any]:
         """New weights of what stays in it, beside those of sites."""
+        found = {} if self.blocks is None else dict(self.blocks.weights)
         if self.experts is not None:
-            return self.experts.scales
-        return {} if self.narrowing is None else self.narrowing.weights
+            return found | self.experts.scales
+        return found if self.narrowing is None else found | self.narrowing.weights
 
     def in_full(self, plan: Plan) -> Plan:
         """Return a plan of its sites with what the copy lacks."""
         if self.narrowing is not None:
             plan = replace(plan, hidden=self.narrowing.kept)
+        if self.blocks is not None:
+            plan = replace(plan, blocks=self.blocks.plan)
         return plan if self.experts is None else replace(plan, experts=self.experts.plans)
 
 
@@ -98,10 +103,16 @@ class Decision:
 
 
 def narrowed(job: Job) -> Base:
-    """Return the model to prune: the job's, or a copy with fewer hidden features or experts."""
+    """Return the model to prune: the job's, or a copy with fewer blocks, features or experts."""
     recipe, model = job.recipe, job.model
     settings = {"damp": recipe.damp, "mode": recipe.reconstruct, "progress": job.progress}
-    narrowing = experts = None
+    narrowing = experts = blocks = None
+    if recipe.keep_blocks != 1.0:
+        with job.clock("blocks"):
+            blocks = choose_blocks(model, job.batches, recipe.keep_blocks, **settings)
+            fewer = _without(model, {}, blocks=blocks.plan)
+            blocks.check(fewer)
+            model = _without(model, blocks.weights, blocks=blocks.plan) if blocks.weights else fewer
     if recipe.keep_experts != 1.0:
         with job.clock("experts"):
             settings["memory"] = job.room
@@ -112,7 +123,7 @@ def narrowed(job: Job) -> Base:
             settings |= {"tile": recipe.tile, "memory": recipe.memory}
             narrowing = narrow(model, job.batches, recipe.keep_hidden, **settings)
             model = _without(model, narrowing.weights, hidden=narrowing.kept)
-    return Base(model, job.sites(model), narrowing, experts)
+    return Base(model, job.sites(model), narrowing, experts, blocks)
 
 
 def _without(model: nn.Module, weights: Mapping[str, Any], **gone: Any) -> nn.Module:

@@ -23,11 +23,12 @@ from liar_ext.job.estimate import (
 )
 from liar_ext.job.preparing import prepare
 from liar_ext.job.state import Job
+from liar_ext.models.depth import count_blocks_kept, stack_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites, skeleton, teams_of
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.plan import Plan, SitePlan, sites_left
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.solve import with_bias
@@ -92,6 +93,9 @@ def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) ->
     free = f"kept by {recipe.allocation}, {chosen}" if recipe.allocation != "uniform" else ""
     heads = ("", "layers", "units of a layer", "kept by the same fraction", free)
     rows = [_layers(some, equal, recipe) for some in _alike(at, recipe)]
+    if recipe.keep_blocks != 1.0:
+        count = count_blocks_kept(model, recipe.keep_blocks)
+        rows.append(("blocks", "", str(len(stack_of(model)[1])), str(count), ""))
     if recipe.keep_experts != 1.0:
         count, layers = count_experts_kept(model, recipe.keep_experts), layers_of(model)
         rows.append(("experts", str(len(layers)), str(layers[0].experts), str(count), ""))
@@ -177,12 +181,14 @@ def _time(seconds: float) -> str:
 def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) -> str:
     """Return which loaders will take the result: by a plan of the kind that will come out."""
     plan = equal
-    if recipe.keep == 1.0 and {recipe.keep_hidden, recipe.keep_experts, recipe.keep_vocab} != {1.0}:
+    if recipe.keep == 1.0 and not recipe.keeps_whole:
         plan = replace(plan, sites={})
     elif recipe.allocation != "uniform" and not recipe.uniform_layers:
         plan = _uneven(equal, at, recipe)
     if recipe.keep_experts != 1.0:
         plan = _fewer_experts(plan, model, recipe)
+    if recipe.keep_blocks != 1.0:
+        plan = _fewer_blocks(plan, model, recipe)
     plan = with_bias(plan, model, recipe.reconstruct)
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
@@ -204,6 +210,13 @@ def _how(model: nn.Module, plan: Plan) -> str:
     pruned = skeleton(type(model), model.config)
     apply_plan(pruned, plan)
     return how_to_load(pruned, plan)
+
+
+def _fewer_blocks(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:
+    total, count = len(stack_of(model)[1]), count_blocks_kept(model, recipe.keep_blocks)
+    blocks = SitePlan.first(total, count)
+    sites, experts = sites_left(plan.sites, blocks), sites_left(plan.experts, blocks)
+    return replace(plan, sites=sites, experts=experts, blocks=blocks)
 
 
 def _fewer_experts(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:

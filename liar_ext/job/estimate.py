@@ -72,8 +72,7 @@ def stages_of(job: Job, rate: float = RATE) -> dict[str, Estimate]:
     if not isinstance(job.batches, Sequence) or not job.batches or not at:
         return {}
     found = {name: Estimate(work / rate, size, steps) for name, steps, work, size in _stages(job)}
-    smaller = job.narrows or recipe.keep_experts != 1.0 or recipe.keep_vocab != 1.0
-    if recipe.keep == 1.0 and smaller:
+    if recipe.keep == 1.0 and not recipe.keeps_whole:
         found = {name: found[name] for name in ("evaluate", "narrow", "solve") if name in found}
     return {name: each for name, each in found.items() if each.steps}
 

@@ -307,6 +307,8 @@ def report_of(
         grid |= {"tile": recipe.tile, "hidden": base.narrowing.grid}
     if base.experts is not None and base.experts.divergences:
         settings["expert_scales"] = base.experts.divergences
+    if base.blocks is not None:
+        settings["blocks_gone"] = base.blocks.divergences
     left = sum(each.params_after for each in rows) if rows else sum(s.params for s in base.at)
     said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
     if rows or hidden:
@@ -322,7 +324,8 @@ def report_of(
         earlier=list(job.earlier),
         settings=settings,
         versions=versions(),
-        sites=(base.experts.rows if base.experts else [])
+        sites=(base.blocks.rows if base.blocks else [])
+        + (base.experts.rows if base.experts else [])
         + [replace(row, sensitivity=decision.sensitivities.get(row.name)) for row in rows],
         hidden=hidden,
         grid=grid,

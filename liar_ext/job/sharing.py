@@ -37,10 +37,10 @@ MORE = 0.02  # more of them on held-out text than on the text that chose
 def shares_budget(recipe: Recipe) -> bool:
     """Tell whether the size of the vocabulary is chosen in one budget with heads and channels.
 
-    Not with fewer hidden features or experts, of whose smaller model ``keep`` is a fraction.
+    Not with fewer hidden features, experts or blocks: ``keep`` is of the smaller model then.
     """
-    whole = recipe.keep_hidden == recipe.keep_experts == 1.0
-    return recipe.keep_vocab == "auto" and recipe.of == "params" and recipe.keep < 1 and whole
+    alone = replace(recipe, keep_vocab=1.0).keeps_whole
+    return recipe.keep_vocab == "auto" and recipe.of == "params" and recipe.keep < 1 and alone
 
 
 class SmallerVocabulary:

@@ -234,6 +234,7 @@ class JobOptions(TypedDict, total=False):
     tile: int | str
     uniform_layers: bool
     keep_hidden: float
+    keep_blocks: float
     keep_experts: float
     kinds: Sequence[str]
     attn_unit: str

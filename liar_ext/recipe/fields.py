@@ -204,6 +204,11 @@ class Fields:
         check.share("0.9 keeps 90 %"),
         "fraction of the hidden size to keep; --keep counts the remaining heads and channels",
     )
+    keep_blocks: float = _whole(
+        1.0,
+        check.share("0.75 keeps 75 %"),
+        "fraction of the blocks to keep; --keep counts the rest",
+    )
     keep_experts: float = _whole(
         1.0,
         check.share("0.75 keeps 75 %"),
@@ -361,6 +366,11 @@ class Fields:
     def prunable_kinds(self) -> tuple[str, ...]:
         """Those of ``kinds`` that the budget counts: MLPs cache nothing, and stay whole."""
         return tuple(each for each in self.kinds if each != "mlp" or self.of != "kv_cache")
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether no blocks, experts, hidden features or tokens go before heads and channels."""
+        return self.keep_hidden == self.keep_experts == self.keep_blocks == self.keep_vocab == 1.0
 
     @property
     def budget(self) -> Budget:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +120,17 @@ def solve_layerwise(
     batches: Batches,
     fresh: Batches,
     along: Sequence[StreamedBatches] | None = None,
+    *,
+    gone: Collection[int] = (),
 ) -> Iterator[Solved]:
     """Yield the blocks, each with its weights in memory and solved on those before it.
 
-    Without ``along`` the walk ends with the last site of the plan.
+    Without ``along`` the walk ends with the last site of the plan. Blocks that are ``gone`` are
+    left out, see :class:`liar_ext.reconstruction.walk.LayerwiseSolver`.
     """
     every = [site for block in walk.blocks.layers for layer in block.values() for site in layer]
     plan.check_sites({site.name for site in every}, "layerwise")
-    solver = LayerwiseSolver(walk, plan, mode, damp)
+    solver = LayerwiseSolver(walk, plan, mode, damp, gone)
     planned = max((walk.blocks.index_of(s) for s in every if s.name in plan.sites), default=-1)
     count = planned + 1 if along is None else len(walk.blocks)
 

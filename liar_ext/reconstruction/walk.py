@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import count
+from itertools import count, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,24 @@ class LayerwiseSolver:
 
     A step reads the weights of its own block only, and of what comes before the first.
 
+    Blocks that are ``gone`` are run in the dense model alone: the last layer before a gap is solved
+    for the stream behind it, and every site of the plan is solved, be all its units kept. Errors
+    are then relative to those with the dense weight.
+
     Rank r of n holds the hidden states of batches r, r + n, ... Sums are all-reduced, and the sites
     of a layer are shared.
     """
 
-    def __init__(self, walk: Walk, plan: Plan, mode: str, damp: float | str) -> None:
+    def __init__(
+        self,
+        walk: Walk,
+        plan: Plan,
+        mode: str,
+        damp: float | str,
+        gone: Collection[int] = (),
+    ) -> None:
         self.model, self.blocks, self.states = walk.model, walk.blocks, walk.states
-        self.plan, self.mode, self.damp = plan, mode, damp
+        self.plan, self.mode, self.damp, self.gone = plan, mode, damp, gone
         self.device = device_of(walk.model)
         self.text: list[Part] = []  # what this rank has of the calibration text
         self.fresh: list[Part] = []  # and of fresh text
@@ -95,23 +106,29 @@ class LayerwiseSolver:
 
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
+        if index in self.gone:
+            return
         if index > 0 and self.blocks.begins(index):
             self._next_stack(index)
-        layers = self.blocks.layers[index]
-        self.targets = {name: self._target_at(layer[0]) for name, layer in layers.items()}
-        after = [self._dense_run(index, part) for part in self.parts]
+        layers, self.targets = self.blocks.layers[index], {}
+        planned = [name for name, layer in layers.items() if layer[0].name in self.plan.sites]
+        for part in self.parts:
+            part.goals = {}
+        self._pass(index, {name: name for name in planned})
+        for beyond in takewhile(self.gone.__contains__, range(index + 1, len(self.blocks))):
+            (*_, end), (*_, last) = self.blocks.layers[beyond], layers
+            self._pass(beyond, {end: last} if last in planned else {})
         for name, layer in layers.items():
             if layer[0].name not in self.plan.sites:
                 continue
-            if all(len(self.plan.sites[at.name].kept) == at.units for at in layer):
+            whole = all(len(self.plan.sites[at.name].kept) == at.units for at in layer)
+            if whole and not self.gone:
                 self._keep(layer)
             else:
                 with naming_memory(f"reconstruct: out of memory in the solve of {name}"):
                     self.consumers[name] = self._solve(layer)
         for part in self.parts:
             part.states["pruned"].set(self._after(index, part))
-        for part, dense in zip(self.parts, after, strict=True):
-            part.states["dense"] = dense
         self.consumers = {}
 
     def take(self) -> tuple[Weights, dict[str, SiteRow]]:
@@ -131,16 +148,25 @@ class LayerwiseSolver:
             for part, held in zip(self.parts, streams[name], strict=True):
                 part.states[name] = held
 
-    def _dense_run(self, index: int, part: Part) -> Held:
-        """Note what the dense model has at each layer, and return its stream after the block."""
-        hidden = part.states["dense"].get()
+    def _pass(self, index: int, goals: Mapping[str, str]) -> None:
+        """Take the dense stream past a block; ``goals`` are as for :meth:`_dense_run`."""
+        layers = self.blocks.layers[index]
+        self.targets |= {name: self._target_at(layer[0]) for name, layer in layers.items()}
+        for part in self.parts:
+            self._dense_run(index, part, goals)
+
+    def _dense_run(self, index: int, part: Part, goals: Mapping[str, str]) -> None:
+        """Take the dense stream of a part past a block, and note what it is at some layers.
+
+        ``goals`` are these layers, each with the one that is solved for what is there.
+        """
+        hidden, layers = part.states["dense"].get(), self.blocks.layers[index]
         run = self._run(index, part, "dense")
-        part.goals = {
-            name: self.states.hold(self._reached(layer[0], hidden, run))
-            for name, layer in self.blocks.layers[index].items()
-            if layer[0].name in self.plan.sites
-        }
-        return self.states.hold(run.output)
+        for name, into in goals.items():
+            if name == into or self.targets[name] == self.targets[into] == "stream":
+                reached = self._reached(layers[name][0], hidden, run)
+                part.goals[into] = self.states.hold(reached)
+        part.states["dense"] = self.states.hold(run.output)
 
     def _after(self, index: int, part: Part) -> Tensor:
         """Return the pruned stream after a block whose sites are solved."""
@@ -166,6 +192,8 @@ class LayerwiseSolver:
         seconds = (time.perf_counter() - start) / len(layer)
         for site, unseen in zip(layer, fresh, strict=True):
             solution, each = Solution(**found[site.name]), sums[site.name]
+            if self.gone:
+                solution = self._by_what_is_missing(site, solution, each)
             if target == "branch":
                 path = f"{solution.path}; branch, as the stream is not a plain sum here"
                 solution = replace(solution, path=path)
@@ -221,6 +249,13 @@ class LayerwiseSolver:
     def _error(self, site: Site, solution: Solution, fresh: LayerSums) -> float:
         new = solution.weight, solution.bias
         return error_on(self.model, site, self.plan, new, fresh.moments, fresh.residual)
+
+    def _by_what_is_missing(self, site: Site, solution: Solution, sums: LayerSums) -> Solution:
+        """Return a solution whose errors are relative to those of the dense weight."""
+        dense = replace(solution, weight=get_consumer_weight(self.model, site), bias=None)
+        scale = self._error(site, dense, sums) or math.inf
+        errors = solution.error / scale, solution.holdout_error / scale
+        return replace(solution, error=errors[0], holdout_error=errors[1])
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the new consumer of a site, as a function of all its features."""

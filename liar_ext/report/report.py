@@ -28,7 +28,7 @@ from liar_ext.untrusted import count, listing, text
 
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
-REMOVED = {"attn": "attention heads", "mlp": "MLP channels"}
+REMOVED = {"blocks": "blocks", "attn": "attention heads", "mlp": "MLP channels"}
 NAMES = {"attn": "attention", "mlp": "MLP"}
 LOADER = re.compile(r"transformers\.(\w+)\.from_pretrained\(folder(, trust_remote_code=True)?\)")
 
@@ -212,7 +212,7 @@ class Report:
         if worst is not None:
             layer, _, kind = worst.name.partition(".")
             name = f"{NAMES[kind]} of layer {layer}" if kind in NAMES else worst.name
-            errors = [row.holdout_error for row in self.sites if row.is_pruned]
+            errors = [row.holdout_error for row in self._layers]
             said = (
                 f"{name} keeps {worst.units_after:,} of {worst.units_before:,} units. Its relative "
                 f"error on held-out text is {worst.holdout_error:.1%}; the median layer has "
@@ -269,9 +269,14 @@ class Report:
         """Return the report as Markdown for a person."""
         return render("report.md", report=self)
 
+    @property
+    def _layers(self) -> list[SiteRow]:
+        """Rows of layers that lost something."""
+        return [row for row in self.sites if row.is_pruned and row.name != "blocks"]
+
     def worst_layer(self, error: str = "holdout_error") -> SiteRow | None:
         """Return the pruned site whose error of that name is the largest, if one has it."""
-        known = [row for row in self.sites if row.is_pruned and getattr(row, error) is not None]
+        known = [row for row in self._layers if getattr(row, error) is not None]
         return max(known, key=lambda row: getattr(row, error), default=None)
 
     def lines(self) -> list[str]:
@@ -281,6 +286,9 @@ class Report:
             before, after = self.params.get(f"{part}before"), self.params.get(f"{part}after")
             if before and after is not None:
                 lines.append(f"{title:20} {before:>15,} → {after:>15,}  ({after / before:.1%})")
+        for row in (row for row in self.sites if row.name == "blocks"):
+            sizes = f"{row.units_before:>15} → {row.units_after:>15}"
+            lines.append(f"{'blocks':20} {sizes}  ({row.path})")
         for name, *numbers in tables.measures(self.evaluation):
             before, after = map(tables.quality, numbers)
             on = tables.measured_on(self.evaluation["dense"])

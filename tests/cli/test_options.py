@@ -44,6 +44,7 @@ GIVEN = {
     "tile": ("64", 64),
     "uniform_layers": (None, True),
     "keep_hidden": ("0.9", 0.9),
+    "keep_blocks": ("0.75", 0.75),
     "keep_experts": ("0.75", 0.75),
     "keep_vocab": ("32k", 32768),
     "kinds": ("mlp", ("mlp",)),

@@ -106,7 +106,7 @@ def test_sensitivities_are_measured_once_for_all_budgets(banks, monkeypatch):
 
 def test_scores_are_shared_by_recipes_of_the_same_scores():
     own = {each.name for each in recipe_fields(affects="scores")}
-    assert own == {"seed", "criterion", "keep_hidden", "keep_experts"}
+    assert own == {"seed", "criterion", "keep_hidden", "keep_experts", "keep_blocks"}
     keys = [score_key(recipe) for recipe in (Recipe(), Recipe(seed=1), Recipe(keep=0.5))]
     assert keys[0] == keys[2] != keys[1]
 

@@ -20,6 +20,7 @@ IN_MEMORY = {
     "tile": 8,
     "uniform_layers": True,
     "keep_hidden": 0.8,
+    "keep_blocks": 0.7,
     "keep_experts": 0.5,
     "kinds": ("mlp",),
     "attn_unit": "head",

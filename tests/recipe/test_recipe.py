@@ -52,6 +52,7 @@ def recipes(draw) -> Recipe:
         tile=draw(st.just("auto") | positive),
         uniform_layers=draw(st.booleans()),
         keep_hidden=draw(fraction),
+        keep_blocks=draw(fraction),
         keep_experts=draw(fraction),
         keep_vocab=draw(st.floats(0, 1, exclude_min=True, exclude_max=True) | st.integers(2, BIG)),
         vocab_text=tuple(draw(st.lists(NAMES, max_size=2))),
@@ -154,6 +155,7 @@ WRONG = {
     "tile": [0, -8, 1.5, "32", "all", True, None, 2**63, [8]],
     "uniform_layers": [1, "yes", None],
     "keep_hidden": [0.0, 1.01, math.nan, "all"],
+    "keep_blocks": [0.0, 1.01, math.nan, "all"],
     "keep_experts": [0.0, 1.01, math.nan, "all"],
     "keep_vocab": [0.0, 1.5, -1, math.nan, math.inf, "all", "k", "1.5k", True, None, 2**63],
     "vocab_text": ["a.txt", [""], [7], ["a.txt"]],  # the last: where all tokens stay

@@ -102,7 +102,7 @@ def test_sums_equal_brute_force(name, target, kind):
     # What _collect sees in the middle of a step: the goals of the block, and attention solved.
     walk.targets = {other.name: target for other in here.values()}
     for part in walk.parts:
-        walk._dense_run(1, part)
+        walk._dense_run(1, part, {name: name for name in walk.targets})
     if kind == "mlp":
         walk.consumers["1.attn"] = walk._solve([here["attn"]])
     (sums,) = walk._collect(walk.text, [site])
@@ -159,7 +159,7 @@ def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     walk.targets = {site.name: walk._target_at(site) for site in here.values()}
     assert set(walk.targets.values()) == {"stream"}
     for part in walk.parts:
-        walk._dense_run(1, part)
+        walk._dense_run(1, part, {name: name for name in walk.targets})
     here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
     site = here[kind]
     if kind == "mlp":
