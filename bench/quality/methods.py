@@ -56,8 +56,9 @@ def read_method(name: str, *, keep: float, seed: int) -> Recipe:
     ``liar`` is what ``liar prune`` does by default, ``A+B+C`` has the criterion A, the
     allocation B and the reconstruction C, in one pass, on the named text alone. Further words set
     fields of the recipe: ``damp=0.1``, ``kinds=mlp``; ``layerwise``, ``one-pass`` and ``equal``
-    are short for ``schedule=layerwise``, ``schedule=one-pass`` and ``uniform_layers=true``. The
-    tile is 1, single channels, unless it is named: ``liar+tile=auto``.
+    are short for ``schedule=layerwise``, ``schedule=one-pass`` and ``uniform_layers=true``;
+    ``blocks`` removes whole blocks in place of heads and channels. The tile is 1, single channels,
+    unless it is named: ``liar+tile=auto``.
 
     Parameters
     ----------
@@ -88,6 +89,8 @@ def read_method(name: str, *, keep: float, seed: int) -> Recipe:
         field, equals, value = word.partition("=")
         if not equals and field in SHORT:
             chosen |= SHORT[field]
+        elif word == "blocks":
+            chosen |= {"keep": 1.0, "keep_blocks": keep}
         elif equals and field not in OF_THE_RUN:
             chosen[field] = _value(field, value)
         else:

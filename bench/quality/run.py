@@ -22,6 +22,7 @@ from bench.quality.texts import Texts, choose_texts, digest_of, write_texts
 from liar_ext import Recipe, sites
 from liar_ext.errors import InputError
 from liar_ext.job.preparing import settled_for
+from liar_ext.plan import sites_left
 
 # CPU seconds of a row beside others of its seed, by what the method has to do; where there are such
 # rows already, what they took. One core of an AMD EPYC with AVX-512, taken from single steps.
@@ -177,13 +178,12 @@ def removed(model: Any, plan: liar_ext.Plan) -> dict[str, float]:
     found = {}
     at = sites(model, attn_unit=plan.attn_unit)
     for kind in ("all", "attn", "mlp"):
-        some = [site for site in at if kind in ("all", site.kind)]
-        gone = sum(
-            len(plan.sites[site.name].removed) * site.unit_params
-            for site in some
-            if site.name in plan.sites
+        some = {site.name: site for site in at if kind in ("all", site.kind)}
+        left = sum(
+            site.unit_params * (len(plan.sites[name].kept) if name in plan.sites else site.units)
+            for name, site in sites_left(some, plan.blocks).items()
         )
-        found[kind] = gone / sum(site.params for site in some)
+        found[kind] = 1 - left / sum(site.params for site in some.values())
     return found
 
 

@@ -39,6 +39,8 @@ def test_names_of_methods():
     assert read_method("liar+equal+batch_size=2", keep=0.7, seed=0) == Recipe(
         keep=0.7, tile=1, uniform_layers=True, batch_size=2
     )
+    fewer = read_method("liar+blocks", keep=0.7, seed=0)
+    assert fewer == Recipe(keep=1.0, keep_blocks=0.7, tile=1)
     assert expand(["liar", "others", FLAP]) == ["liar", *OTHERS]
 
 
