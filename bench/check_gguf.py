@@ -30,6 +30,7 @@ TOLERANCE = 1e-3  # in nats, of float32 sums in another order
 FOLDERS = {
     "equal": ["--keep", "0.8", "--uniform-layers", "--tile", "32"],
     "unequal": ["--keep", "0.8", "--allocation", "global"],
+    "blocks": ["--keep", "1", "--keep-blocks", "0.8"],
     "hidden": ["--keep", "0.8", "--keep-hidden", "0.9", "--uniform-layers", "--sites", "mlp"],
 }
 MIXTURES = {  # in their place, of a model with experts

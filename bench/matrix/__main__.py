@@ -1,6 +1,6 @@
 """Pruned folders of three families in every consumer, each cell in a process of its own.
 
-``make matrix`` runs it: {Llama-like, Qwen2, BERT-like} × {equal, unequal, hidden, tokens} ×
+``make matrix`` runs it: {Llama-like, Qwen2, BERT-like} × {equal, unequal, hidden, tokens, blocks} ×
 consumers. Rows are kept in ``OUT/matrix.json`` as they come, and folders beside it; a second run
 makes what is missing, and where the code has changed OUT should be removed first. A cell that
 cannot be is run nevertheless: it must be refused, with a reason that ``refusals.py`` expects. The

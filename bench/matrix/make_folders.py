@@ -17,6 +17,7 @@ LAYERS = {
     "unequal": ("--allocation", "global"),
     "hidden": (*EQUAL, "--keep-hidden", "0.8"),
     "tokens": (*EQUAL, "--keep-vocab", "0.5"),
+    "blocks": ("--keep-blocks", "0.75"),
 }
 FAMILIES = {
     "Llama-like": "SmolLM2-135M-Instruct",
@@ -67,7 +68,8 @@ def prune(dense: Path, out: Path, family: str, layers: str, text: Path) -> None:
     if out.exists():
         return
     options = ["--calibration", str(text), "--samples", "8", "--seq-len", "128"]
-    options += ["--keep", "0.8", "--preset", "fast", "--quiet", "--out", str(out)]
+    options += ["--keep", "1" if layers == "blocks" else "0.8"]
+    options += ["--preset", "fast", "--quiet", "--out", str(out)]
     options += [*LAYERS[layers], *MORE.get((family, layers), ())]
     command = [sys.executable, "-m", "liar_ext", "prune", str(dense), *options]
     print("liar", *command[3:], flush=True)

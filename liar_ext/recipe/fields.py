@@ -346,9 +346,9 @@ class Fields:
                 f"latency_table is for of='latency', got of={self.of!r}; leave one out",
             ),
             (
-                table and self.keep_hidden != 1.0,
-                "latency_table can't be of a model whose hidden size is yet to be pruned; leave it "
-                "out, and the narrowed model is measured",
+                table and not self.keep_hidden == self.keep_blocks == 1.0,
+                "latency_table can't be of a model that is yet to lose hidden features or blocks; "
+                "leave it out, and the smaller model is measured",
             ),
             (
                 self.calibration and self.seq_len < 2,

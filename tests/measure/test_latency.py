@@ -284,7 +284,7 @@ def test_budgets_of_latency_that_no_plan_meets(tmp_path, quick):
         prune(model, batches(model), 0.9, of="latency", latency_table=str(path))
     with pytest.raises(InputError, match="latency_table is for of='latency'"):
         Recipe.build(0.9, latency_table=str(path))
-    with pytest.raises(InputError, match="hidden size is yet to be pruned"):
+    with pytest.raises(InputError, match="yet to lose hidden features or blocks"):
         Recipe.build(0.9, of="latency", latency_table=str(path), keep_hidden=0.5)
     with pytest.raises(InputError, match="no sizes of 0.attn"):
         other = tiny("llama", num_attention_heads=4, num_key_value_heads=2)
