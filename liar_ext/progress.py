@@ -20,10 +20,12 @@ Step = TypeVar("Step")
 OnProgress = Callable[[str, int, int | None, float | None], object]
 EVERY, SHORTEST = 30.0, 0.1  # seconds between two lines of the log, and between looks at them
 TITLES = {  # of stages, for people
+    "blocks": "choosing blocks",
     "calibrate": "collecting activation statistics",
     "curves": "computing error curves",
     "evaluate": "evaluating",
     "experts": "ranking experts",
+    "gaps": "solving around gaps",
     "gradients": "computing gradients",
     "latency": "measuring latency",
     "layerwise": "solving layer by layer",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -18,14 +18,16 @@ from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
 from liar_ext.job.state import SENSITIVITY, Job, Known, score_key, sensitivity_key
+from liar_ext.models.depth import count_blocks_kept
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import Site, get_consumer_bias
+from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
 from liar_ext.selection.costs import total_cost
 from liar_ext.selection.criteria import get_criterion
+from liar_ext.selection.whole_blocks import SEQUENCES
 
 GIB = 2**30
 # Work is in operations of a product in float32, such as a forward pass is made of. The factors are
@@ -35,6 +37,8 @@ RATE = 1e11  # a second, unless measured: shares of the whole don't depend on it
 DOUBLE = 2  # of an operation in float64
 CURVE = 2  # of those of an error curve, whose products are narrow
 TRIED = 3  # λ that a walk tries at a site before the held-out error rises
+WHOLE = ("evaluate", "blocks", "gaps", "narrow", "solve")  # stages where keep is 1
+AGAIN = 5  # blocks that are judged again, on average, for each one more that goes
 WALKED = 2.6  # runs of all blocks in a walk: dense, attention alone, pruned, and looks at each
 NORM = 2.4  # solves of the readers of a norm, which has new scales as well
 BACKWARD = 3  # a backward pass with its forward, in forward passes
@@ -73,7 +77,7 @@ def stages_of(job: Job, rate: float = RATE) -> dict[str, Estimate]:
         return {}
     found = {name: Estimate(work / rate, size, steps) for name, steps, work, size in _stages(job)}
     if recipe.keep == 1.0 and not recipe.keeps_whole:
-        found = {name: found[name] for name in ("evaluate", "narrow", "solve") if name in found}
+        found = {name: found[name] for name in WHOLE if name in found}
     return {name: each for name, each in found.items() if each.steps}
 
 
@@ -82,6 +86,9 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
     recipe, model, at = job.recipe, job.model, job.sites(job.model)
     batches = list(read_batches(job.batches))
     tokens, count = sum(map(tokens_of, batches)), len(batches)
+    if recipe.keep_blocks != 1.0:
+        yield from _shortening(job, batches, tokens)
+        at = [site for site in at if site.block < count_blocks_kept(model, recipe.keep_blocks)]
     body, head = work_of_token(model, at)
     forward, groups = body * tokens, group_sites(at, job.room)
     layerwise, curve = recipe.schedule == "layerwise", recipe.allocation == "curve"
@@ -134,6 +141,22 @@ def _unknown(job: Job, at: Sequence[Site]) -> tuple[bool, bool]:
     return not known.has("curve", score_key(recipe), at), not known.has(SENSITIVITY, key, at)
 
 
+def _shortening(
+    job: Job, batches: Sequence[Batch], tokens: int
+) -> Iterator[tuple[str, int, float, int]]:
+    """Yield the choice of whole blocks, and the walk that solves those around the gaps."""
+    model, at = job.model, sites(job.model)
+    (body, head), blocks = work_of_token(model, at), len({site.path for site in at})
+    gone = blocks - count_blocks_kept(model, job.recipe.keep_blocks)
+    probes = sum(map(tokens_of, probe_batches(batches, least=SEQUENCES)))
+    yield "blocks", gone, (blocks + AGAIN * (gone - 1)) * probes * (body / 2 + head), 0
+    whole = replace(job.recipe, keep=1.0)
+    work = WALKED * body * tokens + sum(_towards(site, whole, tokens) for site in at)
+    size = max(bytes_of_solve(site.d_in, site.d_out, ["towards, affine"]) for site in at)
+    size += bytes_of_states(model, at, tokens, layerwise=True)
+    yield "gaps", blocks * (whole.reconstruct not in ("none", "bias")), work, size
+
+
 def _narrowing(
     job: Job, count: int, tokens: int, forward: float
 ) -> Iterator[tuple[str, int, float, int]]:
@@ -163,6 +186,7 @@ def bars_of(job: Job, stages: Mapping[str, Estimate]) -> list[str]:
         if "narrow" in stages:
             runs = stages["narrow"].steps // len(job.batches) - 1
             order[1:1] = ["narrow", *["narrow", "solve"] * runs]
+        order[1:1] = ["blocks", "gaps"]
     return [name for name in [*order, "evaluate"] if name in stages]
 
 

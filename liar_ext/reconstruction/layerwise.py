@@ -132,13 +132,13 @@ def solve_layerwise(
     plan.check_sites({site.name for site in every}, "layerwise")
     solver = LayerwiseSolver(walk, plan, mode, damp, gone)
     planned = max((walk.blocks.index_of(s) for s in every if s.name in plan.sites), default=-1)
-    count = planned + 1 if along is None else len(walk.blocks)
+    count = planned + 1 if along is None and not gone else len(walk.blocks)
 
     def steps(done: int, streams: Streams) -> Iterator[Solved]:
         solver.resume(streams)
         spare("layerwise", done)
         bar = {"initial": done, "total": count, "disable": not walk.progress}
-        for index in Bar(range(done, count), desc="layerwise", **bar):
+        for index in Bar(range(done, count), desc="gaps" if gone else "layerwise", **bar):
             with walk.source.block(index):
                 if index <= planned:
                     solver.step(index)

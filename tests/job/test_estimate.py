@@ -41,6 +41,7 @@ def timelines(monkeypatch):
         ("llama", {"allocation": "uniform", "schedule": "one-pass", "damp": 0.01}),
         ("bert", {"memory": SMALL}),
         ("vit", {}),
+        ("llama", {"keep_blocks": 0.67}),
     ],
 )
 def test_every_stage_makes_the_steps_that_are_expected(timelines, family, choices):
