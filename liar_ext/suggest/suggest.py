@@ -140,6 +140,8 @@ def suggest_for(name: str) -> Suggestion:
     if most_layers(fields) > MOST_DEPTH:
         fields = bound_layers(fields)
     with reading(f"the config of {name}", "families"):
+        # Files write infinity as {"__float__": "Infinity"}.
+        fields = transformers.PreTrainedConfig._decode_special_floats(fields)
         config = transformers.CONFIG_MAPPING[kind].from_dict(fields)
     return suggest_family(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -10,11 +11,11 @@ from suggest import odd
 from suggest.odd import OddConfig, OddModel, variant
 from tiny import tiny
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, Olmo2Config
+from transformers import AutoConfig, LlamaConfig, Mamba2Config, Olmo2Config
 
 from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
-from liar_ext.suggest.suggest import suggest_family
+from liar_ext.suggest.suggest import suggest_family, suggest_for
 
 SMALL = {"vocab_size": 40, "num_hidden_layers": 2}
 
@@ -137,6 +138,16 @@ def test_what_is_no_model_is_refused(thing):
 def test_a_config_without_a_class_is_refused():
     with pytest.raises(InputError, match="has no model class for OddConfig; build the model"):
         suggest_family(OddConfig())
+
+
+def test_a_config_with_an_infinite_number_is_read(tmp_path):
+    Mamba2Config(
+        **{"num_heads": 8, "head_dim": 16, "hidden_size": 64, "num_hidden_layers": 2},
+        **{"state_size": 16, "n_groups": 2, "vocab_size": 99, "time_step_limit": (0.0, math.inf)},
+    ).save_pretrained(tmp_path)
+    assert '"Infinity"' in (tmp_path / "config.json").read_text()
+    with pytest.raises(InputError, match="no row for 'mamba2'"):
+        suggest_for(str(tmp_path))
 
 
 def test_a_model_is_left_as_it_is():
