@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bench.scaling.shapes import TRIED, WIDTH, Settings, Shape, groups_of
-from liar_ext.calibration.batches import FOLDS, PROBE_LENGTH, PROBE_ROWS, PROBE_SEQUENCES
+from liar_ext.calibration.batches import FOLDS, PROBE_LENGTH, PROBE_ROWS, PROBE_TOKENS
 from liar_ext.reconstruction.ladder import ROW_BLOCK
 from liar_ext.selection.error_curves import PANEL
 from liar_ext.selection.sensitivity import POSITIONS
@@ -193,7 +193,7 @@ def probes(shape: Shape, settings: Settings) -> Iterator[Work]:
     L (L + 1) runs of a block.
     """
     length = min(settings.length, PROBE_LENGTH)
-    sequences = min(settings.sequences, -(-PROBE_SEQUENCES * PROBE_LENGTH // length))
+    sequences = min(settings.sequences, -(-PROBE_TOKENS // length))
     tokens, rows = sequences * length, sequences * min(length, POSITIONS)
     batches = -(-sequences // PROBE_ROWS)
     dense, sites = len(groups_of(shape, settings)), 2 * shape.layers

@@ -17,7 +17,8 @@ FOLDS = 2
 
 # Sensitivities scatter more with the sequences that tokens come from than with the tokens compared:
 # many beginnings of sequences, for the price of a few whole ones.
-PROBE_SEQUENCES, PROBE_LENGTH = 16, 128
+PROBE_SEQUENCES, PROBE_TOKENS = 16, 2048
+PROBE_LENGTH = PROBE_TOKENS // PROBE_SEQUENCES
 PROBE_ROWS = 4  # that are run at a time
 # What a head computes a loss from; only who asks for a loss gets it.
 LABELS = ("labels", "start_positions", "end_positions")
@@ -132,13 +133,9 @@ def _padding(mask: Tensor | None) -> Tensor | None:
 
 
 def probe_batches(
-    batches: Batches,
-    *,
-    every: bool = False,
-    rows: int = PROBE_ROWS,
-    least: int = PROBE_SEQUENCES,
+    batches: Batches, *, every: bool = False, rows: int = PROBE_ROWS
 ) -> list[dict[str, Tensor]]:
-    """Return a few sequences, evenly spread: so many at ``least``, of 128 tokens or as many in all.
+    """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
 
     Every source gives equally many, and at least one; what is of no text, a source below 0, gives
     none where there is text. Of a text the first ``PROBE_LENGTH`` tokens are taken. Sequences
@@ -153,7 +150,7 @@ def probe_batches(
             places.setdefault(source, []).append((index, row))
     places = {source: found for source, found in places.items() if source >= 0} or places
     sequences, tokens = sum(map(len, read)), sum(map(count_tokens, read))
-    count = max(least, math.ceil(least * PROBE_LENGTH * sequences / max(tokens, 1)))
+    count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * sequences / max(tokens, 1)))
     share = -(-count // max(len(places), 1))
     chosen: dict[int, list[int]] = {}
     for found in places.values():

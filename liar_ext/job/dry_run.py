@@ -181,7 +181,7 @@ def _time(seconds: float) -> str:
 def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) -> str:
     """Return which loaders will take the result: by a plan of the kind that will come out."""
     plan = equal
-    if recipe.keep == 1.0 and not recipe.keeps_whole:
+    if not recipe.prunes_sites:
         plan = replace(plan, sites={})
     elif recipe.allocation != "uniform" and not recipe.uniform_layers:
         plan = _uneven(equal, at, recipe)

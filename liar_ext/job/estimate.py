@@ -27,7 +27,6 @@ from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
 from liar_ext.selection.costs import total_cost
 from liar_ext.selection.criteria import get_criterion
-from liar_ext.selection.whole_blocks import SEQUENCES
 
 GIB = 2**30
 # Work is in operations of a product in float32, such as a forward pass is made of. The factors are
@@ -76,7 +75,7 @@ def stages_of(job: Job, rate: float = RATE) -> dict[str, Estimate]:
     if not isinstance(job.batches, Sequence) or not job.batches or not at:
         return {}
     found = {name: Estimate(work / rate, size, steps) for name, steps, work, size in _stages(job)}
-    if recipe.keep == 1.0 and not recipe.keeps_whole:
+    if not recipe.prunes_sites:
         found = {name: found[name] for name in WHOLE if name in found}
     return {name: each for name, each in found.items() if each.steps}
 
@@ -148,7 +147,7 @@ def _shortening(
     model, at = job.model, sites(job.model)
     (body, head), blocks = work_of_token(model, at), len({site.path for site in at})
     gone = blocks - count_blocks_kept(model, job.recipe.keep_blocks)
-    probes = sum(map(tokens_of, probe_batches(batches, least=SEQUENCES)))
+    probes = sum(map(tokens_of, probe_batches(batches)))
     yield "blocks", gone, (blocks + AGAIN * (gone - 1)) * probes * (body / 2 + head), 0
     whole = replace(job.recipe, keep=1.0)
     work = WALKED * body * tokens + sum(_towards(site, whole, tokens) for site in at)

@@ -179,7 +179,7 @@ def _measures(job: Job) -> bool:
     auto = job.asked.schedule == "auto" and job.recipe.schedule == "layerwise"
     # Fewer hidden features are no states to compare with the dense model's, and of a model that is
     # written as it is solved there is nothing to compare.
-    possible = auto and not job.narrows and job.walk is None
+    possible = auto and not job.narrows and job.walk is None and job.recipe.prunes_sites
     return possible and (job.bank is None or job.judged is not None)
 
 

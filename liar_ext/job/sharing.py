@@ -39,8 +39,8 @@ def shares_budget(recipe: Recipe) -> bool:
 
     Not with fewer hidden features, experts or blocks: ``keep`` is of the smaller model then.
     """
-    alone = replace(recipe, keep_vocab=1.0).keeps_whole
-    return recipe.keep_vocab == "auto" and recipe.of == "params" and recipe.keep < 1 and alone
+    whole = recipe.keep_hidden == recipe.keep_experts == recipe.keep_blocks == 1.0
+    return recipe.keep_vocab == "auto" and recipe.of == "params" and recipe.keep < 1 and whole
 
 
 class SmallerVocabulary:

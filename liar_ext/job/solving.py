@@ -39,7 +39,8 @@ JUDGED = 16  # sequences of documents of their own that the command draws, of 12
 def sequences_to_judge(recipe: Recipe) -> int:
     """Return how many sequences a command draws beside those of the recipe, to judge models by."""
     auto = recipe.schedule == "auto" and recipe.settled().schedule == "layerwise"
-    return min(max(recipe.samples // HELD_OUT_EVERY, FOLDS), JUDGED) if auto else 0
+    judges = auto and recipe.prunes_sites
+    return min(max(recipe.samples // HELD_OUT_EVERY, FOLDS), JUDGED) if judges else 0
 
 
 def hold_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -373,6 +373,11 @@ class Fields:
         return self.keep_hidden == self.keep_experts == self.keep_blocks == self.keep_vocab == 1.0
 
     @property
+    def prunes_sites(self) -> bool:
+        """Whether heads and channels go, and not only what goes before them."""
+        return self.keep < 1.0 or self.keeps_whole
+
+    @property
     def budget(self) -> Budget:
         """The fields that a budget has."""
         return Budget(**{each.name: getattr(self, each.name) for each in fields(Budget)})

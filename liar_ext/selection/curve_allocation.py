@@ -8,13 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import (
-    PROBE_SEQUENCES,
-    Batches,
-    completed,
-    probe_batches,
-    read_batches,
-)
+from liar_ext.calibration.batches import Batches, completed, probe_batches, read_batches
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
 from liar_ext.reconstruction.solve import reconstruct_shared, with_bias
@@ -29,11 +23,9 @@ def predict_divergence(losses: Mapping[str, Tensor], plan: Plan) -> float:
     return sum(float(losses[name][len(site.removed)]) for name, site in plan.sites.items())
 
 
-def probes_of(
-    model: nn.Module, batches: Batches, least: int = PROBE_SEQUENCES
-) -> list[dict[str, Tensor]]:
+def probes_of(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
     """Return a few sequences to measure divergences on, with all that the model reads."""
-    return probe_batches((completed(model, each) for each in read_batches(batches)), least=least)
+    return probe_batches(completed(model, batch) for batch in read_batches(batches))
 
 
 @dataclass

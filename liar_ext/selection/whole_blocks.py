@@ -35,7 +35,6 @@ from liar_ext.selection.curve_allocation import probes_of
 from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.selection.sensitivity import POSITIONS
 
-SEQUENCES = 8  # that decide; docs/experiments.md compares 4 and 16
 SAME = 1e-4  # how far a divergence may be from that of the same model, run in another way
 
 
@@ -44,7 +43,7 @@ class Probes:
 
     def __init__(self, model: nn.Module, batches: Batches) -> None:
         self.model, self.walk = model, Walk(InMemory(model))
-        own = list(read_batches(probes_of(model, batches, SEQUENCES)))[rank() :: world_size()]
+        own = list(read_batches(probes_of(model, batches)))[rank() :: world_size()]
         with torch.no_grad(), evaluating(model):
             self.parts = [(each, DenseOutputs(model, each, POSITIONS)) for each in own]
 

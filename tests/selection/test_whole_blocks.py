@@ -19,7 +19,7 @@ from liar_ext.reconstruction.solve import solve
 from liar_ext.selection.curve_allocation import probes_of
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import POSITIONS
-from liar_ext.selection.whole_blocks import SEQUENCES, choose_blocks
+from liar_ext.selection.whole_blocks import choose_blocks
 
 DEEP = {"num_hidden_layers": 6}
 
@@ -35,7 +35,7 @@ def test_blocks_go_one_by_one_by_what_the_output_loses(name: str) -> None:
     model, gone, expected = tiny(name, seed=3, **DEEP), set(), {}
     data = batches(model, 4)
     found = choose_blocks(model, data, 0.5, mode="none")
-    judge = Divergence(model, probes_of(model, data, SEQUENCES), POSITIONS)
+    judge = Divergence(model, probes_of(model, data), POSITIONS)
     for _ in range(3):
         losses = {
             block: judge.of(shorter(model, {*gone, block}))["divergence"]
