@@ -139,12 +139,12 @@ def _pairs(
     inside = {module for _, block in own for module in block.modules()}
     one, two = dict(dense.named_modules()), dict(fewer.named_modules())
     for path, module in model.named_modules():
-        if module not in inside:
+        if module not in inside and path in one and path in two:
             yield module, one[path], two[path], (len(before), len(after))
     for place, index in enumerate(kept):
         trio = own[index][1], before[index][1], after[place][1]
         names = [[name for name, _ in block.named_modules()] for block in trio]
-        if names[1] != names[2]:
+        if not names[0] == names[1] == names[2]:
             raise InputError(
                 f"blocks: the config of {model.config.model_type!r} builds other layers in block "
                 f"{index} once others are gone; leave keep_blocks out"
