@@ -96,7 +96,7 @@ class KeptBlocks:
         """Raise InputError unless a copy without the blocks, not solved, is the one judged here."""
         *_, expected = self.divergences.values()
         found = self.probes.divergence_of(fewer)
-        if not math.isclose(found, expected, rel_tol=SAME):
+        if not math.isclose(found, expected, rel_tol=SAME, abs_tol=1e-6):
             raise InputError(
                 f"blocks: blocks of {type(fewer).__name__} give something else in another place: "
                 f"the output diverges by {found:.4g}, not {expected:.4g}; leave keep_blocks out"
