@@ -277,11 +277,11 @@ def sites_left(sites: Mapping[str, Value], blocks: SitePlan | None) -> dict[str,
     """
     if blocks is None:
         return dict(sites)
-    found = {}
+    found, places = {}, {str(block): place for place, block in enumerate(blocks.kept)}
     for name, value in sites.items():
         number, _, rest = name.partition(".")
-        if int(number) in blocks.kept:
-            found[f"{blocks.kept.index(int(number))}.{rest}"] = value
+        if number in places:
+            found[f"{places[number]}.{rest}"] = value
     return found
 
 

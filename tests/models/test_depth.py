@@ -13,7 +13,7 @@ from liar_ext import InputError, Plan, load_pruned, save_pruned
 from liar_ext.models.depth import count_blocks_kept, stack_of
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import SitePlan
+from liar_ext.plan import SitePlan, sites_left
 
 # What is said of those whose blocks can't leave: why, and of which model.
 BOUND = {
@@ -130,6 +130,8 @@ def test_sites_are_numbered_as_they_are_once_blocks_are_gone() -> None:
     }
     assert whole.blocks == SitePlan(3, (1, 2))
     assert Plan.from_json(whole.to_json()) == whole and '"version": 4' in whole.to_json()
+    odd = {f"{'9' * 5000}.mlp": eight, "decoder.1.mlp": eight, "": eight}  # as a stranger's plan
+    assert sites_left(odd, whole.blocks) == {}
     again = Plan("llama", "auto", {}, blocks=SitePlan(2, (1,)))
     both = again.after(whole)
     assert both.blocks == SitePlan(3, (2,)) and set(both.sites) == {"0.attn", "0.mlp"}
