@@ -110,9 +110,8 @@ def narrowed(job: Job) -> Base:
     if recipe.keep_blocks != 1.0:
         with job.clock("blocks"):
             blocks = choose_blocks(model, job.batches, recipe.keep_blocks, **settings)
-            fewer = _without(model, {}, blocks=blocks.plan)
-            blocks.check(fewer)
-            model = _without(model, blocks.weights, blocks=blocks.plan) if blocks.weights else fewer
+            blocks.check(_without(model, {}, blocks=blocks.plan))
+            model = _without(model, blocks.weights, blocks=blocks.plan)
     if recipe.keep_experts != 1.0:
         with job.clock("experts"):
             settings["memory"] = job.room
@@ -138,8 +137,7 @@ def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Pa
 
     ``along`` is other text that passes the blocks of a walk.
     """
-    whole = base.model is job.model and job.recipe.keep_vocab == 1.0
-    if not whole and job.recipe.keep == 1.0:
+    if not job.recipe.prunes_sites:
         return None
     if job.walk is not None:
         return StreamedPasses(job, along)

@@ -30,6 +30,7 @@ from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
 from liar_ext.job.state import Job, Shares
+from liar_ext.models.depth import why_no_chain
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
@@ -55,16 +56,10 @@ def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bo
             f"prune: {refused[0]} needs the whole model in memory, and --max-memory says that "
             "it isn't; leave one of them out"
         )
-    family, at = family_of(model), sites(model)
-    reason = family.without.get("layerwise")
-    if family.parts:
-        reason = reason or "it has several stacks of blocks"
-    if {site.block for site in at} != set(range(blocks)):
-        reason = reason or "some of its blocks have no site"
-    if reason is not None:
+    if reason := why_no_chain(model, blocks):
         raise InputError(
-            f"prune: --max-memory can't read this {family.name!r} block by block: {reason}; "
-            "leave it out"
+            f"prune: --max-memory can't read this {family_of(model).name!r} block by block: "
+            f"{reason}; leave it out"
         )
 
 

@@ -122,9 +122,9 @@ class Sweep:
             batches = self.bank.text if self.batches is None else self.batches
             if batches is None:
                 raise InputError(
-                    "sweep: keep_hidden and keep_experts take moments of their own over the "
-                    "calibration text, and the bank keeps none; calibrate with the text kept, or "
-                    "leave them out"
+                    "sweep: keep_hidden, keep_blocks and keep_experts take moments of their own "
+                    "over the calibration text, and the bank keeps none; calibrate with the text "
+                    "kept, or leave them out"
                 )
             known = Known(probe_keep=self.probe_keep)
             return Job(model, batches, recipe, self.progress, known=known)

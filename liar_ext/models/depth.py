@@ -22,23 +22,31 @@ SHAPE = "shape of "
 Number = tuple[nn.Module, str, int]  # a number that a module keeps, and what it becomes
 
 
+def why_no_chain(model: nn.Module, blocks: int) -> str:
+    """Return why so many blocks are no chain that can be run one by one; empty if they are."""
+    family = family_of(model)
+    if reason := family.without.get("layerwise"):
+        return reason
+    if family.parts:
+        return "it has several stacks of blocks"
+    known = {site.block for site in sites(model)} == set(range(blocks))
+    return "" if known else "some of its blocks have no site"
+
+
 def stack_of(model: nn.Module) -> tuple[Part, list[Block]]:
     """Return the only stack of blocks of a model; InputError if none of it can be left out."""
     family = family_of(model)
-    parts = parts_of(model, family)
-    part, blocks = parts[0]
-    said = getattr(model.config, "liar", None) or {}
-    reason = family.without.get("layerwise")
+    part, blocks = parts_of(model, family)[0]
+    counted = getattr(block_config(part, model.config), "num_hidden_layers", None)
+    said, reason = getattr(model.config, "liar", None) or {}, why_no_chain(model, len(blocks))
     for broken, why in (
-        (len(parts) > 1 or len(family.all_parts) > 1, "it has several stacks of blocks"),
         (family.lends, "blocks read more of earlier ones than hidden states"),
         (family.repeats or "*" in part.blocks, "blocks share their weights"),
-        ({s.block for s in sites(model)} != set(range(len(blocks))), "some blocks have no site"),
-        (_depth(part, model.config) != len(blocks), "no field of its config counts its blocks"),
+        (counted != len(blocks), "no field of its config counts its blocks"),
         (said.get("layers") == "unequal", "its layers are unequal already; remove blocks first"),
     ):
-        reason = reason or (why if broken else None)
-    if reason is not None:
+        reason = reason or (why if broken else "")
+    if reason:
         raise InputError(f"blocks: this {family.name!r} can lose none: {reason}")
     return part, blocks
 
@@ -54,17 +62,25 @@ def count_blocks_kept(model: nn.Module, keep: float) -> int:
     return count
 
 
-def check_kept_blocks(model: nn.Module, plan: SitePlan) -> None:
-    """Raise InputError unless a model can lose the blocks that a plan doesn't keep."""
+def check_kept_blocks(model: nn.Module, plan: SitePlan) -> list[Number]:
+    """Return the numbers that change without the blocks that a plan doesn't keep.
+
+    InputError is raised if the model can't lose them.
+    """
     _, blocks = stack_of(model)
     check_count("the model", len(blocks), "blocks", plan)
-    _renumbered(model, plan.kept)
+    return _renumbered(model, plan.kept)
 
 
-def keep_blocks(model: nn.Module, kept: Sequence[int]) -> None:
-    """Remove all other blocks, in place; the config and the numbers of modules follow."""
+def keep_blocks(
+    model: nn.Module, kept: Sequence[int], numbers: Sequence[Number] | None = None
+) -> None:
+    """Remove all other blocks, in place; the config and the numbers of modules follow.
+
+    ``numbers`` are those of :func:`check_kept_blocks`, if it was called.
+    """
     part, blocks = stack_of(model)
-    numbers = _renumbered(model, kept)
+    numbers = _renumbered(model, kept) if numbers is None else numbers
     _shorten(part, model.config, kept, len(blocks))
     for module, name, value in numbers:
         setattr(module, name, value)
@@ -73,10 +89,6 @@ def keep_blocks(model: nn.Module, kept: Sequence[int]) -> None:
     left = [blocks[index][1] for index in kept]
     held.clear()
     held.update({str(index): block for index, block in enumerate(left)})
-
-
-def _depth(part: Part, config: Any) -> int | None:
-    return getattr(block_config(part, config), "num_hidden_layers", None)
 
 
 def _shorten(part: Part, config: Any, kept: Sequence[int], count: int) -> None:

@@ -77,14 +77,11 @@ def apply_plan(
     the flag governs gains one, zero except for the consumers', as the stock class builds them.
     """
     found, weights = _by_name(model, plan), dict(weights or {})
-    refits: dict[str, tuple[Tensor, Tensor | None]] = {}
     if plan.blocks is not None:
-        check_kept_blocks(model, plan.blocks)
-        refits = {site.name: weights.pop(f"{DENSE}{site.name}", None) for site in found.values()}
-        refits = {name: refit for name, refit in refits.items() if refit is not None}
+        numbers, before = check_kept_blocks(model, plan.blocks), found
+        refits = {n: weights.pop(f"{DENSE}{n}") for n in before if f"{DENSE}{n}" in weights}
         for name, (weight, _) in refits.items():
-            _check_shape(f"weight of {name}", weight, (found[name].d_out, found[name].d_in))
-        before = found  # whose modules the later names have, too
+            _check_shape(f"weight of {name}", weight, (before[name].d_out, before[name].d_in))
         found = {n: replace(s, name=n) for n, s in sites_left(found, plan.blocks).items()}
     flags = _bias_flags(found, plan)
     if blocks is not None:
@@ -98,7 +95,7 @@ def apply_plan(
     if plan.blocks is not None:
         for name, refit in refits.items():
             _set_consumer(model, before[name], *refit)
-        keep_blocks(model, plan.blocks.kept)
+        keep_blocks(model, plan.blocks.kept, numbers)
         found = _by_name(model, plan)
     if plan.hidden is not None:
         slice_hidden(model, plan.hidden.kept, layers)

@@ -50,6 +50,8 @@ class LayerwiseSolver:
     ) -> None:
         self.model, self.blocks, self.states = walk.model, walk.blocks, walk.states
         self.plan, self.mode, self.damp, self.gone = plan, mode, damp, gone
+        at = [i for i, block in enumerate(self.blocks.layers) if self._planned(block)]
+        self.first = min(at, default=0)  # block of the plan; both streams are one before it
         self.device = device_of(walk.model)
         self.text: list[Part] = []  # what this rank has of the calibration text
         self.fresh: list[Part] = []  # and of fresh text
@@ -81,6 +83,10 @@ class LayerwiseSolver:
             if index % world_size() == rank():
                 self.fresh.append(self._entered(completed(self.model, batch), None, number))
 
+    def _planned(self, layers: Mapping[str, Sequence[Site]]) -> list[str]:
+        """Return the layers that the plan names."""
+        return [name for name, layer in layers.items() if layer[0].name in self.plan.sites]
+
     @property
     def parts(self) -> list[Part]:
         """All that this rank has."""
@@ -111,16 +117,15 @@ class LayerwiseSolver:
         if index > 0 and self.blocks.begins(index):
             self._next_stack(index)
         layers, self.targets = self.blocks.layers[index], {}
-        planned = [name for name, layer in layers.items() if layer[0].name in self.plan.sites]
+        planned = self._planned(layers)
         for part in self.parts:
             part.goals = {}
         self._pass(index, {name: name for name in planned})
         for beyond in takewhile(self.gone.__contains__, range(index + 1, len(self.blocks))):
             (*_, end), (*_, last) = self.blocks.layers[beyond], layers
             self._pass(beyond, {end: last} if last in planned else {})
-        for name, layer in layers.items():
-            if layer[0].name not in self.plan.sites:
-                continue
+        for name in planned:
+            layer = layers[name]
             whole = all(len(self.plan.sites[at.name].kept) == at.units for at in layer)
             if whole and not self.gone:
                 self._keep(layer)
@@ -128,7 +133,9 @@ class LayerwiseSolver:
                 with naming_memory(f"reconstruct: out of memory in the solve of {name}"):
                     self.consumers[name] = self._solve(layer)
         for part in self.parts:
-            part.states["pruned"].set(self._after(index, part))
+            alike = index < self.first
+            after = part.states["dense"].get() if alike else self._after(index, part)
+            part.states["pruned"].set(after)
         self.consumers = {}
 
     def take(self) -> tuple[Weights, dict[str, SiteRow]]:

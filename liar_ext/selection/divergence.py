@@ -143,13 +143,16 @@ class Divergence:
                 self.outputs[index] = DenseOutputs(dense, batches[index], positions)
 
     @torch.no_grad()
-    def of(self, pruned: nn.Module) -> dict[str, float]:
+    def of(self, pruned: nn.Module, *, finite_only: bool = False) -> dict[str, float]:
         """Return ``divergence`` per row, and ``rows``, the tokens or sequences compared.
 
-        See :class:`DenseOutputs`: nats where there are logits.
+        See :meth:`DenseOutputs.divergence`: nats where there are logits.
         """
         with evaluating(pruned):
-            own = {at: (each.divergence(pruned), len(each)) for at, each in self.outputs.items()}
+            own = {
+                at: (each.divergence(pruned, finite_only=finite_only), len(each))
+                for at, each in self.outputs.items()
+            }
         found = {at: each for share in gather(own) for at, each in share.items()}
         total = sum(found[at][0] for at in sorted(found))
         rows = sum(found[at][1] for at in found)

@@ -20,64 +20,21 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batches, count_tokens, read_batches
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.distributed import gather, rank, world_size
+from liar_ext.distributed import rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.depth import count_blocks_kept, stack_of
-from liar_ext.models.running import evaluating
 from liar_ext.models.sites import attn_unit_of, sites
 from liar_ext.models.slicing import DENSE
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.progress import Bar
 from liar_ext.reconstruction.layerwise import check_walk, solve_layerwise
-from liar_ext.reconstruction.streams import InMemory, Walk
+from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk
 from liar_ext.rows import SiteRow
 from liar_ext.selection.curve_allocation import probes_of
-from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import POSITIONS
 
 SAME = 1e-4  # how far a divergence may be from that of the same model, run in another way
-
-
-class Probes:
-    """Some text, what the dense model gives for it, and its way past some blocks alone."""
-
-    def __init__(self, model: nn.Module, batches: Batches) -> None:
-        self.model, self.walk = model, Walk(InMemory(model))
-        own = list(read_batches(probes_of(model, batches)))[rank() :: world_size()]
-        with torch.no_grad(), evaluating(model):
-            self.parts = [(each, DenseOutputs(model, each, POSITIONS)) for each in own]
-
-    def entered(self) -> list[Tensor]:
-        """Return the hidden states before the first block, by batch."""
-        return [self.walk.blocks.enter(0, self._inputs(at))[0][0] for at in range(len(self.parts))]
-
-    def past(self, block: int, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Return hidden states after a block."""
-        run = self.walk.blocks.run
-        return [run(block, self._inputs(at), each).output for at, each in enumerate(hidden)]
-
-    def divergence(self, hidden: Sequence[Tensor]) -> float:
-        """Return the mean divergence of a model with these hidden states after its last block."""
-        last, total, rows = len(self.walk.blocks) - 1, 0.0, 0
-        for (_, outputs), each in zip(self.parts, hidden, strict=True):
-            with self.walk.blocks.answering({last: lambda each=each: each}):
-                total += outputs.divergence(self.model, finite_only=True)
-            rows += len(outputs)
-        return _mean(total, rows)
-
-    def divergence_of(self, fewer: nn.Module) -> float:
-        """Return the same of a model of its own."""
-        with torch.no_grad(), evaluating(fewer):
-            total = sum(outputs.divergence(fewer, finite_only=True) for _, outputs in self.parts)
-        return _mean(total, sum(len(outputs) for _, outputs in self.parts))
-
-    def _inputs(self, at: int) -> dict[str, Tensor]:
-        return self.parts[at][0].to(self.walk.source.device).inputs
-
-
-def _mean(total: float, rows: int) -> float:
-    shares = gather((total, rows))
-    return sum(each for each, _ in shares) / max(sum(count for _, count in shares), 1)
 
 
 @dataclass(frozen=True)
@@ -90,12 +47,12 @@ class KeptBlocks:
     rows: list[SiteRow]  # one
     source: dict[str, int]  # sequences, tokens
     divergences: dict[int, float]  # once a block is gone, by block in the order in which they went
-    probes: Probes
+    judge: Divergence  # from the dense model, on a few sequences
 
     def check(self, fewer: nn.Module) -> None:
         """Raise InputError unless a copy without the blocks, not solved, is the one judged here."""
         *_, expected = self.divergences.values()
-        found = self.probes.divergence_of(fewer)
+        found = self.judge.of(fewer, finite_only=True)["divergence"]
         if not math.isclose(found, expected, rel_tol=SAME, abs_tol=1e-6):
             raise InputError(
                 f"blocks: blocks of {type(fewer).__name__} give something else in another place: "
@@ -127,9 +84,11 @@ def choose_blocks(
     count, batches = count_blocks_kept(model, keep), list(read_batches(batches))
     check_finite_weights(model)
     check_walk(model, batches)
-    probes = Probes(model, batches)
-    with probes.walk.begun():
-        divergences = _choose(probes, len(blocks) - count, progress)
+    probes = list(read_batches(probes_of(model, batches)))
+    judge, walk = Divergence(model, probes, POSITIONS), Walk(InMemory(model))
+    own = StreamedBatches("probes", walk, probes[rank() :: world_size()])
+    with walk.begun():
+        divergences = _choose(judge, own, len(blocks) - count, progress)
     gone, weights, around = set(divergences), {}, []
     if mode not in ("none", "bias"):
         weights, around = _refit(model, batches, gone, mode, damp, progress)
@@ -137,30 +96,35 @@ def choose_blocks(
     source = {"sequences": sum(map(len, batches)), "tokens": sum(map(count_tokens, batches))}
     row = _row(blocks, gone, around, time.perf_counter() - start)
     plan = SitePlan(len(blocks), kept)
-    return KeptBlocks(plan, weights, [row], source, divergences, probes)
+    return KeptBlocks(plan, weights, [row], source, divergences, judge)
 
 
-def _choose(probes: Probes, remove: int, progress: bool) -> dict[int, float]:
+def _choose(
+    judge: Divergence, text: StreamedBatches, remove: int, progress: bool
+) -> dict[int, float]:
     """Return the blocks that go, in order, with the divergence from the dense model after each.
 
-    Without one block more a model seldom diverges less. So a block whose last divergence is more
-    than the least one now is not tried again.
+    ``text`` is what this rank judges by, before the first block. Without one block more a model
+    seldom diverges less. So a block whose last divergence is more than the least one now is not
+    tried again.
     """
-    left, gone = list(range(len(probes.walk.blocks))), {}
+    left, gone = list(range(len(text.walk.blocks))), {}
     known = dict.fromkeys(left[1:], 0.0)
     for _ in Bar(range(remove), desc="blocks", disable=not progress):
-        states = [probes.entered()]
+        before = [text]  # each block that is left
         for block in left[:-1]:
-            states.append(probes.past(block, states[-1]))
+            before.append(before[-1].branch("probes", block))
         least, best = math.inf, -1
         for block in sorted(known, key=known.__getitem__):
             if known[block] >= least:
                 break
             place = left.index(block)
-            hidden = states[place]
+            passed = before[place]
             for later in left[place + 1 :]:
-                hidden = probes.past(later, hidden)
-            known[block] = probes.divergence(hidden)
+                passed = passed.branch("probes", later)
+            with passed.answering():
+                found = judge.of(text.walk.model, finite_only=True)["divergence"]
+            known[block] = found if math.isfinite(found) else math.inf
             if known[block] < least:
                 least, best = known[block], block
         if best < 0:

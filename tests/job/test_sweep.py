@@ -160,7 +160,7 @@ def test_what_can_not_be_swept_is_refused_before_anything_is_run(banks, monkeypa
         ((), {}, "at least one budget"),
         ((0.8, 0.001), {}, "no plan keeps 0.001"),
         ((0.8, 1.5), {}, "keep must be in"),
-        ((0.8,), {"keep_hidden": 0.5}, "keep_hidden and keep_experts take moments"),
+        ((0.8,), {"keep_hidden": 0.5}, "keep_hidden, keep_blocks and keep_experts take moments"),
         ((0.8,), {"colour": 1}, "unknown field"),
     ):
         with pytest.raises(InputError, match=message):
