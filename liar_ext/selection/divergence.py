@@ -156,7 +156,7 @@ class Divergence:
         found = {at: each for share in gather(own) for at, each in share.items()}
         total = sum(found[at][0] for at in sorted(found))
         rows = sum(found[at][1] for at in found)
-        return {"divergence": total / rows, "rows": rows}
+        return {"divergence": total / rows if rows else math.nan, "rows": rows}
 
 
 def _spread(ids: Tensor | None, mask: Tensor | None, count: int | None) -> Tensor | None:

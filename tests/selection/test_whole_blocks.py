@@ -205,6 +205,23 @@ def test_a_model_whose_blocks_depend_on_their_place_is_refused() -> None:
         found.check(shorter(model, gone - {max(gone)}))
 
 
+def test_what_no_config_says_and_what_overflows_is_refused(monkeypatch) -> None:
+    model = tiny("llama", tie_word_embeddings=False, **DEEP)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    with pytest.raises(InputError, match="without any one block the outputs are not finite"):
+        choose_blocks(model, batches(model, 2), 0.5)
+
+    def strict(fields: dict) -> None:
+        raise ValueError(f"{fields['num_hidden_layers']} layers are too few")
+
+    model = tiny("llama", **DEEP)
+    monkeypatch.setattr(type(model.config), "from_dict", strict)
+    with pytest.raises(InputError, match="no config of 'llama' says these blocks alone .4 layers are too few"):
+        keep_blocks(model, (0, 1, 2, 5))
+    assert len(model.model.layers) == 6
+
+
 def test_a_job_that_goes_on_has_the_same_bits(tmp_path: Path) -> None:
     found = []
     for _ in range(2):
