@@ -217,7 +217,8 @@ def test_what_no_config_says_and_what_overflows_is_refused(monkeypatch) -> None:
 
     model = tiny("llama", **DEEP)
     monkeypatch.setattr(type(model.config), "from_dict", strict)
-    with pytest.raises(InputError, match="no config of 'llama' says these blocks alone .4 layers are too few"):
+    message = "no config of 'llama' says these blocks alone .4 layers are too few"
+    with pytest.raises(InputError, match=message):
         keep_blocks(model, (0, 1, 2, 5))
     assert len(model.model.layers) == 6
 
