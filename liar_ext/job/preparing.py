@@ -22,7 +22,7 @@ from liar_ext.errors import InputError
 from liar_ext.job.solving import hold_out
 from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
-from liar_ext.models.depth import count_blocks_kept
+from liar_ext.models.depth import check_block_count
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, why_whole
@@ -134,7 +134,7 @@ def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
 def _check_sizes(job: Job) -> None:
     model, recipe = job.model, job.recipe
     if recipe.keep_blocks != 1.0:
-        count_blocks_kept(model, recipe.keep_blocks)
+        check_block_count(model, recipe.keep_blocks)
     if recipe.keep_experts != 1.0:
         count_experts_kept(model, recipe.keep_experts)
     if recipe.keep_vocab != 1.0 and not hasattr(model, "liar_vocabulary"):

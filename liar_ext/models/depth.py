@@ -62,6 +62,22 @@ def count_blocks_kept(model: nn.Module, keep: float) -> int:
     return count
 
 
+def check_block_count(model: nn.Module, keep: float) -> int:
+    """Return :func:`count_blocks_kept`, before it is known which stay.
+
+    InputError is raised if neither the first blocks nor evenly spread ones can stay alone.
+    """
+    count, total = count_blocks_kept(model, keep), len(stack_of(model)[1])
+    refused = None
+    for kept in (range(count), [place * total // count for place in range(count)]):
+        try:
+            _renumbered(model, kept)
+            return count
+        except InputError as error:
+            refused = refused or error
+    raise refused
+
+
 def check_kept_blocks(model: nn.Module, plan: SitePlan) -> list[Number]:
     """Return the numbers that change without the blocks that a plan doesn't keep.
 

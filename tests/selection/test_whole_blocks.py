@@ -12,7 +12,7 @@ from tiny import batches, outputs, same_weights, tiny
 
 from liar_ext import InputError, load_pruned, prune, save_pruned, sites, verify_pruned
 from liar_ext.calibration.batches import read_batch
-from liar_ext.models.depth import keep_blocks
+from liar_ext.models.depth import check_block_count, keep_blocks
 from liar_ext.models.slicing import apply_plan
 from liar_ext.reconstruction.ridge import LayerSums
 from liar_ext.reconstruction.solve import solve
@@ -220,6 +220,8 @@ def test_what_no_config_says_and_what_overflows_is_refused(monkeypatch) -> None:
     message = "no config of 'llama' says these blocks alone .4 layers are too few"
     with pytest.raises(InputError, match=message):
         keep_blocks(model, (0, 1, 2, 5))
+    with pytest.raises(InputError, match=message):  # before anything is measured
+        check_block_count(model, 0.67)
     assert len(model.model.layers) == 6
 
 
