@@ -99,8 +99,7 @@ def relative_weights(output: Tensor, *, centred: bool = False) -> Tensor:
     """
     wide = output.detach().double()
     size = wide.var(-1, correction=0) if centred else wide.square().mean(-1)
-    weight = 1 / (size + NORM_EPS)
-    return torch.where(torch.isfinite(output).all(-1), weight, 1.0)
+    return torch.where(torch.isfinite(size), 1 / (size + NORM_EPS), 1.0)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.moments import Moments, centre
+from liar_ext.calibration.moments import Moments, all_finite, centre
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.ops.reference import symmetric
@@ -91,9 +91,9 @@ class Residual:
         unused, count = torch.zeros_like(self.cross[fold, :, 0]), self.energy.new_zeros(2)
         ops.gram_update_(self.cross[fold], unused, count, x, r, weight)
         used = weight.bool()
-        wide, scale = r.detach()[used].double(), weight[used].double()[:, None]
-        self.total[fold] += (scale * wide).sum(0)
-        self.energy[fold] += (scale * wide.square()).sum()
+        wide, scale = r.detach()[used].double(), weight[used].double()
+        self.total[fold] += scale @ wide
+        self.energy[fold] += scale @ wide.square().sum(1)
 
 
 @dataclass
@@ -115,10 +115,12 @@ class LayerSums:
         (x, r, weight), moments = rows, self.moments
         self.rows += int((weight > 0).sum())
         x = x.to(r.dtype)
-        usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
-        moments.count[fold, 1] += (weight.bool() & ~usable).sum()
-        moments.update(x, fold, weight * usable)
-        self.residual.update(x, r, fold, weight * usable)
+        if not (all_finite(x) and all_finite(r)):
+            usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
+            moments.count[fold, 1] += (weight.bool() & ~usable).sum()
+            weight = weight * usable
+        moments.update(x, fold, weight)
+        self.residual.update(x, r, fold, weight)
 
 
 @dataclass(frozen=True)
