@@ -177,8 +177,5 @@ def centre(gram: Tensor, total: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
     With ``mean = total / tokens`` this is the centred Gram ``G − s sᵀ / n`` of the affine
     form; with the mean of another fold it is what that fold's affine fit is judged by.
     """
-    cross = torch.outer(total, mean)
-    centred = gram - cross
-    centred -= cross.mT
-    torch.outer(mean, mean, out=cross)
-    return centred.add_(cross.mul_(tokens))
+    half = total - mean * (tokens / 2)
+    return torch.addr(gram, half, mean, alpha=-1).addr_(mean, half, alpha=-1)
