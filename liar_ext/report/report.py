@@ -215,8 +215,8 @@ class Report:
             errors = [row.holdout_error for row in self._layers]
             said = (
                 f"{name} keeps {worst.units_after:,} of {worst.units_before:,} units. Its relative "
-                f"error on held-out text is {worst.holdout_error:.1%}; the median layer has "
-                f"{median_high(each for each in errors if each is not None):.1%}."
+                f"error on held-out text is {worst.holdout_error:.1%}{_beside(worst)}; the median "
+                f"layer has {median_high(each for each in errors if each is not None):.1%}."
             )
             rows.append(("worst layer", said))
         todo = ["measure the quality: errors of layers don't show it"] * (not quality)
@@ -313,7 +313,8 @@ class Report:
         ):
             worst = self.worst_layer(name)
             if worst is not None:
-                lines.append(f"{title:20} {worst.name}: {getattr(worst, name):.1%} {said}")
+                error = f"{getattr(worst, name):.1%} {said}{_beside(worst)}"
+                lines.append(f"{title:20} {worst.name}: {error}")
         return lines
 
     def summary(self) -> str:
@@ -362,3 +363,8 @@ def _strict(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     return value
+
+
+def _beside(row: SiteRow) -> str:
+    """Return what an error counts beside the layer's own: above 100 % it is the larger part."""
+    return ", with what earlier layers lost" if row.target == "stream" else ""

@@ -87,6 +87,9 @@ def test_the_summary_names_the_worst_site_that_was_pruned():
     worse = replace(ROW, name="7.mlp", holdout_error=0.5, certified_error=0.6)
     said = report(sites=[untouched, ROW, worse]).summary()
     assert "7.mlp: 50.0% relative" in said and "7.mlp: 60.0% (certified)" in said
+    walked = replace(ROW, name="9.attn", holdout_error=1.2, target="stream")
+    said = report(sites=[walked, ROW]).summary()
+    assert "9.attn: 120.0% relative error on held-out text, with what earlier layers lost\n" in said
 
 
 def test_the_verdict_says_what_needs_attention():
