@@ -32,7 +32,7 @@ Weights = dict[str, tuple[Tensor, Tensor | None]]
 # Of a calibration set with enough sequences every n-th is held out, up to so many.
 HELD_OUT_EVERY, LEAST, MOST = 8, 32, 64
 # The cheaper one first.
-SCHEDULES = {"one-pass": "in one pass", "layerwise": "layer by layer"}
+SCHEDULES = ("one-pass", "layerwise")
 JUDGED = 16  # sequences of documents of their own that the command draws, of 128 or more
 
 
@@ -110,7 +110,7 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
     Where text is held out for it, both are measured; of equal ones the cheaper is kept. Errors on
     fresh text are measured on a walk's way, and after one pass here.
     """
-    schedule, notes, found = job.recipe.schedule, [], {}
+    schedule, found = job.recipe.schedule, {}
     if job.judged is None:
         weights, rows = _solve(job, schedule, passes, plan)
     else:
@@ -122,11 +122,6 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
                 found[each] = divergence_of(judge, passes.model, at, plan, solved[0])
             if len(found) == 1 or found[each] < found[schedule]:
                 schedule, (weights, rows) = each, solved
-        values = " and ".join(f"{value:.3g} {SCHEDULES[name]}" for name, value in found.items())
-        notes = [
-            f"Layers were solved {SCHEDULES[schedule]}: on held-out text the whole pruned model "
-            f"diverges from the dense one by {values}."
-        ]
     facts = {"calibrate_passes": passes.taken} | ({"schedules": found} if found else {})
     source = passes.bank.source
     if job.certify_on is not None and schedule == "one-pass":
@@ -135,7 +130,7 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
             given = passes.model, job.certify_on, job.sites(passes.model), job.room
             errors = certified_errors(Passes(*given, progress=job.progress), plan, weights)
             rows = [replace(row, certified_error=errors[row.name]) for row in rows]
-    return Solved([(None, weights, {r.name: r for r in rows})], schedule, source, facts, notes)
+    return Solved([(None, weights, {r.name: r for r in rows})], schedule, source, facts)
 
 
 def _solve(job: Job, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:

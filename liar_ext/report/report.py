@@ -302,6 +302,7 @@ class Report:
             )
         parts = {
             "latency": sections.latency_lines(self.latency),
+            "schedule": sections.schedule_lines(self.settings),
             "sizes": sections.grid_lines(self.grid),
             "vocabulary": sections.vocabulary_lines(self.vocabulary),
             "healing": sections.healing_lines(self.heal),

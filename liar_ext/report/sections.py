@@ -32,6 +32,7 @@ ERRORS = (
     "calibration documents and measured on the other; the regularisation is chosen by it, and "
     "importance scores have seen both halves."
 )
+WAYS = {"one-pass": "in one pass", "layerwise": "layer by layer"}
 APART = "Errors, perplexity and divergence elsewhere in this report were measured before healing."
 # Of a vocabulary on held-out text: with both tokenizers, and compared with all tokens.
 PAIRS = ("tokens_per_byte", "bits_per_byte")
@@ -185,6 +186,16 @@ def grid_lines(found: Mapping[str, Any]) -> list[str]:
 def _price(found: Mapping[str, Any]) -> str:
     on_grid, single = found["predicted_divergence"], found["predicted_divergence_at_tile_1"]
     return f"{figure(on_grid)} on the grid, {figure(single)} with tile 1"
+
+
+def schedule_lines(settings: Mapping[str, Any]) -> list[str]:
+    """Return how layers were solved, if held-out text decided it."""
+    found, chosen = settings.get("schedules"), WAYS.get(text(settings.get("schedule")))
+    if not isinstance(found, Mapping) or chosen is None:
+        return []
+    known = {name: found[name] for name in WAYS if type(found.get(name)) in (int, float)}
+    values = ", ".join(f"{value:.3g} {WAYS[name]}" for name, value in known.items())
+    return [f"{chosen}; divergence on held-out text: {values}"]
 
 
 def earlier_job(job: Mapping[str, Any]) -> str:

@@ -82,6 +82,18 @@ def test_the_summary_is_a_few_plain_lines():
     assert lines[4:] == ["It loads.", "Warning: Few tokens."]
 
 
+def test_the_summary_says_what_held_out_text_decided():
+    found = {"schedule": "layerwise", "schedules": {"one-pass": 0.1834, "layerwise": 0.1729}}
+    expected = (
+        "layer by layer; divergence on held-out text: 0.183 in one pass, 0.173 layer by layer"
+    )
+    assert expected in report(settings=found).summary()
+    for strange in ([], {"schedule": [], "schedules": {}}, found | {"schedules": [1]}):
+        assert "divergence on" not in report(settings=dict(strange)).summary()
+    some = report(settings=found | {"schedules": {"one-pass": "nan", "layerwise": 0.2}})
+    assert "divergence on held-out text: 0.2 layer by layer" in some.summary()
+
+
 def test_the_summary_names_the_worst_site_that_was_pruned():
     untouched = replace(ROW, name="0.mlp", units_after=1536, holdout_error=0.9)
     worse = replace(ROW, name="7.mlp", holdout_error=0.5, certified_error=0.6)
