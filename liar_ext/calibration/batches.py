@@ -20,6 +20,8 @@ FOLDS = 2
 PROBE_SEQUENCES, PROBE_TOKENS = 16, 2048
 PROBE_LENGTH = PROBE_TOKENS // PROBE_SEQUENCES
 PROBE_ROWS = 4  # that are run at a time
+# Of a text with fewer tokens fewer are taken, half at least: sums over it scatter as well.
+PROBED_TEXT = 8 * PROBE_TOKENS
 # What a head computes a loss from; only who asks for a loss gets it.
 LABELS = ("labels", "start_positions", "end_positions")
 # What is known of sequences, and no input of a model.
@@ -137,20 +139,22 @@ def probe_batches(
 ) -> list[dict[str, Tensor]]:
     """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
 
-    Every source gives equally many, and at least one; what is of no text, a source below 0, gives
-    none where there is text. Of a text the first ``PROBE_LENGTH`` tokens are taken. Sequences
-    without padding are put together, ``rows`` at most. With ``every`` all are as of one source, and
+    A text below ``PROBED_TEXT`` tokens gives fewer in proportion, but half at least. Every source
+    gives equally many, and at least one; what is of no text, a source below 0, gives none where
+    there is text. Of a text the first ``PROBE_LENGTH`` tokens are taken. Sequences without padding
+    are put together, ``rows`` at most. With ``every`` all are as of one source, none are fewer, and
     no batch has more than ``rows``.
     """
-    read = [_beginning(batch) for batch in read_batches(batches)]
+    given = list(read_batches(batches))
+    given = [replace(batch, source=None) for batch in given] if every else _of_text(given)
+    read = [_beginning(batch) for batch in given]
     places: dict[int, list[tuple[int, int]]] = {}
     for index, batch in enumerate(read):
-        alike = every or batch.source is None
-        for row, source in enumerate([0] * len(batch) if alike else batch.source.tolist()):
+        for row, source in enumerate(_sources(batch)):
             places.setdefault(source, []).append((index, row))
-    places = {source: found for source, found in places.items() if source >= 0} or places
-    sequences, tokens = sum(map(len, read)), sum(map(count_tokens, read))
-    count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * sequences / max(tokens, 1)))
+    text, tokens = (sum(map(count_tokens, some)) for some in (given, read))
+    count = max(PROBE_SEQUENCES, PROBE_TOKENS * sum(map(len, read)) / max(tokens, 1))
+    count = math.ceil(count * (1.0 if every else min(1.0, max(0.5, text / PROBED_TEXT))))
     share = -(-count // max(len(places), 1))
     chosen: dict[int, list[int]] = {}
     for found in places.values():
@@ -165,6 +169,21 @@ def probe_batches(
         for first in range(0, len(taken), most)
     ]
     return _together(parts, rows)
+
+
+def _sources(batch: Batch) -> list[int]:
+    return [0] * len(batch) if batch.source is None else batch.source.tolist()
+
+
+def _of_text(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Return batches without sequences of no text; as they are if there is none of text."""
+    rows = [[row for row, source in enumerate(_sources(each)) if source >= 0] for each in batches]
+    some = [
+        each if len(taken) == len(each) else each.select(taken)
+        for each, taken in zip(batches, rows, strict=True)
+        if taken
+    ]
+    return some or batches
 
 
 def _beginning(batch: Batch) -> Batch:

@@ -299,7 +299,7 @@ def test_random_tokens_come_beside_the_text(tokenizer):
     assert few.input_ids[24:].max() < 6 <= few.input_ids[:24].max()
     # Sensitivities are measured on text, and on what there is where there is none.
     batches = drawn.batches(4)
-    assert sum(len(each["input_ids"]) for each in probe_batches(batches)) >= 16
+    assert sum(len(each["input_ids"]) for each in probe_batches(batches)) >= 8
     on = torch.cat([each["input_ids"] for each in probe_batches(batches)])
     assert all((row == text.input_ids).all(1).any() for row in on)
     alone = [{**each, "source": torch.full_like(each["source"], -1)} for each in batches]

@@ -45,12 +45,12 @@ def test_probes_are_spread_evenly():
     assert torch.cat(probes)[:, 0].tolist() == [512 * row for row in range(1, 48, 3)]
     assert all(probe.shape[1] == 128 for probe in probes)
     assert len(probe_batches([ids[:3]])[0]["input_ids"]) == 3 and not probe_batches([])
-    pixels = torch.zeros(99, 3, 8, 8)
+    pixels = torch.zeros(128, 3, 8, 8)
     assert len(probe_batches([{"pixel_values": pixels}])[0]["pixel_values"]) == 16
 
 
 def test_probes_of_one_width_share_batches_and_padding_is_left_alone():
-    ids = torch.arange(32 * 256).view(32, 256)
+    ids = torch.arange(64 * 256).view(64, 256)
     single = [{"input_ids": row[None], "attention_mask": torch.ones(1, 256)} for row in ids]
     probes = probe_batches(single)
     assert [tuple(probe["input_ids"].shape) for probe in probes] == 4 * [(4, 128)]
@@ -59,16 +59,24 @@ def test_probes_of_one_width_share_batches_and_padding_is_left_alone():
     left[:, :200] = 0  # the first 128 tokens are padding
     padded = probe_batches([{"input_ids": row[None], "attention_mask": left} for row in ids])
     assert {probe["input_ids"].shape for probe in padded} == {(1, 256)}
-    assert sum(int(probe["attention_mask"].sum()) for probe in padded) >= 32 * 56
+    assert 1024 <= sum(int(probe["attention_mask"].sum()) for probe in padded) < 1024 + 56
 
 
 def test_short_sequences_make_up_for_their_length_by_their_number():
-    mask = torch.zeros(1000, 20, dtype=torch.long)
+    mask = torch.zeros(2048, 20, dtype=torch.long)
     mask[:, :8] = 1
     batches = [
-        {"input_ids": mask[start : start + 10], "attention_mask": mask[start : start + 10]}
-        for start in range(0, 1000, 10)
+        {"input_ids": mask[start : start + 16], "attention_mask": mask[start : start + 16]}
+        for start in range(0, 2048, 16)
     ]
     probes = probe_batches(batches)
     assert sum(int(probe["attention_mask"].sum()) for probe in probes) == 2048
-    assert len(probes) == 100
+    assert len(probes) == 128
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(200, 16), (64, 16), (48, 12), (32, 8), (20, 8)])
+def test_less_text_gives_fewer_probes_but_half_at_least(rows, taken):
+    ids = torch.arange(rows * 256).view(rows, 256)
+    beside = {"input_ids": ids, "source": torch.full((rows,), -1)}  # counts for nothing
+    probes = probe_batches([{"input_ids": ids, "source": torch.zeros(rows).long()}, beside])
+    assert sum(len(probe["input_ids"]) for probe in probes) == taken
