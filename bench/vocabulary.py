@@ -51,6 +51,7 @@ ENCODER_ROWS = (
     (12288, "news and STS-B", 0.5, 400_000),
     (1.0, "news and STS-B", 0.5, 0),
     ("auto", "news and STS-B", 1.0, 0),
+    ("auto", "news and STS-B", 1.0, 400_000),
 )
 SHARED = 12e6
 PROSE = "web and news"
