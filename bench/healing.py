@@ -27,7 +27,16 @@ from bench.quality.models import load
 from bench.quality.record import write_whole
 from bench.quality.texts import Texts, choose_texts, write_texts
 from bench.quality.windows import HeldOut
-from liar_ext import MomentBank, Recipe, calibrate, heal, load_pruned, prune, save_pruned
+from liar_ext import (
+    MomentBank,
+    Recipe,
+    apply_plan,
+    calibrate,
+    heal,
+    load_pruned,
+    prune,
+    save_pruned,
+)
 from liar_ext.calibration.folds import (
     Sequences,
     count_beside,
@@ -38,7 +47,7 @@ from liar_ext.calibration.folds import (
 from liar_ext.calibration.generated import write_sequences
 
 ROOT = Path(__file__).parents[1]
-OUT, TABLE = ROOT / "out" / "healing", ROOT / "docs" / "data" / "healing.json"
+OUT, DATA = ROOT / "out" / "healing", ROOT / "docs" / "data"
 MODEL = "SmolLM2-135M-Instruct"
 # What each start is, as keywords of prune(), and how it is shown.
 STARTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,7 +55,11 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fast": ("`--preset fast`", {"preset": "fast"}),
     "flap": ("`--preset flap`", {"preset": "flap"}),
     "drop": ("`fast` without compensation", {"preset": "fast", "reconstruct": "none"}),
+    # What others do with the same units; of keep 1, with the dense model.
+    "plan": ("units of `liar`, no compensation", {}),
+    "lora": ("LoRA on next tokens", {}),
 }
+RIVALS = ("plan", "lora")
 ROWS = [
     f"{start}:{keep}:{tokens}"
     for keep in ("0.8", "0.5")
@@ -57,6 +70,9 @@ ROWS = [
 SEQ_LEN, SEED = 256, 0
 CALIBRATED, TRAINED, JUDGING = 64, 240, 4  # sequences; more are drawn for more tokens than these
 WINDOWS = 8  # of each text that is judged by
+# As LLM-Pruner (arXiv 2305.11627) trains; with its learning rate of 1e-4 so few steps do nothing.
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
+LORA_RATE, STEP = 1e-3, 4  # sequences of a step, as `liar heal` has them
 
 
 def main() -> None:
@@ -106,24 +122,42 @@ class Bench:
 
     def measure(self, start: str, keep: float, tokens: int) -> dict[str, Any]:
         """Return a row, and keep it; a start that is missing is pruned first."""
-        folder = OUT / f"{start}-{keep:g}"
         row = {"start": start, "keep": keep, "tokens": tokens}
-        if not tokens:
+        if tokens:
+            work, row["seconds"] = self.started(start, keep)
+            drawn = self.drawn if tokens <= TRAINED * SEQ_LEN else self.draw(tokens // SEQ_LEN)
+            clock = time.process_time()
+            if start == "lora":
+                work = train_lora(work, drawn, tokens)
+                row["heal"] = {"tokens": tokens}
+            else:
+                held_out, budget = drawn.judging.batches(), {"tokens": tokens}
+                found = heal(work, self.dense, drawn.batches(), held_out=held_out, budget=budget)
+                facts = ("after", "tokens", "curve", "precision")
+                row["heal"] = {name: found[name] for name in facts}
+            row["seconds"]["heal"] = time.process_time() - clock
+        elif start == "plan":
+            pruned, row["seconds"] = self.started("liar", keep)
+            work = copy.deepcopy(self.dense)
+            apply_plan(work, pruned.liar_plan)
+            save_pruned(work, OUT / f"plan-{keep:g}", pruned.liar_plan, overwrite=True)
+        else:
             bank, before = self.bank(start)
             work, clock = copy.deepcopy(self.dense), time.process_time()
             report = prune(work, bank=bank, keep=keep, **STARTS[start][1])
             row["seconds"] = {"prune": before + time.process_time() - clock}
-            save_pruned(work, folder, report.plan, report=report, overwrite=True)
-        else:
-            before = self.find({**row, "tokens": 0}) or self.measure(start, keep, 0)
-            drawn = self.drawn if tokens <= TRAINED * SEQ_LEN else self.draw(tokens // SEQ_LEN)
-            work, clock = load_pruned(folder, dtype=torch.float32), time.process_time()
-            held_out, budget = drawn.judging.batches(), {"tokens": tokens}
-            found = heal(work, self.dense, drawn.batches(), held_out=held_out, budget=budget)
-            row["seconds"] = before["seconds"] | {"heal": time.process_time() - clock}
-            row["heal"] = {name: found[name] for name in ("after", "tokens", "curve", "precision")}
+            save_pruned(work, OUT / f"{start}-{keep:g}", report.plan, report=report, overwrite=True)
         row["texts"] = judge(work, self.windows)
         return self.add(row)
+
+    def started(self, start: str, keep: float) -> tuple[nn.Module, dict[str, float]]:
+        """Return what is trained, and the seconds that it took; it is pruned first if missing."""
+        if keep == 1.0:  # what a training gains that knows no dense model
+            return copy.deepcopy(self.dense), {"prune": 0.0}
+        start = "liar" if start == "lora" else start
+        row = {"start": start, "keep": keep, "tokens": 0}
+        row = self.find(row) or self.measure(**row)
+        return load_pruned(OUT / f"{start}-{keep:g}", dtype=torch.float32), dict(row["seconds"])
 
     def bank(self, start: str) -> tuple[MomentBank, float]:
         """Return activation statistics, which jobs on the same text share, and what they took."""
@@ -149,6 +183,29 @@ class Bench:
         return text.beside(of_no_text(torch.tensor([ids for _, ids in copies]))) if copies else text
 
 
+def train_lora(model: nn.Module, drawn: Sequences, tokens: int) -> nn.Module:
+    """Return a model after LoRA on the next tokens of the text, in bfloat16, merged."""
+    import peft
+
+    torch.manual_seed(SEED)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LORA_RATE)
+    steps = tokens // (STEP * SEQ_LEN)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rows = torch.randperm(len(drawn)).repeat(-(-steps * STEP // len(drawn)))
+    model.train()
+    for chosen in rows.split(STEP)[:steps]:
+        ids = drawn.input_ids[chosen]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.merge_and_unload().eval()
+
+
 def judge(model: nn.Module, windows: dict[str, HeldOut]) -> dict[str, dict[str, float]]:
     """Return perplexity and divergence from the dense model, which is judged first, by text."""
     cast = copy.deepcopy(model).to(torch.bfloat16)
@@ -163,30 +220,36 @@ def gap(row: dict[str, Any], dense: dict[str, Any]) -> float:
 
 
 def write(rows: Sequence[dict[str, Any]]) -> None:
-    """Write the table."""
+    """Write the tables: perplexities after healing, and what others do with the same units."""
     dense, *others = rows
     whole = {name: text["perplexity"] for name, text in dense["texts"].items()}
     titles = {"wikitext-2": "WikiText-2"}
     texts = [f"{titles.get(name, name)}, dense {value:.2f}" for name, value in whole.items()]
-    cells, order = [], list(STARTS)
+    healed, beside, order = [], [], list(STARTS)
     others.sort(key=lambda row: (-row["keep"], order.index(row["start"]), row["tokens"]))
     for row in others:
-        values = [f"{row['texts'][name]['perplexity']:,.2f}" for name in whole]
-        seconds = [row["seconds"]["prune"], row["seconds"].get("heal", 0)]
+        found = row["texts"].values()
+        seconds = [f"{row['seconds'].get(name, 0):,.0f}" for name in ("prune", "heal")]
         tokens = row["heal"]["tokens"] if row["tokens"] else 0
-        cells.append(
-            [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
-            + [*values, f"{gap(row, dense):.3f}", *(f"{each:,.0f}" for each in seconds)]
-        )
-    facts = {
-        "command": "make healing WIKITEXT=FOLDER",
-        "note": f"{MODEL}, seed {SEED}, {CALIBRATED} calibration sequences of {SEQ_LEN} tokens; "
-        f"perplexity in {WINDOWS} windows of {SEQ_LEN} tokens of each text",
-        "columns": ["removed", "start", "healed tokens", *texts, "mean gap", "CPU s to prune"]
-        + ["CPU s to heal"],
-        "rows": cells,
-    }
-    write_whole(TABLE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        title = [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
+        lost = f"{gap(row, dense):.3f}".replace("-", "−")
+        if row["start"] not in RIVALS:
+            values = [f"{text['perplexity']:,.2f}" for text in found]
+            healed.append([*title, *values, lost, *seconds])
+        if all("kl" in text for text in found):
+            divergence = sum(text["kl"] for text in found) / len(found)
+            beside.append([*title, lost, f"{divergence:.3f}", seconds[1]])
+    note = f"{MODEL}, seed {SEED}, {CALIBRATED} calibration sequences of {SEQ_LEN} tokens; {{}} in "
+    note += f"{WINDOWS} windows of {SEQ_LEN} tokens of each text"
+    start = ["removed", "start", "healed tokens"]
+    columns = [*start, *texts, "mean gap", "CPU s to prune", "CPU s to heal"]
+    both = [*start, "mean gap", "divergence from the dense model", "CPU s to train"]
+    for name, facts in (
+        ("healing", {"note": note.format("perplexity"), "columns": columns, "rows": healed}),
+        ("healing_rivals", {"note": note.format("means"), "columns": both, "rows": beside}),
+    ):
+        facts = {"command": "make healing WIKITEXT=FOLDER", **facts}
+        write_whole(DATA / f"{name}.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
 def parse() -> argparse.Namespace:
