@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bench.scaling.shapes import TRIED, WIDTH, Settings, Shape, groups_of
-from liar_ext.calibration.batches import FOLDS, PROBE_LENGTH, PROBE_ROWS, PROBE_TOKENS
+from liar_ext.calibration.batches import FOLDS, PROBE_LENGTH, PROBE_ROWS, count_probes
 from liar_ext.reconstruction.ladder import ROW_BLOCK
 from liar_ext.selection.error_curves import PANEL
 from liar_ext.selection.sensitivity import POSITIONS
@@ -193,7 +193,8 @@ def probes(shape: Shape, settings: Settings) -> Iterator[Work]:
     L (L + 1) runs of a block.
     """
     length = min(settings.length, PROBE_LENGTH)
-    sequences = min(settings.sequences, -(-PROBE_TOKENS // length))
+    given = settings.sequences
+    sequences = min(given, count_probes(given, given * length, given * settings.length))
     tokens, rows = sequences * length, sequences * min(length, POSITIONS)
     batches = -(-sequences // PROBE_ROWS)
     dense, sites = len(groups_of(shape, settings)), 2 * shape.layers
@@ -234,6 +235,7 @@ def walk(shape: Shape, settings: Settings) -> Iterator[Work]:
     solves = Work("walk: solves", ALONE)
     for kind, d in shape.features.items():
         sums.operations["gram32"] += shape.layers * tokens * (d * (d + 1) + 2 * d * h)
+        sums.operations["product"] += shape.layers * 2 * tokens * h  # the mean of the differences
         sums.memory += shape.layers * settings.batches * (8 * d**2 + 16 * d * h)
         sums.sent += shape.layers * 2 * (16 * d**2 + 16 * d * h)
         for name, count in towards(d, kept[kind], h, settings.tried.get(kind, TRIED)).items():

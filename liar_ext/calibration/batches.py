@@ -153,8 +153,7 @@ def probe_batches(
         for row, source in enumerate(_sources(batch)):
             places.setdefault(source, []).append((index, row))
     text, tokens = (sum(map(count_tokens, some)) for some in (given, read))
-    count = max(PROBE_SEQUENCES, PROBE_TOKENS * sum(map(len, read)) / max(tokens, 1))
-    count = math.ceil(count * (1.0 if every else min(1.0, max(0.5, text / PROBED_TEXT))))
+    count = count_probes(sum(map(len, read)), tokens, PROBED_TEXT if every else text)
     share = -(-count // max(len(places), 1))
     chosen: dict[int, list[int]] = {}
     for found in places.values():
@@ -169,6 +168,15 @@ def probe_batches(
         for first in range(0, len(taken), most)
     ]
     return _together(parts, rows)
+
+
+def count_probes(sequences: int, tokens: int, text: int) -> int:
+    """Return how many sequences to take, if so many have ``text`` tokens, ``tokens`` to begin with.
+
+    It may be more than there are.
+    """
+    most = max(PROBE_SEQUENCES, PROBE_TOKENS * sequences / max(tokens, 1))
+    return math.ceil(most * min(1.0, max(0.5, text / PROBED_TEXT)))
 
 
 def _sources(batch: Batch) -> list[int]:
