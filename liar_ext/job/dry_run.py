@@ -23,7 +23,7 @@ from liar_ext.job.estimate import (
 )
 from liar_ext.job.preparing import prepare
 from liar_ext.job.state import Job
-from liar_ext.models.depth import check_block_count, count_blocks_kept, stack_of
+from liar_ext.models.depth import count_blocks_kept, stack_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites, skeleton, teams_of
@@ -94,7 +94,7 @@ def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) ->
     heads = ("", "layers", "units of a layer", "kept by the same fraction", free)
     rows = [_layers(some, equal, recipe) for some in _alike(at, recipe)]
     if recipe.keep_blocks != 1.0:
-        count = check_block_count(model, recipe.keep_blocks)
+        count = count_blocks_kept(model, recipe.keep_blocks)
         rows.append(("blocks", "", str(len(stack_of(model)[1])), str(count), ""))
     if recipe.keep_experts != 1.0:
         count, layers = count_experts_kept(model, recipe.keep_experts), layers_of(model)

@@ -62,17 +62,17 @@ def count_blocks_kept(model: nn.Module, keep: float) -> int:
     return count
 
 
-def check_block_count(model: nn.Module, keep: float) -> int:
-    """Return :func:`count_blocks_kept`, before it is known which stay.
+def check_block_count(model: nn.Module, keep: float) -> None:
+    """Raise InputError if neither the first blocks nor evenly spread ones can stay alone.
 
-    InputError is raised if neither the first blocks nor evenly spread ones can stay alone.
+    :func:`check_kept_blocks` checks those that are chosen.
     """
     count, total = count_blocks_kept(model, keep), len(stack_of(model)[1])
     refused = None
     for kept in (range(count), [place * total // count for place in range(count)]):
         try:
             _renumbered(model, kept)
-            return count
+            return
         except InputError as error:
             refused = refused or error
     raise refused
