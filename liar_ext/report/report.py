@@ -367,5 +367,5 @@ def _strict(value: object) -> object:
 
 
 def _beside(row: SiteRow) -> str:
-    """Return what an error counts beside the layer's own: above 100 % it is the larger part."""
+    """Return what an error counts beside the layer's own, so that it may be above 100 %."""
     return ", with what earlier layers lost" if row.target == "stream" else ""

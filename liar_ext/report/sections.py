@@ -195,7 +195,7 @@ def schedule_lines(settings: Mapping[str, Any]) -> list[str]:
         return []
     known = {name: found[name] for name in WAYS if type(found.get(name)) in (int, float)}
     values = ", ".join(f"{value:.3g} {WAYS[name]}" for name, value in known.items())
-    return [f"{chosen}; divergence on held-out text: {values}"]
+    return [f"{chosen}; divergence on held-out text: {values}"] if known else []
 
 
 def earlier_job(job: Mapping[str, Any]) -> str:

@@ -88,8 +88,12 @@ def test_the_summary_says_what_held_out_text_decided():
         "layer by layer; divergence on held-out text: 0.183 in one pass, 0.173 layer by layer"
     )
     assert expected in report(settings=found).summary()
-    for strange in ([], {"schedule": [], "schedules": {}}, found | {"schedules": [1]}):
-        assert "divergence on" not in report(settings=dict(strange)).summary()
+    strange = (
+        {"schedule": [], "schedules": {}},
+        *(found | {"schedules": s} for s in ([1], {"a": 1})),
+    )
+    for settings in ([], *strange):
+        assert "divergence on" not in report(settings=dict(settings)).summary()
     some = report(settings=found | {"schedules": {"one-pass": "nan", "layerwise": 0.2}})
     assert "divergence on held-out text: 0.2 layer by layer" in some.summary()
 
