@@ -4,8 +4,9 @@
 
 Perplexity on the four texts of bench.quality, in bfloat16 as there; models are pruned in float32,
 and healed as `liar heal` does by default. Pruned folders and rows are kept in out/healing, and a
-row that is there is not measured again; docs/data/healing.json has the table. Healed is on more of
-the text that was calibrated on. Seconds are CPU seconds of one thread.
+row that is there is not measured again; docs/data has the tables, healing.json and
+healing_rivals.json. Healed is on more of the text that was calibrated on. Seconds are CPU seconds
+of one thread.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "liar": ("`liar`", {}),
     "fast": ("`--preset fast`", {"preset": "fast"}),
     "flap": ("`--preset flap`", {"preset": "flap"}),
-    "drop": ("`fast` without compensation", {"preset": "fast", "reconstruct": "none"}),
     # What others do with the same units; of keep 1, with the dense model.
     "plan": ("units of `liar`, no compensation", {}),
     "lora": ("LoRA on next tokens", {}),
@@ -63,10 +63,11 @@ RIVALS = ("plan", "lora")
 ROWS = [
     f"{start}:{keep}:{tokens}"
     for keep in ("0.8", "0.5")
-    for tokens in (0, 20_000, 60_000)
-    for start in ("liar", "fast", "flap", "drop")
-    if tokens < 60_000 or start == "liar"
+    for tokens in (0, 20_000, 100_000)
+    for start in ("liar", "fast", "flap")
+    if start == "liar" or (tokens < 100_000 and keep == "0.8")
 ]
+ROWS += ["plan:0.8:0", "plan:0.8:20000", "lora:0.8:30000", "lora:1:30000"]
 SEQ_LEN, SEED = 256, 0
 CALIBRATED, TRAINED, JUDGING = 64, 240, 4  # sequences; more are drawn for more tokens than these
 WINDOWS = 8  # of each text that is judged by
