@@ -21,6 +21,7 @@ from liar_ext.calibration.saved_sums import SavedSums, group_sites, room_for_sum
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
 from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.errors import InputError
+from liar_ext.models.registry import type_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, sites
 from liar_ext.progress import Bar, spare
@@ -167,7 +168,7 @@ def _checked(
 def _facts_of(model: nn.Module, taps: Sequence[Tap] = ()) -> dict[str, object]:
     relative = sorted(tap.name for tap in taps if tap.relative)
     return {
-        "model_type": model.config.model_type,
+        "model_type": type_of(model),
         "model": fingerprint_of(model.state_dict().items()),
         "dtype": str(model.dtype).removeprefix("torch."),
         **({"relative": relative} if relative else {}),

@@ -21,6 +21,7 @@ from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import broadcast, share
 from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
 from liar_ext.job.streamed import StreamedPasses
+from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
@@ -128,7 +129,7 @@ def narrowed(job: Job) -> Base:
 def _without(model: nn.Module, weights: Mapping[str, Any], **gone: Any) -> nn.Module:
     """Return a copy of the dense model that lacks what a plan says, and nothing else."""
     fewer = copy.deepcopy(model)
-    apply_plan(fewer, Plan(model.config.model_type, "auto", {}, **gone), weights)
+    apply_plan(fewer, Plan(type_of(model), "auto", {}, **gone), weights)
     return fewer
 
 
@@ -235,7 +236,7 @@ def allocated(job: Job, model: nn.Module, analysis: Analysis) -> Decision:
         with job.clock("time"):
             costs = speed.settle(lambda costs: allocate(*asked, costs=costs, losses=losses))
     with job.clock("allocate"):
-        plan = allocate(*asked, model_type=model.config.model_type, costs=costs, losses=losses)
+        plan = allocate(*asked, model_type=type_of(model), costs=costs, losses=losses)
         plan = broadcast(with_bias(plan, model, recipe.reconstruct))  # the same on all machines
         facts = {}
         if recipe.allocation == "curve":
@@ -251,7 +252,7 @@ def decide_anew(job: Job, passes: Passes | None) -> Decision:
     """Return the plan of a job, of no site where only hidden features or experts go."""
     if passes is not None:
         return allocated(job, passes.model, analyze(job, passes))
-    budget, model_type = job.recipe.budget.to_dict(), job.model.config.model_type
+    budget, model_type = job.recipe.budget.to_dict(), type_of(job.model)
     plan = Plan(model_type, job.recipe.attn_unit, {}, budget)
     return Decision(plan, speed=job.speed)
 

@@ -24,6 +24,7 @@ from liar_ext.job.estimate import (
 from liar_ext.job.preparing import prepare
 from liar_ext.job.state import Job
 from liar_ext.models.depth import count_blocks_kept, stack_of
+from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites, skeleton, teams_of
@@ -51,7 +52,7 @@ def describe(
     """
     job = prepare(Job(model, batches, recipe, judged=judge_on))
     recipe, at = job.recipe, job.sites(model)
-    model_type = model.config.model_type
+    model_type = type_of(model)
     equal = even_plan(at, recipe.budget, job.costs(model), model_type=model_type)
     if job.speed is not None:
         job.speed.time(equal)

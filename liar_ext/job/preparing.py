@@ -23,6 +23,7 @@ from liar_ext.job.solving import hold_out
 from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
 from liar_ext.models.depth import check_block_count
+from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, why_whole
@@ -160,7 +161,7 @@ def _warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Sit
         if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
             reason = "all its query heads share one key and value; give attn_unit='head'"
         if reason:
-            message = f"prune: {kind} of {model.config.model_type} stays whole: {reason}"
+            message = f"prune: {kind} of {type_of(model)} stays whole: {reason}"
             warnings.warn(message, stacklevel=4)
 
 

@@ -31,7 +31,7 @@ from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
 from liar_ext.job.state import Job, Shares
 from liar_ext.models.depth import why_no_chain
-from liar_ext.models.registry import family_of
+from liar_ext.models.registry import family_of, type_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
 from liar_ext.progress import Bar, spare
@@ -109,7 +109,7 @@ class StreamedPasses(Passes):
         self.summed: list[int] = []  # numbers of the walks that ran the text
         for index, batch in enumerate(self.batches):
             check_not_padding(index, batch)
-        sequences, model_type = sum(map(len, self.batches)), self.model.config.model_type
+        sequences, model_type = sum(map(len, self.batches)), type_of(self.model)
         self.source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
         self.bank = MomentBank({}, self.source)
         self.index = 0  # of the block that is given

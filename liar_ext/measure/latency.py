@@ -38,6 +38,7 @@ from liar_ext.measure.speed import (
     step_of,
 )
 from liar_ext.models.experts import refuse_experts
+from liar_ext.models.registry import type_of
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, attn_unit_of, sites
 from liar_ext.models.slicing import apply_plan
@@ -214,7 +215,7 @@ def light_copy(model: nn.Module) -> nn.Module:
 def plan_of(model: nn.Module, at: Sequence[Site], counts: Mapping[str, int]) -> Plan:
     """Return a plan of some counts, for its sizes alone: the first units of every group stay."""
     plans = {site.name: SitePlan.first(site.units, counts[site.name], site.groups) for site in at}
-    return Plan(model.config.model_type, attn_unit_of(at), plans)
+    return Plan(type_of(model), attn_unit_of(at), plans)
 
 
 def where(model: nn.Module) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -42,12 +42,24 @@ def register_family(family: Family) -> Family:
     return family
 
 
+def is_diffusion(model: nn.Module) -> bool:
+    """Tell whether a model is one of diffusers, whose configs are mappings."""
+    return isinstance(getattr(model, "config", None), Mapping)
+
+
+def type_of(model: nn.Module) -> str | None:
+    """Return ``config.model_type`` of a model, or the name of its class if it is of diffusers."""
+    if is_diffusion(model):
+        return type(model).__name__
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a model, by its ``config.model_type``.
+    """Return the family of a model, by :func:`type_of`.
 
     InputError is raised if the model has no config, or the table has no such family.
     """
-    name = getattr(getattr(model, "config", None), "model_type", None)
+    name = type_of(model)
     if name in FAMILIES:
         return FAMILIES[name]
     raise InputError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.family import Family, Part, Wiring
-from liar_ext.models.registry import FAMILIES
+from liar_ext.models.registry import FAMILIES, is_diffusion, type_of
 
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 IGNORED = -100  # a label that no loss asks for
@@ -23,7 +23,7 @@ IGNORED = -100  # a label that no loss asks for
 def inputs_read(model: nn.Module) -> dict[str, Any]:
     """Return the names of the inputs that a model needs, with the part of the config for each."""
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
-    family = FAMILIES.get(getattr(config, "model_type", ""))
+    family = FAMILIES.get(type_of(model))
     if family is None or not family.parts:
         return {main: config}
     return {part.input or main: block_config(part, config) for part, _ in parts_of(model, family)}
@@ -119,7 +119,9 @@ def device_of(module: nn.Module, default: torch.device | None = None) -> torch.d
 
 def predicts_next_token(model: nn.Module) -> bool:
     """Tell whether a model predicts each token from those before it alone."""
-    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+    if is_diffusion(model) or not model.can_generate():
+        return False
+    if getattr(model.config, "is_encoder_decoder", False):
         return False
     # BERT's family has classes with a language head that see both sides unless told not to.
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
@@ -147,8 +149,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def output_of(model: nn.Module, outputs: Any) -> tuple[str, Tensor]:
     """Return name and value of what a model puts out: logits, or what a head would read.
 
-    That is the last hidden state, or, of towers side by side, the embeddings of all of them in one.
+    That is the last hidden state, or, of towers side by side, the embeddings of all of them in one;
+    of a diffusion transformer the noise, or velocity, of each sample, ``(samples, features)``.
     """
+    if outputs.get("sample") is not None:
+        return "sample", outputs["sample"].flatten(1)
     for name in ("logits", "last_hidden_state"):
         if outputs.get(name) is not None:
             return name, outputs[name]

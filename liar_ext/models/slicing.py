@@ -23,6 +23,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.depth import check_kept_blocks, keep_blocks
 from liar_ext.models.experts import check_count, check_kept_experts, keep_experts
 from liar_ext.models.liar_loader import select_heads, set_config_number
+from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
 from liar_ext.models.running import bias_name, layer_at, owner_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
@@ -131,7 +132,7 @@ def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tens
 
 
 def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Weights) -> None:
-    model_type = model.config.model_type
+    model_type = type_of(model)
     if plan.model_type != model_type:
         raise InputError(
             f"apply_plan: the plan is for {plan.model_type!r}, the model is {model_type!r}; "

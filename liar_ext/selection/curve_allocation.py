@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, completed, probe_batches, read_batches
+from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
 from liar_ext.reconstruction.solve import reconstruct_shared, with_bias
@@ -53,7 +54,7 @@ def probe_sites(
     ``curves`` come from :func:`error_curves`; ``mode`` is how a site is reconstructed for it. All
     else is as for :func:`liar_ext.allocate` and :func:`liar_ext.reconstruct`.
     """
-    plan = probe_plan(at, scores, budget, model_type=model.config.model_type)
+    plan = probe_plan(at, scores, budget, model_type=type_of(model))
     plan = with_bias(plan, model, mode)
     settings = {"mode": mode, "damp": CURVE_DAMP, "progress": progress}
     weights, _ = reconstruct_shared(model, bank, plan, at, **settings)

@@ -23,6 +23,7 @@ from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.distributed import rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.depth import count_blocks_kept, stack_of
+from liar_ext.models.registry import type_of
 from liar_ext.models.sites import attn_unit_of, sites
 from liar_ext.models.slicing import DENSE
 from liar_ext.plan import Plan, SitePlan
@@ -146,7 +147,7 @@ def _refit(
     unit = attn_unit_of(at)
     solved = [site for site in at if site.block >= first and site.block not in gone]
     whole = {site.name: SitePlan.first(site.units, site.units) for site in solved}
-    plan = Plan(model.config.model_type, unit, whole)
+    plan = Plan(type_of(model), unit, whole)
     walk = Walk(InMemory(model), unit, progress=progress)
     weights, rows = {}, {}
     for _, new, found in solve_layerwise(walk, plan, mode, damp, batches, (), gone=gone):
