@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from liar_ext.calibration.documents import read_documents as read_documents
     from liar_ext.calibration.moments import Moments as Moments
     from liar_ext.calibration.texts import calibration_sequences as calibration_sequences
+    from liar_ext.calibration.timesteps import timestep_weights as timestep_weights
     from liar_ext.checkpoint import load_model as load_model
     from liar_ext.checkpoint import load_pruned as load_pruned
     from liar_ext.checkpoint.saving import save_pruned as save_pruned
@@ -90,6 +91,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "sites": "models.sites",
     "suggest_family": "suggest.suggest",
     "sweep": "job",
+    "timestep_weights": "calibration.timesteps",
     "verify_pruned": "export.verify",
 }
 

@@ -170,6 +170,8 @@ def text_of(batch: Batch) -> dict[str, Tensor] | None:
     ids = batch.inputs.get("input_ids")
     if batch.labels or not set(batch.inputs) <= set(NAMES) or ids is None or ids.dim() != 2:
         return None
+    if batch.weight is not None:
+        return None
     if any(each.is_floating_point() or each.shape != ids.shape for each in batch.inputs.values()):
         return None
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= MOST_ID:
@@ -253,7 +255,10 @@ def digest_of(batches: Batches) -> str:
     return seen.digest.hexdigest()
 
 
-def _update(digest: blake2b, name: str, value: Tensor) -> None:
+def _update(digest: blake2b, name: str, value: Tensor | list) -> None:
+    if not isinstance(value, Tensor):
+        digest.update(f"{name} {value}".encode())
+        return
     digest.update(f"{name} {tuple(value.shape)}".encode())
     digest.update(value.detach().double().cpu().contiguous().numpy().tobytes())
 
@@ -269,7 +274,9 @@ class Seen:
 
     def add(self, batch: Batch) -> None:
         """Count a batch in."""
-        for name, value in sorted({**batch.inputs, "fold": batch.fold}.items()):
+        known = {**batch.inputs, "fold": batch.fold}
+        known |= {} if batch.weight is None else {"weight": batch.weight}
+        for name, value in sorted(known.items()):
             _update(self.digest, name, value)
         self.batches += 1
         self.sequences += [self._digest(batch, row) for row in range(len(batch))]

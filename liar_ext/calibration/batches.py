@@ -25,7 +25,9 @@ PROBED_TEXT = 8 * PROBE_TOKENS
 # What a head computes a loss from; only who asks for a loss gets it.
 LABELS = ("labels", "start_positions", "end_positions")
 # What is known of sequences, and no input of a model.
-FACTS = ("fold", "source")
+FACTS = ("fold", "source", "weight")
+# Inputs of diffusion transformers that have no row for each sequence, or are lists.
+WHOLE = ("img_ids", "txt_ids", "img_shapes")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Batch:
     labels: dict[str, Tensor] = field(default_factory=dict)  # those of LABELS that it has
     # (sequences,) int64: which of several texts each is of, -1 of none; all of one unless given.
     source: Tensor | None = None
+    # (sequences,) what each of their tokens counts in the sums; 1 unless given.
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.fold)
@@ -54,7 +58,11 @@ class Batch:
         rows = torch.as_tensor(rows, dtype=torch.long)
         if len(self) == 1 and rows.tolist() == [0]:  # patches of its image, for example
             return self
-        return self._with_each(lambda value: value[rows.to(value.device)])
+        whole = {name: value for name, value in self.inputs.items() if name in WHOLE}
+        some = replace(self, inputs={n: v for n, v in self.inputs.items() if n not in whole})
+        some = some._with_each(lambda value: value[rows.to(value.device)])
+        whole |= {n: [v[row] for row in rows] for n, v in whole.items() if isinstance(v, list)}
+        return replace(some, inputs={name: {**some.inputs, **whole}[name] for name in self.inputs})
 
     def mask_of(self, name: str) -> Tensor | None:
         """Return the mask that an input of this name is, in the form of :attr:`mask`."""
@@ -67,6 +75,12 @@ class Batch:
             return torch.ones(tokens, dtype=torch.bool, device=device)
         return mask.flatten().to(device)
 
+    def weighing(self, used: Tensor) -> Tensor:
+        """Return ``used``, ``(sequences, tokens)``, times what tokens of each sequence count."""
+        if self.weight is None:
+            return used
+        return used * self.weight.to(used.device, torch.float64)[:, None]
+
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor | Batch]
 
@@ -75,8 +89,8 @@ def read_batches(batches: Batches) -> Iterator[Batch]:
     """Yield batches in their one form; sequences without a ``fold`` alternate from 0.
 
     A batch is a mapping of keyword arguments of a model, or ``input_ids`` alone. Its
-    ``attention_mask`` ``(batch, tokens)`` is zero where a token is padding; ``fold`` and ``source``
-    ``(batch,)`` are as in :class:`Batch`. Anything else raises InputError.
+    ``attention_mask`` ``(batch, tokens)`` is zero where a token is padding; ``fold``, ``source``
+    and ``weight`` ``(batch,)`` are as in :class:`Batch`. Anything else raises InputError.
     """
     sequences = 0
     for batch in batches:
@@ -104,16 +118,17 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
         return batch
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     for name, value in inputs.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
+        fits = isinstance(value, Tensor) and value.dim()
+        if not fits and not (name in WHOLE and isinstance(value, list)):
             raise InputError(
                 "batches: a batch is input_ids, or a mapping of names to tensors of one row per "
                 f"sequence, got {name} of type {type(value).__name__}"
             )
-    fold, source = (inputs.pop(name, None) for name in FACTS)
+    fold, source, weight = (inputs.pop(name, None) for name in FACTS)
     labels = {name: inputs.pop(name) for name in LABELS if name in inputs}
-    if not inputs:
+    first = next((value for name, value in inputs.items() if name not in WHOLE), None)
+    if first is None:
         raise InputError("batches: a batch holds no input of the model; give input_ids, say")
-    first = next(iter(inputs.values()))
     if fold is None:
         fold = (torch.arange(len(first), device=first.device) + sequences) % FOLDS
     if fold.shape != (len(first),) or not bool(((fold == 0) | (fold == 1)).all()):
@@ -125,7 +140,21 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
             "batches: source must be a whole number for each of "
             f"{len(first)} sequences, got {source.tolist()}"
         )
-    return Batch(inputs, fold.long(), _padding(inputs.get("attention_mask")), labels, source)
+    _check_weight(weight, len(first))
+    mask = _padding(inputs.get("attention_mask"))
+    return Batch(inputs, fold.long(), mask, labels, source, weight)
+
+
+def _check_weight(weight: Tensor | None, sequences: int) -> None:
+    """Refuse weights that are not one number above 0 for each sequence."""
+    if weight is None:
+        return
+    fits = weight.shape == (sequences,) and weight.is_floating_point()
+    if not fits or not bool((weight.isfinite() & (weight > 0)).all()):
+        raise InputError(
+            f"batches: weight must be a finite number above 0 for each of {sequences} sequences, "
+            f"got {weight.tolist()}; liar_ext.timestep_weights makes some"
+        )
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
@@ -196,7 +225,7 @@ def _of_text(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 def _beginning(batch: Batch) -> Batch:
     """Return the first tokens of sequences of text; what isn't text, or is padded there, whole."""
-    shapes = {value.shape for value in batch.inputs.values()}
+    shapes = {getattr(value, "shape", ()) for value in batch.inputs.values()}
     text = "input_ids" in batch.inputs and len(shapes) == 1 and len(min(shapes)) == 2
     if not text or (batch.mask is not None and not bool(batch.mask[:, 0].all())):
         return batch
@@ -211,7 +240,8 @@ def _together(batches: Sequence[Batch], rows: int) -> list[dict[str, Tensor]]:
     plain = False  # whether the last of them takes more
     for batch in batches:
         inputs, last = batch.inputs, joined[-1] if joined else {}
-        fits = inputs.keys() == last.keys() and all(
+        alike = inputs.keys() == last.keys() and not any(name in WHOLE for name in inputs)
+        fits = alike and all(
             value.shape[1:] == last[name].shape[1:] and len(value) + len(last[name]) <= rows
             for name, value in inputs.items()
         )

@@ -41,7 +41,8 @@ def calibrate(
 
     For each site and each fold, ``G = Σ_t w_t x_t x_tᵀ``, ``s = Σ_t w_t x_t`` and ``n = Σ_t w_t``,
     where ``w_t`` is 0 for padding and 1 otherwise, or where a norm reads the output what
-    :func:`liar_ext.calibration.taps.relative_weights` says. An expert has sums over the tokens that
+    :func:`liar_ext.calibration.taps.relative_weights` says; times the ``weight`` of the sequence,
+    if batches have one. An expert has sums over the tokens that
     the router sends there, with ``w_t`` times the square of the weight that their output gets. A
     task head on top of the model is not run. Ranks that have met (:mod:`liar_ext.distributed`) call
     this with the same model and batches, and each runs its share of them.
@@ -53,7 +54,8 @@ def calibrate(
     batches : iterable of mapping or Tensor
         Keyword inputs of the model, or ``input_ids`` alone. ``attention_mask`` ``(batch, tokens)``
         says what is padding. ``fold`` ``(batch,)``, 0 or 1, assigns sequences to folds and must
-        keep sequences of one document together; without it sequences alternate.
+        keep sequences of one document together; without it sequences alternate. ``weight``
+        ``(batch,)``, such as :func:`liar_ext.timestep_weights`, says what their tokens count.
     at : sequence of Site, optional
         Sites to collect; all of the model's by default.
     keep_text : bool
@@ -111,7 +113,7 @@ def collect(
     """
     count, seen, saved = distributed.world_size(), Seen(keep_text), saved or SavedSums(None)
     # A module that repeats has more to come, whatever has run.
-    ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
+    ends = sum(len(t.all) for t in taps) if not any(t.repeats for t in taps) else math.inf
     facts = _facts_of(model, taps)
 
     def so_far() -> tuple[Mapping[str, Moments], dict[str, object]]:
@@ -159,7 +161,7 @@ def _checked(
     check_sums(moments, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
     weighed = {*facts.get("relative", ()), *routed}
-    plain = [sums for name, sums in moments.items() if name not in weighed]
+    plain = [sums for name, sums in moments.items() if name not in weighed and not current.weighted]
     tokens = int(plain[0].tokens.sum()) if plain else tokens
     source = facts | seen.facts(tokens, routed)
     return MomentBank(moments, source, seen.text, torch.tensor(seen.sequences))
@@ -254,7 +256,7 @@ def summing(
 ) -> Iterator[tuple[dict[str, Moments | Squares], InFlight]]:
     """Give the sums of taps, in the end those of all ranks, and the batch that adds to them.
 
-    ``ends`` is how many taps end a run.
+    ``ends`` is after how many runs of tapped modules a run of the model ends.
     """
     moments, current = {}, InFlight()
     with ExitStack() as stack:
@@ -262,7 +264,9 @@ def summing(
             module = model.get_submodule(tap.module)
             sums = tap.sums.zeros(tap.d_in, device=device_of(module, device_of(model)))
             moments[tap.name] = sums
-            stack.enter_context(watched(module, adding(tap, sums, current, ends)))
+            for each in tap.all:
+                add = adding(each, sums, current, ends)
+                stack.enter_context(watched(model.get_submodule(each.module), add))
         yield moments, current
     _added(moments)
 

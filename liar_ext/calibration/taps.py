@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,13 @@ class Tap:
     mask: str = "attention_mask"  # the input that says which tokens are padding; empty if none are
     repeats: bool = False  # the module runs several times in a forward pass, and every run counts
     relative: bool = False  # tokens count as relative_weights of what the module gives says
+    # More modules whose tokens are added to the same sums, each with its own ``take``.
+    also: tuple[tuple[str, Callable], ...] = ()
+
+    @property
+    def all(self) -> tuple[Tap, ...]:
+        """A tap for each of its modules."""
+        return (self, *(replace(self, module=m, take=take, also=()) for m, take in self.also))
 
 
 def tap_at(model: nn.Module, site: Site) -> Tap:
@@ -79,7 +86,22 @@ def tap_at(model: nn.Module, site: Site) -> Tap:
         return arguments[0] if site.expert is None else routed_input(model, site, arguments)
 
     how = {"mask": site.part.mask, "repeats": site.part.repeats, "relative": is_relative(site)}
+    if site.shared:
+        (module, take), *also = ((path, _placing(site, *where)) for path, *where in site.reads)
+        return Tap(site.name, module, site.d_in, take, also=tuple(also), **how)
     return Tap(site.name, called_at(site), site.d_in, take, **how)
+
+
+def _placing(site: Site, features: Tensor, columns: slice) -> Callable:
+    """Return what puts columns of a layer's input in their places among the features of a site."""
+
+    def take(arguments: tuple, _: Tensor) -> Tensor:
+        x = arguments[0]
+        found = x.new_zeros(*x.shape[:-1], site.d_in)
+        found[..., features.to(x.device)] = x[..., columns]
+        return found
+
+    return take
 
 
 def is_relative(site: Site) -> bool:
@@ -108,14 +130,16 @@ class InFlight:
 
     batch: Batch | None = None
     rows: dict[int, Tensor | slice] = field(default_factory=dict)  # sequences by fold
-    seen: set[str] = field(default_factory=set)  # taps that have got their tensor
+    seen: set[tuple[str, str]] = field(default_factory=set)  # taps and modules that were run
     counted: int = 0  # tokens of the batch that aren't padding, where tokens don't count as one
     tokens: int = 0  # sum of that over all batches
     routed: dict[str, list[int]] = field(default_factory=dict)  # tokens by expert and fold
+    weighted: bool = False  # whether sequences have weights
 
     def set(self, batch: Batch) -> None:
         """Note the folds and the mask of the batch that is run next."""
         self.batch, fold = batch, batch.fold
+        self.weighted |= batch.weight is not None
         self.seen.clear()
         if bool((fold == fold[0]).all()):
             self.rows = {int(fold[0]): slice(None)}
@@ -131,7 +155,7 @@ def adding(tap: Tap, moments: Moments | Squares, current: InFlight, ends: float)
         pieces = _routed if isinstance(x, Routed) else _pieces
         for fold, tokens, weight in pieces(tap, x, current, output):
             moments.update(tokens, fold, weight)
-        current.seen.add(tap.name)
+        current.seen.add((tap.name, tap.module))
         if len(current.seen) == ends:
             raise Ended
 
@@ -144,10 +168,12 @@ def _pieces(tap: Tap, x: Tensor, current: InFlight, output: Tensor) -> Iterator[
     if x.dim() == 2:
         x = x.unflatten(0, (len(current.batch), -1))
     weight = None if weight is None else weight.to(x.device)
-    if tap.relative:
+    if tap.relative or current.batch.weight is not None:
         used = torch.ones(x.shape[:2], device=x.device) if weight is None else weight
         current.counted = int(used.sum())
-        weight = used * relative_weights(output.reshape(*x.shape[:2], -1))
+        weight = current.batch.weighing(used)
+    if tap.relative:
+        weight = weight * relative_weights(output.reshape(*x.shape[:2], -1))
     if tap.first or x.shape[1] == 1:
         x, weight = x[:, :1], None if weight is None else weight[:, :1]
     for fold, rows in current.rows.items():
@@ -168,4 +194,7 @@ def _routed(tap: Tap, routed: Routed, current: InFlight, _: Tensor) -> Iterator[
         here = used & (folds == fold)
         x = routed.x[here]
         found[fold] += len(x)
-        yield fold, x, routed.weight[here].double().square()
+        weight = routed.weight[here].double().square()
+        if batch.weight is not None:
+            weight *= batch.weight.to(device, torch.float64)[routed.token[here] // each]
+        yield fold, x, weight

@@ -89,8 +89,14 @@ class Wiring:
     # Linear layers whose rows belong to the units: one run of rows per channel or query head.
     producers: tuple[str, ...]
     consumer: str  # the linear layer that reads the units
+    # More of them, which read the same units of other tokens: text beside an image, say.
+    also: tuple[str, ...] = ()
+    # Where the units are among the columns of a consumer that reads something else, too: first or
+    # last; empty if it doesn't.
+    columns: str = ""
     key_value: tuple[str, ...] = ()  # producers with one run of rows per key/value head
-    head_dim: str = ""  # attribute that holds the size of a head; empty if units are channels
+    # Attribute that holds the size of a head, or two with // between; empty if units are channels.
+    head_dim: str = ""
     # The same of a key head, where heads keep one state in place of the keys and values of all
     # tokens: linear attention, whose key heads have a query each, and Mamba. "Query heads" are
     # the heads of values then.
@@ -130,8 +136,8 @@ class Wiring:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """All linear layers of the site: producers, then the consumer."""
-        return (*self.producers, *self.key_value, self.consumer)
+        """All linear layers of the site: producers, then what reads the units."""
+        return (*self.producers, *self.key_value, *self.also, self.consumer)
 
 
 class Step(NamedTuple):
@@ -199,6 +205,7 @@ class Part:
     mlp: Wiring | tuple[Wiring, ...] | None
     cross_attn: Wiring | None = None  # attention to another part, between the two other sites
     shared_mlp: Wiring | None = None
+    context_mlp: Wiring | tuple[Wiring, ...] | None = None  # of the text beside an image
     config: str = ""
     input: str = ""  # of the model, which this part reads; empty for the main one
     mask: str = "attention_mask"  # says which of its tokens are padding; empty if none are

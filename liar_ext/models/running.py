@@ -209,6 +209,48 @@ class ExpertLayer:
         return None if biases is None else biases[self.expert]
 
 
+class UnitColumns:
+    """What several linear layers, or columns of one, read of the units of a site, as one layer.
+
+    Its weight has the columns of all of them unit by unit; each layer keeps its own bias::
+
+        W₁ of unit 0, W₂ of unit 0, W₁ of unit 1, ...        (d_out, site.d_in)
+    """
+
+    bias = None
+
+    def __init__(self, root: nn.Module, site: Any) -> None:
+        self.parts = [(root.get_submodule(path), *where) for path, *where in site.reads]
+        self.d_in = site.d_in
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy; :meth:`filled` and :meth:`write` are for other values."""
+        first = self.parts[0][0].weight.detach()
+        found = first.new_empty(len(first), self.d_in)
+        for layer, features, columns in self.parts:
+            found[:, features] = layer.weight.detach()[:, columns]
+        return found
+
+    def filled(self, weight: Tensor) -> list[tuple[nn.Module, Tensor]]:
+        """Return each layer with its weight, of which the columns of the units have new values."""
+        both = []
+        for layer, features, columns in self.parts:
+            both.append((layer, layer.weight.detach().clone()))
+            both[-1][1][:, columns] = weight[:, features].to(layer.weight)
+        return both
+
+    def write(self, weight: Tensor) -> None:
+        """Let the layers have new values for the columns of the units."""
+        for layer, new in self.filled(weight):
+            layer.weight.copy_(new)
+
+
+def layer_of(root: nn.Module, site: Any) -> nn.Module | ExpertLayer | UnitColumns:
+    """Return what reads the units of a site."""
+    return UnitColumns(root, site) if site.shared else layer_at(root, site.consumer, site.expert)
+
+
 def bias_name(name: str) -> str:
     """Return what the biases of a layer of all experts are called."""
     return f"{name}_bias"

@@ -19,7 +19,7 @@ so that a model with unequal layers is read like any other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,11 +29,21 @@ from torch import Tensor, nn
 from liar_ext.errors import InputError
 from liar_ext.models.family import Part, Wiring
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import Block, block_config, count_experts, get_path, layer_at, parts_of
+from liar_ext.models.running import (
+    Block,
+    block_config,
+    count_experts,
+    get_path,
+    layer_at,
+    layer_of,
+    parts_of,
+)
+from liar_ext.models.units import attn_units, count_kv_heads, out_in, runs
 from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
 
 CROSS, SHARED = "cross_attn", "shared_mlp"
-_KIND = {"attn": "attn", CROSS: "attn", "mlp": "mlp", SHARED: "mlp"}  # by what a row calls it
+# By what a row calls it.
+_KIND = {"attn": "attn", CROSS: "attn", "mlp": "mlp", SHARED: "mlp", "context_mlp": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -82,14 +92,33 @@ class Site:
     @property
     def keys_stay(self) -> bool:
         """Whether units are query heads that share keys and values, which stay when they leave."""
-        return self.unit == "head" and self.kv_heads * self.head_dim < self.d_in
+        return self.unit == "head" and self.kv_heads < self.sizes["heads"]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the units are read by more than the consumer, or it reads more than they are."""
+        return bool(self.wiring.also or self.wiring.columns)
+
+    @property
+    def reads(self) -> list[tuple[str, Tensor, slice]]:
+        """What reads the units: path of the layer, features of the site, columns of the layer.
+
+        A unit has a run of features for each such layer.
+        """
+        paths = (self.consumer, *(f"{self.path}.{name}" for name in self.wiring.also))
+        features = torch.arange(self.d_in, device="cpu").view(self.units, len(paths), -1)
+        count = self.d_in // len(paths)
+        columns = {"": slice(None), "first": slice(count), "last": slice(-count, None)}
+        where = columns[self.wiring.columns]
+        return [(path, features[:, index].flatten(), where) for index, path in enumerate(paths)]
 
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes by name: features; experts; for attention also heads, kv_heads, group_size, ..."""
         sizes = {"features": self.d_in, "experts": self.experts}
         if self.head_dim:
-            heads, keys = self.d_in // self.head_dim, self.kv_heads * self.key_dim
+            sizes["features"] //= 1 + len(self.wiring.also)
+            heads, keys = sizes["features"] // self.head_dim, self.kv_heads * self.key_dim
             sizes |= {"heads": heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
             sizes |= {"group_size": heads // self.kv_heads, "key_features": keys}
             sizes["conv_features"] = self.d_in + 2 * keys  # of values, keys and queries
@@ -115,13 +144,13 @@ class Site:
         """
         stack = self.wiring.stacked.get(producer.removeprefix(f"{self.path}."))
         if stack is None:
-            return _runs(rows, self.units)
+            return runs(rows, self.units)
         heads = self.d_in // (self.head_dim or 1)
         groups = (self.kv_heads or self.units) if stack.by_group else 1
         parts = []
         for matrix, size in stack.rows(rows, self.d_in, heads).items():
             stays = self.keys_stay and matrix in stack.grouped
-            parts.append(_runs(size, 1) - 1 if stays else _runs(size, self.units))
+            parts.append(runs(size, 1) - 1 if stays else runs(size, self.units))
         return torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten()
 
     def per_unit(self, values: Tensor) -> Tensor:
@@ -244,14 +273,17 @@ def why_whole(model: nn.Module, kind: str) -> str:
 
 
 def get_consumer_weight(model: nn.Module, site: Site) -> Tensor:
-    """Return the consumer's weight W of ``y = W x + b``, shape (d_out, d_in), without a copy."""
-    weight = layer_at(model, site.consumer, site.expert).weight.detach()
+    """Return the consumer's weight W of ``y = W x + b``, shape (d_out, d_in).
+
+    It is no copy unless the site is :attr:`Site.shared`.
+    """
+    weight = layer_of(model, site).weight.detach()
     return weight.T if site.wiring.transposed else weight
 
 
 def get_consumer_bias(model: nn.Module, site: Site) -> Tensor | None:
     """Return the consumer's bias b, shape (d_out,), without a copy; None if it has none."""
-    bias = layer_at(model, site.consumer, site.expert).bias
+    bias = layer_of(model, site).bias
     return None if bias is None else bias.detach()
 
 
@@ -293,18 +325,20 @@ def _read_site(
     parts = (part.name or None, index, label, expert)
     name = ".".join(str(each) for each in parts if each is not None)
     found = {layer: layer_at(block, layer, expert) for layer in wiring.layers}
-    rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
-    d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)
+    rows = {layer: out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
+    d_out, d_in = out_in(name, wiring.consumer, found[wiring.consumer], wiring)
+    d_in = rows[wiring.producers[0]] if wiring.columns else d_in * (1 + len(wiring.also))
     unit, units, groups, head_dim, kv_heads, key_dim = "channel", d_in, 1, 0, 0, 0
     experts = count_experts(block, wiring)
     top_k = get_path(block, wiring.experts.router).top_k if experts else 0
     if wiring.head_dim:
-        head_dim = get_path(block, wiring.head_dim)
+        size, *count = (get_path(block, each) for each in wiring.head_dim.split(" // "))
+        head_dim = size // count[0] if count else size
         key_dim = get_path(block, wiring.key_dim) if wiring.key_dim else 0
-        sizes = d_in // head_dim, head_dim, key_dim or head_dim
-        kv_heads = _kv_heads(name, wiring, rows, sizes)
+        sizes = d_in // head_dim // (1 + len(wiring.also)), head_dim, key_dim or head_dim
+        kv_heads = count_kv_heads(name, wiring, rows, sizes)
         attn_unit = "kv_group" if wiring.whole_groups else attn_unit
-        unit, units, groups = _attn_units(attn_unit, sizes[0], kv_heads)
+        unit, units, groups = attn_units(attn_unit, sizes[0], kv_heads)
     site = Site(
         name=name,
         kind=_KIND[label],
@@ -343,49 +377,3 @@ def _read_site(
     params, weights = (weights + biases) // units, weights // units
     paths = tuple(f"{path}.{producer}" for producer in producers)
     return replace(site, producers=paths, unit_params=params, unit_weights=weights)
-
-
-def _attn_units(attn_unit: str, heads: int, kv_heads: int) -> tuple[str, int, int]:
-    """Return the unit of attention, how many there are, and in how many equal runs."""
-    grouped = kv_heads < heads
-    if attn_unit == "head" or (attn_unit == "auto" and not grouped):
-        return "head", heads, kv_heads if grouped else 1
-    return "kv_group", kv_heads, 1
-
-
-def _out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
-    weight = getattr(layer, "weight", None)
-    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-        raise InputError(
-            f"sites: {path} of {site} must be a linear layer with floating-point weights, got "
-            f"{type(layer).__name__}; load the model dequantised"
-        )
-    return tuple(weight.shape[::-1] if wiring.transposed else weight.shape)
-
-
-def _kv_heads(site: str, wiring: Wiring, rows: Mapping[str, int], sizes: Sequence[int]) -> int:
-    """Return the number of key/value heads, by the rows of the layers of an attention site.
-
-    ``sizes`` are the number of query heads, the size of a head, and that of a key head.
-    """
-    heads, head_dim, key_dim = sizes
-    if wiring.key_value:
-        return rows[wiring.key_value[0]] // head_dim
-    for layer, stack in wiring.stacked.items():
-        if stack.shared and layer in rows:
-            each = stack.rows(rows[layer], heads * head_dim, heads)
-            kv_heads, left = divmod(min(each[m] for m in stack.grouped if m in each), key_dim)
-            if sum(each.values()) != rows[layer] or left or kv_heads < 1:
-                raise InputError(
-                    f"sites: {layer} of {site} must stack {', '.join(stack.matrices)} of {heads} "
-                    f"query heads of {head_dim} rows, got {rows[layer]} rows; register a family "
-                    "that fits"
-                )
-            return kv_heads
-    return heads
-
-
-def _runs(rows: int, units: int) -> Tensor:
-    """Return the unit of each row where every unit has one run of rows."""
-    # On the CPU also while a model is built on the meta device.
-    return torch.arange(units, device="cpu").repeat_interleave(rows // units)

@@ -25,7 +25,7 @@ from liar_ext.models.experts import check_count, check_kept_experts, keep_expert
 from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
-from liar_ext.models.running import bias_name, layer_at, owner_of
+from liar_ext.models.running import bias_name, layer_at, layer_of, owner_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
 from liar_ext.plan import Plan, SitePlan, sites_left
 
@@ -205,7 +205,8 @@ def _check_experts(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> N
             )
     for name, site_plan in plan.sites.items():
         site = found[name]
-        if site.expert is not None and site_plan.bias and get_consumer_bias(model, site) is None:
+        fixed = site.expert is not None or site.shared
+        if fixed and site_plan.bias and get_consumer_bias(model, site) is None:
             raise InputError(
                 f"apply_plan: {name} has no bias and its module has no place for one; set "
                 "bias=False in the plan of the site"
@@ -276,7 +277,10 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
         rows = [unit_rows(each, path, units, size) for each, units in zip(team, kept, strict=True)]
         _narrow_layer(model, site, path, output, rows, with_bias=True)
     columns = [each.features(units) for each, units in zip(team, kept, strict=True)]
-    _narrow_layer(model, site, site.consumer, input_, columns)
+    if site.shared:
+        _narrow_readers(model, site, columns[0])
+    else:
+        _narrow_layer(model, site, site.consumer, input_, columns)
     for path in (f"{site.path}.{name}" for name in site.wiring.per_head):
         owner, name = owner_of(model, path)
         if (held := getattr(owner, name)) is not None:
@@ -312,8 +316,20 @@ def _narrow_layer(
         narrow(layer, bias, one.ndim - 1, one)
 
 
+def _narrow_readers(model: nn.Module, site: Site, kept: Tensor) -> None:
+    """Let all layers that read the units of a site keep the columns of some features of it."""
+    for path, features, columns in site.reads:
+        layer = model.get_submodule(path)
+        stays = torch.ones(layer.weight.shape[1], dtype=torch.bool)
+        stays[columns] = torch.isin(features, kept)
+        narrow(layer, "weight", 1, stays.nonzero().flatten())
+
+
 def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
-    consumer = layer_at(model, site.consumer, site.expert)
+    consumer = layer_of(model, site)
+    if site.shared:
+        consumer.write(weight)
+        return
     consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
     if bias is not None:
         consumer.bias.copy_(bias)

@@ -337,9 +337,10 @@ def rows_of(
     residual = residual / given.sum(-1, keepdim=True).to(residual)
     for site in layer:
         routed = routed_input(model, site, read)
-        here = used[routed.token]
+        counts = used[routed.token]
+        here = counts > 0
         asked = residual[routed.token][here]
-        yield routed.x[here], asked, routed.weight[here].double().square()
+        yield routed.x[here], asked, routed.weight[here].double().square() * counts[here]
 
 
 def counted(
@@ -351,6 +352,7 @@ def counted(
     see :func:`liar_ext.calibration.taps.relative_weights`.
     """
     used = batch.counting(tokens, output.device, site.part.mask)
+    used = batch.weighing(used.view(len(batch), -1)).flatten()
     if total is not None:
         return used * relative_weights(total.flatten(0, -2), centred=True)
     return used * relative_weights(output.flatten(0, -2)) if is_relative(site) else used

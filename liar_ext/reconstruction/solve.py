@@ -237,7 +237,8 @@ def reconstruct(
         What stays; for the modes that give a bias, from :func:`with_bias`.
     mode : {"auto", "none", "bias", "linear", "affine"}
         Form of the new weights; ``auto`` is affine at consumers that have a bias, linear at others.
-        Experts can't gain a bias; those that lack one get the form without it.
+        Experts, and sites that are :attr:`liar_ext.models.sites.Site.shared`, can't gain a bias;
+        those that lack one get the form without it.
     damp : float or "auto"
         λ, or ``"auto"``: the one of a ladder with the least held-out error, per site.
     progress : bool
@@ -263,7 +264,7 @@ def reconstruct(
     for name, kept in Bar(plan.sites.items(), desc="reconstruct", disable=not progress):
         start, site, moments, form = time.perf_counter(), by_name[name], bank[name], mode
         weight, bias = get_consumer_weight(model, site), get_consumer_bias(model, site)
-        if site.expert is not None:
+        if site.expert is not None or site.shared:
             form = ridge.form_of_expert(mode, bias is not None, moments)
         with naming_memory(f"reconstruct: out of memory in the solve of {name}"):
             features = site.features(kept.kept)
@@ -306,13 +307,14 @@ def reconstruct_shared(
 def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
     """Return the plan with a bias for each consumer that lacks one, where ``mode`` needs it.
 
-    Experts gain none, as their module has no place for it.
+    Experts gain none, as their module has no place for it; nor do shared sites, whose layers have
+    biases of their own.
     """
     if mode not in WITH_BIAS:
         return plan
     planned = dict(plan.sites)
     for site in sites(model, attn_unit=plan.attn_unit):
-        if site.name in planned and site.expert is None:
+        if site.name in planned and site.expert is None and not site.shared:
             bias = get_consumer_bias(model, site) is None
             planned[site.name] = replace(planned[site.name], bias=bias)
     return replace(plan, sites=planned)

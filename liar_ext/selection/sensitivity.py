@@ -16,7 +16,7 @@ from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import evaluating, layer_at
+from liar_ext.models.running import evaluating, layer_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.models.slicing import Weights
 from liar_ext.plan import Plan
@@ -225,7 +225,7 @@ def pruned_site(
     model: nn.Module, site: Site, plan: Plan, weights: tuple[Tensor, Tensor | None]
 ) -> Iterator[None]:
     """Give a consumer its new weights, with zeros for the units that go: as good as sliced."""
-    consumer = layer_at(model, site.consumer, site.expert)
+    consumer = layer_of(model, site)
     weight, bias = consumer.weight, consumer.bias
     full = weight.new_zeros(site.d_out, site.d_in)
     kept = site.features(plan.sites[site.name].kept).to(full.device)
@@ -235,13 +235,18 @@ def pruned_site(
         with _overwritten(weight, full), _overwritten(bias, weights[1]):
             yield
         return
-    consumer.weight = nn.Parameter(full, requires_grad=False)
+    layers = consumer.filled(full) if site.shared else [(consumer, full)]
+    before = [(layer, layer.weight) for layer, _ in layers]
+    for layer, new in layers:
+        layer.weight = nn.Parameter(new, requires_grad=False)
     if weights[1] is not None:
         consumer.bias = nn.Parameter(weights[1].to(full), requires_grad=False)
     try:
         yield
     finally:
-        consumer.weight, consumer.bias = weight, bias
+        for layer, old in before:
+            layer.weight = old
+        consumer.bias = bias
 
 
 @contextmanager
