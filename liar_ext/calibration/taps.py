@@ -131,7 +131,8 @@ class InFlight:
     batch: Batch | None = None
     rows: dict[int, Tensor | slice] = field(default_factory=dict)  # sequences by fold
     seen: set[tuple[str, str]] = field(default_factory=set)  # taps and modules that were run
-    counted: int = 0  # tokens of the batch that aren't padding, where tokens don't count as one
+    # Tokens of the batch that aren't padding, where they don't count as one; the most of any tap.
+    counted: int = 0
     tokens: int = 0  # sum of that over all batches
     routed: dict[str, list[int]] = field(default_factory=dict)  # tokens by expert and fold
     weighted: bool = False  # whether sequences have weights
@@ -141,6 +142,7 @@ class InFlight:
         self.batch, fold = batch, batch.fold
         self.weighted |= batch.weight is not None
         self.seen.clear()
+        self.counted = 0
         if bool((fold == fold[0]).all()):
             self.rows = {int(fold[0]): slice(None)}
         else:
@@ -170,7 +172,7 @@ def _pieces(tap: Tap, x: Tensor, current: InFlight, output: Tensor) -> Iterator[
     weight = None if weight is None else weight.to(x.device)
     if tap.relative or current.batch.weight is not None:
         used = torch.ones(x.shape[:2], device=x.device) if weight is None else weight
-        current.counted = int(used.sum())
+        current.counted = max(current.counted, int(used.sum()))
         weight = current.batch.weighing(used)
     if tap.relative:
         weight = weight * relative_weights(output.reshape(*x.shape[:2], -1))

@@ -33,9 +33,9 @@ from liar_ext.checkpoint.loading import (
 )
 from liar_ext.checkpoint.reading import reading, stock_class
 from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.models.configs import skeleton
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import blocks_of, body_of
-from liar_ext.models.sites import skeleton
 from liar_ext.progress import quiet
 
 DTYPES = {word: dtype for dtype, word in WORDS.items()}

@@ -22,6 +22,7 @@ from liar_ext.errors import InputError, refusing
 from liar_ext.untrusted import UNREADABLE, read_value
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DIFFUSION = "diffusion_pytorch_"  # what diffusers begins both names with
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 LARGEST = 2**27  # of a size; the largest contexts have 10⁷ positions
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -91,10 +92,13 @@ def read_json(path: Path, operation: str) -> dict[str, Any]:
 
 
 def _weight_files(path: Path, operation: str) -> list[Path]:
-    """Return the files of the weights, as transformers chooses them."""
-    if os.path.lexists(path / WEIGHTS):
-        return [path / WEIGHTS]
-    if not (path / INDEX).exists():
+    """Return the files of the weights, as transformers and diffusers choose them."""
+    there = os.path.lexists
+    begin = DIFFUSION * any(there(path / f"{DIFFUSION}{name}") for name in (WEIGHTS, INDEX))
+    if there(path / f"{begin}{WEIGHTS}"):
+        return [path / f"{begin}{WEIGHTS}"]
+    index = f"{begin}{INDEX}"
+    if not (path / index).exists():
         pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
         if pickled:
             raise InputError(
@@ -102,12 +106,12 @@ def _weight_files(path: Path, operation: str) -> list[Path]:
                 "when it is read; save them as safetensors"
             )
         raise InputError(f"{operation}: {path} has neither {WEIGHTS} nor {INDEX}; copy it again")
-    listed = read_json(path / INDEX, operation).get("weight_map")
+    listed = read_json(path / index, operation).get("weight_map")
     names = set(map(str, listed.values())) if isinstance(listed, Mapping) else set()
     bad = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     if bad or not names:
         raise InputError(
-            f"{operation}: {INDEX} of {path} must name safetensors files that lie beside it, got "
+            f"{operation}: {index} of {path} must name safetensors files that lie beside it, got "
             f"{min(bad, default='none')[:80]!r}; copy the folder again"
         )
     return [path / name for name in sorted(names)]

@@ -16,14 +16,16 @@ from torch import nn
 from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.folder import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
-from liar_ext.checkpoint.stock_config import describe, model_class, skeleton
+from liar_ext.checkpoint.stock_config import describe, model_class
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.liar_loader import resize
+from liar_ext.models.configs import skeleton
+from liar_ext.models.liar_loader import pruned_class, resize
 from liar_ext.models.running import config_parts
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
 from liar_ext.progress import quiet
 
+CLASS_NAME = "_class_name"  # as configs of diffusers call it
 SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
 
 
@@ -128,6 +130,9 @@ def read_weights(
     with quiet(), reading(found.path, operation):
         # Weights of other sizes are refused below, by name.
         given = kwargs | SAFELY | {"ignore_mismatched_sizes": True}
+        if CLASS_NAME in found.config:  # whose loader runs no code, and calls the type otherwise
+            del given["trust_remote_code"]
+            given["torch_dtype"] = given.pop("dtype", None)
         model, info = loader.from_pretrained(found.path, **given)
     model.__class__ = stock  # only __init__ differed, and no module has that class
     if not strict:  # a folder of ours has all weights
@@ -190,6 +195,8 @@ def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
     """Return the class of transformers that a config names, if it is one for that type of model."""
     import transformers
 
+    if CLASS_NAME in fields:
+        return _diffusion_class(fields, operation)
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     with reading(name, operation):
@@ -205,6 +212,16 @@ def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
         raise InputError(
             f"{operation}: {name} is of type {expected!r}, config.json says "
             f"{str(fields.get('model_type'))[:80]!r}; copy the folder again"
+        )
+    return stock
+
+
+def _diffusion_class(fields: Mapping[str, Any], operation: str) -> Any:
+    name = str(fields[CLASS_NAME])[:80]
+    if (stock := model_class(name)) is None:
+        raise InputError(
+            f"{operation}: config.json names {name!r} of diffusers, which isn't installed, or none "
+            "of the families; pip install diffusers, or see docs/howto/diffusion.md"
         )
     return stock
 
@@ -253,9 +270,11 @@ def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) 
     tied, weights count twice), no memory is taken. By the name of the stock class transformers
     finds how to rename the weights of older checkpoints.
     """
+    said = hasattr(stock, "register_to_config")  # of diffusers: its fields are arguments
+    base = pruned_class(stock) if said else stock
 
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        stock.__init__(self, config, *args, **kwargs)
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
         resize(self)
         if plan is not None:
             apply_plan(self, plan)
@@ -266,4 +285,6 @@ def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) 
                 "copy the folder again"
             )
 
-    return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
+    if said:
+        build.__signature__ = inspect.signature(base.__init__)
+    return type(stock.__name__, (base,), {"__init__": build, "__module__": stock.__module__})

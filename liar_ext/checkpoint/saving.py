@@ -32,6 +32,8 @@ from liar_ext.checkpoint.inspection import INDEX, WEIGHTS
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.stock_config import described, wear
 from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.models.configs import put_config, source_of
+from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
@@ -135,7 +137,8 @@ def fill_folder(
     write_vocabulary(model, tokenizer, path)
     plan.save(path / saved.PLAN_FILE)
     _take_along(model, source, path, report, tokenizer is not None)
-    write_fingerprint(model, path)
+    if not is_diffusion(model):
+        write_fingerprint(model, path)
     _write_report(report, path, start)
     # As the umask says; safetensors writes 0600.
     mode = (path / saved.MARKER_FILE).stat().st_mode & 0o777
@@ -188,18 +191,21 @@ def _wearing(model: nn.Module, config: Any) -> Iterator[None]:
     """Give a model another config and its class, and no quantiser marks, for a while."""
     marks = [name for name in saved.QUANTISER_MARKS if name in vars(model)]
     own = {name: vars(model).pop(name) for name in marks}
-    before, kind, model.config = model.config, type(model), config
+    before, kind = model.config, type(model)
+    put_config(model, config)
     wear(model)
     try:
         yield
     finally:
-        model.config, model.__class__ = before, kind
+        put_config(model, before)
+        model.__class__ = kind
         vars(model).update(own)
 
 
 def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokenizer: bool) -> None:
     """Copy what else the source folder holds, and write a model card if there is a report."""
-    name = os.fspath(source or model.config.name_or_path)
+    # The folder of a diffusion transformer has nothing else, and that of its pipeline too much.
+    name = os.fspath(source or ("" if is_diffusion(model) else source_of(model)))
     found, said = source_folder(name), []
     if found is not None:
         said = carry(found, folder, model, tokenizer=tokenizer)

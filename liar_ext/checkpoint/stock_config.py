@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
 from liar_ext.errors import InputError
+from liar_ext.models.configs import copy_of, put_config, skeleton
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
+from liar_ext.models.registry import FAMILIES, is_diffusion
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import config_parts
 from liar_ext.models.sites import (
@@ -26,7 +28,6 @@ from liar_ext.models.sites import (
     family_of,
     get_consumer_bias,
     sites,
-    skeleton,
     why_whole,
 )
 from liar_ext.plan import Plan
@@ -44,8 +45,9 @@ def describe(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> None
     """
     with quiet():
         old, config = model.config, described(model, pruning)
+    put_config(model, config)
     for module in model.modules():
-        if getattr(module, "config", None) is old:
+        if module is not model and getattr(module, "config", None) is old:
             module.config = config
         elif config_numbers(module):
             module.config.shared = config
@@ -74,25 +76,37 @@ def wear(model: nn.Module) -> None:
     """Give a model the class that builds the sizes in its config, if stock fields don't say all."""
     stock = stock_of(model)
     unequal = model.config.liar["layers"] == "unequal"
-    if unequal and in_transformers(stock):
+    if unequal and is_stock(stock):
         model.__class__ = pruned_class(stock)
-        # By this name save_pretrained puts the class into auto_map, where it is already.
-        type(model)._auto_class = min(auto_classes(model), default=None)
+        if not is_diffusion(model):
+            # By this name save_pretrained puts the class into auto_map, where it is already.
+            type(model)._auto_class = min(auto_classes(model), default=None)
     elif not unequal:
         model.__class__ = stock
 
 
 def model_class(name: Any) -> type[nn.Module] | None:
-    """Return the model class of transformers that has a name, if there is one."""
+    """Return the model class of transformers, or of diffusers, that has a name, if there is one.
+
+    Diffusers is imported only for a class that the table of families has.
+    """
     import transformers
 
     found = getattr(transformers, name, None) if str(name).isidentifier() else None
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    try:
+        import diffusers
+
+        found = getattr(diffusers, name) if name in FAMILIES else None
+        is_model = isinstance(found, type) and issubclass(found, diffusers.ModelMixin)
+        return found if is_model else None
+    except (ImportError, AttributeError):  # it isn't installed, or has none
+        return None
 
 
 def stock_of(model: nn.Module) -> type[nn.Module]:
-    """Return the class of a model as transformers has it, or its own class."""
+    """Return the class of a model as its library has it, or its own class."""
     stock = model_class(type(model).__name__)
     return stock if stock is not None and isinstance(model, stock) else type(model)
 
@@ -112,7 +126,7 @@ def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any
         said["history"] = history
     config = equal or _unequal_config(model, config, said)
     config.liar = said
-    if equal is None and in_transformers(stock_of(model)):
+    if equal is None and is_stock(stock_of(model)):
         built = skeleton(pruned_class(stock_of(model)), config)
         if shapes_of(built) != shapes_of(model):
             raise InputError(
@@ -130,7 +144,7 @@ def history_of(config: Any) -> list[dict[str, Any]]:
 
 def dense_config(config: Any) -> Any:
     """Return a copy of a config without what liar_ext, or a quantiser, has written into it."""
-    config = copy.deepcopy(config)
+    config = copy_of(config)
     said = getattr(config, "liar", None)
     ours = isinstance(said, Mapping) and not said.get("dense_layers_differ")
     for part in config_parts(config):
@@ -171,7 +185,8 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
         here.allow_global_per_layer_attribute_access = True
         here.per_layer_config = layers
     own = stock_of(model)
-    if in_transformers(own):  # other heads are made for the hidden size in the config
+    if is_stock(own) and not is_diffusion(model):
+        # Other heads are made for the hidden size in the config.
         narrower = sites(model)[0].d_out != sites(stock)[0].d_out
         config.auto_map = {
             auto: f"{LOADER_MODULE}.{(own if own in classes else classes[0]).__name__}"
@@ -246,8 +261,8 @@ def _covers(stock: nn.Module, model: nn.Module) -> bool:
 
 def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
     said: dict[str, Any] = {"modules": {}}
-    base = model.base_model
-    theirs, inside = dict(stock.base_model.named_modules()), set(base.modules())
+    base, other = (getattr(each, "base_model", each) for each in (model, stock))
+    theirs, inside = dict(other.named_modules()), set(base.modules())
     for path, module in base.named_modules():
         if path in theirs and (sizes := _sizes(module, theirs[path])):
             said["modules"][path] = sizes
@@ -283,8 +298,8 @@ def _saved(module: nn.Module) -> dict[str, Tensor]:
     return {n: value for n, value in both.items() if value is not None and n not in dropped}
 
 
-def in_transformers(stock: type) -> bool:
-    """Tell whether a class is one of transformers itself."""
+def is_stock(stock: type) -> bool:
+    """Tell whether a class is one of transformers, or diffusers, itself."""
     return model_class(stock.__name__) is stock
 
 
@@ -316,6 +331,13 @@ def auto_classes(model: nn.Module) -> list[str]:
 
 def how_to_load(model: nn.Module, plan: Plan) -> str:
     """Return a sentence on which loaders take a folder with this model, pruned by ``plan``."""
+    if is_diffusion(model):
+        return (
+            "The stock class cannot build these layers. Load the folder with "
+            "`liar_ext.load_pruned(folder)`, or with "
+            "`diffusers.AutoModel.from_pretrained(folder, trust_remote_code=True)`, which needs no "
+            "liar_ext, and put the model into a pipeline as its transformer."
+        )
     auto = min(auto_classes(model), default=type(model).__name__)
     if equal_config(model, dense_config(model.config)) is not None:
         return f"The saved folder loads with plain `transformers.{auto}.from_pretrained(folder)`."

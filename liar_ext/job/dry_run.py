@@ -23,11 +23,12 @@ from liar_ext.job.estimate import (
 )
 from liar_ext.job.preparing import prepare
 from liar_ext.job.state import Job
+from liar_ext.models.configs import skeleton
 from liar_ext.models.depth import count_blocks_kept, stack_of
 from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of, evaluating
-from liar_ext.models.sites import Site, sites, skeleton, teams_of
+from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan, sites_left
 from liar_ext.recipe import Recipe

@@ -29,6 +29,7 @@ from liar_ext.job.preparing import prepare, recorded
 from liar_ext.job.rescaling import rescale, rescale_batches
 from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
 from liar_ext.job.state import Folder, Job
+from liar_ext.models.configs import source_of
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan
@@ -317,7 +318,7 @@ def report_of(
     # What was measured is measured again where the recipe is.
     asked = recipe if job.judged is None else replace(recipe, schedule="auto")
     return Report(
-        model=recipe.model or model.config.name_or_path or type(model).__name__,
+        model=recipe.model or source_of(model) or type(model).__name__,
         plan=plan,
         recipe=as_run(asked, model, source),
         budget=recipe.budget.to_dict(),

@@ -22,7 +22,8 @@ from liar_ext.job.preparing import changes_all, prepare
 from liar_ext.job.pruning import run
 from liar_ext.job.state import Job, Known
 from liar_ext.measure.embeddings import Evaluator
-from liar_ext.models.sites import sites, skeleton
+from liar_ext.models.configs import skeleton
+from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe

@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from liar_ext.errors import InputError, one_line
+from liar_ext.models.configs import skeleton
 from liar_ext.models.experts import check_count
 from liar_ext.models.family import Part
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import Block, block_config, parts_of
-from liar_ext.models.sites import sites, skeleton
+from liar_ext.models.sites import sites
 from liar_ext.plan import SitePlan
 
 PLAIN = bool | int | float | str | tuple | None

@@ -4,6 +4,8 @@ liar_ext writes this file into the folders of such models, so that they load wit
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
+It does the same for models of diffusers, of which it needs diffusers alone.
+
 The class of transformers that is asked for is built; then, before any weight is read, its modules
 get the sizes that ``liar`` in config.json names, by their path in the base model::
 
@@ -20,44 +22,78 @@ A model that is built so is saved, by ``save_pretrained``, with this file and th
 
 from __future__ import annotations
 
+import inspect
+import shutil
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+LIBRARIES = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
+FILE = "liar_loader"
 _WHOLE = "_liar_whole"  # a tensor for all heads, while a module runs
 
 
 def pruned_class(stock: type) -> type:
-    """Return the subclass of a class of transformers that builds the sizes in its config.
+    """Return the subclass of a class of a library that builds the sizes in its config.
 
     It goes by the name of the stock class, which is what config.json and other tools call it.
     """
-    if stock.__module__ == __name__:
+    if stock.__module__ in (__name__, FILE):
         return stock
     if stock.__name__ not in globals():
-
-        def post_init(self: Any) -> None:
-            resize(self)
-            stock.post_init(self)
-
-        members = {"post_init": post_init, "__module__": __name__, "__doc__": stock.__doc__}
-        # Its weights go by the names of the stock class, in files of any age.
-        members["is_custom_code"] = classmethod(lambda cls: False)
+        of_diffusers = hasattr(stock, "register_to_config")
+        members = _diffusers_members(stock) if of_diffusers else _transformers_members(stock)
         globals()[stock.__name__] = type(stock.__name__, (stock,), members)
     return globals()[stock.__name__]
+
+
+def _transformers_members(stock: type) -> dict[str, Any]:
+    def post_init(self: Any) -> None:
+        resize(self)
+        stock.post_init(self)
+
+    members = {"post_init": post_init, "__module__": __name__, "__doc__": stock.__doc__}
+    # Its weights go by the names of the stock class, in files of any age.
+    return members | {"is_custom_code": classmethod(lambda cls: False)}
+
+
+def _diffusers_members(stock: type) -> dict[str, Any]:
+    def __init__(self: Any, *args: Any, liar: Any = None, auto_map: Any = None, **fields: Any):
+        stock.__init__(self, *args, **fields)
+        self.register_to_config(liar=liar)
+        resize(self)
+
+    def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if Path(folder, f"{FILE}.py").resolve() != Path(__file__).resolve():
+            shutil.copyfile(__file__, Path(folder, f"{FILE}.py"))
+        stock.save_pretrained(self, folder, *args, **options)
+
+    known = inspect.signature(stock.__init__)
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("liar", "auto_map")
+    ]
+    __init__.__signature__ = known.replace(parameters=[*known.parameters.values(), *more])
+    # A pipeline names the file by the module, and looks for it in the folder of the model.
+    members = {"__init__": __init__, "save_pretrained": save_pretrained, "__doc__": stock.__doc__}
+    return members | {"__module__": FILE, "_auto_class": "AutoModel"}
 
 
 def __getattr__(name: str) -> type:
     """Return the class of that name; ``auto_map`` in config.json asks for it."""
     if name.startswith("__"):
         raise AttributeError(name)
-    import transformers
-
-    stock = getattr(transformers, name, None)
-    if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel):
-        return pruned_class(stock)
+    for library, base in LIBRARIES.items():
+        module = import_module(library) if find_spec(library) else None
+        stock = getattr(module, name, None)
+        if isinstance(stock, type) and issubclass(stock, getattr(module, base)):
+            return pruned_class(stock)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -72,7 +108,7 @@ def resize(model: nn.Module) -> bool:
     """
     said = getattr(model.config, "liar", None)
     modules = said.get("modules", {}) if isinstance(said, dict) else {}
-    base = model.base_model
+    base = getattr(model, "base_model", model)
     inside = dict(base.named_modules())
     if not any(path in inside for path in modules):
         return False

@@ -18,7 +18,6 @@ so that a model with unequal layers is read like any other.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -285,12 +284,6 @@ def get_consumer_bias(model: nn.Module, site: Site) -> Tensor | None:
     """Return the consumer's bias b, shape (d_out,), without a copy; None if it has none."""
     bias = layer_of(model, site).bias
     return None if bias is None else bias.detach()
-
-
-def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
-    """Build a model without its weights: shapes only, on the meta device."""
-    with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
 
 
 def _rows(part: Part, label: str, config: Any) -> list[Wiring]:

@@ -109,10 +109,11 @@ def apply_plan(
     _grow_biases(model, found, plan, flags)
     for team in teams_of(list(found.values())).values():
         _slice_team(model, team, plan)
+    left = _by_name(model, plan)
     for name in weights:
         if name in plan.sites:
-            _set_consumer(model, found[name], *weights[name])
-    for name, site in _by_name(model, plan).items():
+            _set_consumer(model, left[name], *weights[name])
+    for name, site in left.items():
         if name in found:
             _patch_numbers(model, site)
 

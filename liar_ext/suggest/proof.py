@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint.loading import load_pruned
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.checkpoint.stock_config import in_transformers
+from liar_ext.checkpoint.stock_config import is_stock
 from liar_ext.errors import one_line
 from liar_ext.models.family import Family
 from liar_ext.models.registry import FAMILIES
@@ -94,7 +94,7 @@ def prove_folders(instance: Instance, family: Family) -> list[str]:
             _check_folder(instance, plan, Path(folder) / "equal", stock.from_pretrained)
             by = f"{stock.__name__}.from_pretrained"
             said.append(f"equal layers of {' and '.join(kinds)} load in {by}")
-        if in_transformers(stock):
+        if is_stock(stock):
             plan = some_plan(instance.model, kinds_of(family))
             _check_folder(instance, plan, Path(folder) / "unequal", load_pruned)
             said.append("unequal layers load by liar_ext.load_pruned")

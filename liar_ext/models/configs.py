@@ -1,0 +1,53 @@
+"""Configs in one form: those of transformers are objects, and those of diffusers mappings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Fields(SimpleNamespace):
+    """The config of a diffusers model as an object, to be changed."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Fields:
+        """Make one of the fields of a config."""
+        return cls(**copy.deepcopy(dict(fields)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields."""
+        return copy.deepcopy(vars(self))
+
+
+def copy_of(config: Any) -> Any:
+    """Return a copy of a config that can be changed."""
+    return Fields.from_dict(config) if isinstance(config, Mapping) else copy.deepcopy(config)
+
+
+def put_config(model: nn.Module, config: Any) -> None:
+    """Let a model have another config."""
+    if isinstance(config, Fields):
+        config = type(model.config)(config.to_dict())
+    if isinstance(config, Mapping):
+        model._internal_dict = config  # what diffusers calls it
+    else:
+        model.config = config
+
+
+def source_of(model: nn.Module) -> str:
+    """Return the folder, or the name, that a model was loaded from; empty if there is none."""
+    found = getattr(model.config, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
+    return str(found or "")
+
+
+def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """Build a model without its weights: shapes only, on the meta device."""
+    with torch.device("meta"):
+        if isinstance(config, Fields):
+            return model_class.from_config(config.to_dict())
+        return model_class(copy.deepcopy(config))
