@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,6 +23,7 @@ from liar_ext.untrusted import UNREADABLE, read_value
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DIFFUSION = "diffusion_pytorch_"  # what diffusers begins both names with
+CLASS_NAME = "_class_name"  # what its configs call the class of a model
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 LARGEST = 2**27  # of a size; the largest contexts have 10⁷ positions
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -73,11 +74,24 @@ def read_config(path: Path, operation: str) -> dict[str, Any]:
     """Return the fields of a folder's config; InputError if there is none that can be read."""
     with refusing(f"{operation}: {path} can't be read", "", OSError, ValueError):
         there = (path / "config.json").exists()
+    if not there and (path / "model_index.json").exists():
+        refuse_diffusion(operation, f"{path} holds a pipeline of diffusers")
     if not there:
         raise InputError(
             f"{operation}: {path} holds no readable config.json: no such file; give a model folder"
         )
-    return read_json(path / "config.json", operation)
+    fields = read_json(path / "config.json", operation)
+    if CLASS_NAME in fields and operation != "load_pruned":
+        refuse_diffusion(operation, f"{path} holds a model of diffusers")
+    return fields
+
+
+def refuse_diffusion(operation: str, what: str) -> NoReturn:
+    """Raise InputError for what Python alone does with models of diffusers."""
+    raise InputError(
+        f"{operation}: {what}; in Python, liar_ext.prune(pipeline.transformer, batches) prunes it "
+        "and liar_ext.load_pruned loads the result, see docs/howto/diffusion.md"
+    )
 
 
 def read_json(path: Path, operation: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.folder import MARK_VERSION, OLD_MARK_VERSION
-from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
+from liar_ext.checkpoint.inspection import CLASS_NAME, LARGEST, Folder, read_config
 from liar_ext.checkpoint.stock_config import describe, model_class
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.configs import skeleton
@@ -25,7 +25,6 @@ from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
 from liar_ext.progress import quiet
 
-CLASS_NAME = "_class_name"  # as configs of diffusers call it
 SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
 
 

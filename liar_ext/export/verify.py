@@ -22,7 +22,13 @@ import numpy as np
 
 from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.checkpoint.folder import FINGERPRINT_FILE, Fingerprint, read_fingerprint
-from liar_ext.checkpoint.inspection import check_code, inspect_folder, read_config
+from liar_ext.checkpoint.inspection import (
+    CLASS_NAME,
+    check_code,
+    inspect_folder,
+    read_config,
+    refuse_diffusion,
+)
 from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
 from liar_ext.environment import child
@@ -126,6 +132,8 @@ def _claims(
     placement(device)
     folder = Path(os.path.abspath(folder))
     config = read_marked_config(folder)
+    if CLASS_NAME in config:
+        refuse_diffusion("verify", f"{folder} holds a model of diffusers, and no output of it")
     autos = check_code(folder, config)
     fingerprint = read_fingerprint(folder)
     inspect_folder(folder, "verify")

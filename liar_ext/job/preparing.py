@@ -23,7 +23,7 @@ from liar_ext.job.solving import hold_out
 from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
 from liar_ext.models.depth import check_block_count
-from liar_ext.models.registry import type_of
+from liar_ext.models.registry import is_diffusion, type_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, why_whole
@@ -64,6 +64,8 @@ def prepare(job: Job) -> Job:
         )
     earlier = stock_config.history_of(model.config)
     _warn_of_what_stays(model, recipe.prunable_kinds, at)
+    if is_diffusion(model):
+        _check_diffusion(job)
     if job.bank is not None:
         job = replace(job, batches=check_bank(job, at))
     job = replace(job, speed=job.timed(model))
@@ -130,6 +132,21 @@ def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
             "model lack; calibrate this model anew"
         )
     return bank.text
+
+
+def _check_diffusion(job: Job) -> None:
+    """Refuse what counts tokens of one text, or scales layers that read one thing each."""
+    if job.recipe.of not in ("prunable", "params"):
+        raise InputError(
+            f'prune: of="{job.recipe.of}" counts the tokens of one text, and a diffusion '
+            'transformer reads others, too; give of="prunable" or of="params"'
+        )
+    if job.recipe.rescale or job.evaluate_on is not None:
+        what = "rescale" if job.recipe.rescale else "evaluate_on"
+        raise InputError(
+            f"prune: {what} does not work with a diffusion transformer; leave it out, and judge "
+            "its images"
+        )
 
 
 def _check_sizes(job: Job) -> None:

@@ -326,8 +326,9 @@ class Report:
     def to_card(self, license_name: str | None = None) -> str:
         """Return a model card, README.md of a folder, with the metadata that model hubs read."""
         path = Path(self.model)
+        library = "diffusers" if "diffusers." in self.loading else "transformers"
         front = {
-            "library_name": "transformers",
+            "library_name": library,
             **({} if path.is_absolute() or path.exists() else {"base_model": self.model}),
             **({"license": license_name} if license_name else {}),
             "tags": ["pruned", "structured-pruning", "liar"],
@@ -336,6 +337,7 @@ class Report:
         return render(
             "card.md",
             report=self,
+            verifies=library == "transformers",
             front=yaml.safe_dump(front, sort_keys=False).strip(),
             name=path.name or self.model,
             known=known,
