@@ -18,7 +18,7 @@ KINDS = {
     "mixtures of experts": "moe",
     "encoders": "bert",
     "encoder-decoders": "t5",
-    "vision, vision and text": "vit",
+    "vision, vision and text, diffusion": "vit diffusion",
 }
 LEGEND = {
     "can be removed": """
@@ -99,8 +99,9 @@ REFUSED = {
         "`--keep-blocks` removes whole blocks of models with one stack of them. Where a config "
         "can't say which blocks stay, as with layers that are listed by number, it is refused."
     ),
-    "diffusion transformers": (
-        "They load through diffusers. The table and the loaders know classes of transformers alone."
+    "the second attention of SD3.5's first blocks, and diffusion models that are no transformers": (
+        "Their rows describe one attention in each block. U-Nets are in no row of the table. See "
+        "[diffusion transformers](howto/diffusion.md#limits)."
     ),
     "speech models other than Whisper": "Their blocks are in no row of the table yet.",
 }

@@ -189,6 +189,8 @@ def prepare(folder: Path) -> None:
     (folder / "encoder" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     with contextlib.suppress(ImportError):
         prepare_files(folder, tokenizer)
+    with contextlib.suppress(ImportError):
+        prepare_pipeline(folder)
 
 
 def prepare_files(folder: Path, tokenizer: Any) -> None:
@@ -220,6 +222,20 @@ def prepare_files(folder: Path, tokenizer: Any) -> None:
             pixels = draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
     prepare_examples(folder)
+
+
+def prepare_pipeline(folder: Path) -> None:
+    """Write what the page on diffusion transformers begins with: a tiny DiT pipeline."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    heads = {"num_attention_heads": 4, "attention_head_dim": 8, "norm_num_groups": 4}
+    sizes = {"in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 8}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae = AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=8, **kinds
+    )
+    transformer = DiTTransformer2DModel(**heads, **sizes)
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder / "dit")
 
 
 def prepare_examples(folder: Path) -> None:
