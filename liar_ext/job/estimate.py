@@ -19,6 +19,7 @@ from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
 from liar_ext.job.state import SENSITIVITY, Job, Known, score_key, sensitivity_key
 from liar_ext.models.depth import count_blocks_kept
+from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.plan import Budget
@@ -219,7 +220,9 @@ def by_blocks(
 
 def work_of_token(model: nn.Module, at: Sequence[Site]) -> tuple[float, int]:
     """Return the operations of a forward pass for one token: of the body, and of the head."""
-    head = getattr(model.get_output_embeddings(), "weight", None)
+    # What a diffusion transformer ends with is a linear layer like any other.
+    table = None if is_diffusion(model) else model.get_output_embeddings()
+    head = getattr(table, "weight", None)
     work = 0 if head is None else 2 * head.numel()
     return total_cost(model, at, Budget(1.0, "flops", seq_len=1)) - work, work
 

@@ -125,8 +125,10 @@ def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
             f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
             "none; calibrate with the text kept, or use the preset fast"
         )
+    if not needed:
+        return bank.text
     rows = model.get_input_embeddings()
-    if needed and any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):
+    if any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):
         raise InputError(
             f"prune: the bank's text has tokens that the {rows.num_embeddings} embeddings of the "
             "model lack; calibrate this model anew"
@@ -141,11 +143,14 @@ def _check_diffusion(job: Job) -> None:
             f'prune: of="{job.recipe.of}" counts the tokens of one text, and a diffusion '
             'transformer reads others, too; give of="prunable" or of="params"'
         )
-    if job.recipe.rescale or job.evaluate_on is not None:
-        what = "rescale" if job.recipe.rescale else "evaluate_on"
+    if job.recipe.rescale:
         raise InputError(
-            f"prune: {what} does not work with a diffusion transformer; leave it out, and judge "
-            "its images"
+            "prune: rescale does not work with a diffusion transformer; give rescale=False"
+        )
+    if job.evaluate_on is not None:
+        raise InputError(
+            "prune: evaluate_on does not work with a diffusion transformer; give certify_on, which "
+            "compares what it predicts, and judge its images"
         )
 
 
