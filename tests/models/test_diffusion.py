@@ -32,6 +32,7 @@ from liar_ext.cli.messages import error_lines
 from liar_ext.models.running import layer_of, output_of
 from liar_ext.models.sites import Site, get_consumer_weight, sites
 from liar_ext.plan import SitePlan
+from liar_ext.selection.sensitivity import pruned_site
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -475,6 +476,23 @@ def test_jobs_from_a_bank_and_with_progress():
     assert bank.text is None
     prune(other, bank=bank, preset="fast", keep=0.6)
     assert steps and torch.equal(output(one, name), output(other, name))
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_a_probe_of_a_site_is_that_site_pruned(name: str):
+    """For a while all layers that read its units read the others as zero, and give them back."""
+    model = tiny(name, torch.float64)
+    before = output(model, name, dtype=torch.float64)
+    for site in sites(model):
+        plan = half(model, site.name)
+        kept = site.features(plan.sites[site.name].kept)
+        weight = get_consumer_weight(model, site)[:, kept].clone()
+        with pruned_site(model, site, plan, (weight, None)):
+            found = output(model, name, dtype=torch.float64)
+        expected = output(zeroed(model, plan), name, dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        assert torch.equal(output(model, name, dtype=torch.float64), before)
+    assert not torch.equal(found, before) or name.startswith("Qwen")  # which drops its last text
 
 
 def test_what_is_compared_is_the_prediction_of_each_sample():
