@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from liar_ext.checkpoint.carrying import MODULES_FILE
@@ -131,7 +132,7 @@ def read_weights(
         given = kwargs | SAFELY | {"ignore_mismatched_sizes": True}
         if CLASS_NAME in found.config:  # whose loader runs no code, and calls the type otherwise
             del given["trust_remote_code"]
-            given["torch_dtype"] = given.pop("dtype", None)
+            given["torch_dtype"] = _dtype_of(found.path, given.pop("dtype", "auto"))
         model, info = loader.from_pretrained(found.path, **given)
     model.__class__ = stock  # only __init__ differed, and no module has that class
     if not strict:  # a folder of ours has all weights
@@ -213,6 +214,14 @@ def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
             f"{str(fields.get('model_type'))[:80]!r}; copy the folder again"
         )
     return stock
+
+
+def _dtype_of(folder: Path, dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype by itself or its name; "auto" is that of the weights in a folder."""
+    if dtype == "auto":
+        with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+            return file.get_tensor(next(iter(file.keys()))).dtype
+    return getattr(torch, str(dtype).removeprefix("torch."))
 
 
 def _diffusion_class(fields: Mapping[str, Any], operation: str) -> Any:

@@ -95,10 +95,12 @@ def model_class(name: Any) -> type[nn.Module] | None:
     found = getattr(transformers, name, None) if str(name).isidentifier() else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
+    if name not in FAMILIES:
+        return None
     try:
         import diffusers
 
-        found = getattr(diffusers, name) if name in FAMILIES else None
+        found = getattr(diffusers, name)
         is_model = isinstance(found, type) and issubclass(found, diffusers.ModelMixin)
         return found if is_model else None
     except (ImportError, AttributeError):  # it isn't installed, or has none

@@ -303,6 +303,19 @@ def test_a_pruned_transformer_is_pruned_again(tmp_path: Path):
     assert torch.equal(*both)
 
 
+def test_a_folder_keeps_the_dtype(tmp_path: Path):
+    name = "QwenImageTransformer2DModel"
+    model = tiny(name, torch.bfloat16)
+    plan = half(model)
+    apply_plan(model, plan)
+    save_pruned(model, tmp_path / "one", plan)
+    loaded = load_pruned(tmp_path / "one")
+    assert loaded.dtype == torch.bfloat16
+    both = [output(each, name, dtype=torch.bfloat16) for each in (model, loaded)]
+    assert torch.equal(*both)
+    assert load_pruned(tmp_path / "one", dtype="float16").dtype == torch.float16
+
+
 def vae(**sizes) -> nn.Module:
     torch.manual_seed(1)
     kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
