@@ -210,6 +210,21 @@ def write_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     (folder / VOCABULARY_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
+def kept_tokens(folder: Path, operation: str) -> list[int] | None:
+    """Return the ids that the tokens of a folder had in its dense model; None if it has them all.
+
+    InputError is raised if the file that says so is damaged.
+    """
+    if not (folder / VOCABULARY_FILE).is_file():
+        return None
+    kept = read_object(folder / VOCABULARY_FILE, operation)[0].get("kept")
+    if not isinstance(kept, list) or not kept or {type(each) for each in kept} != {int}:
+        raise InputError(
+            f"{operation}: {folder / VOCABULARY_FILE} is damaged; copy the folder again"
+        )
+    return kept
+
+
 def _leave_larger(source: Path, folder: Path) -> list[str]:
     for path in folder.iterdir():
         if path.suffix in OLDER:

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from liar_ext.checkpoint.folder import MARKER_FILE, strangers
+from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
 from liar_ext.errors import InputError, one_line
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.
@@ -44,6 +44,12 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Non
     """
     try:
         folder = Path(folder).resolve()
+        around = next((each for each in folder.parents if (each / MANIFEST_FILE).is_file()), None)
+        if around is not None:
+            raise InputError(
+                f"save_pruned: {folder} lies in {around}, whose files are listed in its manifest; "
+                "choose a folder outside"
+            )
         clean_leftovers(folder)
         _check_existing(folder, overwrite)
         with beside(folder, keep_parents=False):

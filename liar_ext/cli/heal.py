@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch import nn
+
 from liar_ext import Plan, heal, load_pruned
-from liar_ext.checkpoint.folder import PLAN_FILE, REPORT_JSON
-from liar_ext.checkpoint.loading import placement
+from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
+from liar_ext.checkpoint.carrying import kept_tokens
+from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON
+from liar_ext.checkpoint.loading import load_tokenizer, placement
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
-from liar_ext.cli.inputs import let_write, load
+from liar_ext.cli.inputs import Given, let_write, load, load_with_tokenizer
 from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import broadcast, is_first, world_size
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
+from liar_ext.healing.training import mean_loss
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
 from liar_ext.report.reading import read_report
 from liar_ext.report.report import Report
-from liar_ext.report.sections import healing_lines
+from liar_ext.report.sections import HEALED_BEFORE, healing_lines
 from liar_ext.report.tables import measured
+from liar_ext.vocabulary.keep import SAMPLES, keep_tokens
 
 LEAST_SAMPLES, MOST_SAMPLES, IN_MINUTES = 16, 1 << 16, 1 << 12
+BATCH_TOKENS = 512  # for the same tokens many small steps gain more than few large ones
+TEACHER = "name the model that was pruned with --teacher"
 TRAINED = 7  # sequences for each that is held out: an eighth of the documents is held out
 MEASURED = 16  # held-out sequences, at most
 
@@ -74,7 +85,12 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     check_folder(options.out, overwrite)
     check_apart(options)
     with checkpoint_of(recipe, options) as saved:
-        given = load(recipe, progress=options.progress, judge=max(recipe.samples // TRAINED, 2))
+        given = load(
+            recipe,
+            loader=partial(_load_teacher, Path(options.folder)),
+            progress=options.progress,
+            judge=max(recipe.samples // TRAINED, 2),
+        )
         if given.judging is None:
             raise InputError(
                 "heal: the text is too short to hold out an eighth of its documents; give more "
@@ -83,13 +99,14 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         spread = placement(recipe.device)
         model = load_pruned(options.folder, dtype="auto", **spread)
         model = model if spread else model.to(recipe.device)
+        _check_teacher(given, model, options.folder)
         quality = partial(_quality, Evaluator(), given.evaluation, options.progress)
         rows = [quality(given.model), quality(model)]
         let_write(given, saved, progress=options.progress)
         found = heal(
             model,
             given.model,
-            list(given.calibration),
+            list(small(given.calibration)),
             held_out=given.judging[:: -(-len(given.judging) * recipe.batch_size // MEASURED)],
             budget=_budget(options),
             lr=options.lr,
@@ -104,8 +121,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         found["quality"] = {name: [row[name] for row in rows] for name in names}
         found["teacher"] = recipe.model
         found |= {"text": list(recipe.calibration), "self_text": recipe.self_text}
-        earlier = [f"Healed before: {line}" for line in healing_lines(report.heal)[:1]]
-        found["notes"] = [*given.notes, *earlier]
+        before = [line for line in report.heal.get("notes", ()) if line.startswith(HEALED_BEFORE)]
+        before += [f"{HEALED_BEFORE}{line}" for line in healing_lines(report.heal)[:1]]
+        found["notes"] = [*given.notes, *before, *_exports(options.folder, in_place)]
         report.heal = found
         save = partial(_save, report, options.folder)
         # Without seconds: those of the report stay those of pruning.
@@ -117,6 +135,44 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
                 facts = {"report": written, "source": options.folder}
                 fill_folder(model, path, plan, **facts)
     return found
+
+
+def _exports(folder: str, in_place: bool) -> list[str]:
+    """Return a note on files that were made of a folder which is replaced."""
+    if not in_place or not Path(folder, EXPORTS_FILE).is_file():
+        return []
+    return [f"Files that liar export made of {folder} have the weights before healing: repeat it."]
+
+
+def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    """Return the dense model and its tokenizer, with the tokens that the pruned folder has."""
+    model, tokenizer = load_with_tokenizer(name, dtype, device)
+    kept = kept_tokens(folder, "heal")
+    if kept is not None:
+        try:
+            tokenizer = keep_tokens(model, tokenizer, kept)
+        except (InputError, KeyError, IndexError) as error:
+            raise InputError(f"heal: {name} lacks tokens of {folder}; {TEACHER}") from error
+    return model, tokenizer
+
+
+def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
+    """Refuse a dense model that reads text otherwise, or whose outputs don't compare."""
+    own = load_tokenizer(Path(folder), folder, model)
+    both = [getattr(each, "tokenizer", each) for each in (own, given.tokenizer)]
+    if None not in both and any(len({str(e.encode(t)) for e in both}) > 1 for t in SAMPLES):
+        raise InputError(
+            f"heal: {given.recipe.model} reads text as other tokens than {folder}; {TEACHER}"
+        )
+    for batch in small(given.judging[:1]):
+        mean_loss(model, given.model, [batch.select([0])])
+
+
+def small(batches: Batches) -> Iterator[Batch]:
+    """Yield batches cut into parts of some 512 tokens, of one sequence at least."""
+    for batch in read_batches(batches):
+        parts = min(max(math.ceil(count_tokens(batch) / BATCH_TOKENS), 1), len(batch))
+        yield from map(batch.select, torch.arange(len(batch)).tensor_split(parts))
 
 
 def _save(report: Any, pruned: str, folder: Path) -> None:
@@ -131,6 +187,7 @@ def _recipe(start: Any, options: argparse.Namespace) -> Recipe:
     """Return the recipe by which teacher and text are loaded: the folder's, with the options."""
     start = start if isinstance(start, Recipe) else Recipe()
     start = replace(start, random_tokens=0.0, self_text=0.0, certify=0, latency_table=None)
+    start = replace(start, keep_vocab=1.0, vocab_text=(), vocab_scripts=())  # the folder says it
     recipe = Recipe.build(start, dtype="float32", **given_fields(options))
     recipe = replace(recipe, model=options.teacher or recipe.model)
     names = [] if recipe.model else ["the dense model (--teacher MODEL)"]

@@ -88,7 +88,8 @@ def export(
         with beside(target) as room:
             done = run(folder, room / target.name, progress=progress, **options)
             _put(room / target.name, target, overwrite)
-    done = replace(done, paths=(target,), bytes=_size(target))
+    notes = (note.replace(str(room / target.name), str(target)) for note in done.notes)
+    done = replace(done, paths=(target,), notes=tuple(notes), bytes=_size(target))
     return replace(done, notes=(*done.notes, *_write_record(folder.resolve(), done, options)))
 
 

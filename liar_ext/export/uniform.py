@@ -74,7 +74,8 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
                 f"of {site.name}, the weights have {site.units}; copy the folder again"
             )
     config = dense_config(model.config)
-    hidden = plan.hidden
+    hidden, blocks = plan.hidden, plan.blocks
+    plan = replace(plan, blocks=None)  # as the config says
     if hidden is not None and hidden_of(skeleton(type(model), config)).size != hidden.units:
         plan = replace(plan, hidden=None)  # the config says the smaller hidden size
     wide = _widest(model, config, plan, multiple_of)
@@ -82,7 +83,7 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     apply_plan(padded, wide)
     _fill(padded, model, plan, wide)
     difference = _difference(model, padded)
-    wide = replace(wide, hidden=hidden)
+    wide = replace(wide, hidden=hidden, blocks=blocks)
     counts = {"before": count_params(model), "after": count_params(padded)}
     report = read_json(folder / REPORT_JSON, "export") if (folder / REPORT_JSON).is_file() else {}
     report |= {"uniform": {"source": folder.name, "params": counts}}

@@ -236,6 +236,9 @@ def speed(bench: Benchmark | None) -> Table:
     return Table(title, (*RATIO[:3], "pruned / dense (quartiles)"), rows, (0,), note)
 
 
+HEALED_BEFORE = "Healed before: "
+
+
 def healing_lines(found: Mapping[str, Any]) -> list[str]:
     """Return what healing did; nothing if the model was not healed."""
     if not found:
@@ -253,8 +256,12 @@ def healing_lines(found: Mapping[str, Any]) -> list[str]:
             f", without gain: the held-out loss never fell below {before}, so the weights are "
             "those before healing."
         )
+    again = any(note.startswith(HEALED_BEFORE) for note in found.get("notes", ()))
+    start = "before" if again else "pruned"
     measured = [
-        "{}: dense {}, pruned {}, healed {}.".format(name.capitalize(), *map(quality, row))
+        "{}: dense {}, {start} {}, healed {}.".format(
+            name.capitalize(), *map(quality, row), start=start
+        )
         for name, row in (found.get("quality") or {}).items()
     ]
     return [said, *measured, *found.get("notes", ())]
@@ -284,8 +291,8 @@ def vocabulary_lines(found: Mapping[str, Any]) -> list[str]:
     ]
     if found.get("alike_lines") is not None:
         said.append(
-            f"{found['alike_lines']:,} lines of it have no removed token: both tokenizers read "
-            "them alike."
+            "Both tokenizers read its lines without a removed token alike: "
+            f"{found['alike_lines']:,}."
         )
     if "bits_per_byte" in found.get("held_out", {}):
         before, after = _both(found["held_out"]["bits_per_byte"])

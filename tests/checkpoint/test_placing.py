@@ -171,6 +171,12 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(name: str, tmp_path: 
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_no_folder_is_written_into_one_of_ours(folder: Path) -> None:
+    with pytest.raises(InputError, match="lies in .* whose files are listed in its manifest"):
+        check_folder(folder / "new" / "inside")
+    assert strangers(folder) == []
+
+
 def test_checking_leaves_nothing(tmp_path: Path) -> None:
     check_folder(tmp_path / "a" / "b" / "pruned")
     assert os.listdir(tmp_path) == []

@@ -204,6 +204,7 @@ def test_int8_is_smaller_and_says_what_it_costs(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "int8: 0." in said and "greatest difference from torch" in said
     out = tmp_path / "model-onnx"
+    assert f"InferenceSession('{out}/onnx/model.onnx')" in said  # not where it was made
     assert [path.name for path in (out / "onnx").iterdir()] == ["model.onnx"]
     assert 0 < max(differences(tiny("bert", num_hidden_layers=1), out, True)) < 0.5
     kinds = [node.op_type for node in onnx.load(out / "onnx" / "model.onnx").graph.node]

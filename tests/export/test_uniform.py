@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,18 @@ def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
         sizes = {(site.wiring.consumer, site.d_in) for site in sites(again, (kind,))}
         assert len(sizes) == len({consumer for consumer, _ in sizes})
     assert "+" in done.notes[1] and "padded with zeros" in done.notes[0]
+
+
+def test_whole_blocks_may_be_gone(tmp_path):
+    model = tiny("llama")
+    plan = make_plan(model)
+    plan = replace(plan, blocks=SitePlan(3, (0, 2)))
+    plan = replace(plan, sites={n: each for n, each in plan.sites.items() if n[0] != "2"})
+    apply_plan(model, plan)
+    again, done = exported(model, plan, tmp_path)
+    same_outputs(model, again)
+    assert Plan.load(done.paths[0] / PLAN_FILE).blocks == plan.blocks
+    assert verify_pruned(done.paths[0])["agrees"]
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("attn",)])

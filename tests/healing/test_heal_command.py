@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 import torch
+from byte_level import TOKENS, byte_level_tokenizer
 from stopping import stop_at
 from tiny import tiny
 
-from liar_ext import InputError, Report, cli, compress, load_pruned, verify_pruned
-from liar_ext.checkpoint.folder import strangers
+from liar_ext import InputError, Report, cli, compress, load_model, load_pruned, verify_pruned
+from liar_ext.checkpoint.folder import EXPORTS_FILE, add_to_manifest, strangers
 from liar_ext.cli import inputs
+from liar_ext.cli.heal import small
 from liar_ext.healing import MINUTES
 from liar_ext.healing import heal as runs
 from liar_ext.healing import training as weights_of_healing
@@ -104,6 +106,20 @@ def test_a_run_without_gain_leaves_the_weights_and_says_so(pruned, tmp_path, cap
     assert "without gain" in capsys.readouterr().out
     assert "without gain" in (other / "README.md").read_text()
     assert verify_pruned(other)
+
+
+def test_batches_are_cut_into_some_512_tokens():
+    whole = [
+        {"input_ids": torch.arange(7 * 128).view(7, 128)},  # 896 tokens: 4 sequences, and 3
+        {"input_ids": torch.arange(3 * 600).view(3, 600)},  # no sequence is cut
+        {"input_ids": torch.ones(4, 4).long(), "attention_mask": torch.zeros(4, 4).long()},
+    ]
+    cut = list(small(whole))
+    assert [len(each) for each in cut] == [4, 3, 1, 1, 1, 4]
+    for at, parts in enumerate((cut[:2], cut[2:5], cut[5:])):
+        found = torch.cat([each.inputs["input_ids"] for each in parts])
+        assert torch.equal(found, whole[at]["input_ids"])
+    assert torch.equal(torch.cat([each.fold for each in cut[:2]]), torch.arange(7) % 2)
 
 
 def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch):
@@ -218,6 +234,59 @@ def test_the_dense_model_writes_text_if_asked(pruned, tmp_path):
     out = tmp_path / "healed"
     assert heal(pruned, "--steps", "2", "--self-text", "0.5", "--out", out, "--quiet") == 0
     assert section(out)["self_text"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def fewer(corpus, tmp_path_factory):
+    """A folder whose text chose its tokens, and the dense one."""
+    dense, out = (tmp_path_factory.mktemp("fewer") / name for name in ("dense", "pruned"))
+    byte_level_tokenizer(each.read_text() for each in corpus).save_pretrained(dense)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    tiny("llama", vocab_size=TOKENS, **ids).save_pretrained(dense)
+    command = ["prune", dense, "--calibration", corpus[0], "--out", out, "--keep", "0.8"]
+    command += ["--keep-vocab", "384", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
+    assert cli.main([*map(str, command), "--quiet"]) == 0
+    return dense, out
+
+
+def test_the_tokens_are_those_of_the_folder_whatever_the_text(fewer, corpus, tmp_path, monkeypatch):
+    """The dense model once kept those that the new text would choose."""
+    seen = []
+
+    def look(model, teacher, batches, **_):
+        seen.append((teacher.get_input_embeddings().weight, batches))
+        raise InputError("heal: seen")
+
+    monkeypatch.setattr("liar_ext.cli.heal.heal", look)
+    folder, out = fewer[1], tmp_path / "out"
+    assert heal(folder, "--steps", "2", "--calibration", corpus[1], "--out", out) == 2
+    ((rows, batches),) = seen
+    kept = json.loads((folder / "liar/vocabulary.json").read_text())["kept"]
+    dense = load_model(fewer[0])[0].get_input_embeddings().weight
+    assert len(kept) < len(dense) and torch.equal(rows, dense[kept])
+    assert max(int(each.inputs["input_ids"].max()) for each in batches) < len(kept)
+
+
+def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, capsys):
+    for folder, teacher, said in (
+        (pruned, fewer[0], "reads text as other tokens"),
+        (fewer[1], fewer[1], "lacks tokens of"),
+    ):
+        assert heal(folder, "--steps", "1", "--teacher", teacher, "--out", f"{folder}-2") == 2
+        error = capsys.readouterr().err
+        assert said in error and "name the model that was pruned with --teacher" in error
+
+
+def test_all_healings_are_remembered_and_exports_are_old_then(pruned, capsys):
+    (pruned / EXPORTS_FILE).write_text("{}")
+    add_to_manifest(pruned, EXPORTS_FILE)
+    for _ in range(3):
+        assert heal(pruned, "--steps", "1", "--overwrite") == 0
+    notes = section(pruned)["notes"]
+    assert sum(note.startswith("Healed before: Trained") for note in notes) == 2
+    first, second, third = capsys.readouterr().out.split("saved")[:3]
+    assert "liar export made" in first and "liar export made" not in second
+    assert ", pruned " in first and ", before " in second and ", before " in third
 
 
 def test_what_cant_be_is_refused(pruned, corpus, llama_folder, tmp_path, capsys):
