@@ -88,7 +88,8 @@ def heal(
     -------
     dict
         The section ``heal`` of a report: held-out loss ``before`` and ``after``, ``improved``,
-        ``tokens``, ``steps``, ``seconds``, ``curve`` (pairs of tokens and held-out loss), settings.
+        ``diverged`` (gradients were not finite, so training ended early), ``tokens``, ``steps``,
+        ``seconds``, ``curve`` (pairs of tokens and held-out loss), settings.
 
     Raises
     ------
@@ -155,6 +156,7 @@ def heal(
         "after": run.after,
         "improved": improved,
         "interrupted": interrupted,
+        "diverged": run.diverged,
         **asdict(so_far),
         "last_lr": run.lr(),
         "held_out_sequences": sum(map(len, held_out)),
@@ -196,7 +198,7 @@ class Healing:
         self.training, self.saved, self.device = training, saved, device_of(model)
         kind, half = self.device.type, training.bfloat16
         self.cast = partial(torch.autocast, kind, torch.bfloat16, enabled=half)
-        self.so_far, self.best, self.after = SoFar(), None, math.inf
+        self.so_far, self.best, self.after, self.diverged = SoFar(), None, math.inf, False
         self.student, self.trained = choose(model, training.train, training.seed)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=training.lr, weight_decay=0.0)
 
@@ -251,6 +253,7 @@ class Healing:
         torch._foreach_div_(self.gradients(), rows)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
         if not torch.isfinite(norm):
+            self.diverged = True
             return False
         minutes = so_far.seconds / 60 / max(so_far.steps, 1)
         step = {"tokens": tokens, "steps": 1, "minutes": minutes}[self.training.unit]

@@ -61,7 +61,7 @@ class SmallerVocabulary:
         draw: Callable[[], Batches],
         progress: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.facts = model, tokenizer, {}
+        self.model, self.tokenizer, self.facts, self.notes = model, tokenizer, {}, []
         self._draw, self._progress = draw, progress
         self.whole: VocabularyQuality | None = None
         if recipe.keep_vocab == 1.0:
@@ -82,6 +82,8 @@ class SmallerVocabulary:
         self.facts = {**facts, "text": told} if facts else {}
         if chosen is None:
             model.liar_vocabulary = None  # all tokens stay, which a job need not ask for
+            if not facts:
+                self.notes = [f"All tokens stay: --keep-vocab {recipe.keep_vocab:,} removes none."]
         else:
             self.tokenizer = keep_tokens(model, tokenizer, chosen)
         if self.whole is not None:
@@ -115,6 +117,7 @@ class SmallerVocabulary:
 
     def add_to(self, report: Report, model: nn.Module) -> None:
         """Let the report of a pruned model say it."""
+        report.warnings += self.notes
         if not self.facts:
             return
         facts = report.vocabulary = dict(self.facts)

@@ -256,6 +256,8 @@ def healing_lines(found: Mapping[str, Any]) -> list[str]:
             f", without gain: the held-out loss never fell below {before}, so the weights are "
             "those before healing."
         )
+    if found.get("diverged") is True:
+        said += " Training broke off, as gradients were not finite: give a lower --lr."
     again = any(note.startswith(HEALED_BEFORE) for note in found.get("notes", ()))
     start = "before" if again else "pruned"
     measured = [
@@ -273,7 +275,7 @@ def healing(found: Mapping[str, Any]) -> Table:
         (f"held-out loss after {figure(tokens, ',')} tokens", figure(loss, ".4g"))
         for tokens, loss in found["curve"]
     ]
-    apart = ("before", "after", "improved", "interrupted", "curve", "quality", "notes")
+    apart = ("before", "after", "improved", "interrupted", "diverged", "curve", "quality", "notes")
     rows += [(key.replace("_", " "), text(each)) for key, each in found.items() if key not in apart]
     return Table("Healing", ("", ""), rows, (0, 1), " ".join([*healing_lines(found), APART]))
 

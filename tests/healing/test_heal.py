@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from liar_ext.errors import InputError
 from liar_ext.healing import heal as run
 from liar_ext.healing.training import activation_bytes, computes_bfloat16, losses, mean_loss
 from liar_ext.models.slicing import apply_plan
+from liar_ext.report.sections import healing_lines
 
 STEPS = {"budget": {"steps": 12}, "lr": 1e-2, "bfloat16": False}
 
@@ -80,6 +82,19 @@ def test_a_run_that_makes_it_worse_is_undone(train, monkeypatch):
     found = heal(student, dense, text(), held_out=text(2, seed=9), train=train, **STEPS)
     assert not found["improved"] and found["after"] == found["before"]
     assert same(student, before)
+
+
+def test_gradients_that_are_not_finite_end_it_and_are_told_of(monkeypatch):
+    student, dense = pair()
+    before = bits(student)
+    monkeypatch.setattr(
+        run, "losses", lambda *given: losses(*given) * (math.inf if torch.is_grad_enabled() else 1)
+    )
+    found = heal(student, dense, text(), held_out=text(2, seed=9), **STEPS)
+    assert found["diverged"] and not found["improved"] and found["steps"] == 0
+    assert same(student, before) and "give a lower --lr" in healing_lines(found)[0]
+    monkeypatch.undo()
+    assert not heal(student, dense, text(), held_out=text(2, seed=9), **STEPS)["diverged"]
 
 
 def test_it_goes_back_where_the_held_out_loss_has_not_fallen(monkeypatch):

@@ -260,7 +260,10 @@ def test_auto_keeps_all_tokens_if_each_size_loses_too_much(
 
 def test_more_tokens_than_there_are_is_all_of_them(folder, corpus, tmp_path):
     assert run(folder, corpus, tmp_path / "out", "--keep-vocab", "32k", *QUICK) == 0
-    assert not Report.load(tmp_path / "out").vocabulary
+    report = Report.load(tmp_path / "out")
+    assert not report.vocabulary
+    said = "All tokens stay: --keep-vocab 32,768 removes none."
+    assert report.warnings.count(said) == 1
 
 
 def test_tokens_of_a_script_stay_whole(folder, corpus, tmp_path, capsys):
