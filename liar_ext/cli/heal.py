@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from torch import nn
 from liar_ext import Plan, heal, load_pruned
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
 from liar_ext.checkpoint.carrying import kept_tokens
-from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON
+from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON, VOCABULARY_FILE
 from liar_ext.checkpoint.loading import load_tokenizer, placement
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
@@ -164,8 +165,7 @@ def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
         raise InputError(
             f"heal: {given.recipe.model} reads text as other tokens than {folder}; {TEACHER}"
         )
-    for batch in small(given.judging[:1]):
-        mean_loss(model, given.model, [batch.select([0])])
+    mean_loss(model, given.model, [next(small(given.judging)).select([0])])
 
 
 def small(batches: Batches) -> Iterator[Batch]:
@@ -176,8 +176,13 @@ def small(batches: Batches) -> Iterator[Batch]:
 
 
 def _save(report: Any, pruned: str, folder: Path) -> None:
-    """Write a report; its JSON stays as it is in the pruned folder, but for the healing."""
+    """Write a report; its JSON stays as it is in the pruned folder, but for the healing.
+
+    The list of tokens that were kept is the pruned folder's, too.
+    """
     facts, _ = read_report(pruned, "heal")
+    if Path(pruned, VOCABULARY_FILE).is_file():
+        shutil.copyfile(Path(pruned, VOCABULARY_FILE), folder / VOCABULARY_FILE)
     report.save(folder)
     text = json.dumps(facts | {"heal": report.to_dict()["heal"]}, indent=1)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from stopping import stop_at
 from tiny import tiny
 
 from liar_ext import InputError, Report, cli, compress, load_model, load_pruned, verify_pruned
+from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.checkpoint.folder import EXPORTS_FILE, add_to_manifest, strangers
 from liar_ext.cli import inputs
 from liar_ext.cli.heal import small
@@ -265,6 +266,18 @@ def test_the_tokens_are_those_of_the_folder_whatever_the_text(fewer, corpus, tmp
     dense = load_model(fewer[0])[0].get_input_embeddings().weight
     assert len(kept) < len(dense) and torch.equal(rows, dense[kept])
     assert max(int(each.inputs["input_ids"].max()) for each in batches) < len(kept)
+
+
+def test_a_folder_with_fewer_tokens_is_healed_and_pruned_again(fewer, corpus, tmp_path):
+    first, second, third = (tmp_path / name for name in "123")
+    assert heal(fewer[1], "--steps", "2", "--out", first) == 0
+    assert heal(first, "--steps", "2", "--out", second) == 0 and verify_pruned(second)
+    assert compare_tokenization(second)
+    command = ["prune", second, "--calibration", corpus[0], "--out", third, "--keep", "0.8"]
+    command += ["--samples", "16", "--seq-len", "32", "--preset", "fast", "--quiet"]
+    assert cli.main([*map(str, command)]) == 0
+    assert heal(third, "--steps", "2") == 0 and verify_pruned(third)
+    assert section(third)["teacher"] == str(second)
 
 
 def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, capsys):
