@@ -77,9 +77,8 @@ def read_config(path: Path, operation: str) -> dict[str, Any]:
     if not there and (path / "model_index.json").exists():
         refuse_diffusion(operation, f"{path} holds a pipeline of diffusers")
     if not there:
-        raise InputError(
-            f"{operation}: {path} holds no readable config.json: no such file; give a model folder"
-        )
+        what = "holds no readable config.json: no such file" if path.exists() else "doesn't exist"
+        raise InputError(f"{operation}: {path} {what}; give a model folder")
     fields = read_json(path / "config.json", operation)
     if CLASS_NAME in fields and operation != "load_pruned":
         refuse_diffusion(operation, f"{path} holds a model of diffusers")

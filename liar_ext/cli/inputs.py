@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,6 +151,11 @@ def load(
 def check_unloaded(recipe: Recipe) -> None:
     """Refuse what can be told before the model is loaded, which may take minutes."""
     check_device(recipe.device)
+    if Path(recipe.model).is_file() and not recipe.model.endswith(".gguf"):
+        raise InputError(
+            f"load_model: {recipe.model} is a file, and no .gguf; give a model folder or a name on "
+            "the hub first, then --calibration TEXT"
+        )
     if recipe.latency_table is not None:
         LatencyTable.load(recipe.latency_table)
 

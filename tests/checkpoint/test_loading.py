@@ -233,7 +233,7 @@ def test_verify_proves_and_disproves(name: str, plan_of, tmp_path: Path) -> None
 
 
 def test_a_folder_that_is_not_ours(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no readable config.json"):
+    with pytest.raises(InputError, match="doesn't exist; give a model folder"):
         load_pruned(tmp_path / "missing")
     tiny("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(InputError, match="holds a dense model"):

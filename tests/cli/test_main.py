@@ -488,15 +488,14 @@ def refuse(llama_folder, corpus, tmp_path, capsys):
         ("prune m --calibration t --out o --criterion wand", "'wand'\nhint: did you mean wanda?"),
         ("prune m --calibration t --out o --keep 80", "--keep must be in (0, 1], got 80.0\nhint: "),
         ("prune m --keep lots", "error: --keep must be a number, got 'lots'"),
-        (
-            "verify pruend",
-            "holds no readable config.json: no such file\nhint: did you mean pruned?",
-        ),
+        ("verify pruend", "pruend doesn't exist\nhint: did you mean pruned?"),
+        ("prune pruned.txt --calibration pruned --out o", "pruned.txt is a file, and no .gguf"),
     ],
 )
 def test_an_error_says_what_is_wrong_and_what_to_type(line, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned.txt").write_text("a calibration text")
     with suppress(SystemExit):
         run(*line.split())
     assert said in capsys.readouterr().err
