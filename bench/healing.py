@@ -5,8 +5,8 @@
 Judged as by bench.quality, on its four texts and in bfloat16; models are pruned in float32, and
 healed as `liar heal` does by default. Pruned folders and rows are kept in out/healing by model,
 and a row that is there is not measured again; docs/data has the tables, healing.json and
-healing_rivals.json of SmolLM2, and of another model those with its name. Healed is on more of the
-text that was calibrated on. Seconds are CPU seconds of one thread.
+healing_rivals.json of SmolLM2, healing_gemma.json of Gemma. Healed is on more of the text that was
+calibrated on. Seconds are CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -266,7 +266,8 @@ def write(model: str, rows: Sequence[dict[str, Any]]) -> None:
     command, own = "make healing WIKITEXT=FOLDER QUESTIONS=FILE", ""
     if model != MODEL:
         made = " ".join(f"{row['start']}:{row['keep']:g}:{row['tokens']}" for row in others)
-        command, own = f'{command} HEALING="--model {model} --rows {made}"', f"_{model}"
+        command += f' HEALING="--model {model} --rows {made}"'
+        own = f"_{model.partition('-')[0].lower()}"
     for name, facts in (
         ("healing", {"note": note.format("perplexity"), "columns": columns, "rows": healed}),
         ("healing_rivals", {"note": note.format("means"), "columns": both, "rows": beside}),
