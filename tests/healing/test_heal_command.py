@@ -290,6 +290,27 @@ def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, capsys):
         assert said in error and "name the model that was pruned with --teacher" in error
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (None, "is damaged; copy the folder again"),
+        ([], "is damaged"),
+        ([0.5], "is damaged"),
+        ([True], "is damaged"),
+        ([-1, 0], "lacks tokens of"),
+        ([0, 0], "lacks tokens of"),
+        ([10**9], "lacks tokens of"),
+    ],
+)
+def test_a_list_of_tokens_that_was_changed_is_refused(kept, said, fewer, tmp_path, capsys):
+    folder = shutil.copytree(fewer[1], tmp_path / "pruned")
+    facts = json.loads((folder / "liar/vocabulary.json").read_text())
+    (folder / "liar/vocabulary.json").write_text(json.dumps(facts | {"kept": kept}))
+    assert heal(folder, "--steps", "1", "--out", tmp_path / "out") == 2
+    assert said.replace("; ", "\nhint: ") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_healings_are_remembered_and_exports_are_old_then(pruned, capsys):
     (pruned / EXPORTS_FILE).write_text("{}")
     add_to_manifest(pruned, EXPORTS_FILE)
