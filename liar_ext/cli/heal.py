@@ -159,9 +159,10 @@ def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.
 
 def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
     """Refuse a dense model that reads text otherwise, or whose outputs don't compare."""
-    own = load_tokenizer(Path(folder), folder, model)
-    both = [getattr(each, "tokenizer", each) for each in (own, given.tokenizer)]
-    if None not in both and any(len({str(e.encode(t)) for e in both}) > 1 for t in SAMPLES):
+    found = load_tokenizer(Path(folder), folder, model), given.tokenizer
+    own, other = (getattr(each, "tokenizer", each) for each in found)
+    both = own is not None and other is not None
+    if both and any(own.encode(text) != other.encode(text) for text in SAMPLES):
         raise InputError(
             f"heal: {given.recipe.model} reads text as other tokens than {folder}; {TEACHER}"
         )
