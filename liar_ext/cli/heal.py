@@ -61,7 +61,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     return 130 if found["interrupted"] else 0
 
 
-def train_pruned(folder: str, minutes: float, *, progress: bool) -> Report:
+def train_pruned(folder: str, minutes: float, *, checkpoint: str | None, progress: bool) -> Report:
     """Train a folder in place, as ``liar heal FOLDER --minutes N`` does; return its report.
 
     The first rank writes the folder, before and in here, and the others wait for it.
@@ -69,7 +69,7 @@ def train_pruned(folder: str, minutes: float, *, progress: bool) -> Report:
     broadcast(None)
     options = argparse.Namespace(
         **{"command": "heal", "folder": folder, "out": folder, "overwrite": False},
-        **{"teacher": None, "checkpoint": None, "progress": progress},
+        **{"teacher": None, "checkpoint": checkpoint, "progress": progress},
         **{"tokens": None, "minutes": minutes, "steps": None},
         **{"train": TRAIN[0], "lr": RATE, "grad_accumulation": 1},
     )

@@ -122,7 +122,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         del given, job  # the dense model is read again, as it was
         try:
             with naming_memory("heal: out of memory"):
-                report = train_pruned(options.out, options.heal, progress=options.progress)
+                how = {"checkpoint": options.checkpoint, "progress": options.progress}
+                report = train_pruned(options.out, options.heal, **how)
         except (InputError, MemoryError) as error:
             if asked:
                 raise InputError(f"{error}; {options.out} is pruned and saved") from error

@@ -144,7 +144,7 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Check
     with Checkpoint(folder) as saved:
         try:
             own = {name: getattr(options, name) for name in OWN[options.command]}
-            job = {"command": options.command, "recipe": recipe.to_dict(), "options": own}
+            job = {"command": options.command, "options": own, "recipe": recipe.to_dict()}
             saved.begin(job, folder=os.getcwd())
             yield saved
         except (InputError, OSError):

@@ -193,6 +193,23 @@ def test_prune_trains_its_result_if_asked(llama_folder, corpus, tmp_path, capsys
     assert len(found["quality"]["perplexity"]) == 3 and verify_pruned(tmp_path / "two")
 
 
+def test_training_after_pruning_goes_on(llama_folder, corpus, tmp_path, monkeypatch, capsys):
+    """The checkpoint was once of the pruning alone."""
+    monkeypatch.chdir(tmp_path)
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", "out", "--keep", "0.5"]
+    command += ["--samples", "16", "--seq-len", "32", "--preset", "fast", "--heal", "1s"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Checkpoint, "due", lambda *_: True)
+        stop_at(patch, runs.Healing, "step", 3)
+        assert cli.main([*map(str, command), "--checkpoint", "place"]) == 130
+    assert (tmp_path / "place").exists() and section(tmp_path / "out") == {}
+    assert cli.main(["resume", "place"]) == 0
+    assert "liar heal, out, stopped with healing after" in capsys.readouterr().out
+    found = section(tmp_path / "out")
+    assert found["steps"] > 2 and found["budget"] == f"{1 / 60:,} minutes"
+    assert verify_pruned(tmp_path / "out") and not (tmp_path / "place").exists()
+
+
 def test_the_preset_best_trains_where_it_can(llama_folder, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(MINUTES, "best", 0.02)
     short = {"keep": 0.5, "samples": 16, "seq_len": 32, "self_text": 0.0, "overwrite": True}
