@@ -40,6 +40,7 @@ MEASURES = 4  # of the held-out loss, besides that before training
 LOWER = 1 / 3  # of the learning rate, where the held-out loss has clearly risen
 RISEN = 1.05  # times the least one; smaller rises pass as the rate falls
 CLIP = 1.0
+FUSED = ("cpu", "cuda")  # devices where AdamW reads and writes its state once
 STATE = "state"  # its key in a checkpoint
 
 
@@ -201,7 +202,8 @@ class Healing:
         self.cast = partial(torch.autocast, kind, torch.bfloat16, enabled=half)
         self.so_far, self.best, self.after, self.diverged = SoFar(), None, math.inf, False
         self.student, self.trained = choose(model, training.train, training.seed)
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=training.lr, weight_decay=0.0)
+        how = {"lr": training.lr, "weight_decay": 0.0, "fused": kind in FUSED}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), **how)
 
     def train(self, progress: bool) -> None:
         """Train until the budget is spent or the weights are no longer finite."""

@@ -22,7 +22,7 @@ from liar_ext.healing import RATE, TRAIN
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, output_of
 
 BUDGETS = ("tokens", "minutes", "steps")
-ROWS = 256  # logits whose softmax is in memory at once
+AT_ONCE = 1 << 19  # logits whose softmax is taken at once: ten rows of 50,000 stay in caches
 LORA_RANK = 16
 OF_TRAINED = 12  # bytes: gradient and two moments in float32
 OF_FREE = 0.8  # of the free memory may be used
@@ -144,10 +144,10 @@ def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         return _of_states(value.float(), target.float(), mask)
     if mask is not None:
         value, target = value[mask], target[mask]
-    rows = value.flatten(0, -2).split(ROWS), target.flatten(0, -2).split(ROWS)
-    # The softmax of all rows would take several times the memory of the logits.
-    pairs = zip(*rows, strict=True)
-    return torch.cat([checkpoint(_of_logits, *pair, use_reentrant=False) for pair in pairs])
+    value, target = value.flatten(0, -2), target.flatten(0, -2)
+    if value.shape[-1] == 1:
+        return (value.float() - target.float()).square().flatten()
+    return Divergence.apply(value, target)
 
 
 @torch.no_grad()
@@ -166,12 +166,33 @@ def _run(model: nn.Module, batch: Batch) -> tuple[str, Tensor]:
     return output_of(model, model(**batch.to(device_of(model)).inputs))
 
 
-def _of_logits(value: Tensor, target: Tensor) -> Tensor:
-    value, target = value.float(), target.float()
-    if value.shape[-1] == 1:
-        return (value - target).square().flatten()
-    both = value.log_softmax(-1), target.log_softmax(-1)
-    return functional.kl_div(*both, reduction="none", log_target=True).sum(-1)
+class Divergence(torch.autograd.Function):
+    """``KL(p ‖ q)`` of each row of logits, with its gradient ``q − p`` by those of q.
+
+    Both come from one softmax of some rows at a time: that of all rows would take several times the
+    memory of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, target: Tensor) -> Tensor:
+        """Return the divergences, ``(rows,)`` float32, of logits ``(rows, classes)``."""
+        found, slope = [], torch.empty_like(value) if ctx.needs_input_grad[0] else None
+        step = max(1, AT_ONCE // value.shape[-1])
+        for at in range(0, len(value), step):
+            rows = slice(at, at + step)
+            log_q, log_p = (each[rows].float().log_softmax(-1) for each in (value, target))
+            p = log_p.exp()
+            found.append((p * log_p.sub_(log_q)).sum(-1))
+            if slope is not None:
+                slope[rows] = log_q.exp_().sub_(p)
+        ctx.save_for_backward(slope)
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient by the logits of q; that by p's is not needed."""
+        (slope,) = ctx.saved_tensors
+        return slope * gradient[:, None].to(slope.dtype), None
 
 
 def _of_states(value: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

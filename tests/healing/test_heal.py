@@ -16,7 +16,13 @@ from liar_ext import heal
 from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.healing import heal as run
-from liar_ext.healing.training import activation_bytes, computes_bfloat16, losses, mean_loss
+from liar_ext.healing.training import (
+    Divergence,
+    activation_bytes,
+    computes_bfloat16,
+    losses,
+    mean_loss,
+)
 from liar_ext.models.slicing import apply_plan
 from liar_ext.report.sections import healing_lines
 
@@ -72,6 +78,23 @@ def test_the_held_out_loss_falls(train):
     assert ("model.embed_tokens.weight" in changed) == (train == "all")
     assert ("model.layers.0.input_layernorm.weight" in changed) == (train != "lora")
     assert ("model.layers.0.mlp.up_proj.weight" in changed) == (train != "norms")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_the_divergence_has_the_gradient_of_its_formula(rows, monkeypatch):
+    monkeypatch.setattr("liar_ext.healing.training.AT_ONCE", 4 * 7)
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(2, rows, 7, generator=generator)
+    value, same = (logits[0].clone().requires_grad_() for _ in range(2))
+    weight = torch.rand(rows, generator=generator)
+    found = Divergence.apply(value, logits[1])
+    p, log_q = logits[1].double().softmax(-1), same.double().log_softmax(-1)
+    wanted = (p * (p.log() - log_q)).sum(-1)
+    assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    for each in (found, wanted):
+        (weight * each).sum().backward()
+    assert torch.allclose(value.grad, same.grad, rtol=1e-5, atol=1e-6)
+    assert not Divergence.apply(logits[0], logits[1]).requires_grad
 
 
 @pytest.mark.parametrize("train", ["no-embeddings", "lora"])
