@@ -292,6 +292,22 @@ def run_both(out: Path, python: str, rows: dict[str, tuple[str, dict]]) -> list[
     ]
 
 
+def grouped(rows: list[str]) -> list[str]:
+    """Return rows for the page: those of tiny models that differ in the family alone are one."""
+    found: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for row in rows:
+        name, builder, tokens, difference = (cell.strip() for cell in row.split("|")[1:-1])
+        parts = re.fullmatch(r"(.*)tiny (\w+)(: .*)", name) if difference else None
+        before, family, after = parts.groups() if parts else ("", "", name)
+        found.setdefault((before, after, builder, tokens), []).append((family, difference))
+    lines = []
+    for (before, after, builder, tokens), each in found.items():
+        tiny = f"tiny {', '.join(family for family, _ in each)}" if each[0][0] else ""
+        greatest = max((difference for _, difference in each), key=lambda cell: float(cell or 0))
+        lines.append(f"| {before}{tiny}{after} | {builder} | {tokens} | {greatest} |")
+    return lines
+
+
 def main() -> None:
     """Make the folders, run both runtimes, print the table; exit with 1 if a row isn't right."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -317,11 +333,11 @@ def main() -> None:
     rows = {name: each for name, each in rows.items() if re.search(given.only, name)}
     rows = {name: each for name, each in rows.items() if each[0] in folders}
     judged = run_both(given.out, given.python, rows)
-    lines = ["| folder | built by | tokens equal | Δ log-probability |", "|---|---|---|---|"]
-    lines += [text for text, _ in judged]
-    for line, good in zip(lines, [True, True, *(good for _, good in judged)], strict=True):
+    for line, good in judged:
         print(line, "" if good else "<-- wrong")
     if given.write:
+        lines = ["| folder | built by | tokens equal | Δ log-probability |", "|---|---|---|---|"]
+        lines += grouped([line for line, _ in judged])
         page = given.write.read_text(encoding="utf-8")
         table = re.compile(r"\| folder \| built by .*?\n(?=\n|\Z)", re.DOTALL)
         given.write.write_text(table.sub(lambda _: "\n".join(lines) + "\n", page), encoding="utf-8")

@@ -13,6 +13,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from integrations.check_vllm import grouped
 
 from liar_ext.integrations import vllm as plugin
 
@@ -96,3 +97,21 @@ def test_other_names_are_no_classes():
     for name in ("LlamaForCausalLM", "OPTForCausalLM@1.2.3", "nothing"):
         with pytest.raises(AttributeError, match=name):
             getattr(plugin, name)
+
+
+def test_rows_of_tiny_families_are_one_row_of_the_page():
+    rows = [
+        "| SmolLM2-135M: equal | plug-in | 128 of 128 | 4e-05 |",
+        "| tiny llama: dense | vLLM | 128 of 128 | 9e-05 |",
+        "| tiny llama: equal | plug-in | 128 of 128 | 7e-05 |",
+        "| tiny qwen3: dense | vLLM | 128 of 128 | 1e-04 |",
+        "| tiny qwen3: equal | plug-in | 127 of 128 | 6e-06 |",
+        "| refused: two ranks: tiny llama: unequal | | vllm: no | |",
+    ]
+    assert grouped(rows) == [
+        "| SmolLM2-135M: equal | plug-in | 128 of 128 | 4e-05 |",
+        "| tiny llama, qwen3: dense | vLLM | 128 of 128 | 1e-04 |",
+        "| tiny llama: equal | plug-in | 128 of 128 | 7e-05 |",
+        "| tiny qwen3: equal | plug-in | 127 of 128 | 6e-06 |",
+        "| refused: two ranks: tiny llama: unequal |  | vllm: no |  |",
+    ]
