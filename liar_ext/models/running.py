@@ -191,6 +191,12 @@ def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     return root.get_submodule(owner), name
 
 
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module itself that its state dict holds."""
+    both, dropped = {**module._parameters, **module._buffers}, module._non_persistent_buffers_set
+    return {n: value for n, value in both.items() if value is not None and n not in dropped}
+
+
 class ExpertLayer:
     """The linear layer of an expert: its slice of the parameters ``name`` and ``name_bias``."""
 
