@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
 KINDS = {
-    "language models": "llama gpt",
+    "language models": "decoders",
     "hybrids with linear attention, Mamba or convolutions": "hybrid",
     "mixtures of experts": "moe",
     "encoders": "bert",

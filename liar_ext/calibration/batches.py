@@ -140,21 +140,15 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
             "batches: source must be a whole number for each of "
             f"{len(first)} sequences, got {source.tolist()}"
         )
-    _check_weight(weight, len(first))
+    if weight is not None:
+        fits = weight.shape == (len(first),) and weight.is_floating_point()
+        if not fits or not bool((weight.isfinite() & (weight > 0)).all()):
+            raise InputError(
+                f"batches: weight must be a finite number above 0 for each of {len(first)} "
+                f"sequences, got {weight.tolist()}; liar_ext.timestep_weights makes some"
+            )
     mask = _padding(inputs.get("attention_mask"))
     return Batch(inputs, fold.long(), mask, labels, source, weight)
-
-
-def _check_weight(weight: Tensor | None, sequences: int) -> None:
-    """Refuse weights that are not one number above 0 for each sequence."""
-    if weight is None:
-        return
-    fits = weight.shape == (sequences,) and weight.is_floating_point()
-    if not fits or not bool((weight.isfinite() & (weight > 0)).all()):
-        raise InputError(
-            f"batches: weight must be a finite number above 0 for each of {sequences} sequences, "
-            f"got {weight.tolist()}; liar_ext.timestep_weights makes some"
-        )
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
@@ -259,3 +253,54 @@ def count_tokens(batch: Batch) -> int:
         return int(batch.mask.sum())
     ids = batch.inputs.get("input_ids")
     return len(batch) * PROBE_LENGTH if ids is None else ids.numel()
+
+
+def timestep_weights(
+    timestep: Tensor, *, last: float = 1000.0, steps: int = 25, low: float = 0.8, high: float = 1.2
+) -> Tensor:
+    """Return the weights of samples by their timesteps, for the ``weight`` of a batch.
+
+    The noisier a sample is, the more it counts, as errors of early denoising steps add up::
+
+        w = low + (high - low) · ln(1 + (steps - 1) · timestep / last) / ln(steps)
+
+    Of ``steps`` evenly spread timesteps these are the weights of OBS-Diff, which decrease as the
+    logarithm of the steps that are left.
+
+    Parameters
+    ----------
+    timestep : Tensor
+        ``(batch,)``, as the model takes it: 0 is no noise, ``last`` noise alone.
+    last : float
+        1000 for DiT and SD3, 1 for Flux and Qwen-Image.
+    steps : int
+        Denoising steps of the pipeline that the model is for, 2 at least.
+    low, high : float
+        Weights of the last step and of the first.
+
+    Returns
+    -------
+    Tensor
+        ``(batch,)`` float64.
+
+    Raises
+    ------
+    InputError
+        If a timestep isn't in [0, last], there are fewer than two steps, or a weight isn't above 0.
+
+    Notes
+    -----
+    Source: OBS-Diff (arXiv 2510.06751), logarithmic-decrease weighting, with its defaults.
+    """
+    if steps < 2 or not 0 < low or not 0 < high:
+        raise InputError(
+            f"timestep_weights: steps must be 2 at least, low and high above 0, got {steps}, {low} "
+            f"and {high}; 25, 0.8 and 1.2 are the defaults"
+        )
+    part = timestep.double() / last
+    if not bool(((part >= 0) & (part <= 1)).all()):
+        raise InputError(
+            f"timestep_weights: timesteps must be in [0, {last:g}], got {timestep.tolist()}; give "
+            "last=1 for Flux and Qwen-Image, 1000 for DiT and SD3"
+        )
+    return low + (high - low) * torch.log1p((steps - 1) * part) / math.log(steps)

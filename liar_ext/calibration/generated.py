@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.documents import Documents
 from liar_ext.calibration.folds import Sequences, of_no_text
+from liar_ext.calibration.taps import replaced
 from liar_ext.calibration.texts import document_prefix
 from liar_ext.environment import available_memory
 from liar_ext.errors import InputError
@@ -144,15 +145,13 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
         and "AVX" in torch.backends.cpu.get_cpu_capability()
         and 2 * sum(m.weight.nbytes for m in every) <= room
     )
-    try:
-        for module in every if known else ():
-            module.forward = _by_onednn(module, rows)
-    except (RuntimeError, MemoryError):  # no memory after all, for which these need not be fast
-        _unpack(every)
-    try:
+    with ExitStack() as stack:
+        try:
+            for module in every if known else ():
+                stack.enter_context(replaced(module, _by_onednn(module, rows)))
+        except (RuntimeError, MemoryError):  # no memory after all, for which these need not be fast
+            stack.close()
         yield
-    finally:
-        _unpack(every)
 
 
 def _by_onednn(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
@@ -160,11 +159,6 @@ def _by_onednn(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
     given = weight, layer.bias, "none", [], ""
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, *given)
-
-
-def _unpack(layers: Sequence[nn.Linear]) -> None:
-    for layer in layers:
-        vars(layer).pop("forward", None)
 
 
 def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:

@@ -252,10 +252,6 @@ class ImageTextReader(Reader):
         """Yield the examples."""
         yield from items
 
-    def joined(self, clips: Sequence[Example]) -> list[Example]:
-        """Return the examples as they are."""
-        return list(clips)
-
     def sequences(self, clips: Sequence[Example], *facts: Any) -> Sequences:
         """Return the inputs of the model's forward pass, for each example its own."""
         return Unlike([self._one(each) for each in clips], *facts)
@@ -272,8 +268,8 @@ class ImageTextReader(Reader):
                 f"data: {example.place} is {tokens:,} tokens with its images, and "
                 f"{type(self.model).__name__} has {most:,} positions; shorten it, or take it out"
             )
-        floating = {n: x.to(self.model.dtype) for n, x in made.items() if x.is_floating_point()}
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)} | floating
+        dtype = self.model.dtype
+        return {n: x.to(dtype) if x.is_floating_point() else x for n, x in made.items()}
 
     def _processed(self, example: Example, images: Sequence[Any]) -> Mapping[str, Tensor]:
         if example.messages:

@@ -221,12 +221,12 @@ class Reader:
                 yield samples[at : at + most], text
 
     def joined(self, clips: Sequence[Clip]) -> list[Clip]:
-        """Return recordings put together as long as the model hears them; pictures as they are.
+        """Return recordings put together as long as the model hears them; all else as it is.
 
         Short ones would be silence for the most part, which a model that pads them reads, too.
         """
         most = getattr(self.processor, "n_samples", None)
-        if self.kind == IMAGES or most is None:
+        if most is None:
             return list(clips)
         windows: list[list[Clip]] = []
         room = 0

@@ -43,9 +43,8 @@ def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del module.forward
-        else:
+        del module.forward
+        if before is not None:
             module.forward = before
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
 from liar_ext.errors import InputError
@@ -20,7 +20,7 @@ from liar_ext.models.configs import copy_of, put_config, skeleton
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.registry import FAMILIES, is_diffusion
 from liar_ext.models.residual_stream import stream_of
-from liar_ext.models.running import config_parts
+from liar_ext.models.running import config_parts, saved_tensors
 from liar_ext.models.sites import (
     Part,
     Site,
@@ -278,8 +278,8 @@ def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
 
 
 def _sizes(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
-    stock, sizes = _saved(theirs), {}
-    for name, value in _saved(ours).items():
+    stock, sizes = saved_tensors(theirs), {}
+    for name, value in saved_tensors(ours).items():
         if name not in stock or stock[name].shape != value.shape:
             sizes[name] = list(value.shape)
     for name, value in vars(ours).items():
@@ -291,13 +291,6 @@ def _sizes(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
         if value != getattr(theirs.config, name):
             sizes[f"config.{name}"] = value
     return sizes
-
-
-def _saved(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module itself that its state dict holds."""
-    both = {**module._parameters, **module._buffers}
-    dropped = module._non_persistent_buffers_set
-    return {n: value for n, value in both.items() if value is not None and n not in dropped}
 
 
 def is_stock(stock: type) -> bool:

@@ -14,7 +14,7 @@ from liar_ext.models.configs import skeleton
 from liar_ext.models.experts import check_count
 from liar_ext.models.family import Part
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import Block, block_config, parts_of
+from liar_ext.models.running import Block, block_config, parts_of, saved_tensors
 from liar_ext.models.sites import sites
 from liar_ext.plan import SitePlan
 
@@ -185,7 +185,5 @@ def _pairs(
 def _facts(module: nn.Module) -> dict[str, Any]:
     """Return the plain values that a module keeps, its class, and the shapes of what is saved."""
     own = {n: v for n, v in vars(module).items() if isinstance(v, PLAIN) and n != "training"}
-    both, aside = {**module._parameters, **module._buffers}, module._non_persistent_buffers_set
-    held = {name: each for name, each in both.items() if each is not None and name not in aside}
-    shapes = {f"{SHAPE}{name}": tuple(each.shape) for name, each in held.items()}
+    shapes = {f"{SHAPE}{name}": tuple(each.shape) for name, each in saved_tensors(module).items()}
     return own | shapes | {"class": type(module).__name__}

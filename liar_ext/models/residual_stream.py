@@ -179,24 +179,17 @@ class _Trail:
         tables = [layer for layer in writers if isinstance(layer, nn.Embedding)]
         size = self._size(writers, tables)
         self._check(model, size)
-        tied = {
-            path
-            for paths in self.read.values()
-            for path in paths
-            if any(self.layers[path].weight is table.weight for table in tables)
-        }
-        sources = tuple(
-            Source(
-                module,
-                norm=module in self.norms,
-                first=first,
-                readers=tuple(path for path in paths if path not in tied),
-                tied=tuple(path for path in paths if path in tied),
+        sources = []
+        for (module, first), paths in self.read.items():
+            tied = tuple(
+                path
+                for path in paths
+                if any(self.layers[path].weight is table.weight for table in tables)
             )
-            for (module, first), paths in self.read.items()
-        )
+            readers = tuple(path for path in paths if path not in tied)
+            sources.append(Source(module, module in self.norms, first, readers, tied))
         step = {"heads": heads, "head_dim": size // heads}.get(multiple_of, 1)
-        return Hidden(size, step, tuple(self.writers), sources)
+        return Hidden(size, step, tuple(self.writers), tuple(sources))
 
     def _size(self, writers: list[nn.Module | nn.Parameter], tables: list[nn.Module]) -> int:
         alone = [layer for layer in writers if isinstance(layer, nn.Parameter)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -191,6 +191,12 @@ def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     return root.get_submodule(owner), name
 
 
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module itself that its state dict holds."""
+    both, dropped = {**module._parameters, **module._buffers}, module._non_persistent_buffers_set
+    return {n: value for n, value in both.items() if value is not None and n not in dropped}
+
+
 class ExpertLayer:
     """The linear layer of an expert: its slice of the parameters ``name`` and ``name_bias``."""
 
@@ -225,7 +231,7 @@ class UnitColumns:
 
     @property
     def weight(self) -> Tensor:
-        """A copy; :meth:`filled` and :meth:`write` are for other values."""
+        """A copy; :meth:`filled` is for other values."""
         first = self.parts[0][0].weight.detach()
         found = first.new_empty(len(first), self.d_in)
         for layer, features, columns in self.parts:
@@ -239,11 +245,6 @@ class UnitColumns:
             both.append((layer, layer.weight.detach().clone()))
             both[-1][1][:, columns] = weight[:, features].to(layer.weight)
         return both
-
-    def write(self, weight: Tensor) -> None:
-        """Let the layers have new values for the columns of the units."""
-        for layer, new in self.filled(weight):
-            layer.weight.copy_(new)
 
 
 def layer_of(root: nn.Module, site: Any) -> nn.Module | ExpertLayer | UnitColumns:
@@ -266,6 +267,39 @@ def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | Expe
 def count_experts(block: nn.Module, wiring: Wiring) -> int:
     """Return how many experts a block has, by their weights; 0 where it has none."""
     return 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
+
+
+def out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
+    """Return how many features a linear layer writes, and how many it reads."""
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        raise InputError(
+            f"sites: {path} of {site} must be a linear layer with floating-point weights, got "
+            f"{type(layer).__name__}; load the model dequantised"
+        )
+    return tuple(weight.shape[::-1] if wiring.transposed else weight.shape)
+
+
+def count_kv_heads(site: str, wiring: Wiring, rows: Mapping[str, int], sizes: Sequence[int]) -> int:
+    """Return the number of key/value heads, by the rows of the layers of an attention site.
+
+    ``sizes`` are the number of query heads, the size of a head, and that of a key head.
+    """
+    heads, head_dim, key_dim = sizes
+    if wiring.key_value:
+        return rows[wiring.key_value[0]] // head_dim
+    for layer, stack in wiring.stacked.items():
+        if stack.shared and layer in rows:
+            each = stack.rows(rows[layer], heads * head_dim, heads)
+            kv_heads, left = divmod(min(each[m] for m in stack.grouped if m in each), key_dim)
+            if sum(each.values()) != rows[layer] or left or kv_heads < 1:
+                raise InputError(
+                    f"sites: {layer} of {site} must stack {', '.join(stack.matrices)} of {heads} "
+                    f"query heads of {head_dim} rows, got {rows[layer]} rows; register a family "
+                    "that fits"
+                )
+            return kv_heads
+    return heads
 
 
 def parts_of(model: nn.Module, family: Family) -> list[tuple[Part, list[Block]]]:

@@ -32,12 +32,13 @@ from liar_ext.models.running import (
     Block,
     block_config,
     count_experts,
+    count_kv_heads,
     get_path,
     layer_at,
     layer_of,
+    out_in,
     parts_of,
 )
-from liar_ext.models.units import attn_units, count_kv_heads, out_in, runs
 from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
 
 CROSS, SHARED = "cross_attn", "shared_mlp"
@@ -178,6 +179,12 @@ class Site:
         reads = 6 * self.key_dim if self.key_dim else 4 * seq_len
         attention = reads * seq_len * self.width if self.head_dim else 0
         return round(2 * seq_len * self.active * self.unit_weights) + attention
+
+
+def runs(rows: int, units: int) -> Tensor:
+    """Return the unit of each row where every unit has one run of rows."""
+    # On the CPU also while a model is built on the meta device.
+    return torch.arange(units, device="cpu").repeat_interleave(rows // units)
 
 
 def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto") -> list[Site]:
@@ -328,10 +335,13 @@ def _read_site(
         size, *count = (get_path(block, each) for each in wiring.head_dim.split(" // "))
         head_dim = size // count[0] if count else size
         key_dim = get_path(block, wiring.key_dim) if wiring.key_dim else 0
-        sizes = d_in // head_dim // (1 + len(wiring.also)), head_dim, key_dim or head_dim
-        kv_heads = count_kv_heads(name, wiring, rows, sizes)
-        attn_unit = "kv_group" if wiring.whole_groups else attn_unit
-        unit, units, groups = attn_units(attn_unit, sizes[0], kv_heads)
+        heads = d_in // head_dim // (1 + len(wiring.also))
+        kv_heads = count_kv_heads(name, wiring, rows, (heads, head_dim, key_dim or head_dim))
+        grouped = kv_heads < heads
+        if wiring.whole_groups or attn_unit == "kv_group" or (attn_unit == "auto" and grouped):
+            unit, units = "kv_group", kv_heads
+        else:
+            unit, units, groups = "head", heads, kv_heads if grouped else 1
     site = Site(
         name=name,
         kind=_KIND[label],

@@ -288,14 +288,11 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
             narrow(owner, name, 0, unit_rows(site, path, kept[0], len(held)))
     if site.wiring.head_input is not None:
         said = site.wiring.head_input
-        heads = None if said.own else _heads(site, kept[0]).tolist()
+        heads = site.features(kept[0])[:: site.head_dim] // site.head_dim
         module = model.get_submodule(f"{site.path}.{said.module}")
         passed = () if said.output is None else (said.output, said.table)
-        select_heads(module, heads, said.position, said.keyword, *passed)
-
-
-def _heads(site: Site, kept: Sequence[int]) -> Tensor:
-    return site.features(kept)[:: site.head_dim] // site.head_dim
+        which = None if said.own else heads.tolist()
+        select_heads(module, which, said.position, said.keyword, *passed)
 
 
 def _narrow_layer(
@@ -329,7 +326,8 @@ def _narrow_readers(model: nn.Module, site: Site, kept: Tensor) -> None:
 def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
     consumer = layer_of(model, site)
     if site.shared:
-        consumer.write(weight)
+        for layer, new in consumer.filled(weight):
+            layer.weight.copy_(new)
         return
     consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
     if bias is not None:

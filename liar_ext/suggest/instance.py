@@ -226,13 +226,6 @@ class Call:
     output: Tensor | None = None
 
 
-class Blocks(NamedTuple):
-    """The path of a list of blocks inside the base model, and how the model called each of them."""
-
-    path: str
-    calls: list[Call]
-
-
 cloned = partial(tree_map_only, Tensor, torch.clone)  # code may change arguments in place
 
 
@@ -258,8 +251,11 @@ def hooked(
         yield
 
 
-def find_stacks(instance: Instance) -> list[Blocks]:
-    """Return all lists of blocks of a model, in the order of computation."""
+def find_stacks(instance: Instance) -> dict[str, list[Call]]:
+    """Return how a model called its blocks, by the path of each list of them in the base model.
+
+    Lists are in the order of computation.
+    """
     model, calls = instance.model, _calls(instance)
     found: dict[str, list[Call]] = {}
     broken = ""
@@ -286,8 +282,8 @@ def find_stacks(instance: Instance) -> list[Blocks]:
         if not path.startswith(prefix):
             raise Refused(f"its blocks, {path}, are outside of the base model")
     order = {id(call): index for index, call in enumerate(calls)}
-    stacks = [Blocks(path.removeprefix(prefix), runs) for path, runs in found.items()]
-    return sorted(stacks, key=lambda blocks: order[id(blocks.calls[0])])
+    paths = sorted(found, key=lambda path: order[id(found[path][0])])
+    return {path.removeprefix(prefix): found[path] for path in paths}
 
 
 def _calls(instance: Instance) -> list[Call]:

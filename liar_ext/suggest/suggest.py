@@ -21,7 +21,7 @@ from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of
 from liar_ext.models.sites import CROSS
 from liar_ext.progress import no_bars
-from liar_ext.suggest.instance import Blocks, Instance, Refused, Tried, find_stacks, prepare
+from liar_ext.suggest.instance import Call, Instance, Refused, Tried, find_stacks, prepare
 from liar_ext.suggest.proof import KINDS, kinds_of, prove, prove_folders, rewired, tells_sizes
 from liar_ext.suggest.sizes import (
     Meanings,
@@ -171,10 +171,11 @@ def _propose(tried: Tried, config: Any) -> Suggestion:
         found = _two_stacks(tried, name, stacks)
     elif len(stacks) > 1:
         prefix = base_path(instance.model)
-        names = ", ".join(prefix + blocks.path for blocks in stacks)
+        names = ", ".join(prefix + path for path in stacks)
         raise Refused(f"there are several lists of blocks: {names}")
     else:
-        found = Stack(tried, name, stacks[0]).own()
+        (stack,) = stacks.items()
+        found = Stack(tried, name, *stack).own()
     proved = found.proved + prove_folders(instance, found.family)
     missing = {"hidden": HIDDEN} | found.missing
     without = {each: missing[each] for each in WITHOUT if each in missing}
@@ -182,20 +183,20 @@ def _propose(tried: Tried, config: Any) -> Suggestion:
     return Suggestion(family, False, tuple(proved), tuple(found.notes))
 
 
-def _two_stacks(tried: Tried, name: str, stacks: list[Blocks]) -> Described:
+def _two_stacks(tried: Tried, name: str, stacks: dict[str, list[Call]]) -> Described:
     """Return a row for an encoder that a decoder reads, each described first, then proved whole."""
-    paths = [blocks.path for blocks in stacks]
     if len(stacks) != 2:
-        raise Refused(f"an encoder and a decoder are two lists of blocks, found {', '.join(paths)}")
-    encoder, decoder = (Stack(tried, name, blocks) for blocks in stacks)
+        found = ", ".join(stacks)
+        raise Refused(f"an encoder and a decoder are two lists of blocks, found {found}")
+    encoder, decoder = (Stack(tried, name, *stack) for stack in stacks.items())
     rows: dict[str, Described] = {}
     for part, stack in (("encoder", encoder), ("decoder", decoder)):
         try:
             rows[part] = stack.own()
         except Refused as error:
-            raise Refused(f"{stack.blocks.path}: {error}") from error
+            raise Refused(f"{stack.path}: {error}") from error
     if CROSS in encoder.found:
-        raise Refused(f"blocks of {paths[0]} read something beside the encoder's text")
+        raise Refused(f"blocks of {encoder.path} read something beside the encoder's text")
     notes = [f"{part}: {note}" for part, row in rows.items() for note in row.notes]
     cross = decoder.cross()
     if cross.family.attn is None:
@@ -242,9 +243,9 @@ class Described:
 class Stack:
     """A list of blocks, with what was found in a block of it."""
 
-    def __init__(self, tried: Tried, name: str, blocks: Blocks) -> None:
-        self.tried, self.name, self.blocks = tried, name, blocks
-        self.trace = Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
+    def __init__(self, tried: Tried, name: str, path: str, calls: list[Call]) -> None:
+        self.tried, self.name, self.path, self.calls = tried, name, path, calls
+        self.trace = Trace(calls[min(1, len(calls) - 1)])
         self.found, self.missing = find_sites(self.trace)
 
     def own(self) -> Described:
@@ -256,9 +257,7 @@ class Stack:
         """Return the row of the attention to another stack alone, or one that says why not."""
         if CROSS not in self.found:
             why = f": {self.missing['attn']}" if "attn" in self.missing else ""
-            raise Refused(
-                f"no attention of {self.blocks.path} that a row can name reads the encoder{why}"
-            )
+            raise Refused(f"no attention of {self.path} that a row can name reads the encoder{why}")
         try:
             return self._describe({"attn": self.found[CROSS]}, {}, self.found.get("attn"))
         except Refused as error:
@@ -273,11 +272,11 @@ class Stack:
             home = _home(apart)
             ran = {path for path in ran if not f"{path}.".startswith(f"{home}.")}
         wirings = {kind: site.wiring for kind, site in found.items()}
-        family = Family(name=self.name, blocks=self.blocks.path, **wirings)
+        family = Family(name=self.name, blocks=self.path, **wirings)
         family = _fitting_every_block(tried, family, missing)
         notes = [] if tried.whole is not None else [FEW]
         if family.attn is not None:
-            site, first = found["attn"], self.blocks.calls[0].module
+            site, first = found["attn"], self.calls[0].module
             try:
                 family = with_head_dim(family, tried.models, site.head_dim, ran)
                 head_input = self.trace.input_by_head(site.wiring.consumer, site.heads, first)

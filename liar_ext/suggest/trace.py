@@ -80,23 +80,22 @@ class Trace:
 
     def reaches(self, consumer: str) -> dict[str, list[Reach]]:
         """Return what each layer that a consumer reads reaches, row by row."""
-        rows = sum(self.layers[parent].rows for parent in self.parents[consumer])
-        if rows > MOST_ROWS:
+        counts = {parent: self.layers[parent].rows for parent in self.parents[consumer]}
+        if (rows := sum(counts.values())) > MOST_ROWS:
             raise Refused(
                 f"{consumer} reads layers of {rows:,} rows together, more than {MOST_ROWS:,}, and "
                 "the config could not be made smaller"
             )
-        return {parent: self._reach(parent, consumer) for parent in self.parents[consumer]}
+        return {
+            parent: [self._reach(parent, row, consumer) for row in range(count)]
+            for parent, count in counts.items()
+        }
 
-    def _reach(self, producer: str, consumer: str) -> list[Reach]:
-        found = []
-        for row in range(self.layers[producer].rows):
-            after = self._read(consumer, producer, self._move(producer, row, math.nan))
-            hit = after.isnan().flatten(0, -2)
-            tokens = hit.any(1).nonzero().flatten().tolist()
-            columns = tuple(hit.any(0).nonzero().flatten().tolist())
-            found.append(Reach(columns, tokens in ([], [TOKEN])))
-        return found
+    def _reach(self, producer: str, row: int, consumer: str) -> Reach:
+        after = self._read(consumer, producer, self._move(producer, row, math.nan))
+        hit = after.isnan().flatten(0, -2)
+        tokens = hit.any(1).nonzero().flatten().tolist()
+        return Reach(tuple(hit.any(0).nonzero().flatten().tolist()), tokens in ([], [TOKEN]))
 
     def is_linear_in(self, producer: str, row: int, consumer: str) -> bool:
         """Tell whether a consumer's input is a linear function of one output of a layer."""

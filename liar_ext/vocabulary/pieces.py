@@ -125,7 +125,7 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
     ids = _ids(model)
     added = {each["content"]: each["id"] for each in spec.get("added_tokens") or []}
     _check_ids(ids, added)
-    level = is_byte_level(spec)
+    level = kind == "BPE" and is_byte_level(spec)
     falls_back = bool(model.get("byte_fallback"))
     ranks, suffix, always = {}, "", set(added.values())
     if kind == "BPE":
@@ -150,7 +150,6 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
         always |= {unknown}
     if not falls_back:
         always |= _singles(ids, "##" if kind == "WordPiece" else "", suffix)
-    level = level and kind == "BPE"
     return Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown, level)
 
 

@@ -90,15 +90,10 @@ def check_rows(model: nn.Module, last: int) -> None:
 def needed_tokens(model: nn.Module) -> set[int]:
     """Return the tokens that configs of a model name, but for those they only ban."""
     rows, found = _rows(model), set()
-
-    def note(at: int) -> int:
-        found.add(at)
-        return at
-
     for config in _configs(model):
         for name, value in _named(config):
             if name not in BANS:
-                _mapped(value, note, rows, pairs=name == "forced_decoder_ids")
+                _mapped(value, found.add, rows, pairs=name == "forced_decoder_ids")
     return found
 
 
@@ -182,7 +177,7 @@ def _renumber(config: Any, new: Mapping[int, int]) -> None:
 
 
 def _mapped(
-    value: Any, change: Callable[[int], int], rows: int | None = None, *, pairs: bool = False
+    value: Any, change: Callable[[int], Any], rows: int | None = None, *, pairs: bool = False
 ) -> Any:
     """Return a token, a list of tokens, or a mapping to tokens with each token changed.
 

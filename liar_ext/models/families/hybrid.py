@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from liar_ext.models.families.llama import (
+from liar_ext.models.families.decoders import (
     ATTN,
     GROUPS,
     HEADS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from liar_ext.models.families.llama import ATTN, MLP, ROW
+from liar_ext.models.families.decoders import ATTN, MLP, ROW
 from liar_ext.models.family import (
     GATE_UP,
     JOINT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.llama import ATTN, MLP, QKVO, ROW, counts, in_pictures
+from liar_ext.models.families.decoders import ATTN, MLP, QKVO, ROW, counts, in_pictures
 from liar_ext.models.family import (
     NO_STOCK,
     PICTURES,
