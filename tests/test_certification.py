@@ -151,4 +151,6 @@ def test_hidden_states_of_two_sizes_are_refused_before_the_model_is_changed():
     before = model.state_dict()
     with pytest.raises(InputError, match="hidden states, whose size keep_hidden changes"):
         prune(model, batches(model, 4), 0.6, keep_hidden=0.75, certify_on=batches(model, 2))
+    with pytest.raises(InputError, match="rescale compares hidden states"):
+        prune(model, batches(model, 4), 0.6, keep_hidden=0.75, rescale=True)
     assert model.state_dict().keys() == before.keys() and not hasattr(model, "liar_plan")

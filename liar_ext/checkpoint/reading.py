@@ -274,9 +274,9 @@ def _silence_pooler(model: nn.Module, missing: set[str]) -> set[str]:
 def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:
     """Return a class that builds the stock model, with the sizes of its config or of a plan.
 
-    It is built on the meta device. If it wants far more than the files hold (twice: before they are
-    tied, weights count twice), no memory is taken. By the name of the stock class transformers
-    finds how to rename the weights of older checkpoints.
+    It is built on the meta device. If it wants far more than the files hold, tied weights counted
+    once, no memory is taken. By the name of the stock class transformers finds how to rename the
+    weights of older checkpoints.
     """
     said = hasattr(stock, "register_to_config")  # of diffusers: its fields are arguments
     base = pruned_class(stock) if said else stock
@@ -286,7 +286,8 @@ def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) 
         resize(self)
         if plan is not None:
             apply_plan(self, plan)
-        claimed = sum(parameter.numel() for parameter in self.parameters())
+        tied = getattr(self, "all_tied_weights_keys", {})  # none of diffusers
+        claimed = sum(each.numel() for name, each in self.named_parameters() if name not in tied)
         if numel is not None and claimed > 2 * numel:
             raise InputError(
                 f"{what} has {numel:,} numbers in its weights, and its config claims {claimed:,}; "

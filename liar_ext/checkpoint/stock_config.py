@@ -80,7 +80,7 @@ def wear(model: nn.Module) -> None:
         model.__class__ = pruned_class(stock)
         if not is_diffusion(model):
             # By this name save_pretrained puts the class into auto_map, where it is already.
-            type(model)._auto_class = min(auto_classes(model), default=None)
+            type(model)._auto_class = _loader(model)
     elif not unequal:
         model.__class__ = stock
 
@@ -194,7 +194,7 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
             auto: f"{LOADER_MODULE}.{(own if own in classes else classes[0]).__name__}"
             for auto, classes in _auto(model).items()
             if own in classes or not narrower
-        }
+        } | {_loader(model): f"{LOADER_MODULE}.{own.__name__}"}
     return config
 
 
@@ -324,6 +324,11 @@ def auto_classes(model: nn.Module) -> list[str]:
     return [name for name, classes in _auto(model).items() if own in classes]
 
 
+def _loader(model: nn.Module) -> str:
+    """Return the auto class that loads a model with code; AutoModel if no class of its own does."""
+    return min(auto_classes(model), default="AutoModel")
+
+
 def how_to_load(model: nn.Module, plan: Plan) -> str:
     """Return a sentence on which loaders take a folder with this model, pruned by ``plan``."""
     if is_diffusion(model):
@@ -333,13 +338,13 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
             "`diffusers.AutoModel.from_pretrained(folder, trust_remote_code=True)`, which needs no "
             "liar_ext, and put the model into a pipeline as its transformer."
         )
-    auto = min(auto_classes(model), default=type(model).__name__)
     if equal_config(model, dense_config(model.config)) is not None:
+        auto = min(auto_classes(model), default=type(model).__name__)
         return f"The saved folder loads with plain `transformers.{auto}.from_pretrained(folder)`."
     needs = (
         "The stock class cannot build these layers, so the saved folder holds code that does: load "
-        f"it with `transformers.{auto}.from_pretrained(folder, trust_remote_code=True)`, which "
-        "needs no liar_ext, or with `liar_ext.load_pruned(folder)`."
+        f"it with `transformers.{_loader(model)}.from_pretrained(folder, trust_remote_code=True)`, "
+        "which needs no liar_ext, or with `liar_ext.load_pruned(folder)`."
     )
     if plan.hidden is not None and stream_of(model).multiple_of is None:
         return f"{needs} No config of {plan.model_type} can tell of a smaller hidden size."

@@ -85,6 +85,8 @@ def prepare(job: Job) -> Job:
         job = job if judged else _without_gain(job, at, notes)
     if backward and job.batches:
         check_loss(model, job.batches[0])
+    if job.narrows and recipe.rescale:
+        _check_compared(model, job.batches, "rescale")
     before, prunable = count_params(model) + tokens_gone(model), sum(s.params for s in at)
     params = {"before": before, "prunable_before": prunable}
     room = room_for_sums(model, recipe.memory)
@@ -167,14 +169,19 @@ def _check_sizes(job: Job) -> None:
         )
     if job.narrows:
         count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
-        for batch in (job.certify_on or ())[:1]:
-            with torch.no_grad(), evaluating(model):
-                if DenseOutputs(model, batch, positions=1).has_logits:
-                    continue
-            raise InputError(
-                "prune: certify compares hidden states, whose size keep_hidden changes: "
-                f"{type(model).__name__} gives no logits; leave one of them out"
-            )
+        _check_compared(model, job.certify_on, "certify")
+
+
+def _check_compared(model: nn.Module, batches: Batches | None, option: str) -> None:
+    """Refuse what compares the dense model's outputs with narrower ones."""
+    for batch in (batches or ())[:1]:
+        with torch.no_grad(), evaluating(model):
+            if DenseOutputs(model, batch, positions=1).has_logits:
+                return
+        raise InputError(
+            f"prune: {option} compares hidden states, whose size keep_hidden changes: "
+            f"{type(model).__name__} gives no logits; leave one of them out"
+        )
 
 
 def _warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:

@@ -69,7 +69,12 @@ def check_block_count(model: nn.Module, keep: float) -> None:
     :func:`check_kept_blocks` checks those that are chosen.
     """
     count, total = count_blocks_kept(model, keep), len(stack_of(model)[1])
-    refused = None
+    refused, attending = None, attending_blocks(model)
+    if count == 1 and attending and 0 not in attending:
+        raise InputError(
+            f"blocks: {keep:.4g} of {total} blocks leaves the first one, which has no attention, "
+            f"and {model.config.model_type!r} does not generate without; raise keep_blocks"
+        )
     for kept in (range(count), [place * total // count for place in range(count)]):
         try:
             _renumbered(model, kept)
@@ -77,6 +82,15 @@ def check_block_count(model: nn.Module, keep: float) -> None:
         except InputError as error:
             refused = refused or error
     raise refused
+
+
+def attending_blocks(model: nn.Module) -> set[int]:
+    """Return the blocks of which one must stay for a cache to count tokens: all, but of hybrids."""
+    from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+    part, _ = stack_of(model)
+    layers = DynamicCache(config=block_config(part, model.config)).layers
+    return {index for index, each in enumerate(layers) if isinstance(each, CacheLayerMixin)}
 
 
 def check_kept_blocks(model: nn.Module, plan: SitePlan) -> list[Number]:

@@ -22,7 +22,7 @@ from liar_ext.calibration.batches import Batches, count_tokens, read_batches
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.distributed import rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.models.depth import count_blocks_kept, stack_of
+from liar_ext.models.depth import attending_blocks, count_blocks_kept, stack_of
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import attn_unit_of, sites
 from liar_ext.models.slicing import DENSE
@@ -110,7 +110,7 @@ def _choose(
     tried again.
     """
     left, gone = list(range(len(text.walk.blocks))), {}
-    known = dict.fromkeys(left[1:], 0.0)
+    known, attending = dict.fromkeys(left[1:], 0.0), attending_blocks(text.walk.model)
     for _ in Bar(range(remove), desc="blocks", disable=not progress):
         before = [text]  # each block that is left
         for block in left[:-1]:
@@ -119,6 +119,8 @@ def _choose(
         for block in sorted(known, key=known.__getitem__):
             if known[block] >= least:
                 break
+            if attending.intersection(left) == {block}:
+                continue
             place = left.index(block)
             passed = before[place]
             for later in left[place + 1 :]:

@@ -59,6 +59,12 @@ def test_a_config_of_more_layers_than_weights(dense: Path) -> None:
     refused(load_model, dense, r"lacks model.layers.3.\S+, .* more; copy it again")
 
 
+def test_an_embedding_that_is_tied_thrice_counts_once(tmp_path: Path) -> None:
+    """Of small translation models it is most of the weights."""
+    tiny("t5", vocab_size=2048, tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    assert load_model(tmp_path / "dense")[0].config.vocab_size == 2048
+
+
 def test_a_config_of_fewer_layers_than_weights(dense: Path) -> None:
     change(dense / "config.json", num_hidden_layers=2)
     refused(load_model, dense, r"weights that its config, or plan, doesn't: model.layers.2")

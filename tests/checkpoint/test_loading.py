@@ -18,6 +18,7 @@ from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 from liar_ext import verify_pruned
 from liar_ext.checkpoint import load_model, load_pruned
 from liar_ext.checkpoint.saving import save_pruned
+from liar_ext.checkpoint.stock_config import auto_classes, how_to_load
 from liar_ext.errors import InputError
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.models.slicing import apply_plan
@@ -230,6 +231,15 @@ def test_verify_proves_and_disproves(name: str, plan_of, tmp_path: Path) -> None
     facts = verify_pruned(folder)
     assert not facts["agrees"]
     assert all(result["max_abs_difference"] > 1e-2 for result in facts["loaders"].values())
+
+
+def test_a_class_that_no_auto_class_builds_loads_with_code(tmp_path: Path) -> None:
+    model, plan = pruned("clip_vision_model")
+    assert type(model).__name__ == "CLIPVisionModelWithProjection" and not auto_classes(model)
+    save_pruned(model, tmp_path / "pruned", plan)
+    facts = verify_pruned(tmp_path / "pruned")
+    assert facts["agrees"] and len(facts["loaders"]) == 2
+    assert "transformers.AutoModel.from_pretrained" in how_to_load(model, plan)
 
 
 def test_a_folder_that_is_not_ours(tmp_path: Path) -> None:

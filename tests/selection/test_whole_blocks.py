@@ -191,6 +191,20 @@ def test_solving_brings_the_model_nearer() -> None:
     assert found[1] < 0.9 * found[0]
 
 
+def test_the_last_block_with_attention_stays() -> None:
+    """Without one, the caches of transformers don't count tokens, and no model runs."""
+    model = tiny("bamba")
+    with torch.no_grad():  # what would go first
+        block = model.model.layers[1]
+        block.self_attn.o_proj.weight.zero_()
+        block.feed_forward.down_proj.weight.zero_()
+    with pytest.raises(InputError, match="the first one, which has no attention"):
+        prune(model, batches(model), keep=1, keep_blocks=0.4)
+    report = prune(model, batches(model), keep=1, keep_blocks=0.7)
+    assert report.plan.blocks.kept == (0, 1)
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2).shape[1] > 2
+
+
 def test_a_model_whose_blocks_depend_on_their_place_is_refused() -> None:
     model = tiny("gpt2", seed=2, scale_attn_by_inverse_layer_idx=True, n_layer=6)
     before = copy.deepcopy(model)

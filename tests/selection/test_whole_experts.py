@@ -151,7 +151,7 @@ def test_what_experts_can_not_be_is_refused() -> None:
     model = tiny("mixtral")
     with pytest.raises(InputError, match="0.25 of 4 experts is less than the 2"):
         choose_experts(model, text(model), 0.25)
-    with pytest.raises(InputError, match="has none to remove"):
+    with pytest.raises(InputError, match="has no experts to remove"):
         choose_experts(tiny("llama"), text(model), 0.5)
     with pytest.raises(InputError, match="each of the 2 folds needs tokens"):
         choose_experts(model, [tiny_inputs(model, 1, 8)], 0.5)
