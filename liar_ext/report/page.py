@@ -134,7 +134,7 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
         tiles.append(("divergence", tables.figure(found["certified"]["divergence"]), under, None))
     for what, title in (("decode", "greedy decoding"), ("encode", "encoding")):
         rate = bench.rate(what) if bench else None
-        if rate is not None and rate.ratio is not None:
+        if rate is not None:
             under = f"pruned / dense, batch {rate.batch}"
             tiles.append((f"speed, {title}", f"× {rate.ratio.median:.2f}", under, None))
     if "total" in report.seconds:
@@ -275,7 +275,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     dense: dict[object, list[float]] = {}
     for run in runs:
         rate = run.rate(speed_of(runs))
-        if rate and rate.dense and rate.dense.median > 0:
+        if rate and rate.dense.median > 0:
             model = run.report.model, run.bench.dense.params
             dense.setdefault(model, []).append(rate.dense.median)
     worst = max((max(each) / min(each) for each in dense.values()), default=1.0)
@@ -324,7 +324,7 @@ def speed_points(runs: Sequence[Run], what: What) -> list[Point]:
         params = rate and (run.bench.pruned.params or run.report.params.get("after"))
         if params:
             points.append(Point(params, rate.pruned.median, model, run.number))
-            if rate.dense and run.bench.dense.params:
+            if run.bench.dense.params:
                 points.append(Point(run.bench.dense.params, rate.dense.median, model))
     return points
 
@@ -347,13 +347,12 @@ def _row(run: Run, what: What, measures: Sequence[str]) -> list[str]:
     rate = run.rate(what)
     before, after = (run.report.params.get(when) for when in ("before", "after"))
     share = f" ({after / before:.1%})" if before and after is not None else ""
-    gain = f" (×\u00a0{rate.ratio.median:.3f})" if rate and rate.ratio else ""
     return [
         str(run.number),
         run.name,
         "–" if after is None else magnitude(after) + share,
         *(_measure(run, each) for each in measures),
-        tables.rate(rate.pruned.median) + gain if rate else "–",
+        f"{tables.rate(rate.pruned.median)} (×\u00a0{rate.ratio.median:.3f})" if rate else "–",
         run.report.model or "–",
     ]
 
