@@ -292,8 +292,8 @@ def peak_memory(name: str, settings: Settings) -> dict[str, int]:
     """Return the greatest resident memory in bytes of a process that runs a model.
 
     By stage: after ``load``, and after the inputs of each batch size, smallest first, under its
-    number; ``device`` is the memory taken of a GPU. Empty where the system doesn't tell. InputError
-    if the model can't be loaded or run there.
+    number; ``device`` is the memory taken of a GPU. InputError if the model can't be loaded or run
+    there.
     """
     try:
         done = subprocess.run(
@@ -333,7 +333,7 @@ def _own_peaks(name: str, settings: Settings) -> dict[str, int]:
             peaks[str(batch)] = process_memory(peak=True)
     if settings.device.startswith("cuda"):
         peaks["device"] = torch.cuda.max_memory_allocated(settings.device)
-    return {stage: peak for stage, peak in peaks.items() if peak}
+    return peaks
 
 
 def _answer() -> None:
