@@ -74,7 +74,7 @@ def write_page(
             warnings=[*notes, *report.warnings],
             tiles=_tiles(report, bench),
             pictures=_pictures(report, pictures.as_svg(drawn)),
-            sections=[report.sizes(), sections.speed(bench)],
+            sections=[report.sizes(), *([sections.speed(bench)] if bench else [])],
             loading=report.loading,
             folded=report.tables(),
             numbers=quote(os.path.relpath(Path(folder, REPORT_JSON), target.parent).encode()),
@@ -145,15 +145,17 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
 def _pictures(report: Report, svgs: dict[str, str | None]) -> list[dict[str, Any]]:
     is_certified = any(site.certified_error is not None for site in report.sites)
     more = "; certified: on text that no decision has seen." if is_certified else "."
-    said = {
-        "units": "Units kept per layer|Units removed and kept: heads, or groups that share "
-        "keys, and MLP channels.",
-        "errors": "Error per layer|Of a pruned layer's output, relative to its energy before. Held "
-        f"out: solved on one half of the calibration documents, measured on the other{more}",
-        "seconds": "Time spent|Seconds by stage of the job.",
-    }
-    there = {name: each.split("|") for name, each in said.items() if svgs[name]}
-    return [picture(title, svgs[name], caption) for name, (title, caption) in there.items()]
+    units = "Units removed and kept: heads, or groups that share keys, and MLP channels."
+    errors = (
+        "Of a pruned layer's output, relative to its energy before. Held out: solved on one half "
+        f"of the calibration documents, measured on the other{more}"
+    )
+    shown = (
+        ("Units kept per layer", svgs["units"], units),
+        ("Error per layer", svgs["errors"], errors),
+        ("Time spent", svgs["seconds"], "Seconds by stage of the job."),
+    )
+    return [picture(title, svg, caption) for title, svg, caption in shown if svg]
 
 
 def _duration(seconds: float) -> str:

@@ -204,11 +204,9 @@ def earlier_job(job: Mapping[str, Any]) -> str:
     return f"{pair(*job.get('params', (None, None)))} parameters (keep {text(keep)})"
 
 
-def speed(bench: Benchmark | None) -> Table:
+def speed(bench: Benchmark) -> Table:
     """Return what was timed, of both models and as their ratio, and what they take of memory."""
-    rows, title = [], "Speed and memory"
-    if bench is None:
-        return Table(title, RATIO, rows)
+    rows = []
     for each in bench.rates:
         what, found = f"batch {each.batch}: {each.what}, {each.unit}", each.ratio
         share = f"{found.median:.3f} ({found.low:.3f}–{found.high:.3f})"
@@ -227,7 +225,8 @@ def speed(bench: Benchmark | None) -> Table:
     said = "; ".join(f"{key} {text(value)}" for key, value in settings.items())
     note = f"Dense: {dense.name}. "
     note += f"Medians of alternating rounds, ratios with their quartiles; {said}"
-    return Table(title, (*RATIO[:3], "pruned / dense (quartiles)"), rows, (0,), note)
+    heads = (*RATIO[:3], "pruned / dense (quartiles)")
+    return Table("Speed and memory", heads, rows, (0,), note)
 
 
 HEALED_BEFORE = "Healed before: "
