@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from liar_ext.errors import InputError as InputError
     from liar_ext.export.verify import verify_pruned as verify_pruned
     from liar_ext.healing.heal import heal as heal
-    from liar_ext.job import prune as prune
-    from liar_ext.job import sweep as sweep
+    from liar_ext.job.pruning import prune as prune
+    from liar_ext.job.sweeping import sweep as sweep
     from liar_ext.measure.embeddings import encoder_similarity as encoder_similarity
     from liar_ext.measure.evaluation import kl_divergence as kl_divergence
     from liar_ext.measure.evaluation import perplexity as perplexity
@@ -80,7 +80,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "measure_latency": "measure.latency",
     "narrow": "reconstruction.hidden_size",
     "perplexity": "measure.evaluation",
-    "prune": "job",
+    "prune": "job.pruning",
     "read_documents": "calibration.documents",
     "reconstruct": "reconstruction.solve",
     "reconstruct_layerwise": "reconstruction.layerwise",
@@ -90,7 +90,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "site_divergences": "selection.sensitivity",
     "sites": "models.sites",
     "suggest_family": "suggest.suggest",
-    "sweep": "job",
+    "sweep": "job.sweeping",
     "timestep_weights": "calibration.timesteps",
     "verify_pruned": "export.verify",
 }
