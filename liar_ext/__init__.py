@@ -10,11 +10,11 @@ import liar_ext.environment  # noqa: F401  (before torch)
 if TYPE_CHECKING:
     from liar_ext import ops as ops
     from liar_ext.calibration.bank import MomentBank as MomentBank
-    from liar_ext.calibration.batches import timestep_weights as timestep_weights
     from liar_ext.calibration.collect import calibrate as calibrate
     from liar_ext.calibration.documents import read_documents as read_documents
     from liar_ext.calibration.moments import Moments as Moments
     from liar_ext.calibration.texts import calibration_sequences as calibration_sequences
+    from liar_ext.calibration.timesteps import timestep_weights as timestep_weights
     from liar_ext.checkpoint import load_model as load_model
     from liar_ext.checkpoint import load_pruned as load_pruned
     from liar_ext.checkpoint.saving import save_pruned as save_pruned
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from liar_ext.errors import InputError as InputError
     from liar_ext.export.verify import verify_pruned as verify_pruned
     from liar_ext.healing.heal import heal as heal
-    from liar_ext.job import prune as prune
-    from liar_ext.job import sweep as sweep
+    from liar_ext.job.pruning import prune as prune
+    from liar_ext.job.sweeping import sweep as sweep
     from liar_ext.measure.embeddings import encoder_similarity as encoder_similarity
     from liar_ext.measure.evaluation import kl_divergence as kl_divergence
     from liar_ext.measure.evaluation import perplexity as perplexity
@@ -80,7 +80,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "measure_latency": "measure.latency",
     "narrow": "reconstruction.hidden_size",
     "perplexity": "measure.evaluation",
-    "prune": "job",
+    "prune": "job.pruning",
     "read_documents": "calibration.documents",
     "reconstruct": "reconstruction.solve",
     "reconstruct_layerwise": "reconstruction.layerwise",
@@ -90,7 +90,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "site_divergences": "selection.sensitivity",
     "sites": "models.sites",
     "suggest_family": "suggest.suggest",
-    "sweep": "job",
+    "sweep": "job.sweeping",
     "timestep_weights": "calibration.batches",
     "verify_pruned": "export.verify",
 }

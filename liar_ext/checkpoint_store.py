@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,16 +208,13 @@ class Stored(Mapping[str, Tensor]):
         return len(self._names)
 
 
-@contextmanager
 def opened(
     checkpoint: str | os.PathLike[str] | Checkpoint | None,
-) -> Iterator[Checkpoint | None]:
+) -> AbstractContextManager[Checkpoint | None]:
     """Open the checkpoint in a folder, and close it at the end; one that is open stays open."""
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
-        yield checkpoint
-        return
-    with Checkpoint(checkpoint) as saved:
-        yield saved
+        return nullcontext(checkpoint)
+    return Checkpoint(checkpoint)
 
 
 def facts_of(folder: str | os.PathLike[str], key: str) -> dict[str, Any] | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -85,14 +86,9 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> AbstractContextManager:
     """Let the first rank do by itself what the others take no part in."""
-    before, _group.alone = _group.alone, True
-    try:
-        yield
-    finally:
-        _group.alone = before
+    return mock.patch.object(_group, "alone", True)
 
 
 def _joined() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,17 +43,13 @@ def child(script: str | os.PathLike[str], *arguments: object) -> list[str]:
 
 
 def process_memory(peak: bool = False) -> int:
-    """Return the resident memory of this process in bytes, now or at its peak; 0 if unknown.
+    """Return the resident memory of this process in bytes, now or at its peak.
 
     Without ``/proc`` it is the peak. On Linux ``ru_maxrss`` would begin at the parent's.
     """
     found = _table(PROC / "self" / "status").get("VmHWM" if peak else "VmRSS")
     if found is not None:
         return found << 10
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -63,16 +60,10 @@ def available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
     The least of the kernel's available memory and of what its control groups, version 2 or 1, have
     left; page cache that a group can drop counts as free.
     """
-    found = [*_machine(proc / "meminfo"), *_groups(proc / "self" / "cgroup", cgroup)]
+    found = list(_groups(proc / "self" / "cgroup", cgroup))
+    kernel = _table(proc / "meminfo").get("MemAvailable")
+    found += [] if kernel is None else [kernel << 10]
     return max(min(found), 0) if found else None
-
-
-def _machine(meminfo: Path) -> Iterator[int]:
-    facts = _table(meminfo)
-    if "MemAvailable" in facts:
-        yield facts["MemAvailable"] << 10
-    elif "MemFree" in facts:  # kernels before 3.14
-        yield (facts["MemFree"] + facts.get("Cached", 0)) << 10
 
 
 def _groups(own: Path, cgroup: Path) -> Iterator[int]:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
+from unittest import mock
 
 from tqdm.auto import tqdm
 
@@ -172,12 +173,11 @@ class Timeline:
 
     def __init__(
         self,
-        title: str,
         stages: Mapping[str, Stage],
         bars: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.title, self.stages, self.clock = title, dict(stages), clock
+        self.stages, self.clock = dict(stages), clock
         self.start, self.logged = clock(), time.monotonic()
         self.bars, self.begun = list(bars or stages), 0
 
@@ -186,13 +186,13 @@ class Timeline:
         return _within(_JOB, self)
 
     def begin(self, stage: str) -> str:
-        """Return the number of a bar that begins, ``[3/5]``; of one not expected the job's title.
+        """Return the number of a bar that begins, ``[3/5]``; of one not expected ``prune``.
 
         Bars that were left out, since a checkpoint has what they do, count as well.
         """
         name = _name(stage)
         if name not in self.bars[self.begun :]:
-            return self.title
+            return "prune"
         self.begun = self.bars.index(name, self.begun) + 1
         return f"[{self.begun}/{len(self.bars)}]"
 
@@ -294,20 +294,12 @@ def no_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-@contextmanager
-def obedient_bar() -> Iterator[None]:
+def obedient_bar() -> AbstractContextManager:
     """Let the bar of a GGUF file obey the switch of transformers' other bars, which it ignores."""
     from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging as bars
 
-    own = vars(reader).get("tqdm")
-    if own is not None:
-        reader.tqdm = bars.tqdm
-    try:
-        yield
-    finally:
-        if own is not None:
-            reader.tqdm = own
+    return mock.patch.object(reader, "tqdm", bars.tqdm, create=True)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

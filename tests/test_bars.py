@@ -30,7 +30,7 @@ def clock(monkeypatch):
 def test_a_line_says_what_is_done_and_what_is_left(clock):
     """Half of the work is done after 250 seconds, so that as many are left."""
     stages = {"calibrate": Stage(10, 30.0), "sensitivity": Stage(60, 40.0)}
-    job = Timeline("prune", stages, clock=lambda: clock[0])
+    job = Timeline(stages, clock=lambda: clock[0])
     assert job.line("[1/2]", "calibrate", 0, 10) == (
         "[1/2] collecting activation statistics 0/10 · 0:00 elapsed"
     )
@@ -52,7 +52,7 @@ def test_each_bar_of_a_job_has_a_number_of_its_own():
     """Also the second of a stage; what a checkpoint has leaves its number out."""
     stages = {name: Stage(4, 1.0) for name in ("calibrate", "curves", "reconstruct")}
     order = ["calibrate", "reconstruct", "curves", "reconstruct"]
-    whole, resumed = (Timeline("prune", stages, order) for _ in range(2))
+    whole, resumed = (Timeline(stages, order) for _ in range(2))
     assert [whole.begin(each) for each in order] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
     assert resumed.begin("calibrate, pass 1") == "[1/4]" and resumed.begin("curves") == "[3/4]"
     assert resumed.begin("write") == "prune" and resumed.begin("reconstruct") == "[4/4]"
@@ -61,7 +61,7 @@ def test_each_bar_of_a_job_has_a_number_of_its_own():
 
 def test_what_was_done_before_a_stop_takes_no_time(clock):
     stages = {"calibrate": Stage(10, 30.0), "curves": Stage(4, 10.0), "layerwise": Stage(6, 60.0)}
-    job = Timeline("prune", stages, clock=lambda: clock[0])
+    job = Timeline(stages, clock=lambda: clock[0])
     with job.shown():
         spare("curves")
         spare("calibrate, pass 1", 10)
@@ -79,7 +79,7 @@ def test_what_was_done_before_a_stop_takes_no_time(clock):
 
 def test_a_job_has_one_line_on_a_terminal_that_is_gone_at_the_end():
     out = Terminal()
-    job = Timeline("prune", {"curves": Stage(4, 1.0), "probes": Stage(4, 3.0)})
+    job = Timeline({"curves": Stage(4, 1.0), "probes": Stage(4, 3.0)})
     settings = {"file": out, "mininterval": 0}
     with job.shown():
         assert list(Bar(range(4), desc="curves", **settings)) == [0, 1, 2, 3]
@@ -101,7 +101,7 @@ def test_outside_of_a_job_a_bar_is_that_of_tqdm():
 
 def test_where_there_is_no_terminal_nothing_is_written():
     out = io.StringIO()
-    job = Timeline("prune", {"curves": Stage(4, 1.0)})
+    job = Timeline({"curves": Stage(4, 1.0)})
     with job.shown():
         assert list(Bar(range(4), desc="curves", file=out)) == [0, 1, 2, 3]
         assert list(Bar(range(4), desc="curves", file=Terminal(), disable=True)) == [0, 1, 2, 3]
@@ -114,7 +114,7 @@ def test_without_a_terminal_the_log_has_a_line_every_30_seconds(plain, clock, ca
     caplog.set_level(logging.INFO, "liar_ext")
     out = Terminal() if plain else io.StringIO()
     stages = {"curves": Stage(4, 1.0), "probes": Stage(4, 3.0)}
-    job = Timeline("prune", stages, clock=lambda: clock[0])
+    job = Timeline(stages, clock=lambda: clock[0])
     with job.shown(), plain_lines(plain):
         for _ in Bar(range(4), desc="curves", file=out):
             clock[0] += 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 
 from liar_ext.cli import options as kinds
@@ -195,9 +194,7 @@ def _heal(commands: Any) -> None:
     add(text, ("--teacher", path("MODEL"), "the dense model"))
     for each in recipe_fields():
         if each.name in HEAL_FIELDS:
-            add_field(text, each)
-    for action in text._group_actions:
-        action.help = re.sub(r" \(default: [^)]*\)$", "", action.help)
+            add_field(text, each, shows_default=False)
     add(
         parser.add_argument_group("Output"),
         ("--out -o", path("OUT"), "write OUT, and keep DIR"),

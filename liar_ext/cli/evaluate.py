@@ -88,9 +88,11 @@ def _text(options: argparse.Namespace) -> Result:
         batches = evaluation_sequences(documents, tokenizer, **how).batches(options.batch_size)
     if causal:
         return _perplexity(options, model, batches, "windows of")
-    dense, result, lines = _dense(options, needed=batches is not None)
+    dense, result = _dense(options, needed=batches is not None)
+    lines: list[str] = []
     if batches is not None:
-        _compare(options, model, dense, batches, result, lines)
+        found, lines = _likeness(options, model, dense, batches)
+        result |= found
     if pairs is not None:
         result |= _of_pairs(model, tokenizer, pairs, options)
         own = {} if dense is None else _of_pairs(dense, tokenizer, pairs, options)
@@ -135,7 +137,8 @@ def _files(options: argparse.Namespace, kind: str) -> Result:
         batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)
         return _perplexity(options, model, batches, "sequences of at most")
     spoken = reader.writes and all(item.text for item in items)
-    dense, result, lines = _dense(options, needed=not spoken)
+    dense, result = _dense(options, needed=not spoken)
+    lines = []
     if spoken:
         settings = {"batch_size": options.batch_size, "progress": options.progress}
         found = word_errors(model, reader, items, **settings)
@@ -151,7 +154,8 @@ def _files(options: argparse.Namespace, kind: str) -> Result:
         ]
     if dense is not None:
         batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)
-        _compare(options, model, dense, batches, result, lines)
+        likeness, more = _likeness(options, model, dense, batches)
+        result, lines = result | likeness, lines + more
     return result, lines
 
 
@@ -159,10 +163,8 @@ def _load(options: argparse.Namespace, name: str) -> tuple[nn.Module, Any]:
     return load_with_tokenizer(name, options.dtype, options.device)
 
 
-def _dense(
-    options: argparse.Namespace, *, needed: bool
-) -> tuple[nn.Module | None, dict[str, Any], list[str]]:
-    """Return the dense model, if it is known, and what a result and its lines begin with.
+def _dense(options: argparse.Namespace, *, needed: bool) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Return the dense model, if it is known, and what a result says of it.
 
     It is named by an option or by the folder's report. InputError if it is needed and is not there.
     """
@@ -172,29 +174,24 @@ def _dense(
             report = Report.load(options.model)
             name = str(report.choices.get("model") or report.model)
     if options.against or (name and Path(name).is_dir()):
-        return _load(options, name)[0], {"against": name}, []
+        return _load(options, name)[0], {"against": name}
     if needed:
         gone = f"the folder of its report, {name}, is not there" if name else "it has no report"
         raise InputError(
             f"eval: {options.model} is an encoder, which is compared with the dense model, and "
             f"{gone}; give it by --against DENSE"
         )
-    return None, {}, []
+    return None, {}
 
 
-def _compare(
-    options: argparse.Namespace,
-    model: nn.Module,
-    dense: nn.Module,
-    batches: Any,
-    result: dict[str, Any],
-    lines: list[str],
-) -> None:
-    """Add what a model keeps of the dense one's outputs."""
+def _likeness(
+    options: argparse.Namespace, model: nn.Module, dense: nn.Module, batches: Any
+) -> Result:
+    """Return what a model keeps of the dense one's outputs."""
     found = encoder_similarity(model, dense, batches, progress=options.progress)
-    result |= found
     over = measured_on(found)
-    lines += [f"{MEASURES[n]} {quality(value)} over {over}" for n, value in measured(found).items()]
+    said = [f"{MEASURES[n]} {quality(value)} over {over}" for n, value in measured(found).items()]
+    return found, said
 
 
 def _tasks(options: argparse.Namespace) -> Result:

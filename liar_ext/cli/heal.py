@@ -25,12 +25,12 @@ from liar_ext.checkpoint.loading import load_tokenizer, placement
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
 from liar_ext.cli.inputs import Given, let_write, load, load_with_tokenizer
+from liar_ext.cli.main import parse
 from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import broadcast, is_first, world_size
 from liar_ext.errors import InputError
-from liar_ext.healing import RATE, TRAIN
 from liar_ext.healing.training import mean_loss
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
@@ -67,12 +67,9 @@ def train_pruned(folder: str, minutes: float, *, checkpoint: str | None, progres
     The first rank writes the folder, before and in here, and the others wait for it.
     """
     broadcast(None)
-    options = argparse.Namespace(
-        **{"command": "heal", "folder": folder, "out": folder, "overwrite": False},
-        **{"teacher": None, "checkpoint": checkpoint, "progress": progress},
-        **{"tokens": None, "minutes": minutes, "steps": None},
-        **{"train": TRAIN[0], "lr": RATE, "grad_accumulation": 1},
-    )
+    options = parse(["heal", "FOLDER", "--minutes", str(minutes)])
+    options.folder, options.out = folder, folder
+    options.checkpoint, options.progress = checkpoint, progress
     train(_recipe(Report.load(folder, "heal").recipe, options), options)
     broadcast(None)
     return Report.load(folder, "heal")
@@ -126,15 +123,14 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         before += [f"{HEALED_BEFORE}{line}" for line in healing_lines(report.heal)[:1]]
         found["notes"] = [*given.notes, *before, *_exports(options.folder, in_place)]
         report.heal = found
-        save = partial(_save, report, options.folder)
-        # Without seconds: those of the report stay those of pruning.
-        written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
         if is_first():
+            save = partial(_save, report, options.folder)
+            # Without seconds: those of the report stay those of pruning.
+            written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
             with writing(options.out, overwrite, checked=True) as path:
-                facts = {"report": written, "source": options.folder}
-                fill_folder(model, path, plan, **facts)
+                fill_folder(model, path, plan, report=written, source=options.folder)
     return found
 
 

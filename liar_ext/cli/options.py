@@ -44,13 +44,15 @@ def add_fields(parser: Any, chosen: Iterable[Field], *more: str) -> None:
             add_field(section, each)
 
 
-def add_field(group: argparse._ActionsContainer, each: Field) -> None:
+def add_field(
+    group: argparse._ActionsContainer, each: Field, *, shows_default: bool = True
+) -> None:
     """Add the option of one field of the recipe; what isn't given leaves no trace."""
     facts, default, name = each.metadata, each.default, option_of(each)
     names, help = getattr(facts["check"], "names", None), facts["help"]
     if each.name == "criterion":
         help += ": " + ", ".join(CRITERIA)
-    if default not in (None, ()) and not isinstance(default, bool):
+    if shows_default and default not in (None, ()) and not isinstance(default, bool):
         help += f" (default: {'all' if isinstance(default, tuple) else default})"
     add = partial(group.add_argument, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
     kind = each.type.split(" ")[0]

@@ -62,16 +62,28 @@ NONE_WRITTEN = (
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the job that the options and their recipe say."""
+    """Check that the options and their recipe say a whole job, and run it."""
     recipe = recipe_of(options)
-    _check_complete(recipe, options)
+    if getattr(options, "recipe", None) and not recipe.calibration and not options.bank:
+        raise InputError(
+            f"prune: {options.recipe} names no text, as its job ran in Python, or with a bank; "
+            "give --calibration TEXT"
+        )
+    if options.bank and options.dry_run:
+        raise InputError(
+            "prune: --dry-run tells what a calibration would take, which --bank spares; leave one "
+            "out, or let liar sweep show what budgets give"
+        )
+    given = {"MODEL": recipe.model, "--calibration TEXT": recipe.calibration or options.bank}
+    given["--out DIR"] = options.out or options.dry_run
+    example = "a first run is liar prune MODEL --calibration text.txt --out pruned"
+    check_complete("prune", given, example)
     run_recipe(recipe, options)
 
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     """Run the job that a recipe says, and for its output the options; None for a dry run."""
     start = time.perf_counter()
-    sketch = getattr(options, "dry_run", False)
     if options.out:
         check_folder(options.out, options.overwrite)
     if options.checkpoint:
@@ -79,13 +91,34 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     check_apart(options)
     asked = options.heal is not None
     _settle_healing(options)
-    if sketch:
-        given = _loaded(recipe, options, sketch=True)
-        lines = _sketched(given, options)
+    if getattr(options, "dry_run", False):
+        lines = _sketched(_loaded(recipe, options, sketch=True), options)
         lines += [f"training: {options.heal:g} minutes"] * bool(options.heal)
         if is_first():
             show(options, {"dry_run": lines}, lines)
         return None
+    report, early = _pruned(recipe, options, start)
+    if options.heal:
+        try:
+            with naming_memory("heal: out of memory"):
+                how = {"checkpoint": options.checkpoint, "progress": options.progress}
+                report = train_pruned(options.out, options.heal, **how)
+        except (InputError, MemoryError) as error:
+            if asked:
+                raise InputError(f"{error}; {options.out} is pruned and saved") from error
+            report.warnings.append(f"The preset did not train the result: {one_line(error)}")
+    if is_first():
+        say(report, options, start, early)
+    return report
+
+
+def _pruned(
+    recipe: Recipe, options: argparse.Namespace, start: float
+) -> tuple[Report, Sequence[str]]:
+    """Load, prune and save; return the report, and those of its warnings that were given before.
+
+    Nothing of the model is left in memory, in which training reads the dense one again.
+    """
     with checkpoint_of(recipe, options) as saved:
         given = _loaded(recipe, options)
         loaded = time.perf_counter() - start
@@ -117,20 +150,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
                 limit=options.max_memory or 0,
             )
             how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite}
-            report = prune_folder(given.store, job, options.out, **how, annotate=annotate)
-    if options.heal:
-        del given, job  # the dense model is read again, as it was
-        try:
-            with naming_memory("heal: out of memory"):
-                how = {"checkpoint": options.checkpoint, "progress": options.progress}
-                report = train_pruned(options.out, options.heal, **how)
-        except (InputError, MemoryError) as error:
-            if asked:
-                raise InputError(f"{error}; {options.out} is pruned and saved") from error
-            report.warnings.append(f"The preset did not train the result: {one_line(error)}")
-    if is_first():
-        say(report, options, start, early)
-    return report
+            return prune_folder(given.store, job, options.out, **how, annotate=annotate), early
 
 
 def _settle_healing(options: argparse.Namespace) -> None:
@@ -197,24 +217,6 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
         given.warnings.append(NONE_WRITTEN)
     given.warnings = [each.replace(OWN_SHARE, "") for each in given.warnings]
     return given
-
-
-def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Refuse a job that lacks one of the three that have no default."""
-    if getattr(options, "recipe", None) and not recipe.calibration and not options.bank:
-        raise InputError(
-            f"prune: {options.recipe} names no text, as its job ran in Python, or with a bank; "
-            "give --calibration TEXT"
-        )
-    if options.bank and options.dry_run:
-        raise InputError(
-            "prune: --dry-run tells what a calibration would take, which --bank spares; leave one "
-            "out, or let liar sweep show what budgets give"
-        )
-    given = {"MODEL": recipe.model, "--calibration TEXT": recipe.calibration or options.bank}
-    given["--out DIR"] = options.out or options.dry_run
-    example = "a first run is liar prune MODEL --calibration text.txt --out pruned"
-    check_complete("prune", given, example)
 
 
 OWN = ("text", "out", "recipe", "bank", "checkpoint", "progress")

@@ -169,7 +169,7 @@ def architecture_of(model: nn.Module) -> Architecture:
             f"causal language models of {', '.join(ARCHITECTURES)} can be written, got "
             f"{type(model).__name__}; use {others}"
         )
-    if not any(name == "AutoModelForCausalLM" for name in auto_classes(model)):
+    if "AutoModelForCausalLM" not in auto_classes(model):
         raise _refusal(f"{type(model).__name__} has another head than a language model's")
     _check_config(block_config(family_of(model), config))
     return _first_that_fits(model, ARCHITECTURES[kind], layers_of(model))

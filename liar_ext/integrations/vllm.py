@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -241,11 +242,8 @@ def _sized_layers(
 
         return make_layers(count, one, prefix)
 
-    models.make_layers = make_sized
-    try:
+    with mock.patch.object(models, "make_layers", make_sized):
         yield
-    finally:
-        models.make_layers = make_layers
     if not built:
         raise RuntimeError(
             "vllm: this version builds the layers in a way that liar_ext doesn't know; use one "

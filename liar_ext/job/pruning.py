@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.placing import nearest_folder
-from liar_ext.checkpoint.saving import check_folder, writing
+from liar_ext.checkpoint.saving import fill_folder, writing
 from liar_ext.checkpoint_store import RESULT, Checkpoint, opened
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
@@ -164,28 +165,28 @@ def prune_folder(
 
     With a ``store`` the model is read block by block and written as it is solved, within the
     ``limit`` of the job for each process; hidden states that don't fit lie beside the folder. Of
-    several ranks each calls this alike; the first one writes the folder. ``annotate`` adds to the
-    report before it is written. InputError if a choice, the data or the budget can't be used, or
-    the memory isn't enough for a block.
+    several ranks each calls this alike; the first one writes the folder, whose place was checked
+    before the model was loaded. ``annotate`` adds to the report before it is written. InputError if
+    a choice, the data or the budget can't be used, or the memory isn't enough for a block.
     """
-    if is_first():
-        check_folder(folder, overwrite)
     with ExitStack() as stack:
-        out = Folder(lambda: stack.enter_context(writing(folder, overwrite, checked=True)))
+        begin = partial(stack.enter_context, writing(folder, overwrite, checked=True))
         if store is not None:
             walk = Walk(store, job.recipe.attn_unit, job.saved, job.progress)
             stack.callback(store.close)
             stack.callback(walk.states.close)
             walk.states.folder = nearest_folder(folder)
-            out.walk_along(walk)
             batches, tokenizer = list(read_batches(job.batches)), store.tokenizer
-            job = replace(job, batches=batches, walk=walk, out=out)
+            job = replace(job, batches=batches, walk=walk, out=Folder(walk, begin))
         report = run(job)
         if is_first():
             annotate(report)
             if job.saved is not None:
                 job.saved.put(RESULT, facts={"plan": report.plan.to_json()})
-            out.complete(job.model, report, tokenizer)
+            if job.out is not None:
+                job.out.complete(job.model, report, tokenizer)
+            else:
+                fill_folder(job.model, begin(), report.plan, report=report, tokenizer=tokenizer)
     return report
 
 
@@ -223,7 +224,7 @@ def _timeline(job: Job) -> Timeline:
         share = head / (body / 2 + head)  # of a probe, which runs half of the blocks on average
         stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums, share)
     shown = {name: Stage(each.steps, each.seconds) for name, each in stages.items()}
-    return Timeline("prune", shown, bars_of(job, stages) if stages else ())
+    return Timeline(shown, bars_of(job, stages) if stages else ())
 
 
 def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Plan, list[SiteRow]]:

@@ -154,7 +154,7 @@ class Speed:
         if table is None:
             table = measure_latency(model, budget, at, progress=progress)
         table.check(budget)
-        self.table = self.last = table
+        self.table = table
         here = where(model)
         # What was measured elsewhere can't be compared with seconds of this machine.
         self.is_here = all(table.where.get(key) == here.get(key) for key in PLACE)
@@ -173,12 +173,13 @@ class Speed:
         A correction by which no plan meets the budget any more isn't taken; a warning tells.
         """
         for _ in range(MOST_ROUNDS):
+            before = self.table
             if not self.fit(allocate(self.costs)):
                 break
             try:
                 allocate(self.costs)
             except InputError:
-                self.table = self.last
+                self.table = before
                 break
         return self.costs
 
@@ -196,7 +197,7 @@ class Speed:
         if abs(saved - expected) <= TOLERANCE:
             return False
         factor = min(max(saved / expected, 1 / MOST_CORRECTED), MOST_CORRECTED)
-        self.last, self.table = self.table, replace(self.table, scale=self.table.scale * factor)
+        self.table = replace(self.table, scale=self.table.scale * factor)
         return True
 
     def time(self, plan: Plan) -> None:
@@ -240,20 +241,17 @@ class Speed:
 
 
 class Folder:
-    """The folder of a pruned model, written by the first rank; blocks go there as they are solved.
+    """The folder that blocks of a walk go to as they are solved, written by the first rank.
 
     ``begin`` returns the path to write to. ``fixed`` is the input that the folder is verified by.
     """
 
-    def __init__(self, begin: Callable[[], Path]) -> None:
-        self.begin, self.walk, self.shards = begin, None, None
-
-    def walk_along(self, walk: Walk) -> None:
-        """Take the blocks of a walk."""
+    def __init__(self, walk: Walk, begin: Callable[[], Path]) -> None:
         dtype, inputs = walk.model.dtype, fixed_inputs(walk.model)
         given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
         fixed = [read_batch(given)] if is_first() else []
         self.walk, self.fixed = walk, StreamedBatches("fingerprint", walk, fixed)
+        self.begin, self.shards = begin, None
 
     def add(self, index: int | None, size: int) -> None:
         """Write a block, or what lies outside of the blocks, in shards of ``size`` bytes."""
@@ -267,10 +265,9 @@ class Folder:
 
     def complete(self, model: nn.Module, report: Report, tokenizer: Any) -> None:
         """Write all else that a folder has."""
-        path = self.begin() if self.shards is None else self.path
-        with nullcontext() if self.walk is None else self.fixed.answering():
-            given = {"report": report, "tokenizer": tokenizer, "shards": self.shards}
-            fill_folder(model, path, report.plan, **given)
+        given = {"report": report, "tokenizer": tokenizer, "shards": self.shards}
+        with self.fixed.answering():
+            fill_folder(model, self.path, report.plan, **given)
 
 
 @dataclass(frozen=True)

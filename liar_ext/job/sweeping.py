@@ -187,7 +187,11 @@ def sweep(
     InputError
         If a choice, the model, the data or a budget cannot be used, before the first is decided.
     """
-    recipes = recipes_of(Recipe.build(recipe, **choices), keep)
+    start = Recipe.build(recipe, **choices)
+    if not keep:
+        raise InputError("sweep: needs at least one budget, got none; give keep=[0.9, 0.8], say")
+    budgets = (asdict(each) if isinstance(each, Budget) else {"keep": each} for each in keep)
+    recipes = [replace(start, **each) for each in budgets]
     work = Sweep(model, batches, bank, progress, probe_keep=PROBE_KEEP)
     solves = on_result is not None or evaluate_on is not None
     work.check(recipes if solves else map(_decided, recipes))
@@ -211,11 +215,3 @@ def sweep(
 def _decided(recipe: Recipe) -> Recipe:
     """Return a recipe that decides the same and solves nothing that runs the model."""
     return replace(recipe, schedule="one-pass")
-
-
-def recipes_of(recipe: Recipe, keep: Sequence[float | Budget]) -> list[Recipe]:
-    """Return the recipe of each budget."""
-    if not keep:
-        raise InputError("sweep: needs at least one budget, got none; give keep=[0.9, 0.8], say")
-    budgets = (asdict(each) if isinstance(each, Budget) else {"keep": each} for each in keep)
-    return [replace(recipe, **each) for each in budgets]

@@ -60,8 +60,8 @@ class Rate:
     what: str
     unit: str
     pruned: Quartiles
-    dense: Quartiles | None = None
-    ratio: Quartiles | None = None
+    dense: Quartiles
+    ratio: Quartiles
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Benchmark:
     """What ``liar bench`` measured."""
 
     pruned: ModelFacts
-    dense: ModelFacts | None = None  # None where the pruned one was measured alone
+    dense: ModelFacts
     # SHA-256 of the report of the pruned folder, by which it is known again; "" without one.
     report_digest: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # how it was measured
@@ -112,13 +112,13 @@ class Settings:
 
 def benchmark(
     folder: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None,
+    against: str | os.PathLike[str],
     settings: Settings,
     *,
     memory: bool = True,
     progress: bool = False,
 ) -> Benchmark:
-    """Measure a pruned model beside a dense one, or alone.
+    """Measure a pruned model beside a dense one.
 
     Prefill: the prompt's tokens by the seconds until the first token is known, which are the
     first-token latency. Decode: greedy tokens after it, one at a time, with a key-value cache.
@@ -127,9 +127,7 @@ def benchmark(
     settings don't fit.
     """
     placement(settings.device)  # refuses one that is not there
-    names = {"pruned": os.fspath(folder)}
-    if against is not None:
-        names["dense"] = os.fspath(against)
+    names = {"pruned": os.fspath(folder), "dense": os.fspath(against)}
     # First, while this process holds no model.
     peaks = {role: peak_memory(name, settings) if memory else {} for role, name in names.items()}
     with use_threads(settings.threads):
@@ -143,8 +141,7 @@ def benchmark(
         rates = measure(models, settings, progress=progress)
         threads = torch.get_num_threads()
     return Benchmark(
-        pruned=facts["pruned"],
-        dense=facts.get("dense"),
+        **facts,
         settings={**asdict(settings), "batches": list(settings.batches), "threads": threads},
         machine=machine(settings.device),
         rates=rates,
@@ -158,7 +155,7 @@ def measure(
     clock: Clock = time.perf_counter,
     progress: bool = False,
 ) -> list[Rate]:
-    """Return the rates of models that are loaded: ``pruned``, and ``dense`` if it is there.
+    """Return the rates of two models that are loaded: ``pruned`` and ``dense``.
 
     Round 0 warms up and is not counted; then models take turns in going first.
     """
@@ -173,11 +170,9 @@ def measure(
                         values.setdefault(key, {}).setdefault(role, []).append(value)
             bar.update()
         for (what, unit), by_role in values.items():
-            given = [by_role["pruned"]]
-            if "dense" in by_role:
-                pairs = zip(by_role["pruned"], by_role["dense"], strict=True)
-                given += [by_role["dense"], [ours / theirs for ours, theirs in pairs]]
-            found.append(Rate(batch, what, unit, *map(Quartiles.of, given)))
+            pruned, dense = by_role["pruned"], by_role["dense"]
+            ratios = [ours / theirs for ours, theirs in zip(pruned, dense, strict=True)]
+            found.append(Rate(batch, what, unit, *map(Quartiles.of, (pruned, dense, ratios))))
     bar.close()
     return found
 
@@ -297,8 +292,8 @@ def peak_memory(name: str, settings: Settings) -> dict[str, int]:
     """Return the greatest resident memory in bytes of a process that runs a model.
 
     By stage: after ``load``, and after the inputs of each batch size, smallest first, under its
-    number; ``device`` is the memory taken of a GPU. Empty where the system doesn't tell. InputError
-    if the model can't be loaded or run there.
+    number; ``device`` is the memory taken of a GPU. InputError if the model can't be loaded or run
+    there.
     """
     try:
         done = subprocess.run(
@@ -338,7 +333,7 @@ def _own_peaks(name: str, settings: Settings) -> dict[str, int]:
             peaks[str(batch)] = process_memory(peak=True)
     if settings.device.startswith("cuda"):
         peaks["device"] = torch.cuda.max_memory_allocated(settings.device)
-    return {stage: peak for stage, peak in peaks.items() if peak}
+    return peaks
 
 
 def _answer() -> None:

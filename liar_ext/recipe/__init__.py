@@ -1,6 +1,5 @@
 """The recipe of a job: every choice in one place, to be repeated."""
 
-from liar_ext.recipe.fields import PRESETS, SCHEDULES
 from liar_ext.recipe.recipe import Recipe
 
-__all__ = ["PRESETS", "SCHEDULES", "Recipe"]
+__all__ = ["Recipe"]

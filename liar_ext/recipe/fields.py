@@ -76,12 +76,6 @@ def option_of(each: Field) -> str:
     return each.metadata["option"] or "--" + each.name.replace("_", "-")
 
 
-def works(each: Field, way: str, value: Any) -> bool:
-    """Tell whether a field's value works ``with_bank``, ``streamed`` or ``from_sums``."""
-    fact = each.metadata[way]
-    return fact(value) if callable(fact) else fact or value == each.default
-
-
 _LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
 _DRAW = "liar_ext.calibration.texts.calibration_sequences makes the batches, and takes it"
 # What fields of a stage have in common.
@@ -368,14 +362,10 @@ class Fields:
         return tuple(each for each in self.kinds if each != "mlp" or self.of != "kv_cache")
 
     @property
-    def keeps_whole(self) -> bool:
-        """Whether no blocks, experts, hidden features or tokens go before heads and channels."""
-        return self.keep_hidden == self.keep_experts == self.keep_blocks == self.keep_vocab == 1.0
-
-    @property
     def prunes_sites(self) -> bool:
-        """Whether heads and channels go, and not only what goes before them."""
-        return self.keep < 1.0 or self.keeps_whole
+        """Whether heads and channels go, and not only blocks, experts, features or tokens."""
+        before = (self.keep_hidden, self.keep_experts, self.keep_blocks, self.keep_vocab)
+        return self.keep < 1.0 or before == (1.0, 1.0, 1.0, 1.0)
 
     @property
     def budget(self) -> Budget:
@@ -384,7 +374,12 @@ class Fields:
 
     def without(self, way: str) -> list[Field]:
         """Return the fields whose values do not work in a way; see :class:`Option`."""
-        return [each for each in recipe_fields() if not works(each, way, getattr(self, each.name))]
+        found = []
+        for each in recipe_fields():
+            value, works = getattr(self, each.name), each.metadata[way]
+            if not (works(value) if callable(works) else works or value == each.default):
+                found.append(each)
+        return found
 
     def spelled(self, each: Field) -> str:
         """Return a field and its value as the command takes them."""

@@ -140,8 +140,16 @@ class Recipe(Fields):
 
     @classmethod
     def from_json(cls, written: str) -> Recipe:
-        """Read a recipe from JSON text; what :meth:`from_dict` raises is raised."""
-        return cls.from_dict(from_json(written))
+        """Read a recipe from JSON text, which names no field twice; see :meth:`from_dict`."""
+
+        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            if len(dict(pairs)) < len(pairs):
+                raise InputError("recipe: JSON must name each field once")
+            return dict(pairs)
+
+        with refusing("recipe: not JSON", "", ValueError, RecursionError):
+            facts = json.loads(written, object_pairs_hook=once)
+        return cls.from_dict(facts)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, with the stages of the job as headings."""
@@ -158,7 +166,18 @@ class Recipe(Fields):
     @classmethod
     def from_yaml(cls, written: str) -> Recipe:
         """Read a recipe from YAML text, without tags or aliases; see :meth:`from_dict`."""
-        return cls.from_dict(from_yaml(written))
+        try:
+            facts = yaml.load(written, Loader=_Loader)  # noqa: S506  (a safe loader)
+        except InputError:
+            raise
+        except RecursionError as error:
+            raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
+        except NOT_YAML as error:
+            mark = getattr(error, "problem_mark", None)
+            at = f", line {mark.line + 1}" if mark else ""
+            problem = " ".join((getattr(error, "problem", None) or str(error)).split())
+            raise InputError(f"recipe: not YAML{at}: {problem[:120]}") from error
+        return cls.from_dict(facts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe: as JSON where the name ends in ``.json``, else as YAML."""
@@ -242,33 +261,6 @@ def read(path: str | os.PathLike[str]) -> str:
     except ValueError as error:
         raise InputError(f"recipe: {path!r} must be a UTF-8 file of YAML or JSON") from error
     raise InputError(f"recipe: {path} must be at most {MOST_BYTES} bytes; is it a recipe?")
-
-
-def from_yaml(written: str) -> Any:
-    """Return what YAML text says; InputError if it is none, or asks for more than plain values."""
-    try:
-        return yaml.load(written, Loader=_Loader)  # noqa: S506  (a safe loader)
-    except InputError:
-        raise
-    except RecursionError as error:
-        raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
-    except NOT_YAML as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}" if mark else ""
-        problem = " ".join((getattr(error, "problem", None) or str(error)).split())
-        raise InputError(f"recipe: not YAML{at}: {problem[:120]}") from error
-
-
-def from_json(written: str) -> Any:
-    """Return what JSON text says; InputError if it is none, or names a field twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise InputError("recipe: JSON must name each field once")
-        return dict(pairs)
-
-    with refusing("recipe: not JSON", "", ValueError, RecursionError):
-        return json.loads(written, object_pairs_hook=once)
 
 
 def plain(value: Any) -> Any:

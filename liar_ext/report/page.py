@@ -74,7 +74,7 @@ def write_page(
             warnings=[*notes, *report.warnings],
             tiles=_tiles(report, bench),
             pictures=_pictures(report, pictures.as_svg(drawn)),
-            sections=[report.sizes(), sections.speed(bench)],
+            sections=[report.sizes(), *([sections.speed(bench)] if bench else [])],
             loading=report.loading,
             folded=report.tables(),
             numbers=quote(os.path.relpath(Path(folder, REPORT_JSON), target.parent).encode()),
@@ -134,7 +134,7 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
         tiles.append(("divergence", tables.figure(found["certified"]["divergence"]), under, None))
     for what, title in (("decode", "greedy decoding"), ("encode", "encoding")):
         rate = bench.rate(what) if bench else None
-        if rate is not None and rate.ratio is not None:
+        if rate is not None:
             under = f"pruned / dense, batch {rate.batch}"
             tiles.append((f"speed, {title}", f"× {rate.ratio.median:.2f}", under, None))
     if "total" in report.seconds:
@@ -145,15 +145,17 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
 def _pictures(report: Report, svgs: dict[str, str | None]) -> list[dict[str, Any]]:
     is_certified = any(site.certified_error is not None for site in report.sites)
     more = "; certified: on text that no decision has seen." if is_certified else "."
-    said = {
-        "units": "Units kept per layer|Units removed and kept: heads, or groups that share "
-        "keys, and MLP channels.",
-        "errors": "Error per layer|Of a pruned layer's output, relative to its energy before. Held "
-        f"out: solved on one half of the calibration documents, measured on the other{more}",
-        "seconds": "Time spent|Seconds by stage of the job.",
-    }
-    there = {name: each.split("|") for name, each in said.items() if svgs[name]}
-    return [picture(title, svgs[name], caption) for name, (title, caption) in there.items()]
+    units = "Units removed and kept: heads, or groups that share keys, and MLP channels."
+    errors = (
+        "Of a pruned layer's output, relative to its energy before. Held out: solved on one half "
+        f"of the calibration documents, measured on the other{more}"
+    )
+    shown = (
+        ("Units kept per layer", svgs["units"], units),
+        ("Error per layer", svgs["errors"], errors),
+        ("Time spent", svgs["seconds"], "Seconds by stage of the job."),
+    )
+    return [picture(title, svg, caption) for title, svg, caption in shown if svg]
 
 
 def _duration(seconds: float) -> str:
@@ -275,7 +277,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     dense: dict[object, list[float]] = {}
     for run in runs:
         rate = run.rate(speed_of(runs))
-        if rate and rate.dense and rate.dense.median > 0:
+        if rate and rate.dense.median > 0:
             model = run.report.model, run.bench.dense.params
             dense.setdefault(model, []).append(rate.dense.median)
     worst = max((max(each) / min(each) for each in dense.values()), default=1.0)
@@ -324,7 +326,7 @@ def speed_points(runs: Sequence[Run], what: What) -> list[Point]:
         params = rate and (run.bench.pruned.params or run.report.params.get("after"))
         if params:
             points.append(Point(params, rate.pruned.median, model, run.number))
-            if rate.dense and run.bench.dense.params:
+            if run.bench.dense.params:
                 points.append(Point(run.bench.dense.params, rate.dense.median, model))
     return points
 
@@ -347,13 +349,12 @@ def _row(run: Run, what: What, measures: Sequence[str]) -> list[str]:
     rate = run.rate(what)
     before, after = (run.report.params.get(when) for when in ("before", "after"))
     share = f" ({after / before:.1%})" if before and after is not None else ""
-    gain = f" (×\u00a0{rate.ratio.median:.3f})" if rate and rate.ratio else ""
     return [
         str(run.number),
         run.name,
         "–" if after is None else magnitude(after) + share,
         *(_measure(run, each) for each in measures),
-        tables.rate(rate.pruned.median) + gain if rate else "–",
+        f"{tables.rate(rate.pruned.median)} (×\u00a0{rate.ratio.median:.3f})" if rate else "–",
         run.report.model or "–",
     ]
 

@@ -67,6 +67,7 @@ ERRORS = {  # by field: label, colour, marker
     "certified_error": ("certified", "green", "s"),
 }
 POINT_COLOURS, POINT_MARKERS = ("blue", "orange", "green", "ink"), "osD^v"
+Places = Sequence[tuple[int, SiteRow]]  # sites by the number of their layer
 HOVER = "hover "  # begins the id of what says its value to a pointer
 NEXT = "\x1f"  # between the values of points of one line
 
@@ -90,54 +91,48 @@ def drawing(operation: str) -> Iterator[Any]:
 
 def kept(sites: Sequence[SiteRow], figures: Any) -> Any | None:
     """Draw the units that each layer keeps, in front of those that it had; None without any."""
-    from matplotlib.ticker import MaxNLocator
-
-    groups = _by_kind(sites, lambda site: None not in (site.units_before, site.units_after))
-    if not groups:
-        return None
-    figure, panels = _panels(figures, groups, 1.7)
-    for panel, kind, places in panels:
-        bars, wide = _bars(places)
-        at, before, after = zip(*bars, strict=True)
-        removed = panel.bar(at, before, wide, color=COLOURS["pale"], label="removed")
-        stay = panel.bar(at, after, wide, color=COLOURS["blue"], label="kept")
-        for patch, behind, (x, old, new) in zip(stay, removed, bars, strict=True):
-            _say(f"{x:g}: {new:,.4g} of {old:,.4g} units stay", patch, behind)
-        share = sum(after) / max(sum(before), 1)
-        panel.set_title(f"{KINDS[kind]}: {share:.0%} of the units stay", loc="left")
-        panel.set_ylabel("units")
-        panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _finish(figure, sites)
-    return figure
+    shown = [site for site in sites if None not in (site.units_before, site.units_after)]
+    return _by_kind(shown, figures, 1.7, _units)
 
 
 def errors(sites: Sequence[SiteRow], figures: Any) -> Any | None:
     """Draw the errors of each pruned layer, relative to its dense output; None without any."""
-    groups = _by_kind(
-        sites, lambda site: site.is_pruned and {site.error, site.holdout_error} != {None}
-    )
-    if not groups:
-        return None
-    figure, panels = _panels(figures, groups, 1.9)
-    for panel, kind, places in panels:
-        for name, (label, colour, marker) in ERRORS.items():
-            known = [(x, getattr(site, name)) for x, site in places]
-            points = _broken([(x, y) for x, y in known if y is not None])
-            if points:
-                size = 3.5 if len(points) <= MOST_MARKERS else 1.5
-                style = {"marker": marker, "markersize": size, "linewidth": 1}
-                style |= {"color": COLOURS[colour], "label": label}
-                (line,) = panel.plot(*zip(*points, strict=True), **style)
-                values = [f"{x:g}: {y:.3%} {label}" for x, y in points if not math.isnan(y)]
-                _say(NEXT.join(values), line)
-        panel.set_yscale("log")
-        panel.set_ylim(*_decades(panel.get_ylim()))
-        panel.set_title(KINDS[kind], loc="left")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        panel.yaxis.set_minor_formatter("")
-        panel.set_ylabel("error")
-    _finish(figure, sites)
-    return figure
+    known = [site for site in sites if {site.error, site.holdout_error} != {None}]
+    return _by_kind([site for site in known if site.is_pruned], figures, 1.9, _errors)
+
+
+def _units(panel: Any, kind: str, places: Places) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    bars, wide = _bars(places)
+    at, before, after = zip(*bars, strict=True)
+    removed = panel.bar(at, before, wide, color=COLOURS["pale"], label="removed")
+    stay = panel.bar(at, after, wide, color=COLOURS["blue"], label="kept")
+    for patch, behind, (x, old, new) in zip(stay, removed, bars, strict=True):
+        _say(f"{x:g}: {new:,.4g} of {old:,.4g} units stay", patch, behind)
+    share = sum(after) / max(sum(before), 1)
+    panel.set_title(f"{KINDS[kind]}: {share:.0%} of the units stay", loc="left")
+    panel.set_ylabel("units")
+    panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def _errors(panel: Any, kind: str, places: Places) -> None:
+    for name, (label, colour, marker) in ERRORS.items():
+        known = [(x, getattr(site, name)) for x, site in places]
+        points = _broken([(x, y) for x, y in known if y is not None])
+        if points:
+            size = 3.5 if len(points) <= MOST_MARKERS else 1.5
+            style = {"marker": marker, "markersize": size, "linewidth": 1}
+            style |= {"color": COLOURS[colour], "label": label}
+            (line,) = panel.plot(*zip(*points, strict=True), **style)
+            values = [f"{x:g}: {y:.3%} {label}" for x, y in points if not math.isnan(y)]
+            _say(NEXT.join(values), line)
+    panel.set_yscale("log")
+    panel.set_ylim(*_decades(panel.get_ylim()))
+    panel.set_title(KINDS[kind], loc="left")
+    panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    panel.yaxis.set_minor_formatter("")
+    panel.set_ylabel("error")
 
 
 def time_spent(seconds: Mapping[str, float], figures: Any) -> Any | None:
@@ -308,29 +303,37 @@ def _decades(limits: tuple[float, float]) -> tuple[float, float]:
 
 
 def _by_kind(
-    sites: Sequence[SiteRow], is_shown: Callable[[SiteRow], bool]
-) -> dict[str, list[tuple[int, SiteRow]]]:
-    """Return places and sites by kind, attention first, in the order of the layers.
+    sites: Sequence[SiteRow], figures: Any, height: float, draw: Callable[[Any, str, Places], None]
+) -> Any | None:
+    """Draw a panel for each kind of sites, attention first; None without any.
 
     Layers are counted anew in each part of a model, so that those have no place in one row.
     """
+    from matplotlib.ticker import MaxNLocator
+
     groups: dict[str, list[tuple[int, SiteRow]]] = {}
-    for site in filter(is_shown, sites):
-        found = SITE_NAME.fullmatch(site.name)
+    names = [SITE_NAME.fullmatch(site.name) for site in sites]
+    for found, site in zip(names, sites, strict=True):
         group = groups.setdefault(found[3] if found and found[3] in KINDS else "other", [])
         group.append((int(found[2]) if found and found[1] is None else len(group), site))
-    return {kind: sorted(groups[kind], key=itemgetter(0)) for kind in KINDS if kind in groups}
-
-
-def _panels(figures: Any, groups: Mapping[str, Any], height: float) -> tuple[Any, list]:
-    """Return a figure, and for each group its panel, its kind and what it holds."""
-    size = WIDTH, 0.6 + height * len(groups)
-    figure = figures(figsize=size, layout="constrained")
+    if not groups:
+        return None
+    figure = figures(figsize=(WIDTH, 0.6 + height * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
-    return figure, [(panel, *item) for panel, item in zip(panels, groups.items(), strict=True)]
+    named: dict[str, Any] = {}
+    for panel, kind in zip(panels, (kind for kind in KINDS if kind in groups), strict=True):
+        draw(panel, kind, sorted(groups[kind], key=itemgetter(0)))
+        handles, labels = panel.get_legend_handles_labels()
+        named |= zip(labels, handles, strict=True)
+        panel.grid(axis="y", linewidth=0.6)
+        panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=3)
+    in_layers = any(found and found[1] is None for found in names)
+    panels[-1].set_xlabel("layer" if in_layers else "site")
+    return figure
 
 
-def _bars(places: Sequence[tuple[int, SiteRow]]) -> tuple[list[tuple[float, float, float]], float]:
+def _bars(places: Places) -> tuple[list[tuple[float, float, float]], float]:
     """Return bars as place, units before and after, and their width.
 
     Layers that share a bar, if there are very many, have their mean in it.
@@ -355,22 +358,6 @@ def _broken(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
             found.append((found[-1][0] + 0.5, math.nan))
         found.append((at, min(max(value, SMALLEST), GREATEST)))
     return found
-
-
-def _finish(figure: Any, sites: Sequence[SiteRow]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    named: dict[str, Any] = {}
-    for panel in figure.axes:
-        handles, labels = panel.get_legend_handles_labels()
-        named |= zip(labels, handles, strict=True)
-        panel.grid(axis="y", linewidth=0.6)
-        panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=3)
-    found = (SITE_NAME.fullmatch(site.name) for site in sites)
-    figure.axes[-1].set_xlabel(
-        "layer" if any(each and each[1] is None for each in found) else "site"
-    )
 
 
 def _numbers(panel: Any, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:

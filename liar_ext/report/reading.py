@@ -221,7 +221,7 @@ def read_bench(path: Path, operation: str = "report") -> Benchmark:
     rates = [_stored_rate(mapping(row)) for row in listing(fields["rates"])[:MOST_RATES]]
     return Benchmark(
         pruned=_model(fields.get("pruned")),
-        dense=_model(fields["dense"]) if mapping(fields.get("dense")) else None,
+        dense=_model(fields.get("dense")),
         report_digest=text(fields.get("report_digest"), 64),
         settings=named(fields.get("settings")),
         machine=named(fields.get("machine")),
@@ -250,11 +250,9 @@ def stored_bench(folder: str | os.PathLike[str]) -> tuple[Benchmark | None, list
 
 
 def _stored_rate(row: Any) -> Rate | None:
-    batch, pruned = count(row.get("batch")), _quartiles(row.get("pruned"))
-    if batch is None or pruned is None:
-        return None
-    dense, ratio = _quartiles(row.get("dense")), _quartiles(row.get("ratio"))
-    return Rate(batch, text(row.get("what"), 40), text(row.get("unit"), 40), pruned, dense, ratio)
+    timed = [_quartiles(row.get(name)) for name in ("pruned", "dense", "ratio")]
+    batch, what, unit = count(row.get("batch")), row.get("what"), row.get("unit")
+    return None if None in (batch, *timed) else Rate(batch, text(what, 40), text(unit, 40), *timed)
 
 
 def _quartiles(value: Any) -> Quartiles | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liar_ext.measure.speed import Benchmark, ModelFacts
+from liar_ext.measure.speed import Benchmark
 from liar_ext.report.tables import (
     BYTES,
     MEASURES,
@@ -204,25 +204,17 @@ def earlier_job(job: Mapping[str, Any]) -> str:
     return f"{pair(*job.get('params', (None, None)))} parameters (keep {text(keep)})"
 
 
-def speed(bench: Benchmark | None) -> Table:
+def speed(bench: Benchmark) -> Table:
     """Return what was timed, of both models and as their ratio, and what they take of memory."""
-    rows, title = [], "Speed and memory"
-    if bench is None:
-        return Table(title, RATIO, rows)
+    rows = []
     for each in bench.rates:
-        found = each.ratio
-        rows.append(
-            (
-                f"batch {each.batch}: {each.what}, {each.unit}",
-                "" if each.dense is None else rate(each.dense.median),
-                rate(each.pruned.median),
-                "" if found is None else f"{found.median:.3f} ({found.low:.3f}–{found.high:.3f})",
-            )
-        )
-    dense = bench.dense or ModelFacts("")
-    counts = [("parameters", dense.params, bench.pruned.params, 1)]
-    counts.append(("weights, MiB", dense.weight_bytes, bench.pruned.weight_bytes, MIB))
-    for stage, peak in bench.pruned.peak.items():
+        what, found = f"batch {each.batch}: {each.what}, {each.unit}", each.ratio
+        share = f"{found.median:.3f} ({found.low:.3f}–{found.high:.3f})"
+        rows.append((what, rate(each.dense.median), rate(each.pruned.median), share))
+    dense, pruned = bench.dense, bench.pruned
+    counts = [("parameters", dense.params, pruned.params, 1)]
+    counts.append(("weights, MiB", dense.weight_bytes, pruned.weight_bytes, MIB))
+    for stage, peak in pruned.peak.items():
         what = {"load": "after loading", "device": "of the device"}.get(stage, f"batch {stage}")
         counts.append((f"peak memory, {what}, MiB", dense.peak.get(stage), peak, MIB))
     for what, before, after, unit in counts:
@@ -231,9 +223,10 @@ def speed(bench: Benchmark | None) -> Table:
             rows.append((what, left, f"{after / unit:,.0f}", ratio(before, after)))
     settings = bench.settings | bench.machine
     said = "; ".join(f"{key} {text(value)}" for key, value in settings.items())
-    against = f"Dense: {bench.dense.name}. " if bench.dense else ""
-    note = f"{against}Medians of alternating rounds, ratios with their quartiles; {said}"
-    return Table(title, (*RATIO[:3], "pruned / dense (quartiles)"), rows, (0,), note)
+    note = f"Dense: {dense.name}. "
+    note += f"Medians of alternating rounds, ratios with their quartiles; {said}"
+    heads = (*RATIO[:3], "pruned / dense (quartiles)")
+    return Table("Speed and memory", heads, rows, (0,), note)
 
 
 HEALED_BEFORE = "Healed before: "

@@ -78,11 +78,6 @@ def test_rates_are_medians_of_rounds_and_ratios_of_pairs():
     assert runs == ["dense", "pruned", "pruned", "dense", "dense", "pruned"] * 2
 
 
-def test_a_model_alone_has_no_ratio():
-    rates = measure({"pruned": tiny("llama")}, SHORT)
-    assert all(rate.dense is None and rate.ratio is None for rate in rates) and len(rates) == 6
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_every_family_is_timed_by_what_it_does(name, recwarn):
     clock = count().__next__

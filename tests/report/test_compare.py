@@ -162,13 +162,11 @@ def test_a_benchmark_is_read_as_it_was_stored(tmp_path):
     assert sections.speed(read) == sections.speed(bench)
 
 
-def test_the_table_has_what_was_measured_alone():
-    rate = Rate(1, "decode", "tokens/s", Quartiles(1234.5, 1, 2))
-    rows = sections.speed(
-        Benchmark(ModelFacts("x", 10, 5 << 20, {"1": 7 << 20}), rates=[rate])
-    ).rows
-    assert rows == [
-        ("batch 1: decode, tokens/s", "", "1,234", ""),
+def test_the_table_leaves_out_what_is_not_known_of_the_dense_model():
+    rate = Rate(1, "decode", "tokens/s", *(Quartiles(x, 1, 2) for x in (1234.5, 1000, 1.25)))
+    pruned = ModelFacts("x", 10, 5 << 20, {"1": 7 << 20})
+    assert sections.speed(Benchmark(pruned, ModelFacts("y"), rates=[rate])).rows == [
+        ("batch 1: decode, tokens/s", "1,000", "1,234", "1.250 (1.000–2.000)"),
         ("parameters", "", "10", ""),
         ("weights, MiB", "", "5", ""),
         ("peak memory, batch 1, MiB", "", "7", ""),
