@@ -10,11 +10,11 @@ import liar_ext.environment  # noqa: F401  (before torch)
 if TYPE_CHECKING:
     from liar_ext import ops as ops
     from liar_ext.calibration.bank import MomentBank as MomentBank
+    from liar_ext.calibration.batches import timestep_weights as timestep_weights
     from liar_ext.calibration.collect import calibrate as calibrate
     from liar_ext.calibration.documents import read_documents as read_documents
     from liar_ext.calibration.moments import Moments as Moments
     from liar_ext.calibration.texts import calibration_sequences as calibration_sequences
-    from liar_ext.calibration.timesteps import timestep_weights as timestep_weights
     from liar_ext.checkpoint import load_model as load_model
     from liar_ext.checkpoint import load_pruned as load_pruned
     from liar_ext.checkpoint.saving import save_pruned as save_pruned
