@@ -34,6 +34,7 @@ from liar_ext.checkpoint.reading import (
     read_marked_config,
     read_weights,
     reading,
+    settled,
     stock_class,
 )
 from liar_ext.checkpoint.stock_config import dense_config, wear
@@ -196,7 +197,7 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             f"load_model: there is no folder {path} here; the hub says: {one_line(error, 160)}"
         ) from error
     check_keys(info, name, "load_model", strict=False)
-    return model
+    return settled(model)
 
 
 def reach_hub(name: str | os.PathLike[str]) -> None:

@@ -147,6 +147,13 @@ def read_weights(
                 f"{operation}: config.json of {found.path} contradicts itself: the sizes of its "
                 "modules aren't those of its layers and heads; copy the folder again"
             )
+    return settled(model)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """Return a model that can run: in float64 without the kernel for experts, which takes none."""
+    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     return model
 
 

@@ -57,6 +57,14 @@ def test_unequal_layers_load_by_every_loader(name: str, saved) -> None:
     check_trusted(name, model, folder)
 
 
+def test_experts_run_in_float64(tmp_path: Path) -> None:
+    """transformers' kernel for experts refuses it."""
+    model = tiny("mixtral")
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, "float64")
+    assert torch.allclose(outputs(loaded), outputs(model).double(), atol=1e-5)
+
+
 def test_a_loaded_model_generates_by_its_settings(tmp_path: Path) -> None:
     model, plan = pruned("llama", bias=True)
     model.generation_config.repetition_penalty = 1.25
