@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -86,9 +85,14 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def alone() -> AbstractContextManager:
+@contextmanager
+def alone() -> Iterator[None]:
     """Let the first rank do by itself what the others take no part in."""
-    return mock.patch.object(_group, "alone", True)
+    before, _group.alone = _group.alone, True
+    try:
+        yield
+    finally:
+        _group.alone = before
 
 
 def _joined() -> bool:

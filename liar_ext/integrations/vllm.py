@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -242,8 +241,11 @@ def _sized_layers(
 
         return make_layers(count, one, prefix)
 
-    with mock.patch.object(models, "make_layers", make_sized):
+    models.make_layers = make_sized
+    try:
         yield
+    finally:
+        models.make_layers = make_layers
     if not built:
         raise RuntimeError(
             "vllm: this version builds the layers in a way that liar_ext doesn't know; use one "
