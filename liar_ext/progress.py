@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
-from unittest import mock
 
 from tqdm.auto import tqdm
 
@@ -294,12 +293,20 @@ def no_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def obedient_bar() -> AbstractContextManager:
+@contextmanager
+def obedient_bar() -> Iterator[None]:
     """Let the bar of a GGUF file obey the switch of transformers' other bars, which it ignores."""
     from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging as bars
 
-    return mock.patch.object(reader, "tqdm", bars.tqdm, create=True)
+    own = vars(reader).get("tqdm")
+    if own is not None:
+        reader.tqdm = bars.tqdm
+    try:
+        yield
+    finally:
+        if own is not None:
+            reader.tqdm = own
 
 
 def _is_news(record: logging.LogRecord) -> bool:
