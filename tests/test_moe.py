@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import transformers
+from matplotlib.figure import Figure
 from tiny import MOE, batches, outputs, tiny, tiny_inputs
 
 from liar_ext import load_pruned, prune, save_pruned, verify_pruned
@@ -16,7 +17,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.report.pictures import _by_kind
+from liar_ext.report.pictures import KINDS, kept
 from liar_ext.report.report import Report
 
 SIZE = {"qwen3_moe": "moe_intermediate_size"}
@@ -72,7 +73,9 @@ def test_the_report_shows_experts(even) -> None:
     assert {row.name.split(".")[1] for row in experts} == {"mlp"}
     removed = ("" if name == "olmoe" else "and ") + r"\d+% of the MLP channels \|"
     assert re.search(removed, report.to_card())
-    assert _by_kind(Report.load(folder).sites, bool).keys() <= {"attn", "mlp"}
+    panels = kept(Report.load(folder).sites, Figure).axes
+    titles = [panel.get_title(loc="left").partition(":")[0] for panel in panels]
+    assert titles == [KINDS[kind] for kind in ("attn", "mlp")[name == "olmoe" :]]
 
 
 @pytest.mark.parametrize("name", MOE)

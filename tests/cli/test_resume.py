@@ -17,7 +17,7 @@ from liar_ext.calibration.collect import InFlight
 from liar_ext.checkpoint import saving
 from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import inputs, resume
-from liar_ext.job import pruning, state
+from liar_ext.job import pruning
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
@@ -302,7 +302,7 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
     }
     option = {"prune": "--out", "calibrate": "--bank"}[command]
     more = ["--keep", 0.7, "--preset", "fast"] if command == "prune" else []
-    of, name = (state, "fill_folder") if command == "prune" else (MomentBank, "save")
+    of, name = (pruning, "fill_folder") if command == "prune" else (MomentBank, "save")
     work = getattr(of, name)
 
     def meanwhile(*given, **more):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import make_plan, pruned, zero_removed
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tiny import batches, outputs, tiny, tiny_inputs
 from tiny_encoders import SEQ2SEQ
@@ -41,7 +42,7 @@ from liar_ext.models.sites import sites
 from liar_ext.plan import SitePlan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.report.page import write_page
-from liar_ext.report.pictures import _by_kind
+from liar_ext.report.pictures import KINDS, kept
 from liar_ext.report.report import Report
 from liar_ext.selection.allocation import probe_plan
 
@@ -322,8 +323,9 @@ def test_a_report_of_parts_has_a_page(tmp_path: Path) -> None:
     assert "of the attention heads and" in " ".join(report.to_card().split())
     (tmp_path / "liar").mkdir()
     report.save(tmp_path)
-    kinds = _by_kind(Report.load(tmp_path).sites, bool).keys()
-    assert kinds == {"attn", "mlp"}
+    panels = kept(Report.load(tmp_path).sites, Figure).axes
+    titles = [panel.get_title(loc="left").partition(":")[0] for panel in panels]
+    assert titles == [KINDS["attn"], KINDS["mlp"]]
     assert "decoder.1.cross_attn" in write_page(tmp_path)[0].read_text()
 
 
