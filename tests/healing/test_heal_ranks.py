@@ -19,7 +19,7 @@ from tiny import batches, tiny
 from liar_ext import distributed, heal, prune
 from liar_ext.cli.main import main
 from liar_ext.healing import heal as runs
-from liar_ext.job import state
+from liar_ext.job import pruning
 from liar_ext.progress import no_bars
 
 RANKS, STEPS = 2, 5
@@ -83,13 +83,13 @@ def test_the_command_is_shared_stopped_and_resumed(llama_folder, corpus, tmp_pat
 
 def test_ranks_wait_for_the_folder_that_they_train(llama_folder, corpus, tmp_path, monkeypatch):
     """The first rank alone writes the pruned folder, slowly here, and all read it next."""
-    fill = state.fill_folder
+    fill = pruning.fill_folder
 
     def slowly(*given, **named):
         time.sleep(2)
         fill(*given, **named)
 
-    monkeypatch.setattr(state, "fill_folder", slowly)
+    monkeypatch.setattr(pruning, "fill_folder", slowly)
     command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "pruned"]
     command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
     command = [*map(str, command), "--heal", "1s", "--quiet"]
