@@ -147,7 +147,7 @@ def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
     value, target = value.flatten(0, -2), target.flatten(0, -2)
     if value.shape[-1] == 1:
         return (value.float() - target.float()).square().flatten()
-    return Divergence.apply(value, target)
+    return KLDivergence.apply(value, target)
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def _run(model: nn.Module, batch: Batch) -> tuple[str, Tensor]:
     return output_of(model, model(**batch.to(device_of(model)).inputs))
 
 
-class Divergence(torch.autograd.Function):
+class KLDivergence(torch.autograd.Function):
     """``KL(p ‖ q)`` of each row of logits, with its gradient ``q − p`` by those of q.
 
     Both come from one softmax of some rows at a time: that of all rows would take several times the

@@ -192,7 +192,7 @@ def layers_of(model: nn.Module) -> list[Site]:
     at = [site for site in sites(model, ("mlp",)) if site.expert is not None]
     if not at:
         raise InputError(
-            f"experts: {type(model).__name__} has no experts to remove; leave --keep-experts out"
+            f"experts: {type(model).__name__} has no experts to remove; leave keep_experts out"
         )
     return [team[0] for team in teams_of(at).values()]
 

@@ -17,7 +17,7 @@ from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.healing import heal as run
 from liar_ext.healing.training import (
-    Divergence,
+    KLDivergence,
     activation_bytes,
     computes_bfloat16,
     losses,
@@ -87,14 +87,14 @@ def test_the_divergence_has_the_gradient_of_its_formula(rows, monkeypatch):
     logits = 4 * torch.randn(2, rows, 7, generator=generator)
     value, same = (logits[0].clone().requires_grad_() for _ in range(2))
     weight = torch.rand(rows, generator=generator)
-    found = Divergence.apply(value, logits[1])
+    found = KLDivergence.apply(value, logits[1])
     p, log_q = logits[1].double().softmax(-1), same.double().log_softmax(-1)
     wanted = (p * (p.log() - log_q)).sum(-1)
     assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6)
     for each in (found, wanted):
         (weight * each).sum().backward()
     assert torch.allclose(value.grad, same.grad, rtol=1e-5, atol=1e-6)
-    assert not Divergence.apply(logits[0], logits[1]).requires_grad
+    assert not KLDivergence.apply(logits[0], logits[1]).requires_grad
 
 
 @pytest.mark.parametrize("train", ["no-embeddings", "lora"])
