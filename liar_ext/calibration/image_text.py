@@ -28,6 +28,7 @@ from liar_ext.calibration.media import (
     spread,
 )
 from liar_ext.errors import InputError, refusing
+from liar_ext.models.running import positions_of
 
 EXAMPLE = '{"image": "a.png", "text": "..."}'
 KEYS = ("image", "images", "messages")  # of a line, one of which says that it may hold images
@@ -261,8 +262,7 @@ class ImageTextReader(Reader):
         failure = f"data: {type(self.processor).__name__} can't read {example.place}"
         with refusing(failure, "change the line, or take it out", Exception):
             made = self._processed(example, images)
-        known = self.model.config.get_text_config()
-        most, tokens = getattr(known, "max_position_embeddings", None), made["input_ids"].shape[1]
+        most, tokens = positions_of(self.model), made["input_ids"].shape[1]
         if most is not None and tokens > most:
             raise InputError(
                 f"data: {example.place} is {tokens:,} tokens with its images, and "

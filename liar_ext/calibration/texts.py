@@ -25,6 +25,7 @@ from liar_ext.calibration.folds import (
     split_documents,
 )
 from liar_ext.errors import InputError
+from liar_ext.models.running import positions_of
 
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
 ENOUGH, TIMES = 1 << 22, 16
@@ -224,14 +225,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 def check_seq_len(model: nn.Module, seq_len: int) -> None:
     """Raise InputError if sequences are longer than the positions that a model knows."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    embeddings = [module for name, module in model.named_modules() if "position_emb" in name]
-    if any(getattr(module, "padding_idx", None) is not None for module in embeddings):
-        positions -= config.pad_token_id + 1  # RoBERTa's and MPNet's tables begin with padding's
-    if seq_len > positions:
+    positions = positions_of(model)
+    if positions is not None and seq_len > positions:
         raise InputError(
             f"text: {type(model).__name__} has {positions} positions, got seq_len {seq_len}; "
             f"give a seq_len of at most {positions}"

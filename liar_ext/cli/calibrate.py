@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,23 +138,17 @@ def _added(paths: list[str], load: Callable[[str], MomentBank]) -> MomentBank:
 
 def check_bank_place(path: str, command: str, overwrite: bool) -> None:
     """Raise InputError unless a bank may be written to ``path``."""
-
-    def is_ours(path: Path) -> bool:
-        try:
-            read_bank(path, sums=False)
-        except InputError:
-            return False
-        return overwrite
-
-    try:
-        check_place(Path(path), command, "--out", is_ours)
-    except InputError as error:
-        if "exists and" in str(error):
-            raise InputError(
-                f"{command}: {path} exists; give another name with --out, or --overwrite, "
-                "which replaces a bank and nothing else"
-            ) from None
-        raise
+    check_place(Path(path), command, "--out", lambda _: True)
+    if not Path(path).exists():
+        return
+    with suppress(InputError):  # it is no bank
+        read_bank(path, sums=False)
+        if overwrite:
+            return
+    raise InputError(
+        f"{command}: {path} exists; give another name with --out, or --overwrite, "
+        "which replaces a bank and nothing else"
+    )
 
 
 def save_bank(bank: MomentBank, path: str, command: str, overwrite: bool) -> None:

@@ -27,7 +27,7 @@ from liar_ext.export.verify import table, verify_everywhere
 from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
 from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity, word_errors
 from liar_ext.measure.speed import Settings, benchmark
-from liar_ext.models.running import inputs_read, predicts_next_token
+from liar_ext.models.running import inputs_read, positions_of, predicts_next_token
 from liar_ext.report.reading import bench_file, read_bench, report_digest
 from liar_ext.report.report import Report, versions
 from liar_ext.report.sections import speed
@@ -284,6 +284,6 @@ def _ids(folder: str, text: str) -> Any:
         raise InputError(
             f"verify: --text is for causal language models, got {type(model).__name__}"
         )
-    length = min(SEQ_LEN, getattr(model.config, "max_position_embeddings", SEQ_LEN))
+    length = min(SEQ_LEN, positions_of(model) or SEQ_LEN)
     sequences = evaluation_sequences(documents, tokenizer, seq_len=length, samples=SAMPLES)
     return np.concatenate([batch["input_ids"].numpy() for batch in sequences.batches(1)])

@@ -29,7 +29,7 @@ from liar_ext.checkpoint.sentence import Sentence, read_inside, read_sentence
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
 from liar_ext.errors import InputError, refusing
 from liar_ext.export import Exported
-from liar_ext.models.running import draw_inputs, inputs_read, predicts_next_token
+from liar_ext.models.running import draw_inputs, inputs_read, positions_of, predicts_next_token
 
 FILE = Path("onnx", "model.onnx")
 PREPROCESSOR = PROCESSOR_FILES[0]
@@ -241,9 +241,7 @@ def sample_inputs(model: nn.Module, batch: int, tokens: int, seed: int = 0) -> d
         return draw_inputs(model, batch, tokens, generator)
     config, rows = model.config, model.get_input_embeddings().weight.shape[0]
     pad = config.pad_token_id if config.pad_token_id in range(rows) else 0
-    # RoBERTa counts positions from beyond its padding token.
-    longest = getattr(config, "max_position_embeddings", tokens + pad + 1) - pad - 1
-    tokens = max(1, min(tokens, longest))
+    tokens = max(1, min(tokens, positions_of(model) or tokens))
     ids = torch.randint(rows, (batch, tokens), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(1, batch):

@@ -29,6 +29,16 @@ def inputs_read(model: nn.Module) -> dict[str, Any]:
     return {part.input or main: block_config(part, config) for part, _ in parts_of(model, family)}
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens of text a model reads at most, None if its config names no number."""
+    config = model.config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    tables = [module for name, module in model.named_modules() if "position_emb" in name]
+    if known and any(getattr(table, "padding_idx", None) is not None for table in tables):
+        known -= config.pad_token_id + 1  # RoBERTa's and MPNet's tables begin with padding's
+    return known
+
+
 def complete_inputs(
     model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:

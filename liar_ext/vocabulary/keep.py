@@ -17,7 +17,7 @@ from torch import nn
 from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.errors import InputError
-from liar_ext.models.running import device_of, evaluating, predicts_next_token
+from liar_ext.models.running import device_of, evaluating, positions_of, predicts_next_token
 from liar_ext.progress import Bar
 from liar_ext.vocabulary.pieces import Pieces, read_pieces
 from liar_ext.vocabulary.slicing import check_rows, needed_tokens, slice_tokens, token_parameters
@@ -90,8 +90,8 @@ class Counted:
         model, found = self.model, np.zeros(len(self.counts))
         if not predicts_next_token(model) or not self.counts.any():
             return found
-        known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or START
-        how = {"seq_len": min(START, known), "samples": STARTS, "packed": False}
+        length = min(START, positions_of(model) or START)
+        how = {"seq_len": length, "samples": STARTS, "packed": False}
         texts = [each for each in self.texts if each.strip()]
         drawn, total, positions = evaluation_sequences(texts, self.tokenizer, **how), 0.0, 0
         bar = Bar(total=len(drawn), desc="tokens", disable=not self.progress)

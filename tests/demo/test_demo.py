@@ -237,3 +237,15 @@ def test_make_lets_idle_threads_wait_without_spinning(target, given, tmp_path):
         text=True,
     )
     assert done.stdout == f"policy: {given or 'passive'}\n", done.stderr
+
+
+def test_of_two_jobs_that_make_a_model_the_first_one_stays(tmp_path):
+    from assets import made_once
+
+    folder = tmp_path / "assets" / "model"
+    with made_once(folder) as late:
+        (late / "config.json").write_text("late")
+        with made_once(folder) as first:
+            (first / "config.json").write_text("first")
+    assert (folder / "config.json").read_text() == "first"
+    assert list(folder.parent.iterdir()) == [folder]
