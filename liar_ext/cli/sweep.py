@@ -23,6 +23,7 @@ from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.job.sharing import shares_budget
 from liar_ext.job.solving import sequences_to_judge
+from liar_ext.job.state import tokens_gone
 from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.progress import no_bars
@@ -68,7 +69,8 @@ def run(options: argparse.Namespace) -> None:
     texts = {"bank": given.bank, "evaluate_on": given.evaluation}
     shown = {"on_result": save if folders else None, "progress": progress}
     points = sweep(given.model, given.calibration, given.recipe, keep=keep, **texts, **shown)
-    dense = {"params": count_params(given.model), "flops": 1.0, **points[0].quality("dense")}
+    whole = count_params(given.model) + tokens_gone(given.model)
+    dense = {"params": whole, "flops": 1.0, **points[0].quality("dense")}
     rows = [point.to_dict() for point in points]
     for row in rows if folders else ():
         row["folder"] = str(folders[row["keep"]])

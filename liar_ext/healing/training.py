@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -240,8 +241,8 @@ def _with_adapters(model: nn.Module, seed: int) -> nn.Module:
             'train="no-embeddings"'
         ) from None
     config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(), warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        torch.manual_seed(seed)  # peft reads a name that transformers will drop
         return get_peft_model(model, config)
 
 

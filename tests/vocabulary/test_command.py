@@ -232,7 +232,10 @@ def test_a_budget_is_shared_where_it_counts_all_parameters(more, shared):
 def test_a_sweep_has_one_vocabulary_for_all_budgets(folder, corpus, tmp_path, capsys):
     start = ["sweep", str(folder), "--calibration", str(corpus[0]), *SHORT, *QUICK]
     start += ["--eval", str(corpus[1]), "--keep", "0.9", "0.6", "--out", str(tmp_path / "s")]
-    assert cli.main([*start, "--keep-vocab", str(KEPT)]) == 0
+    capsys.readouterr()
+    assert cli.main([*start, "--keep-vocab", str(KEPT), "--json"]) == 0
+    whole = load_model(folder)[0].num_parameters()
+    assert json.loads(capsys.readouterr().out)["dense"]["params"] == whole
     found = set()
     for keep in (0.9, 0.6):
         report = Report.load(tmp_path / "s" / f"keep-{keep}")
