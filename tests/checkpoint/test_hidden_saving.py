@@ -8,6 +8,7 @@ from pathlib import Path
 import fresh_workers
 import pytest
 import torch
+from covers import some
 from folders import equal_plan, read
 from tiny import NARROWABLE, outputs, tiny, tiny_inputs
 
@@ -110,7 +111,7 @@ def test_plain_transformers_loads_it(name, plainly):
     assert wrong[name].strip() == ""
 
 
-@pytest.mark.parametrize("name", [*NARROWABLE, "gemma2"])
+@some("name", [*NARROWABLE, "gemma2"], "llama", "gpt2", "bert", "gemma2")
 def test_sizes_that_no_config_says_load_with_the_plan(name, tmp_path):
     """An odd hidden size, which heads do not divide, and BERT with all its heads."""
     hidden = 23

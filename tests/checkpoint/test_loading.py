@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from covers import cover
+from covers import cover, some
 from folders import equal_plan, make_plan, pruned, read, tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
@@ -43,7 +43,7 @@ def test_equal_layers_load_in_plain_transformers(name: str, kinds, tmp_path: Pat
     assert torch.equal(outputs(load_pruned(folder)), outputs(model))
 
 
-@pytest.mark.parametrize("name", TINY)
+@some("name", TINY, "llama", "gpt2", "bert", "gemma3", "vit")
 def test_unequal_layers_load_by_every_loader(name: str, saved) -> None:
     """With `load_pruned`, and where the code of the folder is trusted."""
     model, plan, folder = saved(name, bias=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from calibration.test_media import write_pictures
 from command import run
+from covers import some
 from folders import zero_removed
 from seeing import SEEING, read_by, seeing_model, seeing_processor, write_examples
 from tiny import outputs
@@ -83,7 +84,7 @@ def test_a_job_is_that_of_batches_made_by_hand(name, examples, dense, tmp_path, 
         torch.testing.assert_close(outputs(whole, batch.inputs), expected)
 
 
-@pytest.mark.parametrize("name", SEEING)
+@some("name", SEEING, "llava")
 def test_a_folder_loads_and_writes(name, examples, dense, tmp_path):
     options = (*QUICK, "--uniform-layers", "--tile", 1)
     assert run("prune", dense(name), *paths(examples), *options, "--out", tmp_path / "one") == 0
@@ -100,7 +101,7 @@ def test_a_folder_loads_and_writes(name, examples, dense, tmp_path):
     assert torch.equal(outputs(again, batch.inputs), outputs(ours, batch.inputs))
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@some("name", ["llava", "gemma3"], "llava")
 def test_blocks_and_banks_give_the_same(name, examples, dense, tmp_path):
     calibration = paths(examples)[:2]
     bank = ("calibrate", dense(name), *calibration, "--samples", 8, "--self-text", 0, "--quiet")

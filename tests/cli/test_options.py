@@ -153,7 +153,7 @@ def test_every_subcommand_has_help(capsys):
     ("module", "policy", "spins"),
     [
         ("liar_ext", None, "'0'"),
-        ("liar_ext.cli", None, "'0'"),
+        pytest.param("liar_ext.cli", None, "'0'", marks=pytest.mark.exhaustive),
         ("liar_ext", "active", "'30000000000'"),
     ],
 )
@@ -212,7 +212,10 @@ def test_an_interrupt_while_modules_are_imported_shows_no_traceback(tmp_path):
     assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
-@pytest.mark.parametrize(("shell", "code"), [(">&-", 0), ("> /dev/full", 2)])
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [pytest.param(">&-", 0, marks=pytest.mark.exhaustive), ("> /dev/full", 2)],
+)
 def test_an_output_that_cannot_be_written_is_no_traceback(shell, code, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     program = (

@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from liar_ext import _C
 
+slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
@@ -93,8 +95,8 @@ def test_wide_vectors_stay_in_their_own_units():
     [
         ("auto", "/nowhere/c++", 0, "installing without the compiled extension; torch will do"),
         ("require", "/nowhere/c++", 1, "LIAR_EXTENSION=require: there is no C++ compiler"),
-        ("require", "false", 1, "LIAR_EXTENSION=require: false fails"),
-        ("off", "/nowhere/c++", 0, ""),
+        slow("require", "false", 1, "LIAR_EXTENSION=require: false fails"),
+        slow("off", "/nowhere/c++", 0, ""),
         ("yes", "c++", 1, "LIAR_EXTENSION must be auto, require or off, got 'yes'"),
     ],
 )

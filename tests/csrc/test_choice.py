@@ -11,10 +11,13 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or torch.backends.cuda.is_built(),
-    reason="the simulation wants a build of torch for the CPU, on Linux",
-)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(
+        sys.platform != "linux" or torch.backends.cuda.is_built(),
+        reason="the simulation wants a build of torch for the CPU, on Linux",
+    ),
+]
 START = """
 import simulated_gpu
 import os, time, warnings

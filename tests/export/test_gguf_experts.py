@@ -70,8 +70,9 @@ def pruned(name: str, what: str, folder: Path, **fields) -> nn.Module:
     return model
 
 
+quick, slow = pytest.param, partial(pytest.param, marks=pytest.mark.exhaustive)
 CASES = [
-    (name, what)
+    (quick if {name, what} & {"mixtral", "all"} else slow)(name, what)
     for name in SETTINGS
     for what in ("dense", "experts", "channels", "heads", "all")
     if what != "heads" or name not in ("qwen2_moe", "olmoe")

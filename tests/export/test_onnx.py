@@ -83,7 +83,7 @@ def add_modules(folder, *modules: tuple[str, str], **settings: dict) -> None:
         ("bert", make_plan, ["logits"]),
         slow("roberta", equal_plan, ["logits"]),
         slow("distilbert", make_plan, ["last_hidden_state"]),
-        ("mpnet", make_plan, ["last_hidden_state"]),
+        slow("mpnet", make_plan, ["last_hidden_state"]),
     ],
 )
 def test_outputs_are_those_of_torch_whatever_the_shape(name, plan_of, outputs, tmp_path):
@@ -106,6 +106,7 @@ def test_outputs_are_those_of_torch_whatever_the_shape(name, plan_of, outputs, t
     assert not {"liar", "auto_map", "per_layer_config"} & config.to_dict().keys()
 
 
+@pytest.mark.exhaustive
 def test_other_heads_and_images(tmp_path):
     config = tiny("bert", num_hidden_layers=1).config
     torch.manual_seed(0)

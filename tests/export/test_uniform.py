@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from covers import some
 from folders import equal_plan, make_plan, pruned
 from tiny import TINY, outputs, tiny
 
@@ -30,7 +31,10 @@ def same_outputs(a, b):
     torch.testing.assert_close(outputs(a), outputs(b), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*TINY, "phi3", "falcon_new", "stablelm", "qwen3_5_text"])
+FAMILIES = [*TINY, "phi3", "falcon_new", "stablelm", "qwen3_5_text"]
+
+
+@some("name", FAMILIES, *"llama gpt2 bert gemma3 vit phi3 falcon_new qwen3_5_text".split())
 def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
     model, plan = pruned(name, make_plan)
     again, done = exported(model, plan, tmp_path)

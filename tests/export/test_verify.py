@@ -62,6 +62,7 @@ def test_a_changed_export_and_a_missing_one_are_told(unequal: Path, saved, tmp_p
     assert "OTHER OUTPUTS" in lines[2] and "DOESN'T LOAD" in lines[3]
 
 
+@pytest.mark.exhaustive
 def test_an_encoder_and_its_graph(saved, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(saved("bert")[2], tmp_path / "model")
     (graph,) = export(tmp_path / "model", "onnx", progress=False).paths

@@ -210,6 +210,7 @@ def test_training_after_pruning_goes_on(llama_folder, corpus, tmp_path, monkeypa
     assert verify_pruned(tmp_path / "out") and not (tmp_path / "place").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_preset_best_trains_where_it_can(llama_folder, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(MINUTES, "best", 0.02)
     short = {"keep": 0.5, "samples": 16, "seq_len": 32, "self_text": 0.0, "overwrite": True}

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from covers import some
 from peft import LoraConfig, get_peft_model
 from tiny import VOCAB, batches, outputs, tiny
 from transformers import (
@@ -60,7 +61,7 @@ def load(folder, family, equal):
     return AUTO[family].from_pretrained(folder, trust_remote_code=not equal).eval()
 
 
-@pytest.mark.parametrize("saved_by", ["save_pruned", "save_pretrained"])
+@some("saved_by", ["save_pruned", "save_pretrained"], "save_pruned")
 def test_lora_is_trained_merged_saved_and_loaded(pruned, family, saved_by, tmp_path):
     model, report, equal = pruned
     before = outputs(model)

@@ -381,6 +381,7 @@ def test_a_pipeline_runs_with_the_loaded_transformer(name: str, tmp_path: Path):
     assert image(again, given).equal(after)
 
 
+@pytest.mark.exhaustive
 def test_a_pipeline_loads_without_liar_ext(tmp_path: Path):
     name = "DiTTransformer2DModel"
     model = tiny(name)

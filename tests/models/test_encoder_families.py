@@ -24,6 +24,16 @@ from liar_ext.plan import SitePlan
 from liar_ext.reconstruction.hidden_size import narrow
 
 PARTS = ("clip", "bart", "t5", "whisper")
+QUICK = (
+    *PARTS,
+    "marian",
+    "deberta-v2",
+    "dinov3_vit",
+    "electra",
+    "modernbert",
+    "albert",
+    "xlm-roberta",
+)
 
 
 def some_plans(model: nn.Module) -> list[Plan]:
@@ -111,7 +121,7 @@ def test_equal_layers_are_said_by_the_stock_config(name: str) -> None:
     assert torch.equal(outputs(model), expected)
 
 
-@pytest.mark.parametrize("name", one_of_each_kind(ENCODERS))
+@some("name", one_of_each_kind(ENCODERS), *QUICK)
 def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
     model = check_job(name, tmp_path, allocation="global", criterion="wifv")
     assert read(tmp_path / "one")["liar"]["layers"] == "unequal"

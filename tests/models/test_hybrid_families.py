@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covers import some
 from folders import check_sliced, make_plan, read
 from journeys import check_job
 from tiny import batches, outputs, tiny
@@ -104,7 +105,7 @@ def test_jobs(name: str, choices: dict, tmp_path: Path) -> None:
     assert "keep_hidden" not in choices or sites(model)[0].d_out < tiny(name).config.hidden_size
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
+@some("schedule", ["one-pass", "layerwise"], "layerwise")
 @pytest.mark.parametrize("name", DELTA)
 def test_heads_that_others_repeat_are_given_back(name: str, schedule: str) -> None:
     """The consumer is solved on the heads that stay, as that of attention."""

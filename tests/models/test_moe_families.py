@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from covers import some
 from folders import check_sliced, plan_of_experts
 from journeys import one_of_each_kind
 from tiny import MOE, batches, outputs, tiny, tiny_inputs
@@ -44,7 +45,7 @@ def test_slicing_equals_zeroing(name: str) -> None:
     check_sliced(model, plan_of_experts(model), rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("name", one_of_each_kind(MOE_FAMILIES))
+@some("name", one_of_each_kind(MOE_FAMILIES), "deepseek_v2", "granitemoe", "qwen3_next", "lfm2_moe")
 def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
     model = with_choice(name)
     report = prune(model, batches(model, 2), 0.6, allocation="global", criterion="wifv", tile=1)
@@ -68,7 +69,7 @@ def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(ids, **settings), model.generate(ids, **settings))
 
 
-@pytest.mark.parametrize("name", MOE_FAMILIES)
+@some("name", MOE_FAMILIES, "deepseek_v3", "ernie4_5_moe", "granitemoe", "qwen3_next")
 def test_experts_and_channels_leave_and_the_stock_class_loads_it(name: str, tmp_path: Path) -> None:
     model = with_choice(name)
     even = {**QUICK, "uniform_layers": True, "kinds": ("mlp",), "schedule": "one-pass"}

@@ -5,6 +5,7 @@ import sys
 from textwrap import dedent
 
 import pytest
+from covers import some
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -18,7 +19,7 @@ def child(code):
 
 
 @LINUX
-@pytest.mark.parametrize("threads", [1, 2])
+@some("threads", [1, 2], 2)
 def test_a_task_without_memory_is_an_error(threads):
     """Two sites are solved on two threads; what one of them throws must come out."""
     said, after = child(f"""

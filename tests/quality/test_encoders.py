@@ -56,6 +56,7 @@ def run(data, monkeypatch):
     return run
 
 
+@pytest.mark.exhaustive
 def test_every_task_has_its_rows_and_a_second_run_makes_what_is_missing(run, tmp_path):
     rows = run(tmp_path, "--seeds", "0", "--keep-hidden", "0.5")
     judged = {(row["task"], row["calibration"]) for row in rows if row["method"] == "auto"}

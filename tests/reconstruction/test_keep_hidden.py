@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import some
 from test_narrowing import narrowed
 from tiny import batches, outputs, tiny
 
@@ -29,7 +30,7 @@ def test_fractions_that_leave_nothing_or_make_no_sense(keep):
         prune(tiny("llama"), iter(()), keep_hidden=keep)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@some("name", ["llama", "bert"], "llama")
 @pytest.mark.parametrize(
     "settings",
     [

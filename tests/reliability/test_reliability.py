@@ -17,6 +17,7 @@ SEED = 7
 
 # Those that start processes, or try whole folders, take many seconds.
 LONG = ("tampered folders", "files of strangers", "ranks that are stopped")
+LONG += ("kills in the save phase", "jobs that are stopped")
 
 
 CHECKS = {check.TITLE: check for check in load_checks()}
@@ -74,6 +75,7 @@ def test_code_of_a_folder_would_be_seen(monkeypatch) -> None:
     assert {bad["verdict"] for bad in row["bad"]} >= {"code run"}
 
 
+@pytest.mark.exhaustive
 def test_an_unlocked_moment_would_be_seen(monkeypatch) -> None:
     """Writing in place, as an ordinary save does, loses data when it is killed."""
     import shutil

@@ -140,6 +140,7 @@ def test_a_config_without_a_class_is_refused():
         suggest_family(OddConfig())
 
 
+@pytest.mark.exhaustive
 def test_a_config_with_an_infinite_number_is_read(tmp_path):
     Mamba2Config(
         **{"num_heads": 8, "head_dim": 16, "hidden_size": 64, "num_hidden_layers": 2},

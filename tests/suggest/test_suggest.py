@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import some
 from folders import equal_plan
 from suggest.odd import OddConfig, OddModel
 from tiny import TINY, outputs, tiny
@@ -32,7 +33,7 @@ def table():
     assert FAMILIES == before
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@some("name", KNOWN, "llama", "gpt2", "vit")
 def test_a_family_of_the_table_is_found_anew(name, monkeypatch):
     row = FAMILIES[name]
     config = tiny(name).config if name in TINY else AutoConfig.for_model(name)

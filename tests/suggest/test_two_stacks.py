@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import some
 from suggest import odd
 from suggest.odd import DuetConfig, DuetModel
 from tiny import outputs
@@ -36,7 +37,7 @@ def table(monkeypatch):
     assert FAMILIES == before
 
 
-@pytest.mark.parametrize("name", ["bart", "t5"])
+@some("name", ["bart", "t5"])
 def test_a_family_of_the_table_is_found_anew(name, table):
     """T5 makes a bias of relative positions from a table in the first block alone."""
     found = suggest_family(AutoConfig.for_model(name))

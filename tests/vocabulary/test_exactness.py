@@ -25,7 +25,7 @@ def cut(facts: dict, kept: set[int]) -> tuple[dict[int, int], dict]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(data=st.data())
 def test_covered_text_is_read_as_before(kind, data):
     facts = data.draw(tokenizers(kind))
