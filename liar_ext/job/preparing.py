@@ -125,7 +125,8 @@ def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
     if bank.text is None and needed:
         raise InputError(
             f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
-            "none; calibrate with the text kept, or use the preset fast"
+            "none; calibrate without --no-text, or use the preset fast without "
+            f"{needed[0].split()[0]}"
         )
     if not needed:
         return bank.text
