@@ -113,9 +113,12 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        how = "convert it first, e.g. iconv -f latin1 -t utf-8"
+        if b"\0" in error.object:  # any bytes are text in latin1
+            how = "it is binary or UTF-16: unpack or convert it first"
         raise InputError(
             f"text: {path} must be UTF-8, got byte {error.object[error.start]:#04x} at position "
-            f"{error.start}; convert it first, e.g. iconv -f latin1 -t utf-8"
+            f"{error.start}; {how}"
         ) from None
 
 

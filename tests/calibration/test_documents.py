@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -62,7 +63,9 @@ def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "holds no text"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "must be UTF-8, got byte 0xe9 at position 3"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "UTF-8, got byte 0xe9 at position 3; convert"),
+        ("text.txt.gz", gzip.compress(b"text"), "must be UTF-8, .*; it is binary"),
+        ("wide.txt", "text".encode("utf-16"), "must be UTF-8, .* it is binary or UTF-16"),
         ("rows.jsonl", b'{"body": "x"}', 'line 1 must be a JSON object with a field "text"'),
         ("rows.jsonl", b'{"text": "x"}\nnot json', "line 2 is no JSON"),
     ],
