@@ -12,6 +12,8 @@ from typing import Any
 from liar_ext.errors import InputError
 
 JSON_LINES = (".jsonl", ".ndjson")
+TABLES = (".json", ".csv", ".tsv")  # read as they are
+SUFFIXES = (".txt", *JSON_LINES, *TABLES)  # of files, not of datasets
 # Of a dataset, characters that are read: some 16 million tokens, and seconds to read them.
 MOST_OF_A_DATASET = 1 << 26
 # Headings and boilerplate of fewer characters stand in many texts and prove nothing.
@@ -49,7 +51,12 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
         documents = Documents(text for file in files for text in _read_file(file))
     elif path.exists():
         documents = Documents(_read_file(path))
-    elif path.is_absolute() or source.startswith(".") or path.suffix in (".txt", *JSON_LINES):
+        if path.suffix.lower() in TABLES:
+            documents.notes.append(
+                f"{source} was read as plain text, with its field names and quotes: write "
+                '{"text": "..."} on each line of a .jsonl file.'
+            )
+    elif path.is_absolute() or source.startswith(".") or path.suffix.lower() in SUFFIXES:
         raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
     else:
         documents = _of_rows(rows_of_dataset(source), source)
@@ -124,7 +131,7 @@ def read_text(path: Path) -> str:
 
 def _read_file(path: Path) -> list[str]:
     text = read_text(path)
-    if path.suffix not in JSON_LINES:
+    if path.suffix.lower() not in JSON_LINES:
         return [text]
     # str.splitlines breaks at U+2028 and U+0085, too, which a JSON string may hold.
     lines = enumerate(text.split("\n"), start=1)

@@ -87,6 +87,15 @@ def test_json_lines_survive_unicode(tmp_path):
     assert texts.read_documents(str(path)) == ["ünïcode 文"]
 
 
+def test_a_suffix_in_capitals_and_tables(tmp_path):
+    row = '{"text": "a"}\n'
+    (tmp_path / "a.JSONL").write_text(row)
+    assert texts.read_documents(tmp_path / "a.JSONL") == ["a"]
+    (tmp_path / "a.json").write_text(row)
+    read = texts.read_documents(tmp_path / "a.json")
+    assert read == [row] and "a.json was read as plain text" in read.notes[0]
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
 def test_json_lines_end_at_line_feeds_only(tmp_path, separator):
     rows = [f"a{separator}b", "c"]
