@@ -308,9 +308,11 @@ def _take_evenly(queues: list[list[list[int]]], tokens: int) -> list[tuple[list[
 def _check_filled(drawn: Sequence[Sequence], sources: Sequence[Sequence[str]], text: Text) -> None:
     if all(drawn[:FOLDS]) and all(len(part) >= FOLDS for part in drawn[FOLDS:]):
         return
-    characters = sum(len(each) for documents in sources for each in documents)
+    sizes = [len(each) for documents in sources for each in documents]
     parts = " and for ".join([f"{FOLDS} folds", *text.apart])
+    alone = ", as each goes to one part alone" if len(sizes) > 1 else ""
     raise InputError(
-        f"calibration: the text is too short: {characters} characters do not fill one sequence "
-        f"of {text.seq_len} tokens in each of {parts}; give more text or a smaller seq_len"
+        f"calibration: the text is too short: {sum(sizes)} characters in {len(sizes)} document(s) "
+        f"do not fill one sequence of {text.seq_len} tokens in each of {parts}{alone}; give more "
+        "text or a smaller seq_len"
     )

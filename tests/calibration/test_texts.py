@@ -243,6 +243,11 @@ def test_sequences_of_like_length_share_a_batch_without_more_padding_than_they_n
     assert torch.equal(rows, full.input_ids)
 
 
+def test_a_short_document_beside_a_long_one_is_a_part_alone(tokenizer):
+    with pytest.raises(InputError, match=r"in 2 document\(s\) .*, as each goes to one part alone"):
+        draw([["ab " * 4000, "short"]], tokenizer, samples=4, seq_len=64)
+
+
 @pytest.mark.parametrize("documents", [["abc"], ["abc", "def"]])
 def test_too_short_to_calibrate(tokenizer, documents):
     with pytest.raises(InputError, match="too short: .* give more text or a smaller seq_len"):
