@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 
 JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (".json", ".csv", ".tsv")  # read as they are
@@ -209,6 +209,7 @@ def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: r
             "pip install datasets, or give a text file"
         ) from None
     name, config, split = (*source.split(":"), "", "")[:3]
+    _reach_hub(name)
     failure = None
     for streaming in (True, False):
         try:
@@ -220,3 +221,24 @@ def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: r
             continue
         return iter(()) if first is None else iter(rows)
     raise InputError(f"text: neither a file nor a dataset: {source} ({failure})") from failure
+
+
+def _reach_hub(name: str) -> None:
+    """Raise InputError unless there is a local copy of a dataset, or the hub answers.
+
+    It is asked once: the library asks twelve times, which takes 47 seconds without a network.
+    """
+    from datasets import config
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if not Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
+            get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"))
+    except (HfHubHTTPError, HFValidationError):
+        return  # of which a download says more
+    except Exception as error:  # of httpx, or of requests
+        raise InputError(
+            f"text: there is no file {name} here; the hub can't be reached for a dataset: "
+            f"{one_line(error, 160)}"
+        ) from error

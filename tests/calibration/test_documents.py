@@ -59,6 +59,22 @@ def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
         texts.read_documents("no_such_dataset")
 
 
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    """A download would ask twelve times, with waits."""
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(url):
+        asked.append(url)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    with pytest.raises(InputError, match="no file texts here; the hub can't be reached"):
+        texts.read_documents("texts")
+    assert len(asked) == 1 and asked[0].endswith("/datasets/texts/resolve/main/README.md")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
