@@ -91,7 +91,7 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     report |= {"uniform": {"source": folder.name, "params": counts}}
     report |= {"loading": how_to_load(padded, wide)}
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
-    return Exported("uniform", (out,), _notes(folder.name, plan, wide, counts, difference))
+    return Exported("uniform", (out,), _notes(folder, plan, wide, counts, difference))
 
 
 def _rounds(plan: Plan, whole: nn.Module, found: list[Site]) -> tuple[Plan, Plan]:
@@ -212,7 +212,7 @@ def _difference(model: nn.Module, padded: nn.Module) -> float:
 
 
 def _notes(
-    folder: str, plan: Plan, wide: Plan, counts: dict[str, int], difference: float
+    folder: Path, plan: Plan, wide: Plan, counts: dict[str, int], difference: float
 ) -> tuple[str, ...]:
     sizes = []
     for kind in ("attn", "mlp"):

@@ -41,6 +41,7 @@ def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
         sizes = {(site.wiring.consumer, site.d_in) for site in sites(again, (kind,))}
         assert len(sizes) == len({consumer for consumer, _ in sizes})
     assert "+" in done.notes[1] and "padded with zeros" in done.notes[0]
+    assert f"--recipe {tmp_path / 'model/liar/recipe.yaml'} --uniform" in done.notes[1]
 
 
 def test_whole_blocks_may_be_gone(tmp_path):
