@@ -121,6 +121,11 @@ def calibration_sequences(
     InputError
         If a number is out of range, or a part gets no sequence.
     """
+    if any(isinstance(documents, str) for documents in sources):
+        raise InputError(
+            "calibration: a source is a list of documents, got text; give a list of sources, such "
+            "as [documents]"
+        )
     text = replace(text or Text(), **choices)
     shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
     prefix = document_prefix(tokenizer) if text.packed else []
