@@ -14,6 +14,7 @@ from liar_ext.errors import InputError, one_line
 JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (".json", ".csv", ".tsv")  # read as they are
 SUFFIXES = (".txt", *JSON_LINES, *TABLES)  # of files, not of datasets
+LONGEST = 255  # name of a file
 # Of a dataset, characters that are read: some 16 million tokens, and seconds to read them.
 MOST_OF_A_DATASET = 1 << 26
 # Headings and boilerplate of fewer characters stand in many texts and prove nothing.
@@ -46,6 +47,11 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
         documents, source = _of_rows(iter(source), "given"), "the dataset given"
     elif not source.strip():
         raise InputError("text: the source is empty; give a text file, a folder or a dataset")
+    elif max(map(len, source.split("/"))) > LONGEST:
+        raise InputError(
+            "text: a source is the name of a file, a folder or a dataset, got text of "
+            f"{len(source):,} characters; write texts to a file"
+        )
     elif (path := Path(source)).is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         documents = Documents(text for file in files for text in _read_file(file))

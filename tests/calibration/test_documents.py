@@ -92,6 +92,11 @@ def test_unusable_files(tmp_path, name, content, message):
         texts.read_documents(str(tmp_path / name))
 
 
+def test_a_text_is_no_name_of_a_file():
+    with pytest.raises(InputError, match="got text of 2,000 characters; write texts to a file"):
+        texts.read_documents("some text " * 200)
+
+
 def test_missing_file():
     with pytest.raises(InputError, match="does not exist"):
         texts.read_documents("/nowhere/text.txt")
