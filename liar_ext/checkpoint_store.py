@@ -88,7 +88,8 @@ class Checkpoint(AbstractContextManager):
         if before and before.get("version") != VERSION:
             raise of_other_version(self.folder)
         resume = f"liar resume {self.folder} goes on with it"
-        again = resume if "command" in before else "start the job as it was"
+        # Where the options are the same, the model or a text has changed.
+        again = resume if "command" in job else "start the job as it was"
         for name, value in job.items():
             if before.get(name, value) != value:
                 raise InputError(

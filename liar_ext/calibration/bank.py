@@ -194,7 +194,7 @@ def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(
             f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
-            "--calibration TEXT --bank FILE makes one"
+            "--calibration TEXT --out FILE makes one"
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):

@@ -92,11 +92,22 @@ def read_batches(batches: Batches) -> Iterator[Batch]:
     ``attention_mask`` ``(batch, tokens)`` is zero where a token is padding; ``fold``, ``source``
     and ``weight`` ``(batch,)`` are as in :class:`Batch`. Anything else raises InputError.
     """
+    check_batches(batches)
     sequences = 0
     for batch in batches:
         read = read_batch(batch, sequences)
         sequences += len(read)
         yield read
+
+
+def check_batches(batches: object) -> None:
+    """Raise InputError for a lone tensor, and for what can't be gone through."""
+    listed = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, Tensor) or not listed:
+        raise InputError(
+            f"batches: must be a list of batches, got {type(batches).__name__}; put a batch into a "
+            "list, or call batches() of calibration sequences"
+        )
 
 
 def completed(model: nn.Module, batch: Batch) -> Batch:
@@ -124,6 +135,12 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
                 "batches: a batch is input_ids, or a mapping of names to tensors of one row per "
                 f"sequence, got {name} of type {type(value).__name__}"
             )
+    ids = inputs.get("input_ids")
+    if ids is not None and (ids.is_floating_point() or ids.dim() != 2 or not ids.numel()):
+        raise InputError(
+            "batches: input_ids must be whole numbers of shape (sequences, tokens), got "
+            f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
+        )
     fold, source, weight = (inputs.pop(name, None) for name in FACTS)
     labels = {name: inputs.pop(name) for name in LABELS if name in inputs}
     first = next((value for name, value in inputs.items() if name not in WHOLE), None)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from liar_ext import distributed
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.bank_source import Seen, fingerprint_of
-from liar_ext.calibration.batches import FOLDS, Batch, Batches, completed, read_batches
+from liar_ext.calibration.batches import (
+    FOLDS,
+    Batch,
+    Batches,
+    check_batches,
+    completed,
+    read_batches,
+)
 from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
 from liar_ext.calibration.saved_sums import SavedSums, group_sites, room_for_sums
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
@@ -77,6 +84,7 @@ def calibrate(
         If a weight or a sum is not finite, a batch holds only padding, or a fold gets no token;
         an expert may get none. If the checkpoint is of something else.
     """
+    check_batches(batches)
     check_finite_weights(model)
     at = at if at is not None else sites(model)
     with opened(checkpoint) as room:

@@ -9,9 +9,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 
 JSON_LINES = (".jsonl", ".ndjson")
+TABLES = (".json", ".csv", ".tsv")  # read as they are
+SUFFIXES = (".txt", *JSON_LINES, *TABLES)  # of files, not of datasets
+LONGEST = 255  # name of a file
 # Of a dataset, characters that are read: some 16 million tokens, and seconds to read them.
 MOST_OF_A_DATASET = 1 << 26
 # Headings and boilerplate of fewer characters stand in many texts and prove nothing.
@@ -44,12 +47,22 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
         documents, source = _of_rows(iter(source), "given"), "the dataset given"
     elif not source.strip():
         raise InputError("text: the source is empty; give a text file, a folder or a dataset")
+    elif max(map(len, source.split("/"))) > LONGEST:
+        raise InputError(
+            "text: a source is the name of a file, a folder or a dataset, got text of "
+            f"{len(source):,} characters; write texts to a file"
+        )
     elif (path := Path(source)).is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         documents = Documents(text for file in files for text in _read_file(file))
     elif path.exists():
         documents = Documents(_read_file(path))
-    elif path.is_absolute() or source.startswith(".") or path.suffix in (".txt", *JSON_LINES):
+        if path.suffix.lower() in TABLES:
+            documents.notes.append(
+                f"{source} was read as plain text, with its field names and quotes: write "
+                '{"text": "..."} on each line of a .jsonl file.'
+            )
+    elif path.is_absolute() or source.startswith(".") or path.suffix.lower() in SUFFIXES:
         raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
     else:
         documents = _of_rows(rows_of_dataset(source), source)
@@ -113,15 +126,18 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        how = "convert it first, e.g. iconv -f latin1 -t utf-8"
+        if b"\0" in error.object:  # any bytes are text in latin1
+            how = "it is binary or UTF-16: unpack or convert it first"
         raise InputError(
             f"text: {path} must be UTF-8, got byte {error.object[error.start]:#04x} at position "
-            f"{error.start}; convert it first, e.g. iconv -f latin1 -t utf-8"
+            f"{error.start}; {how}"
         ) from None
 
 
 def _read_file(path: Path) -> list[str]:
     text = read_text(path)
-    if path.suffix not in JSON_LINES:
+    if path.suffix.lower() not in JSON_LINES:
         return [text]
     # str.splitlines breaks at U+2028 and U+0085, too, which a JSON string may hold.
     lines = enumerate(text.split("\n"), start=1)
@@ -199,6 +215,7 @@ def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: r
             "pip install datasets, or give a text file"
         ) from None
     name, config, split = (*source.split(":"), "", "")[:3]
+    _reach_hub(name)
     failure = None
     for streaming in (True, False):
         try:
@@ -210,3 +227,24 @@ def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: r
             continue
         return iter(()) if first is None else iter(rows)
     raise InputError(f"text: neither a file nor a dataset: {source} ({failure})") from failure
+
+
+def _reach_hub(name: str) -> None:
+    """Raise InputError unless there is a local copy of a dataset, or the hub answers.
+
+    It is asked once: the library asks twelve times, which takes 47 seconds without a network.
+    """
+    from datasets import config
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if not Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
+            get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"))
+    except (HfHubHTTPError, HFValidationError):
+        return  # of which a download says more
+    except Exception as error:  # of httpx, or of requests
+        raise InputError(
+            f"text: there is no file {name} here; the hub can't be reached for a dataset: "
+            f"{one_line(error, 160)}"
+        ) from error

@@ -68,7 +68,7 @@ def holds_images(source: str) -> bool:
     try:
         if path.is_dir():
             return any(each.suffix.lower() in SUFFIXES[IMAGES] for each in path.rglob("*"))
-        if path.suffix in JSON_LINES:
+        if path.suffix.lower() in JSON_LINES:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
             # To look for the key before parsing is faster for long texts.
             some = (line for line in lines if any(f'"{key}"' in line for key in KEYS))
@@ -102,7 +102,7 @@ def read_examples(source: str | os.PathLike[str]) -> Files:
     """
     source = os.fspath(source)
     path, notes = Path(source), []
-    if path.suffix in JSON_LINES and path.is_file():
+    if path.suffix.lower() in JSON_LINES and path.is_file():
         found = enumerate(read_text(path).split("\n"), start=1)
         lines = [(f"{path} line {number}", line) for number, line in found if line.strip()]
         if len(lines) > MOST_FILES:

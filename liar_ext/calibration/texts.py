@@ -122,6 +122,11 @@ def calibration_sequences(
     InputError
         If a number is out of range, or a part gets no sequence.
     """
+    if any(isinstance(documents, str) for documents in sources):
+        raise InputError(
+            "calibration: a source is a list of documents, got text; give a list of sources, such "
+            "as [documents]"
+        )
     text = replace(text or Text(), **choices)
     shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
     prefix = document_prefix(tokenizer) if text.packed else []
@@ -303,9 +308,11 @@ def _take_evenly(queues: list[list[list[int]]], tokens: int) -> list[tuple[list[
 def _check_filled(drawn: Sequence[Sequence], sources: Sequence[Sequence[str]], text: Text) -> None:
     if all(drawn[:FOLDS]) and all(len(part) >= FOLDS for part in drawn[FOLDS:]):
         return
-    characters = sum(len(each) for documents in sources for each in documents)
+    sizes = [len(each) for documents in sources for each in documents]
     parts = " and for ".join([f"{FOLDS} folds", *text.apart])
+    alone = ", as each goes to one part alone" if len(sizes) > 1 else ""
     raise InputError(
-        f"calibration: the text is too short: {characters} characters do not fill one sequence "
-        f"of {text.seq_len} tokens in each of {parts}; give more text or a smaller seq_len"
+        f"calibration: the text is too short: {sum(sizes)} characters in {len(sizes)} document(s) "
+        f"do not fill one sequence of {text.seq_len} tokens in each of {parts}{alone}; give more "
+        "text or a smaller seq_len"
     )

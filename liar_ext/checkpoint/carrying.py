@@ -24,6 +24,7 @@ from liar_ext.progress import quiet
 from liar_ext.untrusted import UNREADABLE, listing, mapping, read_object, read_value
 
 MODULES_FILE = "modules.json"
+DIMENSIONS = ("word_embedding_dimension", "embedding_dimension")  # of pooling, old and new
 MOST = 64 << 20  # bytes of one file; vocabularies have some millions
 WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
@@ -155,10 +156,10 @@ def _fit_modules(folder: Path, hidden: int) -> list[str]:
         except UNREADABLE:
             said.append(f"{path.parent.name}/{path.name} can't be read and was copied as it is.")
     for path, fields in configs.items():
-        if fields.get("word_embedding_dimension", hidden) != hidden:
+        wrong = {name: hidden for name in DIMENSIONS if fields.get(name, hidden) != hidden}
+        if wrong:
             narrowed = True
-            fields["word_embedding_dimension"] = hidden
-            path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(fields | wrong, indent=2) + "\n", encoding="utf-8")
     for path, fields in configs.items():
         if narrowed and "in_features" in fields:
             said.append(

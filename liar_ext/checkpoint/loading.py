@@ -265,6 +265,8 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
         given = {"config": model.config, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(name, **given)
         special = set(tokenizer.all_special_tokens)  # which may have come later
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special |= {token.content for token in added if token.special}
         known = tokenizer.get_vocab().items()
         largest = max((index for token, index in known if token not in special), default=-1)
     rows = known_tokens(model, inputs_read(model)["input_ids"])

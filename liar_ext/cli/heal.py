@@ -143,7 +143,12 @@ def _exports(folder: str, in_place: bool) -> list[str]:
 
 def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
     """Return the dense model and its tokenizer, with the tokens that the pruned folder has."""
-    model, tokenizer = load_with_tokenizer(name, dtype, device)
+    if os.path.realpath(name) == os.path.realpath(folder):
+        raise InputError(f"heal: {name} is the folder to train, and no dense model; {TEACHER}")
+    try:
+        model, tokenizer = load_with_tokenizer(name, dtype, device)
+    except InputError as error:
+        raise InputError(f"{error}; {TEACHER}") from error
     kept = kept_tokens(folder, "heal")
     if kept is not None:
         try:

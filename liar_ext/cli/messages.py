@@ -78,6 +78,8 @@ def shown(progress: bool, quiet: bool) -> Iterator[None]:
         with warnings.catch_warnings():
             if quiet:
                 warnings.simplefilter("ignore", UserWarning)
+            else:  # a line for the user, also under python -W error
+                warnings.filterwarnings("default", category=UserWarning, module="liar_ext")
             other = warnings.showwarning
 
             def show(message: Warning | str, category: type[Warning], *where: Any) -> None:

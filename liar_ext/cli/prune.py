@@ -90,7 +90,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         check_resumable(recipe)
     check_apart(options)
     asked = options.heal is not None
-    _settle_healing(options)
+    _settle_healing(recipe.model, options)
     if getattr(options, "dry_run", False):
         lines = _sketched(_loaded(recipe, options, sketch=True), options)
         lines += [f"training: {options.heal:g} minutes"] * bool(options.heal)
@@ -153,16 +153,20 @@ def _pruned(
             return prune_folder(given.store, job, options.out, **how, annotate=annotate), early
 
 
-def _settle_healing(options: argparse.Namespace) -> None:
+def _settle_healing(model: str, options: argparse.Namespace) -> None:
     """Settle how long the result is trained; refuse it where that needs what the job spares."""
     why = "--max-memory prunes a model that memory has no room for" if options.max_memory else ""
+    if options.out and os.path.realpath(options.out) == os.path.realpath(model):
+        why = "--out replaces the dense one that it learns from"
     why = "--bank brings no text for it to read" if options.bank else why
     if options.heal is None:
         options.heal = 0.0 if why else MINUTES.get(getattr(options, "preset", ""), 0.0)
     elif not 0 <= options.heal < math.inf:
         raise InputError(f"prune: heal must be a number of minutes, got {options.heal}")
     elif options.heal and why:
-        raise InputError(f"prune: --heal trains the whole model, and {why}; leave one out")
+        raise InputError(
+            f"prune: --heal trains the whole model, and {why}; leave one out, or change it"
+        )
 
 
 def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -> Given:

@@ -27,7 +27,7 @@ from liar_ext.models.configs import skeleton
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import draw_inputs
-from liar_ext.models.sites import sites
+from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan, unit_rows
 from liar_ext.plan import Plan, SitePlan, kind_of
 
@@ -76,20 +76,43 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     config = dense_config(model.config)
     hidden, blocks = plan.hidden, plan.blocks
     plan = replace(plan, blocks=None)  # as the config says
-    if hidden is not None and hidden_of(skeleton(type(model), config)).size != hidden.units:
+    whole = skeleton(type(model), config)
+    if hidden is not None and hidden_of(whole).size != hidden.units:
         plan = replace(plan, hidden=None)  # the config says the smaller hidden size
+    before, plan = _rounds(plan, whole, found)
     wide = _widest(model, config, plan, multiple_of)
     padded = type(model)(copy.deepcopy(config)).to(model.dtype).eval()
     apply_plan(padded, wide)
     _fill(padded, model, plan, wide)
     difference = _difference(model, padded)
-    wide = replace(wide, hidden=hidden, blocks=blocks)
+    wide = replace(wide.after(before), hidden=hidden, blocks=blocks)
     counts = {"before": count_params(model), "after": count_params(padded)}
     report = read_json(folder / REPORT_JSON, "export") if (folder / REPORT_JSON).is_file() else {}
     report |= {"uniform": {"source": folder.name, "params": counts}}
     report |= {"loading": how_to_load(padded, wide)}
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
-    return Exported("uniform", (out,), _notes(folder.name, plan, wide, counts, difference))
+    return Exported("uniform", (out,), _notes(folder, plan, wide, counts, difference))
+
+
+def _rounds(plan: Plan, whole: nn.Module, found: list[Site]) -> tuple[Plan, Plan]:
+    """Return a plan for the dense model that leaves a config's model, and the plan for that one.
+
+    Together they keep what ``plan`` keeps. A config has fewer units than the dense model if an
+    earlier job left equal layers.
+    """
+    before, after = {}, {}
+    for ours, theirs in zip(found, sites(whole, attn_unit=plan.attn_unit), strict=True):
+        if ours.name in plan.sites:
+            site, size = plan.sites[ours.name], theirs.units
+            if ours.width != theirs.width or not ours.units <= size <= site.units:
+                raise InputError(
+                    f"export: --to uniform: no config of {plan.model_type} says equal layers that "
+                    f"are as wide in {ours.kind}; prune with --uniform-layers"
+                )
+            before[ours.name] = _widened(site, size, ours.groups)
+            kept = (i for i, unit in enumerate(before[ours.name].kept) if unit in site.kept)
+            after[ours.name] = SitePlan(size, tuple(kept), site.bias)
+    return Plan(plan.model_type, plan.attn_unit, before), replace(plan, sites=after)
 
 
 def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan:
@@ -189,7 +212,7 @@ def _difference(model: nn.Module, padded: nn.Module) -> float:
 
 
 def _notes(
-    folder: str, plan: Plan, wide: Plan, counts: dict[str, int], difference: float
+    folder: Path, plan: Plan, wide: Plan, counts: dict[str, int], difference: float
 ) -> tuple[str, ...]:
     sizes = []
     for kind in ("attn", "mlp"):

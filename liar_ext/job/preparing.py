@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
-from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.batches import Batches, check_batches, read_batches
 from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.saved_sums import room_for_sums
@@ -47,6 +47,12 @@ def prepare(job: Job) -> Job:
 
     InputError is raised for whatever can't work.
     """
+    if job.batches is not None:
+        check_batches(job.batches)
+    if hasattr(job.model, "_orig_mod"):
+        raise InputError(
+            "prune: the model is compiled; give model._orig_mod, and compile what comes out"
+        )
     model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
     job = replace(job, asked=job.recipe, recipe=job.recipe.settled())
     job = replace(job, known=job.known or Known.of_bank(job.bank))
@@ -125,7 +131,8 @@ def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
     if bank.text is None and needed:
         raise InputError(
             f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
-            "none; calibrate with the text kept, or use the preset fast"
+            "none; calibrate without --no-text, or use the preset fast without "
+            f"{needed[0].split()[0]}"
         )
     if not needed:
         return bank.text

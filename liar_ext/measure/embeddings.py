@@ -293,7 +293,7 @@ def read_pairs(path: str) -> Pairs:
     place = Path(path)
     if not place.is_file():
         raise InputError(f"pairs: {path} is no file; give one with two texts in each line")
-    read = _of_json if place.suffix in JSON_LINES else _of_columns
+    read = _of_json if place.suffix.lower() in JSON_LINES else _of_columns
     rows = []
     for number, line in enumerate(read_text(place).split("\n"), start=1):
         where = f"{path} line {number}"

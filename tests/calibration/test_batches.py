@@ -4,9 +4,12 @@ import pytest
 import torch
 from tiny import tiny, tiny_inputs
 
-from liar_ext import Budget, InputError, calibrate, reconstruct_layerwise, score, sites
+from liar_ext import Budget, InputError, calibrate, prune, reconstruct_layerwise, score, sites
 from liar_ext.calibration.batches import Batch, probe_batches, read_batch, read_batches
+from liar_ext.calibration.folds import Sequences
 from liar_ext.selection.allocation import allocate
+
+IDS = torch.ones(2, 3).long()
 
 
 def test_every_form_of_a_batch_is_read_alike():
@@ -27,6 +30,28 @@ def test_every_form_of_a_batch_is_read_alike():
     assert next(read_batches([bare])) is bare
 
 
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        (torch.arange(12).view(3, 4), "must be a list of batches, got Tensor"),
+        (Sequences({"input_ids": torch.zeros(4, 8).long()}, torch.arange(4) % 2), "got Sequences"),
+        ([torch.zeros(3, 4)], r"whole numbers .* got float32 of shape \(3, 4\)"),
+        ([torch.arange(4)], r"got int64 of shape \(4,\)"),
+        ([torch.zeros(3, 0).long()], r"of shape \(3, 0\)"),
+    ],
+)
+def test_what_are_no_batches(batches, said):
+    for use in (prune, calibrate):
+        with pytest.raises(InputError, match=f"batches: .*{said}"):
+            use(tiny("llama"), batches)
+
+
+def test_a_compiled_model_is_refused_before_it_is_pruned():
+    model = tiny("llama")
+    with pytest.raises(InputError, match="the model is compiled; give model._orig_mod"):
+        prune(torch.compile(model, backend="eager"), [tiny_inputs(model)], keep=0.5)
+
+
 def test_folds_and_padding_are_those_of_the_batch():
     ids = torch.arange(12).view(3, 4)
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]])
@@ -45,9 +70,9 @@ def test_folds_and_padding_are_those_of_the_batch():
         ({"input_ids": [[1, 2]]}, "got input_ids of type list"),
         ([1, 2], "got input_ids of type list"),
         ({"fold": torch.zeros(2)}, "holds no input of the model"),
-        ({"input_ids": torch.ones(2, 3), "fold": torch.tensor([0, 2])}, r"fold must be 0 or 1"),
-        ({"input_ids": torch.ones(2, 3), "fold": torch.tensor([0])}, r"each of 2 .* got \[0\]"),
-        ({"input_ids": torch.ones(2, 3), "fold": torch.tensor([0.5, 1])}, "fold must be 0 or 1"),
+        ({"input_ids": IDS, "fold": torch.tensor([0, 2])}, r"fold must be 0 or 1"),
+        ({"input_ids": IDS, "fold": torch.tensor([0])}, r"each of 2 .* got \[0\]"),
+        ({"input_ids": IDS, "fold": torch.tensor([0.5, 1])}, "fold must be 0 or 1"),
     ],
 )
 def test_anything_else_is_no_batch(batch, message):
@@ -93,4 +118,4 @@ def test_every_source_is_probed():
 
 def test_a_source_is_a_whole_number_for_each_sequence():
     with pytest.raises(InputError, match="source must be a whole number for each of 2"):
-        read_batch({"input_ids": torch.ones(2, 3), "source": torch.tensor([0.5, 1])})
+        read_batch({"input_ids": IDS, "source": torch.tensor([0.5, 1])})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -58,11 +59,29 @@ def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
         texts.read_documents("no_such_dataset")
 
 
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    """A download would ask twelve times, with waits."""
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(url):
+        asked.append(url)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    with pytest.raises(InputError, match="no file texts here; the hub can't be reached"):
+        texts.read_documents("texts")
+    assert len(asked) == 1 and asked[0].endswith("/datasets/texts/resolve/main/README.md")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "holds no text"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "must be UTF-8, got byte 0xe9 at position 3"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "UTF-8, got byte 0xe9 at position 3; convert"),
+        ("text.txt.gz", gzip.compress(b"text"), "must be UTF-8, .*; it is binary"),
+        ("wide.txt", "text".encode("utf-16"), "must be UTF-8, .* it is binary or UTF-16"),
         ("rows.jsonl", b'{"body": "x"}', 'line 1 must be a JSON object with a field "text"'),
         ("rows.jsonl", b'{"text": "x"}\nnot json', "line 2 is no JSON"),
     ],
@@ -71,6 +90,11 @@ def test_unusable_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         texts.read_documents(str(tmp_path / name))
+
+
+def test_a_text_is_no_name_of_a_file():
+    with pytest.raises(InputError, match="got text of 2,000 characters; write texts to a file"):
+        texts.read_documents("some text " * 200)
 
 
 def test_missing_file():
@@ -82,6 +106,15 @@ def test_json_lines_survive_unicode(tmp_path):
     path = tmp_path / "u.jsonl"
     path.write_text(json.dumps({"text": "ünïcode 文"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert texts.read_documents(str(path)) == ["ünïcode 文"]
+
+
+def test_a_suffix_in_capitals_and_tables(tmp_path):
+    row = '{"text": "a"}\n'
+    (tmp_path / "a.JSONL").write_text(row)
+    assert texts.read_documents(tmp_path / "a.JSONL") == ["a"]
+    (tmp_path / "a.json").write_text(row)
+    read = texts.read_documents(tmp_path / "a.json")
+    assert read == [row] and "a.json was read as plain text" in read.notes[0]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])

@@ -238,9 +238,20 @@ def test_sequences_of_like_length_share_a_batch_without_more_padding_than_they_n
         assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(each), max(each))
         assert each == sorted(each)
     assert sorted(sum(lengths, [])) == sorted(map(len, words))
-    full = draw(["ab " * 400], tokenizer, samples=8, seq_len=8)
+    full = draw([["ab " * 400]], tokenizer, samples=8, seq_len=8)
     rows = torch.cat([batch["input_ids"] for batch in full.batches(3)])
     assert torch.equal(rows, full.input_ids)
+
+
+def test_documents_without_their_list_are_no_sources(tokenizer):
+    """Else each character would be a document."""
+    with pytest.raises(InputError, match="a source is a list of documents, got text"):
+        draw(["ab " * 400, "cd " * 400], tokenizer)
+
+
+def test_a_short_document_beside_a_long_one_is_a_part_alone(tokenizer):
+    with pytest.raises(InputError, match=r"in 2 document\(s\) .*, as each goes to one part alone"):
+        draw([["ab " * 4000, "short"]], tokenizer, samples=4, seq_len=64)
 
 
 @pytest.mark.parametrize("documents", [["abc"], ["abc", "def"]])

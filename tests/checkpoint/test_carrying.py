@@ -64,7 +64,9 @@ def test_what_else_a_folder_holds_goes_along(source: Path, tmp_path: Path) -> No
     assert carried <= names(tmp_path / "again")
 
 
-def test_a_pooling_module_counts_the_features_that_are_left(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["word_embedding_dimension", "embedding_dimension"])
+def test_a_pooling_module_counts_the_features_that_are_left(name, source, tmp_path: Path) -> None:
+    (source / "1_Pooling" / "config.json").write_text(json.dumps({name: 32}))
     (source / "2_Dense").mkdir()
     (source / "2_Dense" / "config.json").write_text('{"in_features": 32, "out_features": 8}')
     (source / "2_Dense" / "model.safetensors").write_text("the layer's own weights")
@@ -74,7 +76,7 @@ def test_a_pooling_module_counts_the_features_that_are_left(source: Path, tmp_pa
     report = prune(model, batches(model), keep=1.0, keep_hidden=0.75)
     save_pruned(model, tmp_path / "out", report.plan, report=report)
     pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
-    assert pooling["word_embedding_dimension"] == 24
+    assert pooling == {name: 24}
     assert (tmp_path / "out" / "2_Dense" / "model.safetensors").is_file()
     assert any("2_Dense reads 32 features" in warning for warning in report.warnings)
     assert "2_Dense reads 32 features" in (tmp_path / "out" / "README.md").read_text()

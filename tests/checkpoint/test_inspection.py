@@ -236,6 +236,15 @@ def test_a_tokenizer_of_a_larger_vocabulary(dense: Path) -> None:
     refused(load_model, dense, "has tokens up to 73, the model knows 61")
 
 
+def test_a_special_token_that_came_later(dense: Path) -> None:
+    """Of a GGUF file without an unknown token transformers adds one, which has no row."""
+    words = tokenizer()
+    words.add_tokens([f"word{i}" for i in range(61 - len(words))])
+    words.add_tokens("<|endoftext|>", special_tokens=True)
+    words.save_pretrained(dense)
+    assert len(load_model(dense)[1]) == 62
+
+
 def test_a_broken_tokenizer_is_not_a_missing_one(dense: Path) -> None:
     (dense / "tokenizer.json").write_text('{"model": 7}')
     refused(load_model, dense, "can't load the tokenizer of")

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from time import sleep
 
@@ -230,6 +231,14 @@ def test_text_that_does_not_vary_is_warned_of(llama_folder, tmp_path, capsys):
     own = ("--self-text", 0, "--random-tokens", 0, "--preset", "fast", "--keep", 0.5)
     assert run("prune", llama_folder, *text, *own, "--out", tmp_path / "out") == 0
     assert "warning: Every error is 0: the activations do not vary" in capsys.readouterr().err
+
+
+def test_a_warning_is_a_line_where_python_makes_errors_of_warnings(monkeypatch, capsys):
+    monkeypatch.setitem(COMMANDS, "info", lambda _: warnings.warn("of the text", stacklevel=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run("info") == 0
+    assert capsys.readouterr().err == "warning: of the text\n"
 
 
 def test_what_the_text_lacks_is_said_once(llama_folder, tmp_path, capsys):

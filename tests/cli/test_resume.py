@@ -68,6 +68,17 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
     assert not (tmp_path / "c").exists()
 
 
+def test_a_text_that_changed_since(llama_folder, corpus, tmp_path, capsys, monkeypatch):
+    text = shutil.copy(corpus[0], tmp_path / "text.txt")
+    command = ["prune", llama_folder, "--calibration", text, *SIZES, "--self-text", 0]
+    with monkeypatch.context() as patch:
+        stop_at(patch, DenseOutputs, "divergence", 3)
+        assert run(*command, "--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c") == 130
+    text.write_text(corpus[1].read_text())
+    said = refused(capsys, "resume", tmp_path / "c")
+    assert "calibration text" in said and "; start the job as it was, or" in said
+
+
 def test_a_job_by_blocks_that_was_stopped(llama_folder, corpus, tmp_path, capsys, monkeypatch):
     command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--schedule", "layerwise"]
     assert run(*command, "--out", tmp_path / "whole", "--quiet", "--self-text", 0) == 0

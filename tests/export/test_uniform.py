@@ -12,7 +12,7 @@ from covers import some
 from folders import equal_plan, make_plan, pruned
 from tiny import TINY, outputs, tiny
 
-from liar_ext import InputError, cli, save_pruned, verify_pruned
+from liar_ext import InputError, cli, load_pruned, save_pruned, verify_pruned
 from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.export import export
 from liar_ext.models.sites import get_consumer_bias, sites
@@ -45,6 +45,7 @@ def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
         sizes = {(site.wiring.consumer, site.d_in) for site in sites(again, (kind,))}
         assert len(sizes) == len({consumer for consumer, _ in sizes})
     assert "+" in done.notes[1] and "padded with zeros" in done.notes[0]
+    assert f"--recipe {tmp_path / 'model/liar/recipe.yaml'} --uniform" in done.notes[1]
 
 
 def test_whole_blocks_may_be_gone(tmp_path):
@@ -57,6 +58,29 @@ def test_whole_blocks_may_be_gone(tmp_path):
     same_outputs(model, again)
     assert Plan.load(done.paths[0] / PLAN_FILE).blocks == plan.blocks
     assert verify_pruned(done.paths[0])["agrees"]
+
+
+def test_a_folder_that_was_pruned_twice(tmp_path):
+    """After the first time the config says fewer units than the dense model has."""
+    model, first = pruned("llama", equal_plan, kinds=("mlp",))
+    save_pruned(model, tmp_path / "first", first)
+    model = load_pruned(tmp_path / "first")
+    second = make_plan(model)
+    apply_plan(model, second)
+    plan = second.after(first)
+    again, done = exported(model, plan, tmp_path)
+    same_outputs(model, again)
+    wide = Plan.load(done.paths[0] / PLAN_FILE)
+    assert {each.units for name, each in wide.sites.items() if "mlp" in name} == {24}
+    assert all(set(each.kept) <= set(wide.sites[name].kept) for name, each in plan.sites.items())
+
+
+def test_heads_of_another_size_than_the_config_says_are_refused(tmp_path):
+    model = tiny("bert")
+    plan = replace(equal_plan(model), hidden=SitePlan(32, tuple(range(24))))
+    apply_plan(model, plan)
+    with pytest.raises(InputError, match="no config of bert says equal layers"):
+        exported(model, plan, tmp_path)
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("attn",)])

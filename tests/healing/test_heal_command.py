@@ -235,11 +235,20 @@ def test_the_preset_best_trains_where_it_can(llama_folder, corpus, tmp_path, mon
 
 @pytest.mark.parametrize(
     "option, why",
-    [("--max-memory=8GiB", "no room"), ("--bank=x.bank", "no text")],
+    [
+        ("--max-memory=8GiB", "no room"),
+        ("--bank=x.bank", "no text"),
+        ("--out={}", "--out replaces"),
+    ],
 )
-def test_prune_refuses_to_train_where_it_cant(option, why, llama_folder, corpus, tmp_path, capsys):
+def test_prune_refuses_to_train_where_it_cant(
+    option, why, llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
     command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out"]
-    assert cli.main([*map(str, command), "--heal", "5m", option]) == 2
+    # Of the folder itself: were it a pruned one, it could be replaced.
+    command += [option.format(llama_folder), "--overwrite"]
+    monkeypatch.setattr("liar_ext.cli.prune.check_folder", lambda *_: None)
+    assert cli.main([*map(str, command), "--heal", "5m"]) == 2
     said = capsys.readouterr().err
     assert "--heal trains the whole model" in said and why in said
     for wrong in ("5", "-1m", "5 days", ""):
@@ -298,10 +307,11 @@ def test_a_folder_with_fewer_tokens_is_healed_and_pruned_again(fewer, corpus, tm
     assert section(third)["teacher"] == str(second)
 
 
-def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, capsys):
+def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, tmp_path, capsys):
     for folder, teacher, said in (
         (pruned, fewer[0], "reads text as other tokens"),
-        (fewer[1], fewer[1], "lacks tokens of"),
+        (fewer[1], shutil.copytree(fewer[1], tmp_path / "copy"), "lacks tokens of"),
+        (pruned, pruned, "is the folder to train"),
     ):
         assert heal(folder, "--steps", "1", "--teacher", teacher, "--out", f"{folder}-2") == 2
         error = capsys.readouterr().err
@@ -327,6 +337,15 @@ def test_a_list_of_tokens_that_was_changed_is_refused(kept, said, fewer, tmp_pat
     assert heal(folder, "--steps", "1", "--out", tmp_path / "out") == 2
     assert said.replace("; ", "\nhint: ") in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_that_is_gone_can_be_named(pruned, tmp_path, capsys):
+    report = json.loads((pruned / "liar/report.json").read_text())
+    report["recipe"]["model"] = str(tmp_path / "gone")
+    (pruned / "liar/report.json").write_text(json.dumps(report))
+    assert heal(pruned, "--steps", "1", "--out", tmp_path / "out") == 2
+    assert "gone doesn't exist\nhint:" in (error := capsys.readouterr().err)
+    assert "name the model that was pruned with --teacher" in error
 
 
 def test_all_healings_are_remembered_and_exports_are_old_then(pruned, capsys):
