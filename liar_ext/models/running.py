@@ -45,9 +45,12 @@ def complete_inputs(
     """Return the inputs of a batch, with what the decoder reads where an encoder is there, too.
 
     Without ``decoder_input_ids`` it reads the labels, or else the text that the encoder reads,
-    shifted right by one token, as in training. InputError is raised if an input is missing.
+    shifted right by one token, as in training. InputError is raised if an input is missing, or a
+    token unknown.
     """
     found, needed = dict(inputs), inputs_read(model)
+    if "input_ids" in found.keys() & needed and "pixel_values" not in found:  # images have tokens
+        _check_tokens(model, found["input_ids"], known_tokens(model, needed["input_ids"]))
     if len(needed) > 1:
         if DECODER_IDS in needed and not any("decoder_input" in name for name in found):
             found |= _decoder_inputs(model.config, found, labels or {})
@@ -61,6 +64,16 @@ def complete_inputs(
                 f"{', '.join(inputs)}; give batches with {', '.join(sorted(missing))}, too"
             )
     return found
+
+
+def _check_tokens(model: nn.Module, ids: Tensor, rows: int) -> None:
+    """Raise InputError for a token that a model has no embedding for: a GPU would name no cause."""
+    least, most = (int(each) for each in ids.aminmax())
+    if not 0 <= least <= most < rows:
+        raise InputError(
+            f"batches: input_ids has token {most if least >= 0 else least}, and the tokens of "
+            f"{type(model).__name__} are 0 to {rows - 1}; use the model's own tokenizer"
+        )
 
 
 def _decoder_inputs(

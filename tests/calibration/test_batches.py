@@ -46,6 +46,15 @@ def test_what_are_no_batches(batches, said):
             use(tiny("llama"), batches)
 
 
+@pytest.mark.parametrize("wrong", [-1, 1000])
+def test_a_token_that_the_model_lacks_is_named(wrong):
+    model = tiny("llama")
+    ids = torch.full((4, 8), 3)
+    ids[2, 5] = wrong
+    with pytest.raises(InputError, match=f"has token {wrong}, and the tokens of LlamaForCausalLM"):
+        prune(model, [ids])
+
+
 def test_a_compiled_model_is_refused_before_it_is_pruned():
     model = tiny("llama")
     with pytest.raises(InputError, match="the model is compiled; give model._orig_mod"):
