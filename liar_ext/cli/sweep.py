@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> None:
 def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table of the dense model and each budget."""
     judged = measured(dense)
-    heads = ("keep", "divergence", "parameters", "of dense", "operations", *judged, "seconds")
+    predicted = "predicted divergence"  # beside a measured one
+    heads = ("keep", predicted, "parameters", "of dense", "operations", *judged, "seconds")
     cells = [
         (
             str(row["keep"]),
