@@ -40,6 +40,10 @@ NO_GAIN = (
     "a norm reads what each gives, and there a walk gains nothing; "
     "--schedule layerwise walks anyway"
 )
+WRAPPED = {  # by an attribute of what wraps the model
+    "_orig_mod": "is compiled; give model._orig_mod, and compile what comes out",
+    "merge_and_unload": "has adapters of peft; give what model.merge_and_unload() returns",
+}
 
 
 def prepare(job: Job) -> Job:
@@ -49,10 +53,9 @@ def prepare(job: Job) -> Job:
     """
     if job.batches is not None:
         check_batches(job.batches)
-    if hasattr(job.model, "_orig_mod"):
-        raise InputError(
-            "prune: the model is compiled; give model._orig_mod, and compile what comes out"
-        )
+    for mark, why in WRAPPED.items():
+        if hasattr(job.model, mark):
+            raise InputError(f"prune: the model {why}")
     model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
     job = replace(job, asked=job.recipe, recipe=job.recipe.settled())
     job = replace(job, known=job.known or Known.of_bank(job.bank))

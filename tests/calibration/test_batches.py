@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Budget, InputError, calibrate, prune, reconstruct_layerwise, score, sites
@@ -55,10 +56,12 @@ def test_a_token_that_the_model_lacks_is_named(wrong):
         prune(model, [ids])
 
 
-def test_a_compiled_model_is_refused_before_it_is_pruned():
+def test_a_wrapped_model_is_refused_before_it_is_pruned():
     model = tiny("llama")
     with pytest.raises(InputError, match="the model is compiled; give model._orig_mod"):
         prune(torch.compile(model, backend="eager"), [tiny_inputs(model)], keep=0.5)
+    with pytest.raises(InputError, match="adapters of peft; give what model.merge_and_unload"):
+        prune(get_peft_model(model, LoraConfig()), [tiny_inputs(model)], keep=0.5)
 
 
 def test_folds_and_padding_are_those_of_the_batch():
