@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
 OPERATION = re.compile(r"^(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
 ARGUMENT = re.compile(r"argument ([^\s:]+): ")  # as argparse begins
+KEYWORD = re.compile(r"""\b([a-z_]+)=(["'])([a-z_-]+)\2""")  # of = "flops", as Python has it
 PATHS = (  # options that name something to read
     *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
     *("folder", "folders", "against"),
@@ -38,7 +39,7 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
     An error of the package reads ``operation: what is wrong; what to do``. Fields of a recipe
     become options. For a file or folder of the options that isn't there, a near name is shown.
     """
-    line = " ".join(str(message).split())
+    line = _as_options(" ".join(str(message).split()))
     for begin in OF_A_RECIPE:
         if line.startswith(begin):
             name = line.removeprefix(begin).partition(" ")[0]
@@ -85,7 +86,8 @@ def shown(progress: bool, quiet: bool) -> Iterator[None]:
             def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
                 if category is not UserWarning:
                     return other(message, category, *where)
-                said = OPERATION.sub("", printable(" ".join(str(message).split())), count=1)
+                line = _as_options(printable(" ".join(str(message).split())))
+                said = OPERATION.sub("", line, count=1)
                 print(_painted("warning"), said, file=sys.stderr, flush=True)
 
             warnings.showwarning = show
@@ -93,6 +95,14 @@ def shown(progress: bool, quiet: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _as_options(line: str) -> str:
+    """Return a line with ``of="flops"``, as a call has it, spelled ``--of flops``."""
+    options = {each.name: option_of(each) for each in recipe_fields()}
+    return KEYWORD.sub(
+        lambda found: f"{options[found[1]]} {found[3]}" if found[1] in options else found[0], line
+    )
 
 
 def _near_paths(options: argparse.Namespace | None, cause: str) -> Iterator[str]:

@@ -196,7 +196,7 @@ def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor
     if reason is not None:
         raise InputError(
             f"layerwise: this {family.name!r} is reconstructed in one pass only, {reason}; use "
-            'schedule="one-pass", or --schedule one-pass'
+            'schedule="one-pass"'
         )
 
 

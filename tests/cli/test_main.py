@@ -522,6 +522,8 @@ def test_colours_are_of_a_terminal(no_color, painted, monkeypatch):
     assert ("\033[1;31merror:\033[0m it is" in error_lines("load: it is")) is painted
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert error_lines("load: it is; do this") == "error: it is\nhint: do this"
+    said = error_lines("""latency: no; use of="flops" or attn_unit='head', not size="x\"""")
+    assert said == """error: no\nhint: use --of flops or --attn-unit head, not size="x\""""
 
 
 def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
