@@ -217,7 +217,8 @@ def healing(figure) -> None:
 
 def vocabulary(figure) -> None:
     """Draw what models lose on each text, alone by tokens removed."""
-    rows = [row for row in read("vocabulary")["rows"] if "," not in row[3]]
+    rows = read("vocabulary")["rows"]
+    rows = [row for row in rows if "," not in row[3] and "words" not in row[2]]
     models = list(dict.fromkeys(row[0] for row in rows))
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         curves: dict[str, list[tuple[float, float]]] = {}

@@ -54,7 +54,8 @@ ENCODER_ROWS = (
     ("auto", "news and STS-B", 1.0, 400_000),
 )
 SHARED = 12e6
-PROSE = "web and news"
+PROSE, WORDS = "web and news", "web, news and words"
+WITH_WORDS = {"Gemma-3-270m": (81920, 65536)}
 # Vocabulary, and the part of heads and channels that stays.
 DECODER_ROWS = {
     "SmolLM2-135M": (
@@ -65,7 +66,14 @@ DECODER_ROWS = {
         (1.0, 0.8),
         (32768, 0.8),
     ),
-    "Gemma-3-270m": ((1.0, 1.0), (131072, 1.0), (65536, 1.0), (1.0, 0.8), (131072, 0.8)),
+    "Gemma-3-270m": (
+        (1.0, 1.0),
+        (131072, 1.0),
+        (81920, 1.0),
+        (65536, 1.0),
+        (1.0, 0.8),
+        (131072, 0.8),
+    ),
 }
 
 
@@ -159,11 +167,16 @@ def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
         kinds["WikiText-2"] = pieces(
             [lines[at : at + CHARACTERS] for at in range(0, len(lines), 60_000)]
         )
-    for keep, units in DECODER_ROWS[name]:
-        row = {"model": name, "keep": keep, "chosen_by": PROSE, "units": units, "healed": 0}
+    rows = [(PROSE, *row) for row in DECODER_ROWS[name]]
+    told = {PROSE: texts}
+    if options.words:
+        told[WORDS] = {**texts, "words": read_documents(options.words)}
+        rows += [(WORDS, keep, 1.0) for keep in WITH_WORDS.get(name, ())]
+    for chosen_by, keep, units in rows:
+        row = {"model": name, "keep": keep, "chosen_by": chosen_by, "units": units, "healed": 0}
         if any(row.items() <= each.items() for each in known):
             continue
-        model, tokenizer = pruned(folder, texts, keep, units)
+        model, tokenizer = pruned(folder, told[chosen_by], keep, units)
         judged = {f"{kind} bits per byte": bits(model, tokenizer, kinds[kind]) for kind in kinds}
         found = {"quality": judged, "speed": speed(model, folder, keep == units == 1.0)}
         yield row | facts(model, tokenizer, kinds) | found
@@ -241,6 +254,7 @@ def parse() -> argparse.Namespace:
         ("wikitext", "wiki.test.raw, optional"),
     ):
         parser.add_argument(f"--{name}", type=Path, help=f"folder with {what}")
+    parser.add_argument("--words", type=Path, help="file of words, as in docs/howto/vocabulary.md")
     return parser.parse_args()
 
 
