@@ -49,8 +49,9 @@ def complete_inputs(
     token unknown.
     """
     found, needed = dict(inputs), inputs_read(model)
-    if "input_ids" in found.keys() & needed and "pixel_values" not in found:  # images have tokens
-        _check_tokens(model, found["input_ids"], known_tokens(model, needed["input_ids"]))
+    config = needed.get("input_ids")  # of a model of transformers; images have tokens of their own
+    if "input_ids" in found and hasattr(config, "get_text_config") and "pixel_values" not in found:
+        _check_tokens(model, found["input_ids"], known_tokens(model, config))
     if len(needed) > 1:
         if DECODER_IDS in needed and not any("decoder_input" in name for name in found):
             found |= _decoder_inputs(model.config, found, labels or {})
