@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import combinations, product
 
 import pytest
+
+slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 def cover(together: int, **options: Iterable) -> pytest.MarkDecorator:
@@ -43,8 +46,7 @@ def some(name: str, values: Iterable, *quick: object) -> pytest.MarkDecorator:
     """Parametrize by every value; those that aren't ``quick`` are exhaustive."""
     values = list(values)
     assert all(each in values for each in quick), quick
-    exhaustive = pytest.mark.exhaustive
-    cases = [pytest.param(each, marks=() if each in quick else exhaustive) for each in values]
+    cases = [each if each in quick else slow(each) for each in values]
     return pytest.mark.parametrize(name, cases, ids=_name)
 
 

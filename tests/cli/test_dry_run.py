@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covers import slow
 from tiny import NARROWABLE, batches, tiny
 
 from liar_ext import InputError, Recipe, cli, prune
@@ -22,10 +23,8 @@ CHOICES = (
     {"reconstruct": "affine", "kinds": ["mlp"]},
 )
 JOBS = [
-    pytest.param(
-        family,
-        choices,
-        marks=pytest.mark.exhaustive if choices and family != "llama" else (),
+    (pytest.param if family == "llama" or (family == "vit" and not choices) else slow)(
+        family, choices
     )
     for family in ("llama", "bert", "opt", "gpt2", "vit", "gemma3")
     for choices in CHOICES

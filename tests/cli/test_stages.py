@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from byte_level import TOKENS, byte_level_tokenizer
 from command import run
+from covers import slow
 from tiny import tiny
 
 from liar_ext.progress import Bar, Timeline
@@ -39,14 +40,14 @@ def numbers(monkeypatch):
     ("count", "options"),
     [
         (8, []),  # balanced, which measures both schedules
-        (7, ["--schedule", "layerwise"]),
+        slow(7, ["--schedule", "layerwise"]),
         (7, ["--schedule", "one-pass"]),
         (4, ["--preset", "fast"]),
-        (6, ["--preset", "fast", "--criterion", "taylor", "--rescale"]),
+        slow(6, ["--preset", "fast", "--criterion", "taylor", "--rescale"]),
         (8, ["--keep-vocab", 384]),
         (10, ["--keep-hidden", 0.5, "--reconstruct", "linear"]),
         (5, [*WALKS, "--schedule", "layerwise"]),
-        (5, [*WALKS, "--schedule", "one-pass"]),
+        slow(5, [*WALKS, "--schedule", "one-pass"]),
         (4, [*WALKS, "--preset", "fast"]),
     ],
 )

@@ -7,14 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
+from covers import slow
 
 from liar_ext import _C
 
-slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from covers import slow
 from folders import equal_plan, make_plan
 from gguf_files import logits_agree, save
 from tiny import tiny
@@ -70,9 +71,8 @@ def pruned(name: str, what: str, folder: Path, **fields) -> nn.Module:
     return model
 
 
-quick, slow = pytest.param, partial(pytest.param, marks=pytest.mark.exhaustive)
 CASES = [
-    (quick if {name, what} & {"mixtral", "all"} else slow)(name, what)
+    (pytest.param if {name, what} & {"mixtral", "all"} else slow)(name, what)
     for name in SETTINGS
     for what in ("dense", "experts", "channels", "heads", "all")
     if what != "heads" or name not in ("qwen2_moe", "olmoe")

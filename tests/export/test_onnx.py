@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from functools import partial
 
 import numpy as np
 import onnx
@@ -13,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from covers import slow
 from folders import equal_plan, make_plan, pruned, tokenizer
 from onnxruntime import quantization
 from safetensors.torch import save_file
@@ -23,7 +23,6 @@ from liar_ext.checkpoint.sentence import read_sentence
 from liar_ext.export import export
 from liar_ext.export import onnx as exporter
 
-slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 SHAPES = ((1, 1), (1, 2), (2, 1), (1, 40), (7, 13))
 POOLING = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
 

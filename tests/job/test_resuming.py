@@ -45,7 +45,7 @@ def run(family: str, folder=None, **choices) -> tuple[nn.Module, object]:
     return model, report
 
 
-@pytest.mark.parametrize("name", JOBS)
+@some("name", JOBS, "default", "groups", "experts", "narrowed")
 def test_a_job_that_is_stopped_at_every_stage_gives_the_same_bits(name, tmp_path, monkeypatch):
     family, choices = JOBS[name]
     whole, expected = run(family, **choices)

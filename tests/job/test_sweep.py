@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
+from covers import slow
 from tiny import batches, outputs, same_weights, tiny
 
 import liar_ext
@@ -19,7 +18,6 @@ from liar_ext.recipe.fields import recipe_fields
 from liar_ext.selection import curve_allocation
 
 KEEP = (0.8, 0.6)
-slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 CHOICES = [
     ("llama", {"allocation": "uniform", "criterion": "obs", "reconstruct": "affine"}),
     ("bert", {}),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from covers import cover, some
+from covers import cover, slow, some
 from folders import equal_plan, make_plan, pruned, read, zero_removed
 from journeys import (
     check_hidden,
@@ -30,7 +29,6 @@ from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_bias, sites, why_whole
 
-slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 CONFIGS = {name: getattr(transformers, each) for name, (_, each, _) in DECODERS.items()}
 STREAMS = [name for name, config in CONFIGS.items() if FAMILIES[config.model_type].stream]
 
@@ -40,7 +38,7 @@ def test_slicing_equals_zeroing(name: str) -> None:
     check_slicing(name)
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@some("name", STREAMS, *STREAMS[::3])
 def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatch) -> None:
     check_hidden(name, monkeypatch, tie_word_embeddings=False)
 

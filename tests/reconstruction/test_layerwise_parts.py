@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import some
 from folders import make_plan
 from tiny import outputs, seen_at, tiny, tiny_inputs
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def test_a_site_of_a_decoder_is_the_least_squares_solution(name: str, monkeypatc
     assert not torch.allclose(solution, old, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", PARTS)
+@some("name", PARTS, "clip", "t5")
 def test_a_walk_comes_nearer_to_the_dense_model_than_one_pass(name: str) -> None:
     model = tiny(name)
     data, dense = padded(model), {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from covers import some
+from covers import slow, some
 from tiny import batches, outputs, same_weights, tiny
 
 from liar_ext import InputError, load_pruned, prune, save_pruned, sites, verify_pruned
@@ -156,8 +156,8 @@ def test_whole_jobs(name: str, tmp_path: Path) -> None:
     "choices",
     [
         {"keep": 0.7, "schedule": "layerwise"},
-        {"keep": 0.7, "preset": "fast"},
-        {"keep": 0.7, "preset": "wanda-sp"},
+        slow({"keep": 0.7, "preset": "fast"}),
+        slow({"keep": 0.7, "preset": "wanda-sp"}),
         {"keep": 1.0, "keep_hidden": 0.8},
         {"keep": 0.8, "keep_hidden": 0.8, "rescale": True},
     ],
