@@ -108,7 +108,7 @@ def test_blocks_and_banks_give_the_same(name, examples, dense, tmp_path):
     assert run(*bank, "--out", tmp_path / "sums") == 0
     ways = {
         "whole": paths(examples),
-        "blocks": (*paths(examples), "--max-memory", "1GiB"),
+        "blocks": (*paths(examples), "--max-memory", "4GiB"),
         "bank": ("--bank", tmp_path / "sums", *paths(examples)[2:]),
     }
     weights, found = {}, {}
