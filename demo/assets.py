@@ -6,7 +6,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGES = Path(".cache") / "assets"  # below the repository's root, where `make` runs
@@ -48,9 +48,12 @@ def made_once(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as made:
         yield Path(made)
-        with suppress(OSError):  # another one is there
-            Path(made).chmod(0o755)
+        Path(made).chmod(0o755)
+        try:
             Path(made).rename(folder)
+        except OSError:
+            if not folder.exists():  # no other job was first
+                raise
 
 
 def collected_documents(*kinds: str) -> list[str]:

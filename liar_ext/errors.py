@@ -96,3 +96,20 @@ def refusing(
         kind = f"{type(error).__name__}: " if named else ""
         end = f"; {hint}" if hint else ""
         raise InputError(f"{what}: {kind}{one_line(error)}{end}") from error
+
+
+@contextmanager
+def asking_hub(failure: str) -> Iterator[None]:
+    """Turn an error of the way to the hub into an InputError; what the hub says of a name passes.
+
+    To ask it once beforehand saves a user the library's own attempts, which take up to a minute
+    without a network.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError):
+        pass  # a download says more of it
+    except Exception as error:  # of httpx, or of requests
+        raise InputError(f"{failure}: {one_line(error, 160)}") from error

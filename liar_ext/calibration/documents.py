@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, asking_hub
 
 JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (".json", ".csv", ".tsv")  # read as they are
@@ -236,15 +236,8 @@ def _reach_hub(name: str) -> None:
     """
     from datasets import config
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
+    failure = f"text: there is no file {name} here; the hub can't be reached for a dataset"
+    with asking_hub(failure):
         if not Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
             get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"))
-    except (HfHubHTTPError, HFValidationError):
-        return  # of which a download says more
-    except Exception as error:  # of httpx, or of requests
-        raise InputError(
-            f"text: there is no file {name} here; the hub can't be reached for a dataset: "
-            f"{one_line(error, 160)}"
-        ) from error

@@ -38,7 +38,7 @@ from liar_ext.checkpoint.reading import (
     stock_class,
 )
 from liar_ext.checkpoint.stock_config import dense_config, wear
-from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.errors import InputError, asking_hub, one_line, refusing
 from liar_ext.models.liar_loader import resize
 from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
@@ -206,19 +206,11 @@ def reach_hub(name: str | os.PathLike[str]) -> None:
     It is asked once: a download asks six times, which takes 23 seconds where there is no network.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     file = os.fspath(name), "config.json"
-    try:
+    with asking_hub(f"load_model: there is no folder {name} here; the hub can't be reached"):
         if not isinstance(try_to_load_from_cache(*file), str):
             get_hf_file_metadata(hf_hub_url(*file))
-    except (HfHubHTTPError, HFValidationError):
-        return  # of which a download says more
-    except Exception as error:  # of httpx, or of requests
-        raise InputError(
-            f"load_model: there is no folder {name} here; the hub can't be reached: "
-            f"{one_line(error, 160)}"
-        ) from error
 
 
 def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:

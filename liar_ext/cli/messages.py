@@ -31,6 +31,7 @@ PATHS = (  # options that name something to read
     *("folder", "folders", "against"),
 )
 OF_A_RECIPE = ("recipe: ", "Budget: ")
+OPTIONS = {each.name: option_of(each) for each in recipe_fields()}
 
 
 def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
@@ -43,7 +44,7 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
     for begin in OF_A_RECIPE:
         if line.startswith(begin):
             name = line.removeprefix(begin).partition(" ")[0]
-            option = {each.name: option_of(each) for each in recipe_fields()}.get(name)
+            option = OPTIONS.get(name)
             line = line.replace(name, option, 1) if option and name != "model" else line
     line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line))
     cause, _, hint = line.partition("; ")
@@ -99,9 +100,8 @@ def shown(progress: bool, quiet: bool) -> Iterator[None]:
 
 def _as_options(line: str) -> str:
     """Return a line with ``of="flops"``, as a call has it, spelled ``--of flops``."""
-    options = {each.name: option_of(each) for each in recipe_fields()}
     return KEYWORD.sub(
-        lambda found: f"{options[found[1]]} {found[3]}" if found[1] in options else found[0], line
+        lambda found: f"{OPTIONS[found[1]]} {found[3]}" if found[1] in OPTIONS else found[0], line
     )
 
 
