@@ -160,7 +160,10 @@ def _settle_healing(model: str, options: argparse.Namespace) -> None:
         why = "--out replaces the dense one that it learns from"
     why = "--bank brings no text for it to read" if options.bank else why
     if options.heal is None:
-        options.heal = 0.0 if why else MINUTES.get(getattr(options, "preset", ""), 0.0)
+        options.heal = MINUTES.get(getattr(options, "preset", ""), 0.0)
+        if options.heal and why:
+            warnings.warn(f"prune: the preset does not train the result, as {why}", stacklevel=2)
+            options.heal = 0.0
     elif not 0 <= options.heal < math.inf:
         raise InputError(f"prune: heal must be a number of minutes, got {options.heal}")
     elif options.heal and why:

@@ -251,6 +251,9 @@ def test_prune_refuses_to_train_where_it_cant(
     assert cli.main([*map(str, command), "--heal", "5m"]) == 2
     said = capsys.readouterr().err
     assert "--heal trains the whole model" in said and why in said
+    cli.main([*map(str, command), "--preset", "best", "--eval", "/no/where"])
+    said = capsys.readouterr().err
+    assert "warning: the preset does not train the result" in said and why in said
     for wrong in ("5", "-1m", "5 days", ""):
         with pytest.raises(SystemExit):
             cli.main([*map(str, command), f"--heal={wrong}"])
