@@ -27,7 +27,7 @@ from liar_ext.job import pruning
 from liar_ext.job.estimate import RATE
 from liar_ext.models.sites import sites
 from liar_ext.plan import Budget
-from liar_ext.progress import Bar, Timeline
+from liar_ext.process.progress import Bar, Timeline
 from liar_ext.selection.costs import total_cost
 
 JOBS = {

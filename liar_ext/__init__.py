@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import liar_ext.environment  # noqa: F401  (before torch)
+import liar_ext.process.environment  # noqa: F401  (before torch)
 
 if TYPE_CHECKING:
     from liar_ext import ops as ops
@@ -112,7 +112,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if not liar_ext.environment.is_command(sys.argv, sys.orig_argv):  # which answers without torch
+# The command answers some questions without torch.
+if not liar_ext.process.environment.is_command(sys.argv, sys.orig_argv):
     from liar_ext.checkpoint.loading import register
 
     register()  # stock loaders build layers of unequal sizes, where liar_ext is imported

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext import Recipe
-from liar_ext.atomic_write import atomic_write
 from liar_ext.errors import InputError
+from liar_ext.files.atomic_write import atomic_write
 from liar_ext.recipe.recipe import REMOVED
 
 # What makes two rows the same measurement, but for the recipe.

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.media import evaluation_inputs, spread
 from liar_ext.calibration.texts import check_seq_len, evaluation_sequences
@@ -24,6 +23,7 @@ from liar_ext.cli.inputs import load_with_tokenizer, read_source
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.export.verify import table, verify_everywhere
+from liar_ext.files.atomic_write import begins_with, check_place, write_whole
 from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
 from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity, word_errors
 from liar_ext.measure.speed import Settings, benchmark

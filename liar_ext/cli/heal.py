@@ -23,7 +23,6 @@ from liar_ext.checkpoint.carrying import kept_tokens
 from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON, VOCABULARY_FILE
 from liar_ext.checkpoint.loading import load_tokenizer, placement
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint_store import RESULT
 from liar_ext.cli.inputs import Given, let_write, load, load_with_tokenizer
 from liar_ext.cli.main import parse
 from liar_ext.cli.options import given_fields
@@ -31,6 +30,7 @@ from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import broadcast, is_first, world_size
 from liar_ext.errors import InputError
+from liar_ext.files.checkpoint_store import RESULT
 from liar_ext.healing.training import mean_loss
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe

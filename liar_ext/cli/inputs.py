@@ -37,10 +37,10 @@ from liar_ext.calibration.media import (
 )
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
-from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.cli.output import check_device
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
+from liar_ext.files.checkpoint_store import Checkpoint, Stored
 from liar_ext.job.sharing import SmallerVocabulary, shares_budget
 from liar_ext.job.solving import LEAST
 from liar_ext.models.running import known_tokens, predicts_next_token

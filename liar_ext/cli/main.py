@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from liar_ext.checkpoint.loading import register
     from liar_ext.cli.output import quietened
     from liar_ext.distributed import tells
-    from liar_ext.progress import no_bars, plain_lines
+    from liar_ext.process.progress import no_bars, plain_lines
 
     register()
     plain = wanted == "plain" or not sys.stderr.isatty()

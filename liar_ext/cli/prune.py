@@ -48,7 +48,7 @@ from liar_ext.job.dry_run import describe, describe_streamed
 from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import Job
-from liar_ext.progress import OnProgress, no_bars, told
+from liar_ext.process.progress import OnProgress, no_bars, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.report.report import Report

@@ -18,7 +18,11 @@ from typing import Any
 from liar_ext import Plan
 from liar_ext.calibration.bank import read_bank
 from liar_ext.checkpoint.folder import PLAN_FILE, strangers
-from liar_ext.checkpoint_store import (
+from liar_ext.cli.inputs import WRITTEN
+from liar_ext.cli.output import check_shared, show
+from liar_ext.distributed import broadcast, is_first
+from liar_ext.errors import InputError, one_line
+from liar_ext.files.checkpoint_store import (
     JOB,
     OLDER,
     RESULT,
@@ -32,10 +36,6 @@ from liar_ext.checkpoint_store import (
     of_other_version,
     remove,
 )
-from liar_ext.cli.inputs import WRITTEN
-from liar_ext.cli.output import check_shared, show
-from liar_ext.distributed import broadcast, is_first
-from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable
 

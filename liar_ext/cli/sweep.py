@@ -26,7 +26,7 @@ from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import tokens_gone
 from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.embeddings import Evaluator
-from liar_ext.progress import no_bars
+from liar_ext.process.progress import no_bars
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.recipe.fields import recipe_fields

@@ -17,7 +17,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from liar_ext.atomic_write import atomic_write
 from liar_ext.checkpoint.folder import (
     EXPORTS_FILE,
     MARKER_FILE,
@@ -30,6 +29,7 @@ from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_jso
 from liar_ext.checkpoint.placing import beside, clean_leftovers, put_in_place
 from liar_ext.errors import InputError, install, one_line, refusing
 from liar_ext.export import FORMATS, Exported, Format
+from liar_ext.files.atomic_write import atomic_write
 
 NO_PATH = (OSError, ValueError, RuntimeError)  # of a name that no file can have, or a loop
 

@@ -30,12 +30,12 @@ from liar_ext.checkpoint.inspection import (
 )
 from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
-from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.export import verify_worker
 from liar_ext.export.exporting import read_record
 from liar_ext.export.verify_worker import TOKENS, median_seconds
-from liar_ext.progress import quiet
+from liar_ext.process.environment import child
+from liar_ext.process.progress import quiet
 
 WORKER = Path(verify_worker.__file__)
 # Weights of these types have their own rounding: the difference is told, and nothing is demanded.

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.distributed import all_reduce, rank, world_size
-from liar_ext.environment import available_memory
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, output_of
+from liar_ext.process.environment import available_memory
 
 BUDGETS = ("tokens", "minutes", "steps")
 AT_ONCE = 1 << 19  # logits whose softmax is taken at once: ten rows of 50,000 stay in caches

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.saved_sums import SUMS
-from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import broadcast, share
+from liar_ext.files.checkpoint_store import reading
 from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
-from liar_ext.progress import spare
+from liar_ext.process.progress import spare
 from liar_ext.reconstruction.hidden_size import Narrowing, narrow
 from liar_ext.reconstruction.solve import with_bias
 from liar_ext.reconstruction.streams import StreamedBatches

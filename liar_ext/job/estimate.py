@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batches
 from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
 from liar_ext.job.state import SENSITIVITY, Job, Known, score_key, sensitivity_key
@@ -23,6 +22,7 @@ from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.plan import Budget
+from liar_ext.process.environment import process_memory
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder

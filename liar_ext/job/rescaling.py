@@ -28,7 +28,7 @@ from liar_ext.distributed import broadcast, gather
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import base_path, evaluating
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.progress import Bar
+from liar_ext.process.progress import Bar
 from liar_ext.selection.divergence import DenseOutputs, Divergence
 from liar_ext.selection.sensitivity import blocks_before, recorded, replayed
 

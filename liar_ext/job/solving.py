@@ -22,9 +22,9 @@ from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved as Block
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise, solve_layerwise
+from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import certified_errors, reconstruct_shared
 from liar_ext.reconstruction.streams import StreamedBatches
-from liar_ext.rows import SiteRow
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
 

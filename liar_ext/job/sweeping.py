@@ -15,8 +15,8 @@ from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.folder import count_params
-from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.errors import InputError
+from liar_ext.files.checkpoint_store import Checkpoint
 from liar_ext.job.analysis import decide_anew, narrowed, passes_of
 from liar_ext.job.preparing import changes_all, prepare
 from liar_ext.job.pruning import run

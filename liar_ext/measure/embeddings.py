@@ -27,7 +27,7 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
-from liar_ext.progress import Bar
+from liar_ext.process.progress import Bar
 from liar_ext.selection.divergence import MOST_ROWS, DenseOutputs
 
 NEIGHBOURS = 10

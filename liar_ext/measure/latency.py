@@ -43,7 +43,7 @@ from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, attn_unit_of, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan, SitePlan
-from liar_ext.progress import Bar
+from liar_ext.process.progress import Bar
 from liar_ext.selection.allocation import allowed_counts
 from liar_ext.selection.costs import LatencyTable, SizeRow
 

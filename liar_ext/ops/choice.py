@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from liar_ext.environment import version_of
 from liar_ext.errors import InputError, one_line
+from liar_ext.process.environment import version_of
 
 RUNS = 3
 Backend = Callable[..., object]
@@ -184,7 +184,9 @@ def _read() -> dict:
 def _write(key: str, times: Mapping[str, float]) -> None:
     """Note a measurement; where that can't be done the next process measures again."""
     with contextlib.suppress(OSError, RuntimeError, ImportError):
-        from liar_ext.atomic_write import atomic_write  # which Windows has not what it needs for
+        from liar_ext.files.atomic_write import (
+            atomic_write,  # which Windows has not what it needs for
+        )
 
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)

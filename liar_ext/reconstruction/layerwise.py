@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, one_of_each, read_batches
-from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.errors import InputError
+from liar_ext.files.checkpoint_store import Checkpoint
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
-from liar_ext.progress import Bar, spare
+from liar_ext.process.progress import Bar, spare
 from liar_ext.reconstruction.block_runner import is_chain
 from liar_ext.reconstruction.ridge import check_settings
+from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.streams import (
     InMemory,
     SavedStreams,
@@ -27,7 +28,6 @@ from liar_ext.reconstruction.streams import (
     kept_block,
 )
 from liar_ext.reconstruction.walk import LayerwiseSolver
-from liar_ext.rows import SiteRow
 
 # A block that is solved and still as it was, new weights, and rows of its sites.
 Solved = tuple[int, Weights, dict[str, SiteRow]]

@@ -17,16 +17,16 @@ from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
-from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.errors import InputError
+from liar_ext.files.atomic_write import begins_with, check_place, write_whole
+from liar_ext.files.untrusted import text
 from liar_ext.measure.speed import Benchmark, Rate
 from liar_ext.report import pictures, sections, tables
 from liar_ext.report.pictures import Point, scatter
 from liar_ext.report.reading import stored_bench
 from liar_ext.report.report import Report
 from liar_ext.report.tables import Table, magnitude, quality, render
-from liar_ext.untrusted import text
 
 # The first line of every page, by which it may be overwritten.
 MARK = "<!DOCTYPE html><!-- liar report -->\n"

@@ -13,7 +13,7 @@ from liar_ext.distributed import gather
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.models.sites import Site, get_consumer_weight, teams_of
 from liar_ext.ops.reference import symmetric
-from liar_ext.progress import Bar
+from liar_ext.process.progress import Bar
 from liar_ext.reconstruction.ladder import factor_with_damp, slices
 from liar_ext.reconstruction.low_memory import in_file, oom_fallback
 

@@ -27,10 +27,10 @@ from liar_ext.models.registry import type_of
 from liar_ext.models.sites import attn_unit_of, sites
 from liar_ext.models.slicing import DENSE
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.progress import Bar
+from liar_ext.process.progress import Bar
 from liar_ext.reconstruction.layerwise import check_walk, solve_layerwise
+from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk
-from liar_ext.rows import SiteRow
 from liar_ext.selection.curve_allocation import probes_of
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import POSITIONS

@@ -32,8 +32,8 @@ from liar_ext.models.experts import called_at, choice_of, gated, router_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites, teams_of
 from liar_ext.plan import SitePlan
-from liar_ext.progress import Bar
-from liar_ext.rows import SiteRow
+from liar_ext.process.progress import Bar
+from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.selection.error_curves import CURVE_DAMP
 from liar_ext.selection.expert_scales import (
     Chosen,

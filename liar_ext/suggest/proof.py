@@ -23,7 +23,7 @@ from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.progress import quiet
+from liar_ext.process.progress import quiet
 from liar_ext.suggest.instance import Instance, Refused, attempt, make_plain, outputs
 
 KINDS = {"attn": "heads", "mlp": "channels"}  # of sites, and their units

@@ -20,7 +20,7 @@ from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, Part, as_code
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of
 from liar_ext.models.sites import CROSS
-from liar_ext.progress import no_bars
+from liar_ext.process.progress import no_bars
 from liar_ext.suggest.instance import Call, Instance, Refused, Tried, find_stacks, prepare
 from liar_ext.suggest.proof import KINDS, kinds_of, prove, prove_folders, rewired, tells_sizes
 from liar_ext.suggest.sizes import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tiny import tiny
 
-from liar_ext import environment
 from liar_ext.calibration import saved_sums
-from liar_ext.environment import available_memory, process_memory
+from liar_ext.process import environment
+from liar_ext.process.environment import available_memory, process_memory
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny import tiny
 
 from liar_ext import MomentBank
-from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli import inputs
 from liar_ext.cli.inputs import ONE_KIND
 from liar_ext.cli.prune import NONE_WRITTEN
+from liar_ext.files.checkpoint_store import Checkpoint
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
 

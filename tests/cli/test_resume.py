@@ -15,8 +15,8 @@ from liar_ext import load_pruned
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import InFlight
 from liar_ext.checkpoint import saving
-from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import inputs, resume
+from liar_ext.files.checkpoint_store import VERSION, Checkpoint
 from liar_ext.job import pruning
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs

@@ -30,7 +30,7 @@ from liar_ext import (
     verify_pruned,
 )
 from liar_ext.reconstruction.low_memory import in_file
-from liar_ext.rows import BY_BLOCKS, ON_HOST
+from liar_ext.reconstruction.rows import BY_BLOCKS, ON_HOST
 from liar_ext.selection import error_curves as curves_module
 from liar_ext.selection.criteria import _CRITERIA
 

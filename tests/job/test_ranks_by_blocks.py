@@ -17,9 +17,9 @@ from tiny import batches, tiny
 from liar_ext import distributed
 from liar_ext.calibration.taps import InFlight
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
+from liar_ext.files.checkpoint_store import Checkpoint
 from liar_ext.job.pruning import prune_folder
 from liar_ext.job.state import Job
 from liar_ext.job.streamed import ProbeStreams, StreamedPasses

@@ -10,7 +10,7 @@ from tiny import batches, same_weights, tiny
 
 from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint_store import Checkpoint
+from liar_ext.files.checkpoint_store import Checkpoint
 from liar_ext.job import analysis
 from liar_ext.job.pruning import prune_folder
 from liar_ext.job.solving import StreamedEvaluation

@@ -14,7 +14,6 @@ from tiny import CAUSAL, TINY, tiny
 
 from liar_ext import InputError
 from liar_ext.cli import main
-from liar_ext.environment import process_memory
 from liar_ext.measure import speed
 from liar_ext.measure.speed import (
     Quartiles,
@@ -26,6 +25,7 @@ from liar_ext.measure.speed import (
     run_once,
     use_threads,
 )
+from liar_ext.process.environment import process_memory
 from liar_ext.report.reading import bench_file, read_bench
 
 SHORT = Settings(rounds=2, prompt_length=6, new_tokens=4, batches=(1, 3))

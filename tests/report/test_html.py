@@ -28,10 +28,11 @@ from example_reports import (
 from example_reports import wrong as wrong_kinds
 from test_report import GRID, LATENCY
 
-from liar_ext import InputError, untrusted
+from liar_ext import InputError
 from liar_ext.checkpoint.folder import REPORT_JSON, strangers, write_manifest
 from liar_ext.cli import main
 from liar_ext.cli.main import parser
+from liar_ext.files import untrusted
 from liar_ext.report import pictures
 from liar_ext.report.page import MARK, commands, page_file, write_page
 from liar_ext.report.report import MOST_SITES, Report

@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from types import TracebackType
 
-MODULES = ("liar_ext", "liar_ext.cli")
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 # Isolated until the search path is the parent's: no file of the current folder is imported.
 CHILD = """\
@@ -31,7 +30,7 @@ def is_command(argv: Sequence[str], original: Sequence[str]) -> bool:
     """Tell whether a process is the ``liar`` command, by ``sys.argv`` and ``sys.orig_argv``."""
     if argv and argv[0] == "-m":  # the package of ``python -m`` is being imported
         at = original.index("-m") + 1 if "-m" in original else len(original)
-        return original[at : at + 1] in ([name] for name in MODULES)
+        return original[at : at + 1] == ["liar_ext"]
     name = PurePath(argv[0]) if argv else PurePath()
     return name.stem == "liar" and name.suffix in ("", ".exe")
 

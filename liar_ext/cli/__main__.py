@@ -1,7 +1,0 @@
-"""``python -m liar_ext.cli`` is ``liar``."""
-
-import sys
-
-from liar_ext.cli.main import main
-
-sys.exit(main())

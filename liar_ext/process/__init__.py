@@ -1,0 +1,1 @@
+"""The process: its environment and memory, others of the same job, progress on a terminal."""
