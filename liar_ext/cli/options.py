@@ -248,7 +248,17 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     """Return the recipe: a file's or a preset's, with what the options say on top."""
     path = getattr(options, "recipe", None)
     start = Recipe.load(path) if path else Recipe.preset(getattr(options, "preset", "balanced"))
-    return Recipe.build(start, **given_fields(options))
+    given = given_fields(options)
+    recipe = Recipe.build(start, **given)
+    for each in recipe_fields():
+        name, _, value = each.metadata["needs"].partition(" ")
+        found = getattr(recipe, name, None)
+        if each.name in given and name and found != value and (value.islower() or found is None):
+            option = option_of(each)
+            raise InputError(
+                f"{option} says nothing without --{name} {value}; add that, or leave {option} out"
+            )
+    return recipe
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     shown = {"on_result": save if folders else None, "progress": progress}
     points = sweep(given.model, given.calibration, given.recipe, keep=keep, **texts, **shown)
     whole = count_params(given.model) + tokens_gone(given.model)
-    dense = {"params": whole, "flops": 1.0, **points[0].quality("dense")}
+    dense = {"params": whole, "flops": 1.0, "time": 1.0, **points[0].quality("dense")}
     rows = [point.to_dict() for point in points]
     for row in rows if folders else ():
         row["folder"] = str(folders[row["keep"]])
@@ -82,7 +82,8 @@ def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table of the dense model and each budget."""
     judged = measured(dense)
     predicted = "predicted divergence"  # beside a measured one
-    heads = ("keep", predicted, "parameters", "of dense", "operations", *judged, "seconds")
+    timed = ("predicted time",) if rows[0].get("time") else ()
+    heads = ("keep", predicted, "parameters", "of dense", "operations", *timed, *judged, "seconds")
     cells = [
         (
             str(row["keep"]),
@@ -90,6 +91,7 @@ def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['params']:,}",
             f"{row['params'] / dense['params']:.1%}",
             f"{row['flops']:.1%}",
+            *(f"{row['time']:.1%}" for _ in timed),
             *(quality(row.get(name)) for name in judged),
             figure(row.get("seconds"), ".1f"),
         )

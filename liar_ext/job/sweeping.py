@@ -46,6 +46,7 @@ class Point:
     params: int  # of the pruned model
     flops: float  # fraction of the dense model's operations over recipe.seq_len tokens
     seconds: float  # beyond what other budgets share
+    time: float | None = None  # predicted fraction of the dense model's, for a budget of latency
     report: Report | None = None  # of the pruned model, where there is one
 
     def quality(self, of: str = "pruned") -> dict[str, float]:
@@ -54,7 +55,7 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers, as JSON has them."""
-        names = ("predicted_divergence", "params", "flops", "seconds")
+        names = ("predicted_divergence", "params", "flops", "time", "seconds")
         numbers = {name: getattr(self, name) for name in names}
         return {"keep": self.recipe.keep, **numbers, **self.quality()}
 
@@ -101,8 +102,9 @@ class Sweep:
         plan, pruned = base.in_full(decision.plan), skeleton(type(self.model), self.model.config)
         apply_plan(pruned, plan)
         predicted = decision.facts.get("predicted_divergence")
-        size = self._size(pruned, recipe)
-        return Point(recipe, plan, predicted, *size, time.perf_counter() - start)
+        size, taken = self._size(pruned, recipe), time.perf_counter() - start
+        speed = None if decision.speed is None else decision.speed.predicted
+        return Point(recipe, plan, predicted, *size, taken, speed)
 
     def prune(self, recipe: Recipe) -> tuple[nn.Module, Point]:
         """Return a pruned copy of the model, and what it is."""
@@ -111,7 +113,8 @@ class Sweep:
         report = run(replace(self._job(pruned, recipe), judged=self.judge_on))
         predicted = report.settings.get("predicted_divergence")
         given = report.recipe, report.plan, predicted, *self._size(pruned, recipe)
-        return pruned, Point(*given, time.perf_counter() - start, report)
+        speed = report.latency.get("predicted")
+        return pruned, Point(*given, time.perf_counter() - start, speed, report)
 
     def _size(self, pruned: nn.Module, recipe: Recipe) -> tuple[int, float]:
         budget = Budget(1.0, "flops", seq_len=recipe.seq_len)

@@ -114,6 +114,7 @@ def measure_latency(
         rising = tuple(rising_means([request(median, *each) for each in keys]))
         spread = tuple(request(_half_spread, *each) for each in keys)
         rows.append(SizeRow(*shape, len(some), tuple(sizes[shape]), rising, spread))
+    timed = " and ".join(samples) if predicts_next_token(model) else "a forward pass"
     return LatencyTable(
         phase=budget.latency_phase,
         batch=budget.latency_batch,
@@ -122,7 +123,7 @@ def measure_latency(
         fixed=max(0.0, request(median, "rest")),
         spread=request(_half_spread, "dense"),
         rows=tuple(rows),
-        where=where(model),
+        where=where(model) | {"timed": timed},
     )
 
 

@@ -62,6 +62,7 @@ class Option:
     with_bank: Works = True  # whether a job works with a bank
     streamed: Works = True  # block by block (--max-memory)
     from_sums: Works = True  # from the statistics alone, without running the model over the text
+    needs: str = ""  # option and value without which it says nothing
     in_python: str = ""  # replacement in Python, if liar_ext.prune has no such keyword
 
 
@@ -82,6 +83,7 @@ _DRAW = "liar_ext.calibration.texts.calibration_sequences makes the batches, and
 _model = partial(_field, group="model", affects="inputs", in_python=_LOAD)
 _text = partial(_field, group="calibration", affects="inputs", in_bank="text", in_python=_DRAW)
 _budget = partial(_field, group="budget", affects="plan")
+_latency = partial(_budget, needs="of latency")
 _whole = partial(  # leaves a smaller model, which is then pruned
     _field, group="budget", affects="scores", with_bank=False, streamed=False, from_sums=False
 )
@@ -172,13 +174,13 @@ class Fields:
         "unit of --keep",
         streamed=lambda unit: unit != "latency",
     )
-    latency_phase: str = _budget(
+    latency_phase: str = _latency(
         "both", check.one_of(PHASES), "latency: time the prompt, the generated tokens, or both"
     )
-    latency_batch: int = _budget(1, check.whole(1), "latency: sequences at a time")
-    latency_prompt: int = _budget(128, check.whole(1), "latency: tokens of a prompt")
-    latency_new_tokens: int = _budget(32, check.whole(1), "latency: generated tokens")
-    latency_table: str | None = _budget(
+    latency_batch: int = _latency(1, check.whole(1), "latency: sequences at a time")
+    latency_prompt: int = _latency(128, check.whole(1), "latency: tokens of a prompt")
+    latency_new_tokens: int = _latency(32, check.whole(1), "latency: generated tokens")
+    latency_table: str | None = _latency(
         None,
         check.optional(check.text),
         "latency: table, folder or report with measured times (default: measure this device)",
@@ -300,6 +302,7 @@ class Fields:
         None,
         check.optional(check.whole(1)),
         "evaluate on N evenly spread windows, or texts of an encoder (default: all)",
+        needs="eval TEXT",
         in_python="liar_ext.calibration.texts.evaluation_sequences takes it, as samples",
     )
     certify: int = _report(

@@ -55,7 +55,7 @@ def sizes(params: Mapping, evaluation: Mapping, latency: Mapping, dtype: str = "
                 weights = (megabytes(count, dtype) for count in (before, after))
                 rows.append((f"weights, {dtype}", *weights, ratio(before, after)))
     if latency and latency["measured"]:
-        title = f"time of {latency['table']['phase']}, as measured before saving"
+        title = f"time of {timed(latency['table'])}, as measured before saving"
         rows.append((title, "", "", f"{latency['measured']['median']:.3f}"))
     for name, before, after in measures(evaluation):
         title = f"{MEASURES[name]}, {measured_on(evaluation['dense'])}"
@@ -106,14 +106,20 @@ def sites(title: str, rows: Sequence[SiteRow]) -> Table:
     return Table(title, heads, cells, (0, len(heads) - 3, len(heads) - 2), said)
 
 
+def timed(table: Mapping[str, Any]) -> str:
+    """Return what a table of latency has the seconds of, in words."""
+    phase = table["phase"] if table["phase"] != "both" else "prefill and decode"
+    return table["where"].get("timed", phase)
+
+
 def latency_lines(found: Mapping[str, Any]) -> list[str]:
     """Return lines on how much faster a plan is, for a budget of latency."""
     if not found:
         return []
     table, measured = found["table"], found["measured"]
-    what = table["phase"] if table["phase"] != "both" else "prefill and decode"
+    what = timed(table)
     asked = f"batch {table['batch']}, prompt of {table['prompt']} tokens"
-    if table["phase"] != "prefill":
+    if "decode" in what:
         asked += f", {table['new_tokens']} new ones"
     place = ", ".join(
         f"{table['where'][key]}{' threads' if key == 'threads' else ''}"

@@ -78,10 +78,16 @@ def test_every_field_is_tried():
 @pytest.mark.parametrize("each", [each for each in recipe_fields() if each.name in GIVEN])
 def test_every_field_has_an_option(each):
     text, value = GIVEN[each.name]
-    recipe = read(option_of(each), *([text] if text else []))
+    option, needs = option_of(each), each.metadata["needs"].split()
+    needed = dict([needs] if needs else [])
+    others = [f"--{needs[0]}", needs[1]] if needs else []
+    recipe = read(option, *([text] if text else []), *others)
     assert getattr(recipe, each.name) == value != each.default
     facts = {"model": "model", "calibration": ("text.txt",), each.name: value}
-    assert recipe == Recipe(**facts)
+    assert recipe == Recipe(**facts, **needed)
+    if needed:
+        with pytest.raises(InputError, match=f"{option} says nothing without {others[0]}"):
+            read(option, text)
 
 
 def test_fields_that_need_others_have_options_too():

@@ -21,12 +21,16 @@ from liar_ext import (
     prune,
     save_pruned,
     sites,
+    sweep,
 )
+from liar_ext.cli.sweep import table as sweep_table
 from liar_ext.job.dry_run import describe
 from liar_ext.job.state import Speed
 from liar_ext.measure import latency
 from liar_ext.measure.latency import plan_of, ratios, rising_means, sliced
 from liar_ext.measure.speed import Quartiles
+from liar_ext.report.sections import latency_lines
+from liar_ext.report.tables import to_text
 from liar_ext.selection.allocation import even_plan
 from liar_ext.selection.costs import Costs
 
@@ -296,3 +300,18 @@ def test_a_narrowed_model_is_measured_as_it_is_then(quick):
     data = batches(model)
     report = prune(model, data, 0.9, of="latency", keep_hidden=0.75, tile=1, **LONG)
     assert {row["d_out"] for row in report.latency["table"]["rows"]} == {24}
+
+
+def test_reports_and_sweeps_say_what_was_timed(tmp_path, quick):
+    model = tiny("bert")
+    found = prune(model, batches(model), 1.0, of="latency", **SHORT).latency
+    assert "(a forward pass, batch 1, prompt of" in latency_lines(found)[0]
+    model = tiny("llama")
+    path = write_table(model, tmp_path, Budget(0.7, "latency", tile=4, **SHORT), fixed=0.01)
+    how = {"of": "latency", "tile": 4, "latency_table": str(path), **SHORT}
+    (point,) = sweep(model, batches(model), keep=[0.7], **how)
+    assert point.time == pytest.approx(0.7, abs=0.05)
+    row = point.to_dict()
+    dense = {"params": 1, "flops": 1.0, "time": 1.0}
+    assert f"{point.time:.1%}" in "\n".join(to_text(sweep_table(dense, [row])))
+    assert "predicted time" not in to_text(sweep_table(dense, [row | {"time": None}]))[0]
