@@ -31,7 +31,7 @@ from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import broadcast, is_first, world_size
 from liar_ext.errors import InputError
 from liar_ext.files.checkpoint_store import RESULT
-from liar_ext.healing.training import mean_loss
+from liar_ext.healing.losses import Teacher, mean_loss
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
 from liar_ext.report.reading import read_report
@@ -167,7 +167,7 @@ def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
         raise InputError(
             f"heal: {given.recipe.model} reads text as other tokens than {folder}; {TEACHER}"
         )
-    mean_loss(model, given.model, [next(small(given.judging)).select([0])])
+    mean_loss(model, Teacher(given.model), [next(small(given.judging)).select([0])])
 
 
 def small(batches: Batches) -> Iterator[Batch]:

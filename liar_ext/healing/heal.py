@@ -19,14 +19,13 @@ from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batc
 from liar_ext.distributed import all_reduce, broadcast, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.files.checkpoint_store import Checkpoint, opened
+from liar_ext.healing.losses import Teacher, losses, mean_loss
 from liar_ext.healing.training import (
     State,
     Training,
     check_memory,
     checkpointed,
     choose,
-    losses,
-    mean_loss,
     needs_checkpointing,
     put,
     set_dtypes,
@@ -57,7 +56,7 @@ def heal(
 ) -> dict[str, Any]:
     """Train a pruned model in place towards the outputs of the dense model.
 
-    The loss compares outputs and uses no labels, see :func:`liar_ext.healing.training.losses`.
+    The loss compares outputs and uses no labels, see :func:`liar_ext.healing.losses.losses`.
     AdamW without weight decay; the learning rate rises over the first three tenths of the budget
     and then falls to 0 as a cosine; gradients are clipped to norm 1; dropout is off. The held-out
     loss is measured before training and four times during it. Where it is more than 5 % above the
@@ -196,8 +195,9 @@ class Healing:
         training: Training,
         saved: Checkpoint | None,
     ) -> None:
-        self.model, self.teacher, self.batches, self.held_out = model, teacher, batches, held_out
+        self.model, self.batches, self.held_out = model, batches, held_out
         self.training, self.saved, self.device = training, saved, device_of(model)
+        self.teacher = Teacher(teacher)
         kind, half = self.device.type, training.bfloat16
         self.cast = partial(torch.autocast, kind, torch.bfloat16, enabled=half)
         self.so_far, self.best, self.after, self.diverged = SoFar(), None, math.inf, False
@@ -245,9 +245,9 @@ class Healing:
         self.optimizer.zero_grad()
         sums = torch.zeros(2, dtype=torch.float64)  # rows and tokens of all ranks
         for index in range(so_far.steps * each, (so_far.steps + 1) * each)[rank() :: world_size()]:
-            batch = self.batches[self.place(index)].to(self.device)
+            batch = self.batches[self.place(index)]
             with self.cast():
-                found = losses(self.student, self.teacher, batch)
+                found = losses(self.student, self.teacher(batch))
             found.sum().backward()
             sums[0] += len(found)
             sums[1] += count_tokens(batch)

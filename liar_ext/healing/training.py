@@ -1,4 +1,4 @@
-"""How a pruned model is trained: its settings, its loss, its weights, and what memory they take."""
+"""How a pruned model is trained: its settings, its weights, and what memory they take."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from liar_ext.calibration.batches import Batch, completed, count_tokens
-from liar_ext.distributed import all_reduce, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
-from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, output_of
+from liar_ext.models.running import device_of
 from liar_ext.process.environment import available_memory
 
 BUDGETS = ("tokens", "minutes", "steps")
-AT_ONCE = 1 << 19  # logits whose softmax is taken at once: ten rows of 50,000 stay in caches
 LORA_RANK = 16
 OF_TRAINED = 12  # bytes: gradient and two moments in float32
 OF_FREE = 0.8  # of the free memory may be used
@@ -108,102 +105,6 @@ def computes_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
-
-
-def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-    """Return the loss of each row, ``(rows,)`` float32, with gradients for the student.
-
-    ============== ================================================== ================
-    output         loss                                               row
-    ============== ================================================== ================
-    logits         ``KL(p ‖ q) = Σ p (log p − log q)``                token, or
-                                                                      sequence
-    a single logit ``(z − z')²``                                      sequence
-    hidden states  ``1 − cos(m, m') + mean (h − h')²``, where m is    sequence
-                   the mean of h over the tokens
-    ============== ================================================== ================
-
-    Unprimed and p: the dense model. Padding does not count. No labels are used. Raises InputError
-    if the outputs of the two models have different shapes.
-    """
-    batch = completed(teacher, batch)
-    with torch.no_grad():
-        name, target = _run(teacher, batch)
-    _, value = _run(student, batch)
-    target = target.to(value.device)
-    if value.shape != target.shape:
-        raise InputError(
-            f"heal: the outputs of the two models must have one shape, got {tuple(value.shape)} "
-            f"and {tuple(target.shape)} of the dense model; name the model that was pruned as "
-            "teacher"
-        )
-    mask = batch.mask_of(DECODER_MASK if DECODER_IDS in batch.inputs else "attention_mask")
-    if mask is not None and (value.dim() != 3 or mask.shape != value.shape[:2]):
-        mask = None  # one output for each sequence
-    mask = None if mask is None else mask.to(value.device)
-    if name != "logits":
-        return _of_states(value.float(), target.float(), mask)
-    if mask is not None:
-        value, target = value[mask], target[mask]
-    value, target = value.flatten(0, -2), target.flatten(0, -2)
-    if value.shape[-1] == 1:
-        return (value.float() - target.float()).square().flatten()
-    return KLDivergence.apply(value, target)
-
-
-@torch.no_grad()
-def mean_loss(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
-    """Return the mean of :func:`losses` over all rows of some batches, which ranks share."""
-    device, sums = device_of(student), torch.zeros(2, dtype=torch.float64)
-    for batch in batches[rank() :: world_size()]:
-        found = losses(student, teacher, batch.to(device))
-        sums[0] += float(found.sum(dtype=torch.float64))
-        sums[1] += len(found)
-    all_reduce(sums)
-    return float(sums[0] / sums[1])
-
-
-def _run(model: nn.Module, batch: Batch) -> tuple[str, Tensor]:
-    return output_of(model, model(**batch.to(device_of(model)).inputs))
-
-
-class KLDivergence(torch.autograd.Function):
-    """``KL(p ‖ q)`` of each row of logits, with its gradient ``q − p`` by those of q.
-
-    Both come from one softmax of some rows at a time: that of all rows would take several times the
-    memory of the logits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, target: Tensor) -> Tensor:
-        """Return the divergences, ``(rows,)`` float32, of logits ``(rows, classes)``."""
-        found, slope = [], torch.empty_like(value) if ctx.needs_input_grad[0] else None
-        step = max(1, AT_ONCE // value.shape[-1])
-        for at in range(0, len(value), step):
-            rows = slice(at, at + step)
-            log_q, log_p = (each[rows].float().log_softmax(-1) for each in (value, target))
-            p = log_p.exp()
-            found.append((p * log_p.sub_(log_q)).sum(-1))
-            if slope is not None:
-                slope[rows] = log_q.exp_().sub_(p)
-        ctx.save_for_backward(slope)
-        return torch.cat(found)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient by the logits of q; that by p's is not needed."""
-        (slope,) = ctx.saved_tensors
-        return slope * gradient[:, None].to(slope.dtype), None
-
-
-def _of_states(value: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    distance = (value - target).square().mean(-1)
-    if value.dim() == 2:  # embeddings
-        return 1 - functional.cosine_similarity(value, target, dim=-1) + distance
-    weight = torch.ones_like(distance) if mask is None else mask.to(distance)
-    weight = weight / weight.sum(1, keepdim=True)
-    pooled = [(weight[..., None] * each).sum(1) for each in (value, target)]
-    return 1 - functional.cosine_similarity(*pooled, dim=-1) + (weight * distance).sum(1)
 
 
 def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:

@@ -17,13 +17,8 @@ from liar_ext import heal
 from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.healing import heal as run
-from liar_ext.healing.training import (
-    KLDivergence,
-    activation_bytes,
-    computes_bfloat16,
-    losses,
-    mean_loss,
-)
+from liar_ext.healing.losses import KLDivergence, Teacher, losses, mean_loss
+from liar_ext.healing.training import activation_bytes, computes_bfloat16
 from liar_ext.models.slicing import apply_plan
 from liar_ext.report.sections import healing_lines
 
@@ -70,7 +65,9 @@ def test_the_held_out_loss_falls(train):
     assert found["after"] == min(loss for _, loss in found["curve"]) or train == "lora"
     assert [tokens for tokens, _ in found["curve"]] == [0, 144, 288, 432, 576]
     assert (found["steps"], found["tokens"]) == (12, 12 * 48)
-    assert mean_loss(student, dense, [*read_batches(held)]) == pytest.approx(found["after"])
+    assert mean_loss(student, Teacher(dense), [*read_batches(held)]) == pytest.approx(
+        found["after"]
+    )
     assert same(dense, own)
     # An ordinary model again, trained where it was to be.
     assert [name for name, _ in student.named_parameters()] == names
@@ -83,7 +80,7 @@ def test_the_held_out_loss_falls(train):
 
 @pytest.mark.parametrize("rows", [1, 4, 7])
 def test_the_divergence_has_the_gradient_of_its_formula(rows, monkeypatch):
-    monkeypatch.setattr("liar_ext.healing.training.AT_ONCE", 4 * 7)
+    monkeypatch.setattr("liar_ext.healing.losses.AT_ONCE", 4 * 7)
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(2, rows, 7, generator=generator)
     value, same = (logits[0].clone().requires_grad_() for _ in range(2))
@@ -96,6 +93,20 @@ def test_the_divergence_has_the_gradient_of_its_formula(rows, monkeypatch):
         (weight * each).sum().backward()
     assert torch.allclose(value.grad, same.grad, rtol=1e-5, atol=1e-6)
     assert not KLDivergence.apply(logits[0], logits[1]).requires_grad
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "mpnet"])
+def test_the_dense_model_runs_once_for_each_batch(name, monkeypatch):
+    student, dense = pair(name)
+    runs = []
+    dense.register_forward_hook(lambda *_: runs.append(0))
+    given, expected = copy.deepcopy(student), copy.deepcopy(student)
+    heal(given, dense, text(), held_out=text(2, seed=9), **STEPS)
+    assert len(runs) == 6 + 2  # in twelve steps and five measurements
+    monkeypatch.setattr("liar_ext.healing.losses.OF_FREE", 0.0)
+    heal(expected, dense, text(), held_out=text(2, seed=9), **STEPS)
+    assert len(runs) == 8 + 12 + 5 * 2
+    assert same(given, bits(expected))
 
 
 @pytest.mark.parametrize("train", ["no-embeddings", "lora"])
@@ -149,7 +160,7 @@ def test_it_goes_back_where_the_held_out_loss_has_clearly_risen(monkeypatch):
 def test_padding_never_counts():
     student, dense = pair()
     batch = read_batch(text(1, padded=True)[0])
-    found = losses(student, dense, batch)
+    found = losses(student, Teacher(dense)(batch))
     slow = []
     for ids, mask in zip(batch.inputs["input_ids"], batch.mask, strict=True):
         alone = {"input_ids": ids[mask][None]}
@@ -157,7 +168,7 @@ def test_padding_never_counts():
         slow += (p.exp() * (p - q)).sum(-1).tolist()
     torch.testing.assert_close(found, torch.tensor(slow), rtol=1e-4, atol=1e-6)
     other = {**batch.inputs, "input_ids": batch.inputs["input_ids"].masked_fill(~batch.mask, 5)}
-    torch.testing.assert_close(losses(student, dense, read_batch(other)), found)
+    torch.testing.assert_close(losses(student, Teacher(dense)(read_batch(other))), found)
     told = heal(student, dense, text(padded=True), held_out=text(2), **STEPS)
     assert told["tokens"] == 12 * int(batch.mask.sum())
 
@@ -173,7 +184,7 @@ def test_encoders_are_compared_by_embeddings_and_hidden_states(padded):
         h, t = (model(**alone).last_hidden_state[0].double() for model in (student, dense))
         cosine = torch.cosine_similarity(h.mean(0), t.mean(0), dim=0)
         slow.append((1 - cosine + (h - t).square().mean()).item())
-    found = losses(student, dense, batch)
+    found = losses(student, Teacher(dense)(batch))
     torch.testing.assert_close(found, torch.tensor(slow), rtol=1e-4, atol=1e-5)
     held = text(2, seed=9, padded=padded)
     told = heal(student, dense, text(padded=padded), held_out=held, **STEPS)
@@ -184,7 +195,7 @@ def test_classifiers_are_compared_by_their_predictions():
     student, dense = pair("bert")
     batch = read_batch(text(1, tokens=9)[0])
     p, q = (model(**batch.inputs).logits.log_softmax(-1) for model in (dense, student))
-    torch.testing.assert_close(losses(student, dense, batch), (p.exp() * (p - q)).sum(-1))
+    torch.testing.assert_close(losses(student, Teacher(dense)(batch)), (p.exp() * (p - q)).sum(-1))
     assert heal(student, dense, text(), held_out=text(2, seed=9), **STEPS)["improved"]
 
 
@@ -192,7 +203,7 @@ def test_a_single_logit_is_compared_by_its_value():
     student, dense = pair("bert", num_labels=1)
     batch = read_batch(text(1)[0])
     p, q = (model(**batch.inputs).logits.flatten() for model in (dense, student))
-    torch.testing.assert_close(losses(student, dense, batch), (p - q).square())
+    torch.testing.assert_close(losses(student, Teacher(dense)(batch)), (p - q).square())
 
 
 class Killed(Exception):
@@ -260,8 +271,8 @@ def test_an_interrupt_keeps_the_best_state(saved, tmp_path, monkeypatch):
     else:
         found = heal(student, dense, text(), **settings)
         assert found["interrupted"] and found["improved"] and len(found["curve"]) == 3
-    after = mean_loss(student, dense, [*read_batches(text(2, seed=9))])
-    assert after < mean_loss(pair()[0], dense, [*read_batches(text(2, seed=9))])
+    after = mean_loss(student, Teacher(dense), [*read_batches(text(2, seed=9))])
+    assert after < mean_loss(pair()[0], Teacher(dense), [*read_batches(text(2, seed=9))])
 
 
 @pytest.mark.parametrize("train", ["no-embeddings", "lora"])
@@ -275,7 +286,7 @@ def test_half_precision_is_measured_as_it_is_rounded(train):
     held = [*read_batches(text(2, seed=9))]
     for each in student.parameters():
         each.data = each.data.float()
-    assert mean_loss(student, dense, held) == pytest.approx(found["after"], rel=1e-5)
+    assert mean_loss(student, Teacher(dense), held) == pytest.approx(found["after"], rel=1e-5)
 
 
 def test_checkpointed_activations_change_no_result():
