@@ -20,6 +20,7 @@ from liar_ext.export import Exported, stored_dtype
 from liar_ext.export.gguf_architectures import (
     Architecture,
     Layers,
+    Mixture,
     architecture_of,
     layers_of,
     rope_parameters,
@@ -178,19 +179,15 @@ def add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers:
     else:
         name = "layer_norm_epsilon" if hasattr(config, "layer_norm_epsilon") else "layer_norm_eps"
         writer.add_layer_norm_eps(getattr(config, name))
-    mixture = architecture.mixture
-    if mixture is not None:
-        writer.add_expert_count(layers.experts[0])
-        writer.add_expert_used_count(layers.active)
-        if mixture.own_width:
-            writer.add_expert_feed_forward_length(layers.channels[0])
-        if mixture.shared:
-            writer.add_expert_shared_feed_forward_length(layers.shared[0])
+    if architecture.mixture is not None:
+        _add_experts(writer, config, architecture.mixture, layers)
     if architecture.scaled:
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if architecture.name == "ernie4_5-moe":
+        writer.add_interleave_moe_layer_step(1)
     if architecture.name == "gemma3":
         writer.add_sliding_window(config.sliding_window)
     if architecture.name == "gptneox":
@@ -199,9 +196,32 @@ def add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers:
         _add_rope(writer, config, architecture, layers.head_dim)
 
 
+def _add_experts(writer: Any, config: Any, mixture: Mixture, layers: Layers) -> None:
+    """Write the sizes of the experts, which are those of the last layer."""
+    writer.add_expert_count(layers.experts[-1])
+    writer.add_expert_used_count(layers.active[-1])
+    if mixture.own_width:
+        writer.add_expert_feed_forward_length(layers.channels[-1])
+    if mixture.shared == "width":
+        writer.add_expert_shared_feed_forward_length(layers.shared[-1])
+    elif mixture.shared == "count":
+        writer.add_expert_shared_count(layers.shared[-1] // layers.channels[-1])
+    if mixture.leading:
+        writer.add_leading_dense_block_count(layers.leading)
+    if mixture.normalised is None:
+        import gguf
+
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(bool(config.norm_topk_prob))
+        writer.add_expert_weights_scale(float(config.routed_scaling_factor))
+
+
 def _add_rope(writer: Any, config: Any, architecture: Architecture, head_dim: int) -> None:
     rope = rope_parameters(config)
-    scaling = rope.get("rope_type", "default")
+    scaling, stretch = rope.get("rope_type", "default"), 1.0
+    if config.model_type == "hunyuan_v1_moe" and scaling == "dynamic" and rope.get("alpha"):
+        # HunYuan's is not dynamic: it stretches the base once for all lengths.
+        scaling, stretch = "default", rope["alpha"] ** (head_dim / (head_dim - 2))
     partial = rope.get("partial_rotary_factor", 1.0)
     whole = partial == 1.0 or architecture.partial
     if scaling not in SCALINGS or not whole:
@@ -211,7 +231,7 @@ def _add_rope(writer: Any, config: Any, architecture: Architecture, head_dim: in
             f"{', '.join(SCALINGS)} of whole heads are; use the folder itself"
         )
     writer.add_rope_dimension_count(int(head_dim * partial))
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_rope_freq_base(float(rope["rope_theta"]) * stretch)
     if scaling == "linear":
         import gguf
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -26,11 +26,15 @@ ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
 
 @dataclass(frozen=True)
 class Mixture:
-    """How an architecture runs layers of experts, which it has in every block."""
+    """How an architecture runs layers of experts."""
 
-    normalised: bool  # the weights of the experts that a token is sent to sum to one
+    # The weights of the experts that a token is sent to sum to one. None: they are sigmoids, and
+    # the file says whether they do, and their scale.
+    normalised: bool | None
     own_width: bool = False  # their width has a field of its own
-    shared: bool = False  # every token passes one more expert, scaled by a gate
+    # Every token passes one more expert. The file says its width, or how many experts are as wide.
+    shared: Literal["", "width", "count"] = ""
+    leading: bool = False  # the first layers may have an ordinary MLP; otherwise none has
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Architecture:
     """A row of the table of architectures."""
 
     name: str  # in llama.cpp and in the package gguf
-    # Rotary embeddings turn neighbouring features, (0, 1), (2, 3), ...: the rows of q and k are
-    # reordered. Otherwise, as in transformers, they turn halves, (0, d/2), (1, d/2 + 1), ....
+    # Rotary embeddings turn neighbouring features, (0, 1), (2, 3), ..., in transformers halves,
+    # (0, d/2), (1, d/2 + 1), ...: the rows of q and k are reordered. Otherwise both do the same.
     interleaved: bool = False
     biases: frozenset[str] = frozenset()  # layers of a block that may have one
     per_layer: bool = False  # sizes may differ by layer
@@ -88,7 +92,9 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
         ),
     ),
     "mixtral": (replace(LLAMA, biases=QKV | {"o_proj"}, mixture=Mixture(True)),),
-    "qwen2_moe": (replace(QWEN2, name="qwen2moe", head=True, mixture=Mixture(False, True, True)),),
+    "qwen2_moe": (
+        replace(QWEN2, name="qwen2moe", head=True, mixture=Mixture(False, True, "width")),
+    ),
     "qwen3_moe": (Architecture("qwen3moe", mixture=Mixture(True, True)),),
     "olmoe": (Architecture("olmoe", square=True, head=True, mixture=Mixture(False)),),
     "granitemoe": (
@@ -100,6 +106,25 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
             scaled=True,
         ),
     ),
+    "glm4_moe": (
+        Architecture(
+            "glm4moe", biases=QKV, partial=True, mixture=Mixture(None, True, "count", leading=True)
+        ),
+    ),
+    "ernie4_5_moe": (
+        Architecture("ernie4_5-moe", mixture=Mixture(True, True, "width", leading=True)),
+    ),
+    "dots1": (
+        Architecture("dots1", head=True, mixture=Mixture(None, True, "count", leading=True)),
+    ),
+    "hunyuan_v1_moe": (Architecture("hunyuan-moe", mixture=Mixture(True, True, "width")),),
+}
+# Of a config, what llama.cpp has fixed.
+FIXED: dict[str, dict[str, Any]] = {
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    "olmoe": {"clip_qkv": None, "attention_bias": False},
+    "glm4_moe": {"n_group": 1},
+    "dots1": {"n_group": 1},
 }
 LACKS = {  # deci, of a family
     "qwen3": "norms of queries and keys",
@@ -123,13 +148,20 @@ class Layers:
     head_dim: int  # the same in all layers
     experts: tuple[int, ...]  # 0 where the MLP is an ordinary one
     shared: tuple[int, ...]  # channels of an expert that every token passes; 0 without one
-    active: int = 0  # experts of a token
+    active: tuple[int, ...]  # experts of a token; 0 where the MLP is an ordinary one
+
+    @property
+    def leading(self) -> int:
+        """How many layers come before the first one with experts; all where none has some."""
+        return next((index for index, count in enumerate(self.experts) if count), len(self.experts))
 
     @property
     def equal(self) -> bool:
-        """Whether all layers have the same sizes."""
-        all_sizes = (self.heads, self.kv_heads, self.channels, self.experts, self.shared)
-        return all(len(set(each)) == 1 for each in all_sizes)
+        """Whether all layers have the same sizes; MLPs before the experts may have others."""
+        first = self.leading
+        routed = (each[first:] for each in (self.channels, self.experts, self.shared, self.active))
+        all_sizes = (self.heads, self.kv_heads, self.channels[:first], *routed)
+        return all(len(set(each)) <= 1 for each in all_sizes)
 
 
 def layers_of(model: nn.Module) -> Layers:
@@ -140,7 +172,6 @@ def layers_of(model: nn.Module) -> Layers:
     for site in sites(model, ("mlp",)):
         if not site.name.endswith(f".{SHARED}"):
             mlp.setdefault(site.block, site)
-    routed = next((site for site in mlp.values() if site.experts), None)
     if any(family_of(model).wirings("attn")):
         attn = sites(model, ("attn",))
         heads = tuple(site.sizes["heads"] for site in attn)
@@ -156,7 +187,7 @@ def layers_of(model: nn.Module) -> Layers:
         head_dim,
         tuple(site.experts for site in mlp.values()),
         tuple(beside.get(block, 0) for block in mlp),
-        0 if routed is None else router_of(model, routed).top_k,
+        tuple(router_of(model, site).top_k if site.experts else 0 for site in mlp.values()),
     )
 
 
@@ -179,8 +210,8 @@ def _first_that_fits(
     model: nn.Module, candidates: tuple[Architecture, ...], layers: Layers
 ) -> Architecture:
     kind, best, unequal = model.config.model_type, candidates[-1], not layers.equal
-    if best.mixture is not None and (unequal or 0 in layers.experts):
-        raise _refusal(_unequal_experts(best.name, kind, layers))
+    if best.mixture is not None:
+        _check_experts(best.name, best.mixture, kind, layers)
     places = {(path, s.expert) for s in sites(model) for path in (s.consumer, *s.producers)}
     biases = {
         path.rpartition(".")[2]
@@ -210,23 +241,32 @@ def _first_that_fits(
     )
 
 
-def _unequal_experts(name: str, kind: str, layers: Layers) -> str:
-    """Return why no architecture has such layers of experts, and what to do."""
-    if 0 in layers.experts:
-        return (
-            f"{name} has experts in every layer, {layers.experts.count(0)} of this {kind}'s "
+def _check_experts(name: str, mixture: Mixture, kind: str, layers: Layers) -> None:
+    """Refuse layers of experts that no architecture has, and say what to do."""
+    routed = layers.experts[layers.leading :]
+    if not routed or 0 in (routed if mixture.leading else layers.experts):
+        where = "every layer after the first ones" if mixture.leading else "every layer"
+        raise _refusal(
+            f"{name} has experts in {where}, {layers.experts.count(0)} of this {kind}'s "
             f"{len(layers.experts)} layers have an ordinary MLP; use the folder itself"
         )
-    if len(set(layers.experts)) > 1:
-        counts = " and ".join(map(str, sorted(set(layers.experts))))
-        return (
+    if len(set(routed)) > 1:
+        counts = " and ".join(map(str, sorted(set(routed))))
+        raise _refusal(
             f"a file has one expert_count for all layers, those of this {kind} have {counts}; keep "
             "equally many, as --keep-experts does"
         )
-    return (
-        f"{name} gives all layers the same sizes, those of this {kind} differ, and deci, which "
-        "takes any, has no experts; prune with --uniform-layers"
-    )
+    if not layers.equal:
+        raise _refusal(
+            f"{name} gives all layers the same sizes, those of this {kind} differ, and deci, which "
+            "takes any, has no experts; prune with --uniform-layers"
+        )
+    shared, width = layers.shared[-1], layers.channels[-1]
+    if mixture.shared == "count" and (shared % width or not shared):
+        raise _refusal(
+            f"{name} has a shared expert as wide as one or several others together, here {shared} "
+            f"channels and {width}; choose another --keep, or prune by --keep-experts alone"
+        )
 
 
 def _check_config(config: Any) -> None:
@@ -237,8 +277,10 @@ def _check_config(config: Any) -> None:
     wanted: dict[str, Any] = {"activation": ARCHITECTURES[kind][0].activation}
     values, depth = {"activation": found}, config.num_hidden_layers
     mixture = ARCHITECTURES[kind][0].mixture
-    if mixture is not None and hasattr(config, "norm_topk_prob"):
-        wanted["norm_topk_prob"] = mixture.normalised
+    wanted |= FIXED.get(kind, {})
+    normalised = None if mixture is None else mixture.normalised
+    if normalised is not None and hasattr(config, "norm_topk_prob"):
+        wanted["norm_topk_prob"] = normalised
     if kind == "smollm3":
         rotary = [int((index + 1) % NOPE_STEP != 0) for index in range(depth)]
         wanted |= {"no_rope_layers": rotary, "use_sliding_window": False}
@@ -260,11 +302,8 @@ def _check_config(config: Any) -> None:
             "the local rope_theta": local.get("rope_theta"),
             "the local rope_type": local.get("rope_type", "default"),
         }
-    elif kind == "olmoe":
-        wanted |= {"clip_qkv": None, "attention_bias": False}
+    elif kind in ("olmoe", "dots1"):
         wanted["num_key_value_heads"] = config.num_attention_heads
-    elif kind == "gpt2":
-        wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     for name, right in wanted.items():
         value = values[name] if name in values else getattr(config, name)
         value = bool(value) if isinstance(right, bool) else value
@@ -284,6 +323,8 @@ def rope_parameters(config: Any, kind: str = "full_attention") -> Mapping[str, A
 def sliding_window(config: Any) -> int | None:
     """Return the window of local attention, if any layer has one."""
     if config.model_type == "olmoe" or not getattr(config, "use_sliding_window", True):
+        return None
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         return None
     return getattr(config, "sliding_window", None)
 

@@ -27,6 +27,9 @@ LARGEST_F16 = 65504.0
 GPT2_LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 ROUTER, SHARED_GATE = "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight"
 HEAD = "output.weight"
+# What a router has for each expert, by the names in its module: its rows, and numbers that are
+# added to the weights in the choice alone.
+ROUTED = {"weight": ROUTER, "e_score_correction_bias": "exp_probs_b.bias"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def _named(model: nn.Module, architecture: Architecture, layers: Layers) -> Iter
     factors = rope_factors(model.config, layers.head_dim)
     if factors is not None:
         yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
+    for path, _ in model.named_buffers():
+        yield from experts.get(path, ())
     written = set()
     for path, parameter in model.named_parameters():  # a head that shares its weight is not written
         if path in experts:
@@ -116,15 +121,17 @@ def _experts(model: nn.Module) -> dict[str, list[Named]]:
         wiring, block = site.wiring, f"blk.{site.block}."
         (producer,) = site.producers
         both, down = get_path(model, producer), get_path(model, site.consumer)
-        router = router_of(model, site).get_parameter(wiring.experts.weight)
         gate, up = both.detach().chunk(2, dim=1)
         found[producer] = [
             (f"{block}ffn_{name}_exps.weight", tuple(half.shape), half.detach)
             for name, half in (("gate", gate), ("up", up))
         ]
         found[site.consumer] = [(f"{block}ffn_down_exps.weight", tuple(down.shape), down.detach)]
-        path = f"{site.path}.{wiring.experts.router}.{wiring.experts.weight}"
-        found[path] = [(f"{block}{ROUTER}", tuple(router.shape), router.detach)]
+        for name, tensor in router_of(model, site).state_dict().items():
+            there = ROUTED[name.rpartition(".")[2]]
+            shape = tuple(tensor.shape if there == ROUTER else tensor.shape[-1:])
+            path = f"{site.path}.{wiring.experts.router}.{name}"
+            found[path] = [(block + there, shape, tensor.detach)]
     return found
 
 

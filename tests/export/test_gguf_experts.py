@@ -20,7 +20,7 @@ from torch import nn
 from liar_ext import InputError
 from liar_ext.export import export as export_checked
 from liar_ext.export import gguf_tensors
-from liar_ext.models.sites import sites, teams_of
+from liar_ext.models.sites import SHARED, sites, teams_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 
@@ -32,15 +32,31 @@ SETTINGS = {
     "qwen3_moe": {"mlp_only_layers": []},
     "olmoe": {"num_key_value_heads": 8},
     "granitemoe": {},
+    "glm4_moe": {},
+    "ernie4_5_moe": {},
+    "dots1": {"num_key_value_heads": 8},
+    "hunyuan_v1_moe": {},
 }
-ARCHITECTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+SIGMOID = ("glm4_moe", "dots1")  # weights far below one another are no ties, but nearly zero
+ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}
+ARCHITECTURES = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "glm4_moe": "glm4moe",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "hunyuan_v1_moe": "hunyuan-moe",
+}
 
 
 def mixture(name: str, **fields) -> nn.Module:
     model = tiny(name, **{**SETTINGS[name], **fields})
-    for path, parameter in model.named_parameters():
-        if path.endswith(("gate.weight", "router.weight")):  # so that no two experts tie
-            parameter.data.mul_(5)
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # So that no two experts tie.
+        if path.endswith(("gate.weight", "router.weight", "wg.weight")):
+            tensor.data.mul_(2 if name in SIGMOID else 5)
+        if path.endswith("e_score_correction_bias"):
+            tensor.data.normal_(std=0.3)
     return model
 
 
@@ -87,12 +103,17 @@ def test_llama_cpp_computes_what_the_folder_does(name: str, what: str, tmp_path:
     assert f"Architecture {architecture}:" in done.notes[0]
     logits_agree(model, done.paths[0])
     fields = {k: f.contents() for k, f in gguf.GGUFReader(done.paths[0]).fields.items()}
-    layer = model.get_submodule(sites(model, ("mlp",))[0].consumer.rpartition(".")[0])
+    mlps = sites(model, ("mlp",))
+    routed = next(site for site in mlps if site.expert is not None)
+    layer = model.get_submodule(routed.consumer.rpartition(".")[0])
     experts, _, width = layer.down_proj.shape
     assert fields[f"{architecture}.expert_count"] == experts == (4 - (what in ("experts", "all")))
     assert fields[f"{architecture}.expert_used_count"] == 2
-    own = "expert_feed_forward_length" if name.startswith("qwen") else "feed_forward_length"
-    assert fields[f"{architecture}.{own}"] == width
+    own = "expert_" if "moe_intermediate_size" in vars(model.config) else ""
+    assert fields[f"{architecture}.{own}feed_forward_length"] == width
+    if routed.block:
+        assert fields[f"{architecture}.leading_dense_block_count"] == routed.block
+        assert fields[f"{architecture}.feed_forward_length"] == mlps[0].d_in
     if name == "qwen2_moe":
         shared = model.model.layers[0].mlp.shared_expert.up_proj.out_features
         assert fields["qwen2moe.expert_shared_feed_forward_length"] == shared
@@ -112,26 +133,28 @@ def test_sixteen_bits_leave_the_router_as_it_is(name: str, tmp_path: Path) -> No
     (path,) = export(tmp_path / "model", "gguf", quantize="f16").paths
     tensors = {each.name: each for each in gguf.GGUFReader(path).tensors}
     for each in tensors.values():
-        kind = "F32" if len(each.shape) == 1 or "ffn_gate_inp" in each.name else "F16"
+        whole = len(each.shape) == 1 or "ffn_gate_inp.weight" in each.name
+        kind = "F32" if whole else "F16"
         assert each.tensor_type.name == kind, each.name
     logits_agree(model, path, tolerance=2e-2, share=0.8)
-    down = tensors["blk.1.ffn_down_exps.weight"].data
     last = [site for site in sites(model, ("mlp",)) if site.expert is not None][-1]
+    down = tensors[f"blk.{last.block}.ffn_down_exps.weight"].data
     assert np.array_equal(down, model.get_parameter(last.consumer).detach().half().numpy())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe"])
 def test_experts_are_quantised(name: str, tmp_path: Path) -> None:
     """The router is not, and no note says so."""
-    width = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}[name]
-    sizes = {"hidden_size": 64, "head_dim": 8, "vocab_size": 64, width: 64}
+    sizes = {"hidden_size": 64, "head_dim": 8, "vocab_size": 64, "intermediate_size": 64}
+    if name != "mixtral":
+        sizes["moe_intermediate_size"] = 64
     model = pruned(name, "all", tmp_path / "model", **sizes)
     done = export(tmp_path / "model", "gguf", quantize="q8_0")
     assert not any("matrices stay" in note for note in done.notes)
     types = {each.name: each.tensor_type.name for each in gguf.GGUFReader(done.paths[0]).tensors}
     for tensor in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "attn_q"):
-        assert types[f"blk.0.{tensor}.weight"] == "Q8_0"
-    assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+        assert types[f"blk.1.{tensor}.weight"] == "Q8_0"
+    assert types["blk.1.ffn_gate_inp.weight"] == "F32"
     logits_agree(model, done.paths[0], tolerance=0.2, share=0.8)
 
 
@@ -177,6 +200,34 @@ def test_the_command_runs_what_it_wrote(tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("glm4_moe", {"first_k_dense_replace": 2, "norm_topk_prob": False, "use_qk_norm": False}),
+        ("glm4_moe", {"first_k_dense_replace": 0, "n_shared_experts": 2, "attention_bias": True}),
+        ("ernie4_5_moe", {"moe_num_shared_experts": 2, "moe_layer_start_index": 2}),
+        ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_start_index": 0}),
+        ("hunyuan_v1_moe", {"rope_parameters": ALPHA, "num_experts_per_tok": [3, 3]}),
+    ],
+)
+def test_what_a_config_may_say_of_experts(name: str, fields: dict, tmp_path: Path) -> None:
+    model = pruned(name, "channels", tmp_path / "model", **fields)
+    (path,) = export(tmp_path / "model", "gguf").paths
+    logits_agree(model, path)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "ernie4_5_moe", "dots1"])
+def test_the_bias_of_the_choice_is_written(name: str, tmp_path: Path) -> None:
+    """Without it other experts are chosen, which the comparison of logits sees."""
+    model = pruned(name, "experts", tmp_path / "model")
+    (path,) = export(tmp_path / "model", "gguf").paths
+    for key, tensor in model.state_dict().items():
+        if key.endswith("e_score_correction_bias"):
+            tensor.zero_()
+    with pytest.raises(AssertionError):
+        logits_agree(model, path)
+
+
+@pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
         ("qwen2_moe", {"norm_topk_prob": True}, "qwen2moe has norm_topk_prob False, this model"),
@@ -191,6 +242,13 @@ def test_the_command_runs_what_it_wrote(tmp_path: Path, monkeypatch) -> None:
         ),
         ("qwen2_moe", {"head_dim": 4}, "here 32 and 64; prune with --sites mlp"),
         ("mixtral", {"hidden_act": "gelu"}, "llama has activation silu, this model gelu"),
+        ("glm4_moe", {"n_group": 2}, "glm4moe has n_group 1, this model 2"),
+        ("dots1", {"num_key_value_heads": 4}, "dots1 has num_key_value_heads 8, this model 4"),
+        ("dots1", {"first_k_dense_replace": 3}, "after the first ones, 3 of this dots1's 3 layers"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 5}, "the first ones, 3 of"),
+        ("ernie4_5_moe", {"moe_layer_end_index": 1}, "the first ones, 2 of this ernie4_5_moe's 3"),
+        ("ernie4_5_moe", {"use_bias": True}, "ernie4_5-moe has no bias in down_proj, gate_proj"),
+        ("hunyuan_v1_moe", {"num_experts_per_tok": [1, 2]}, "those of this hunyuan_v1_moe differ"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(name, fields, words, tmp_path) -> None:
@@ -210,7 +268,7 @@ def test_layers_of_other_sizes_are_refused(name: str, tmp_path: Path) -> None:
         export(save(model, tmp_path / "experts", plan), "gguf")
     model = mixture(name)
     kept = {
-        each: SitePlan(site.units, tuple(range(8 + 8 * site.block)))
+        each: SitePlan(site.units, tuple(range(4 + 4 * site.block)))
         for site in sites(model, ("mlp",))
         if site.expert is not None
         for each in (site.name,)
@@ -219,6 +277,20 @@ def test_layers_of_other_sizes_are_refused(name: str, tmp_path: Path) -> None:
     apply_plan(model, plan)
     with pytest.raises(InputError, match="deci, .* has no experts; prune with --uniform-layers"):
         export(save(model, tmp_path / "channels", plan), "gguf")
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "dots1"])
+def test_a_shared_expert_of_a_width_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+    model = mixture(name)
+    kept = {
+        site.name: SitePlan(site.units, tuple(range(9)))
+        for site in sites(model, ("mlp",))
+        if site.name.endswith(SHARED)
+    }
+    plan = Plan(name, "auto", kept)
+    apply_plan(model, plan)
+    with pytest.raises(InputError, match="here 9 channels and 16; choose another --keep, or"):
+        export(save(model, tmp_path / "model", plan), "gguf")
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "phimoe", "deepseek_v3", "flex_olmo"])
