@@ -75,9 +75,10 @@ REFUSED = {
         "No option. Choose `--keep-experts` so that the number left is a multiple."
     ),
     "[mixtures of experts as GGUF](export.md#mixtures-of-experts)": (
-        "mixtral, qwen2_moe, qwen3_moe, olmoe and granitemoe with equal layers are written. "
-        "llama.cpp gives all layers the same sizes, and computes phimoe otherwise; the other "
-        "families have no table of tensors yet."
+        "mixtral, qwen2_moe, qwen3_moe, olmoe, granitemoe, glm4_moe, ernie4_5_moe, dots1 and "
+        "hunyuan_v1_moe with equal layers are written. llama.cpp gives all layers the same sizes, "
+        "and computes phimoe and gpt_oss otherwise; the other families have no table of tensors "
+        "yet."
     ),
     "single heads of Mamba-2 (nemotron_h, bamba, granitemoehybrid)": (
         "Its gated norm runs over all heads of a group, so removing one changes the others. Whole "
