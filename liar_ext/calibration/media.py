@@ -21,6 +21,7 @@ from liar_ext.calibration.folds import Sequences, in_turns, padded
 from liar_ext.errors import InputError, install, refusing
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
 from liar_ext.process.environment import errors_alone
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, inputs_read
 
 AUDIO, IMAGES, IMAGES_WITH_TEXT = "audio", "images", "images with text"
 SUFFIXES = {
@@ -251,7 +252,7 @@ class Reader:
             heard = self.write_down(inputs[INPUTS[self.kind]][some])
             for row, text in zip(some.tolist(), heard, strict=True):
                 said[row] = text
-        return Sequences(inputs | self._decoder_inputs(said), *facts)
+        return Sequences(inputs | self._decoder_inputs(said, self._spoken(inputs)), *facts)
 
     def features(self, content: Sequence[Any]) -> dict[str, Tensor]:
         """Return what the processor makes of pictures or samples."""
@@ -271,12 +272,43 @@ class Reader:
             found = self.model.generate(features.to(device_of(self.model)))
         return self.tokenizer.batch_decode(found, skip_special_tokens=True)
 
-    def _decoder_inputs(self, said: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the decoder reads, all but the last token, and its mask."""
+    @torch.no_grad()
+    def _spoken(self, inputs: Mapping[str, Tensor]) -> list[list[int]]:
+        """Return the tokens of language and task that a multilingual Whisper writes first.
+
+        They are empty where the model has none, or its tokenizer writes them.
+        """
+        features = inputs[INPUTS[self.kind]]
+        how = getattr(self.model, "generation_config", None)
+        known = getattr(how, "lang_to_id", None)
+        if not known or getattr(self.tokenizer, "language", None):
+            return [[] for _ in features]
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+        tasks = getattr(how, "task_to_id", None) or {}
+        told = getattr(how, "task", None) or "transcribe"
+        task = [tasks[told]] if told in tasks else []
+        language = (getattr(how, "language", None) or "").lower().strip("<|>")
+        given = known.get(f"<|{TO_LANGUAGE_CODE.get(language, language)}|>")
+        if given is not None:
+            return [[given, *task] for _ in features]
+        device = device_of(self.model)
+        with evaluating(self.model), errors_alone():
+            found = [self.model.detect_language(x.to(device)) for x in features.split(WRITTEN)]
+        return [[each, *task] for each in torch.cat(found).tolist()]
+
+    def _decoder_inputs(
+        self, said: Sequence[str], spoken: Sequence[Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """Return what the decoder reads, all but the last token, and its mask.
+
+        The tokens ``spoken`` come after the first of each row.
+        """
         most = getattr(self.model.config, "max_target_positions", None)
         how = {"truncation": most is not None, "max_length": most, "verbose": False}
         rows = self.tokenizer(list(said), **how)["input_ids"]
         rows = [row[:-1] if len(row) > 1 else row for row in rows]
+        rows = [[*a[:1], *b, *a[1:]][:most] for a, b in zip(rows, spoken, strict=True)]
         read = padded(rows, self.tokenizer.pad_token_id)
         return {DECODER_IDS: read["input_ids"], DECODER_MASK: read["attention_mask"]}
 

@@ -199,6 +199,32 @@ def test_a_decoder_reads_what_is_said_or_what_the_model_hears(tmp_path, tokenize
         assert model(**found.inputs).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("language", [None, "de", "german", "<|de|>"])
+def test_a_decoder_is_told_the_language_that_it_writes_first(
+    tmp_path, tokenizer, language, monkeypatch
+):
+    write_recordings(tmp_path, 3, said="abc")
+    model = tiny("whisper")
+    how = model.generation_config
+    how.lang_to_id, how.task_to_id = {"<|en|>": 40, "<|de|>": 41}, {"transcribe": 42}
+    how.language, how.decoder_start_token_id = language, 1
+    reader = Reader(AUDIO, model, extractor(), tokenizer)
+    files = read_files(tmp_path, AUDIO)
+    plain = Reader(AUDIO, tiny("whisper"), extractor(), tokenizer)
+    before = evaluation_inputs(files, plain).inputs["decoder_input_ids"]
+    inputs = evaluation_inputs(files, reader).inputs
+    found = inputs["decoder_input_ids"]
+    german = torch.tensor(41)
+    heard = german if language else model.detect_language(inputs["input_features"])
+    assert (found[:, 1] == heard).all() and (found[:, 2] == 42).all()
+    assert torch.equal(torch.cat([found[:, :1], found[:, 3:]], 1), before)
+    assert torch.equal(inputs["decoder_attention_mask"].sum(1), (before != 0).sum(1) + 2)
+    # A tokenizer that writes them itself is left to do so.
+    monkeypatch.setattr(tokenizer, "language", "de", raising=False)
+    again = evaluation_inputs(files, reader).inputs["decoder_input_ids"]
+    assert torch.equal(again, before)
+
+
 def _decoder(found):
     return zip(
         found.inputs["decoder_input_ids"], found.inputs["decoder_attention_mask"], strict=True
