@@ -330,5 +330,7 @@ def _alike(model: nn.Module) -> Callable[[str], str]:
     )
 
     said = getattr(model, "generation_config", None)
-    many = getattr(said, "is_multilingual", True) and getattr(said, "language", None) != "en"
+    language = getattr(said, "language", None) or ""
+    english = language.lower() in ("en", "<|en|>", "english")
+    many = getattr(said, "is_multilingual", True) and not english
     return BasicTextNormalizer() if many else EnglishTextNormalizer({})

@@ -134,6 +134,12 @@ def test_recordings_give_a_word_error_rate(recordings, capsys, monkeypatch):
     heard = iter(["B, c! x d 0", "b d 1", "b c d 2"])
     monkeypatch.setattr(type(reader), "write_down", lambda self, rows: [next(heard) for _ in rows])
     assert word_errors(model, reader, items)["word_error_rate"] == 2 / 12
+    how = model.generation_config
+    for how.is_multilingual, how.language in ((False, None), (True, "English"), (True, "en")):
+        heard = iter(["b c d zero", "b c d one", "b c d two"])
+        assert word_errors(model, reader, items)["word_error_rate"] == 0
+    how.language, heard = "de", iter(["b c d zero", "b c d one", "b c d two"])
+    assert word_errors(model, reader, items)["word_error_rate"] == 3 / 12
     heard = iter(6 * [""])
     assert run("eval", recordings / "small", *text) == 0
     assert "word error rate 100.00% (dense 100.00%) over 12 words" in capsys.readouterr().out
