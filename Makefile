@@ -35,8 +35,10 @@ demo: setup $(ASSETS)/.installed
 # Tests run in WORKERS processes of one thread each, a file at a time; what needs more threads sets their
 # number. tests/conftest.py says which files come first. A test that stands still fails, and says where.
 # `test-all` runs the tests that `test` leaves out: full products, wheels, fuzzing.
+# Compiled modules are kept: hundreds of child processes import them.
 WORKERS ?= 2
 .PHONY: test-all
+test test-all: export PYTHONDONTWRITEBYTECODE =
 test test-all: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		--timeout 900 -p no:benchmark -m "$(if $(filter test-all,$@),,not )exhaustive"
