@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liar_ext.calibration.batches import Batch, completed
-from liar_ext.distributed import all_reduce, rank, world_size
+from liar_ext.distributed import all_reduce, local_world_size, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, output_of
 from liar_ext.process.environment import available_memory
@@ -35,7 +35,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.known = model, {}
-        self.room = int(OF_FREE * (available_memory() or 0))
+        self.room = int(OF_FREE * (available_memory() or 0) / max(local_world_size(), 1))
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Target:
