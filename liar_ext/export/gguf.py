@@ -156,6 +156,7 @@ def _write(
 
 # Scaling of rotary embeddings that llama.cpp computes as transformers does.
 SCALINGS = ("default", "linear", "llama3")
+FACTORS = ("llama", "deci", "granitemoe")  # architectures that have the factors of llama3
 
 
 def add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers: Layers) -> None:
@@ -224,11 +225,12 @@ def _add_rope(writer: Any, config: Any, architecture: Architecture, head_dim: in
         scaling, stretch = "default", rope["alpha"] ** (head_dim / (head_dim - 2))
     partial = rope.get("partial_rotary_factor", 1.0)
     whole = partial == 1.0 or architecture.partial
-    if scaling not in SCALINGS or not whole:
+    known = SCALINGS if architecture.name in FACTORS else SCALINGS[:-1]
+    if scaling not in known or not whole:
         what = f"rope_type {scaling!r}" if whole else f"partial_rotary_factor {partial}"
         raise InputError(
-            f"export: --to gguf: rotary embeddings with {what} aren't written; those with "
-            f"{', '.join(SCALINGS)} of whole heads are; use the folder itself"
+            f"export: --to gguf: rotary embeddings with {what} aren't written; {architecture.name} "
+            f"has those with {', '.join(known)} of whole heads; use the folder itself"
         )
     writer.add_rope_dimension_count(int(head_dim * partial))
     writer.add_rope_freq_base(float(rope["rope_theta"]) * stretch)

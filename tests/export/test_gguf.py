@@ -312,6 +312,7 @@ def test_another_head_is_refused(tmp_path):
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "rope_type 'dynamic' aren't written",
         ),
+        ("qwen3", {"rope_parameters": LLAMA3}, "qwen3 has those with default, linear"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
         ("gemma3_text", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar"),
         ("gemma3_text", {"layer_types": ["full_attention"] * 3}, "layer_types"),
