@@ -205,7 +205,7 @@ def healing(figure) -> None:
             points = [
                 (float(row[2].replace(",", "")) / 1000, number(row[7]))
                 for row in rows
-                if row[:2] == [part, start]
+                if row[0] == part and row[1] == (start.split(",")[0] if row[2] == "0" else start)
             ]
             xs, ys = zip(*points, strict=True) if points else ((), ())
             axes.plot(xs, ys, "o-", color=colour, label=start.replace("`", ""))

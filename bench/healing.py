@@ -46,6 +46,7 @@ from liar_ext.calibration.folds import (
     random_sequences,
 )
 from liar_ext.calibration.generated import write_sequences
+from liar_ext.healing import RATE
 
 ROOT = Path(__file__).parents[1]
 OUT, DATA = ROOT / "out" / "healing", ROOT / "docs" / "data"
@@ -148,7 +149,7 @@ class Bench:
             else:
                 how = {"held_out": drawn.judging.batches(), "budget": {"tokens": tokens}}
                 found = heal(work, self.dense, drawn.batches(STEP), **how)
-                facts = ("after", "tokens", "curve", "precision")
+                facts = ("after", "tokens", "curve", "precision", "lr")
                 row["heal"] = {name: found[name] for name in facts}
             row["seconds"]["heal"] = time.process_time() - clock
         elif start == "plan":
@@ -246,6 +247,8 @@ def write(model: str, rows: Sequence[dict[str, Any]]) -> None:
         seconds = [f"{row['seconds'].get(name, 0):,.0f}" for name in ("prune", "heal")]
         tokens = row["heal"]["tokens"] if row["tokens"] else 0
         title = [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
+        rate = row["heal"].get("lr", RATE) if tokens else RATE
+        title[1] += f", rate {rate:g}" * (rate != RATE)
         lost = f"{row['summary']:.3f}".replace("-", "−")
         if row["start"] not in RIVALS:
             values = [f"{text['perplexity']:,.2f}" for text in found]

@@ -1,5 +1,5 @@
 """Healing: short training of a pruned model towards the outputs of its dense one."""
 
 MINUTES = {"best": 5.0}  # that a preset trains
-RATE = 1e-4  # highest learning rate, at first
+RATE = 2e-4  # highest learning rate, at first
 TRAIN = ("no-embeddings", "all", "norms", "lora")  # which weights are trained
