@@ -198,17 +198,21 @@ def healing(figure) -> None:
     """Draw the mean gap against the tokens that a model is healed with, by its start."""
     rows = read("healing")["rows"]
     removed = list(dict.fromkeys(row[0] for row in rows))
-    colours = dict(zip(dict.fromkeys(row[1] for row in rows), COLOURS.values(), strict=False))
+    healed = list(dict.fromkeys(row[1] for row in rows if row[2] != "0"))
+    starts = dict.fromkeys(each.split(",")[0] for each in healed)
+    colours = dict(zip(starts, COLOURS.values(), strict=False))
     panels = figure.subplots(1, len(removed), squeeze=False)[0]
     for axes, part in zip(panels, removed, strict=True):
-        for start, colour in colours.items():
+        for name in healed:
+            start, _, rate = name.partition(",")
             points = [
                 (float(row[2].replace(",", "")) / 1000, number(row[7]))
                 for row in rows
-                if row[0] == part and row[1] == (start.split(",")[0] if row[2] == "0" else start)
+                if row[0] == part and row[1] == (start if row[2] == "0" else name)
             ]
-            xs, ys = zip(*points, strict=True) if points else ((), ())
-            axes.plot(xs, ys, "o-", color=colour, label=start.replace("`", ""))
+            xs, ys = zip(*points, strict=True) if len(points) > 1 else ((), ())
+            style = "o:" if rate else "o-"
+            axes.plot(xs, ys, style, color=colours[start], label=name.replace("`", ""))
         axes.set(title=f"SmolLM2-135M, {part} removed", xlabel="thousand tokens of healing")
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("mean of log(perplexity / dense)")
