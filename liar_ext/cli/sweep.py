@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> None:
     shown = {"on_result": save if folders else None, "progress": progress}
     points = sweep(given.model, given.calibration, given.recipe, keep=keep, **texts, **shown)
     whole = count_params(given.model) + tokens_gone(given.model)
-    dense = {"params": whole, "flops": 1.0, "time": 1.0, **points[0].quality("dense")}
+    dense = {"params": whole, "flops": 1.0, "time": points[0].time and 1.0}
+    dense |= points[0].quality("dense")
     rows = [point.to_dict() for point in points]
     for row in rows if folders else ():
         row["folder"] = str(folders[row["keep"]])
