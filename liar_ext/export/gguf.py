@@ -156,7 +156,6 @@ def _write(
 
 # Scaling of rotary embeddings that llama.cpp computes as transformers does.
 SCALINGS = ("default", "linear", "llama3")
-FACTORS = ("llama", "deci", "granitemoe")  # architectures that have the factors of llama3
 
 
 def add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers: Layers) -> None:
@@ -225,7 +224,7 @@ def _add_rope(writer: Any, config: Any, architecture: Architecture, head_dim: in
         scaling, stretch = "default", rope["alpha"] ** (head_dim / (head_dim - 2))
     partial = rope.get("partial_rotary_factor", 1.0)
     whole = partial == 1.0 or architecture.partial
-    known = SCALINGS if architecture.name in FACTORS else SCALINGS[:-1]
+    known = [each for each in SCALINGS if each != "llama3" or architecture.factors]
     if scaling not in known or not whole:
         what = f"rope_type {scaling!r}" if whole else f"partial_rotary_factor {partial}"
         raise InputError(

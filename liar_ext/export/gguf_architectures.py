@@ -51,6 +51,7 @@ class Architecture:
     activation: str = "silu"  # of the MLP, by the name in the config
     rms_norm: bool = True  # otherwise LayerNorm
     rotary: bool = True  # positions are rotary embeddings
+    factors: bool = False  # which may have a factor for each frequency, as llama3 scales them
     partial: bool = False  # which may leave a part of each head as it is
     transposed: bool = False  # transformers stores the weights of linear layers so
     mixture: Mixture | None = None  # of the MLPs
@@ -58,8 +59,8 @@ class Architecture:
     scaled: bool = False  # embeddings, attention, branches and logits, by numbers in the config
 
 
-LLAMA = Architecture("llama", interleaved=True, biases=ALL)
-DECI = Architecture("deci", interleaved=True, biases=ALL, per_layer=True)
+LLAMA = Architecture("llama", interleaved=True, biases=ALL, factors=True)
+DECI = Architecture("deci", interleaved=True, biases=ALL, per_layer=True, factors=True)
 QWEN2 = Architecture("qwen2", biases=QKV, square=True)
 # By model type, in the order of preference.
 ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
@@ -102,6 +103,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
             "granitemoe",
             interleaved=True,
             biases=QKV | {"o_proj"},
+            factors=True,
             mixture=Mixture(True),
             scaled=True,
         ),
