@@ -13,14 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from liar_ext.cli.messages import is_other, log
-from liar_ext.distributed import (
-    RankLost,
-    broadcast,
-    join,
-    local_world_size,
-    rank,
-    world_size,
-)
+from liar_ext.distributed import RankLost, broadcast, join, local_world_size, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.files.checkpoint_store import difference
 from liar_ext.process.environment import errors_alone

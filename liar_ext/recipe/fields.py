@@ -180,7 +180,7 @@ class Fields:
     latency_batch: int = _latency(1, check.whole(1), "latency: sequences at a time")
     latency_prompt: int = _latency(128, check.whole(1), "latency: tokens of a prompt")
     latency_new_tokens: int = _latency(32, check.whole(1), "latency: generated tokens")
-    latency_table: str | None = _latency(
+    latency_table: str | None = _budget(
         None,
         check.optional(check.text),
         "latency: table, folder or report with measured times (default: measure this device)",
