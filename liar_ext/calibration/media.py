@@ -282,13 +282,10 @@ class Reader:
         known = getattr(how, "lang_to_id", None)
         if not known or getattr(self.tokenizer, "language", None):
             return [[] for _ in features]
-        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-
         tasks = getattr(how, "task_to_id", None) or {}
         told = getattr(how, "task", None) or "transcribe"
         task = [tasks[told]] if told in tasks else []
-        language = (getattr(how, "language", None) or "").lower().strip("<|>")
-        given = known.get(f"<|{TO_LANGUAGE_CODE.get(language, language)}|>")
+        given = known.get(f"<|{language_of(self.model)}|>")
         if given is not None:
             return [[given, *task] for _ in features]
         device = device_of(self.model)
@@ -310,6 +307,15 @@ class Reader:
         rows = [[*a[:1], *b, *a[1:]][:most] for a, b in zip(rows, spoken, strict=True)]
         read = padded(rows, self.tokenizer.pad_token_id)
         return {DECODER_IDS: read["input_ids"], DECODER_MASK: read["attention_mask"]}
+
+
+def language_of(model: nn.Module) -> str:
+    """Return the code of the language that a generation config names, such as ``en``, or ""."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    how = getattr(model, "generation_config", None)
+    said = (getattr(how, "language", None) or "").lower().strip("<|>")
+    return TO_LANGUAGE_CODE.get(said, said)
 
 
 def calibration_inputs(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.batches import Batches, read_batches
-from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader
+from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
 from liar_ext.errors import InputError, did_you_mean, install, one_line
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.process.progress import Bar
@@ -329,8 +329,6 @@ def _alike(model: nn.Module) -> Callable[[str], str]:
         EnglishTextNormalizer,
     )
 
-    said = getattr(model, "generation_config", None)
-    language = getattr(said, "language", None) or ""
-    english = language.lower() in ("en", "<|en|>", "english")
-    many = getattr(said, "is_multilingual", True) and not english
+    how = getattr(model, "generation_config", None)
+    many = getattr(how, "is_multilingual", True) and language_of(model) != "en"
     return BasicTextNormalizer() if many else EnglishTextNormalizer({})

@@ -25,8 +25,10 @@ from liar_ext.calibration.media import (
     decode_audio,
     decode_image,
     evaluation_inputs,
+    language_of,
     read_files,
 )
+from liar_ext.measure.evaluation import _alike
 
 RATE = 16_000
 
@@ -223,6 +225,17 @@ def test_a_decoder_is_told_the_language_that_it_writes_first(
     monkeypatch.setattr(tokenizer, "language", "de", raising=False)
     again = evaluation_inputs(files, reader).inputs["decoder_input_ids"]
     assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize(
+    "named, code",
+    [(None, ""), ("en", "en"), ("<|EN|>", "en"), ("English", "en"), ("burmese", "my")],
+)
+def test_calibration_and_word_errors_read_one_language(named, code):
+    model = tiny("whisper")
+    model.generation_config.language = named
+    assert language_of(model) == code
+    assert type(_alike(model)).__name__.startswith("English" if code == "en" else "Basic")
 
 
 def _decoder(found):
