@@ -162,7 +162,7 @@ PEOPLE ?= $(ASSETS)/pocketsphinx-testdata
 .PHONY: kinds
 kinds: setup $(ASSETS)/.installed $(ASSETS)/.kinds
 	@test -d "$(PEOPLE)" || { echo "give PEOPLE=FOLDER, where dpkg -x unpacked pocketsphinx-testdata"; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python bench/kinds.py --people $(PEOPLE) \
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/kinds.py --people $(PEOPLE) \
 	  --cifar $(ASSETS)/bigbench-1.0.0.tar.gz --docs docs/data/kinds.json $(KINDS)
 	$(BIN)/python bench/figures.py
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from demo.assets import made_once
+
 ASSETS = Path(__file__).parents[1] / ".cache" / "assets"
 # Width and layers of each stack, the token that ends a text, and the folders of the files.
 WHISPER = {
@@ -150,13 +152,12 @@ def whisper(name: str, assets: Path = ASSETS) -> Path:
         suppress_tokens=known["suppress_ids"],
         begin_suppress_tokens=known["suppress_ids_begin"],
     )
-    unfinished = folder.with_name(f"{folder.name}-unfinished")
-    model.save_pretrained(unfinished)
-    shutil.copy(sources[-1] / "tokenizer.json", unfinished)
-    named = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
-    WhisperTokenizer.from_pretrained(unfinished, **named, **spoken).save_pretrained(unfinished)
-    WhisperFeatureExtractor().save_pretrained(unfinished)
-    unfinished.rename(folder)
+    with made_once(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        shutil.copy(sources[-1] / "tokenizer.json", unfinished)
+        named = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+        WhisperTokenizer.from_pretrained(unfinished, **named, **spoken).save_pretrained(unfinished)
+        WhisperFeatureExtractor().save_pretrained(unfinished)
     return folder
 
 
@@ -201,13 +202,12 @@ def dinov2(assets: Path = ASSETS) -> Path:
             name = name.replace(old, new)
         renamed[name] = value
     model.load_state_dict(renamed)
-    unfinished = folder.with_name("unfinished")
-    model.save_pretrained(unfinished)
-    BitImageProcessorPil(
-        size={"shortest_edge": 112},  # of images of 32 pixels: 64 patches, not 256
-        crop_size={"height": 112, "width": 112},
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    ).save_pretrained(unfinished)
-    unfinished.rename(folder)
+    with made_once(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        BitImageProcessorPil(
+            size={"shortest_edge": 112},  # of images of 32 pixels: 64 patches, not 256
+            crop_size={"height": 112, "width": 112},
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ).save_pretrained(unfinished)
     return folder

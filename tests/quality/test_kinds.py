@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_docs import ROOT
 from tiny import tiny
+from transformers import Dinov2Config, Dinov2Model
 
 
 @pytest.fixture
@@ -72,3 +73,16 @@ def test_whisper_is_read_as_it_was_written(tmp_path, kinds_models):
     assert found.keys() == state.keys() - {"proj_out.weight"}
     for name, value in found.items():
         assert torch.equal(value, state[name].float()), name
+
+
+def test_a_model_is_made_whole_beside_what_a_killed_job_left(tmp_path, kinds_models, monkeypatch):
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+    state = Dinov2Model(Dinov2Config(**sizes)).state_dict()
+    monkeypatch.setattr(kinds_models, "find", lambda *_: None)
+    monkeypatch.setattr(kinds_models, "dinov2_weights", lambda _: state)
+    left = tmp_path / "kinds" / "unfinished" / "stale"
+    left.mkdir(parents=True)
+    folder = kinds_models.dinov2(tmp_path)
+    assert not (folder / "stale").exists() and kinds_models.dinov2(tmp_path) == folder
+    assert Dinov2Model.from_pretrained(folder).num_parameters() > 2e7
+    assert {each.name for each in folder.parent.iterdir()} == {"dinov2-small", "unfinished"}
