@@ -26,6 +26,7 @@ from uuid import uuid4
 
 from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
 from liar_ext.errors import InputError, one_line
+from liar_ext.files.atomic_write import made_folders
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.
 RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100
@@ -52,7 +53,7 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Non
             )
         clean_leftovers(folder)
         _check_existing(folder, overwrite)
-        with beside(folder, keep_parents=False):
+        with beside(folder):
             pass
     except InputError:
         raise
@@ -69,12 +70,11 @@ def nearest_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def beside(folder: Path, *, keep_parents: bool = True) -> Iterator[Path]:
+def beside(folder: Path) -> Iterator[Path]:
     """Make a hidden, locked folder beside ``folder``; remove what lies there in the end."""
-    missing = [parent for parent in folder.parents if not parent.exists()]
     # It has its name before it is made, so that an interrupt in between leaves none.
     path, lock = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}"), None
-    try:
+    with made_folders(folder.parent):
         try:
             while lock is None:  # a run that starts now may take the empty folder for a leftover
                 lock = _make_locked(path)
@@ -83,11 +83,6 @@ def beside(folder: Path, *, keep_parents: bool = True) -> Iterator[Path]:
             _remove(path)
             if lock is not None:
                 os.close(lock)
-    finally:
-        if not (keep_parents and folder.exists()):
-            with suppress(OSError):  # not empty: somebody else has come
-                for parent in missing:
-                    parent.rmdir()
 
 
 def put_in_place(path: Path, folder: Path, overwrite: bool) -> None:

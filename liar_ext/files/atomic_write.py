@@ -61,6 +61,19 @@ def atomic_write(
             os.unlink(name)  # gone already, unless something failed
 
 
+@contextmanager
+def made_folders(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; in the end remove the new ones that are empty."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            for each in missing:
+                each.rmdir()
+
+
 def is_unfinished(name: str) -> bool:
     """Tell whether a name is that of an unfinished file, which a killed writer leaves."""
     return re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", name) is not None

@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from liar_ext.errors import InputError, one_line
-from liar_ext.files.atomic_write import atomic_write, check_place
+from liar_ext.files.atomic_write import atomic_write, check_place, made_folders
 from liar_ext.reconstruction.rows import SiteRow
 
 # On white, and what the page's style calls it.
@@ -222,19 +222,19 @@ def as_svg(drawn: Mapping[str, Any | None]) -> dict[str, str | None]:
 def write(
     folder: str | os.PathLike[str] | None, drawn: Mapping[str, Any | None], operation: str
 ) -> list[Path]:
-    """Write figures as PNG files, on white, into a folder, which is made; return the files."""
+    """Write figures as PNG files, on white, into a folder; return the files."""
     if folder is None:
         return []
     there = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [Path(folder) / f"{name}.png" for name in there]
     plain = {"format": "png", "dpi": 200, "facecolor": "white", "metadata": PNG_MARK}
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            check_place(path, operation, "--png", _is_png)
-        for path, figure in zip(paths, there.values(), strict=True):
-            with atomic_write(path) as file:
-                figure.savefig(file, **plain)
+        with made_folders(Path(folder)):
+            for path in paths:
+                check_place(path, operation, "--png", _is_png)
+            for path, figure in zip(paths, there.values(), strict=True):
+                with atomic_write(path) as file:
+                    figure.savefig(file, **plain)
     except OSError as error:
         raise InputError(
             f"{operation}: can't write into {folder}: {one_line(error)}; give another with --png"

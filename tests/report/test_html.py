@@ -197,7 +197,7 @@ def test_markup_in_a_folders_name_is_text(tmp_path):
 def test_what_is_missing_or_wrong_is_not_measured(fields, tmp_path):
     said = written(tmp_path, fields, png=tmp_path / "png").text
     assert "uality not measured" in said and "measure the quality" in said
-    assert not list((tmp_path / "png").iterdir())
+    assert not (tmp_path / "png").exists()
 
 
 PAGES: dict[str, str] = {}
@@ -367,6 +367,20 @@ def test_pictures_are_written_where_they_are_wanted(tmp_path, capsys):
         assert Path(name).read_bytes().startswith(b"\x89PNG")
     assert main(["report", str(folder), "--png", str(tmp_path / "x.html")]) == 2
     assert "can't write into" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_folder_for_pictures(tmp_path, capsys, monkeypatch):
+    folder = save(tmp_path / "run", ordinary(4))
+    (tmp_path / "own").mkdir()
+
+    def full(path, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pictures, "atomic_write", full)
+    for place in ("new/deep", "own"):
+        assert main(["report", str(folder), "--png", str(tmp_path / place)]) == 2
+        assert "No space left on device" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.html", "own"}
 
 
 def test_pictures_replace_pictures_and_nothing_else(tmp_path, capsys):
