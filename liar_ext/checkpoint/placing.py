@@ -1,4 +1,4 @@
-"""Put a folder in its place: whole, at once, and without losing what was there.
+"""Check a place, and put a folder there: whole, at once, and without losing what was there.
 
 A folder is written beside its place and takes it by one rename::
 
@@ -19,18 +19,20 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.files.atomic_write import made_folders
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.
 RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+# Of a name that no file can have, or a link that leads to itself.
+NO_PATH = (OSError, ValueError, RuntimeError)
 UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 MARK = (
     "liar_ext writes here, or was stopped while it did. The next run that saves to the same place "
@@ -45,23 +47,49 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Non
     """
     try:
         folder = Path(folder).resolve()
-        around = next((each for each in folder.parents if (each / MANIFEST_FILE).is_file()), None)
-        if around is not None:
-            raise InputError(
-                f"save_pruned: {folder} lies in {around}, whose files are listed in its manifest; "
-                "choose a folder outside"
-            )
+        check_outside(folder, "save_pruned")
         clean_leftovers(folder)
         _check_existing(folder, overwrite)
         with beside(folder):
             pass
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except NO_PATH as error:
         raise InputError(
             f"save_pruned: can't write {os.fspath(folder)!r}: "
             f"{getattr(error, 'strerror', None) or error}; choose another folder"
         ) from error
+
+
+def check_outside(path: Path, operation: str) -> None:
+    """Refuse a place in a saved folder, whose files are those that its manifest lists."""
+    above = Path(os.path.realpath(path)).parents
+    around = next((each for each in above if (each / MANIFEST_FILE).is_file()), None)
+    if around is not None:
+        raise InputError(
+            f"{operation}: {path} lies in {around}, whose files are listed in its manifest; "
+            "choose a place outside"
+        )
+
+
+def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path], bool]) -> None:
+    """Refuse a place where a file can't be written, or that holds one that isn't ours to replace.
+
+    ``operation`` is the command, and ``option`` the one of its options that names another place.
+    """
+    other, wrong = f"give another name with {option}", ""
+    with refusing(f"{operation}: can't write {path}", other, OSError, ValueError):
+        check_outside(path, operation)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            wrong = f"{path} is no ordinary file; "
+        elif path.exists() and not is_ours(path):
+            wrong = f"{path} exists and liar {operation} didn't write it; remove it, or "
+        elif not path.parent.is_dir():
+            wrong = f"there is no folder {path.parent} to write into; make it, or "
+        elif not os.access(path.parent, os.W_OK):
+            wrong = f"{path.parent} may not be written to; "
+    if wrong:
+        raise InputError(f"{operation}: {wrong}{other}")
 
 
 def nearest_folder(folder: str | os.PathLike[str]) -> Path:

@@ -18,6 +18,7 @@ from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.documents import check_apart_from
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.loading import kind_of, load_reader
+from liar_ext.checkpoint.placing import check_place
 from liar_ext.cli import inputs
 from liar_ext.cli.inputs import Given, let_write, load
 from liar_ext.cli.options import check_complete, recipe_of
@@ -25,7 +26,6 @@ from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, one_line
-from liar_ext.files.atomic_write import check_place
 from liar_ext.files.checkpoint_store import RESULT
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.models.running import predicts_next_token

@@ -18,12 +18,13 @@ from liar_ext.calibration.media import evaluation_inputs, spread
 from liar_ext.calibration.texts import check_seq_len, evaluation_sequences
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.loading import kind_of, load_reader
+from liar_ext.checkpoint.placing import check_place
 from liar_ext.checkpoint.reading import stock_class
 from liar_ext.cli.inputs import load_with_tokenizer, read_source
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.export.verify import table, verify_everywhere
-from liar_ext.files.atomic_write import begins_with, check_place, write_whole
+from liar_ext.files.atomic_write import begins_with, write_whole
 from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
 from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity, word_errors
 from liar_ext.measure.speed import Settings, benchmark

@@ -26,12 +26,16 @@ from liar_ext.checkpoint.folder import (
     write_manifest,
 )
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
-from liar_ext.checkpoint.placing import beside, clean_leftovers, put_in_place
+from liar_ext.checkpoint.placing import (
+    NO_PATH,
+    beside,
+    check_outside,
+    clean_leftovers,
+    put_in_place,
+)
 from liar_ext.errors import InputError, install, one_line, refusing
 from liar_ext.export import FORMATS, Exported, Format
 from liar_ext.files.atomic_write import atomic_write
-
-NO_PATH = (OSError, ValueError, RuntimeError)  # of a name that no file can have, or a loop
 
 
 def export(
@@ -152,6 +156,7 @@ def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
             )
     if wrong:
         raise InputError(f"export: {target} {wrong}")
+    check_outside(target, "export")
 
 
 def _put(made: Path, target: Path, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from liar_ext.errors import InputError, refusing
+from liar_ext.errors import refusing
 
 MOST_OF_NAME = 200  # bytes; a name has at most 255
 SEAL, SEAL_BYTES, CHUNK = "file/digest", 16, 1 << 22
@@ -134,25 +134,6 @@ def is_sealed(path: str | os.PathLike[str]) -> bool:
             seal.update(chunk)
             left -= len(chunk)
         return not left and file.read(SEAL_BYTES + 1) == seal.digest()
-
-
-def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path], bool]) -> None:
-    """Refuse a place where a file can't be written, or that holds one that isn't ours to replace.
-
-    ``operation`` is the command, and ``option`` the one of its options that names another place.
-    """
-    other, wrong = f"give another name with {option}", ""
-    with refusing(f"{operation}: can't write {path}", other, OSError, ValueError):
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            wrong = f"{path} is no ordinary file; "
-        elif path.exists() and not is_ours(path):
-            wrong = f"{path} exists and liar {operation} didn't write it; remove it, or "
-        elif not path.parent.is_dir():
-            wrong = f"there is no folder {path.parent} to write into; make it, or "
-        elif not os.access(path.parent, os.W_OK):
-            wrong = f"{path.parent} may not be written to; "
-    if wrong:
-        raise InputError(f"{operation}: {wrong}{other}")
 
 
 def begins_with(mark: str) -> Callable[[Path], bool]:

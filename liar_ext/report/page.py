@@ -18,8 +18,9 @@ from urllib.parse import quote
 from markupsafe import Markup, escape
 
 from liar_ext.checkpoint.folder import REPORT_JSON
+from liar_ext.checkpoint.placing import check_place
 from liar_ext.errors import InputError
-from liar_ext.files.atomic_write import begins_with, check_place, write_whole
+from liar_ext.files.atomic_write import begins_with, write_whole
 from liar_ext.files.untrusted import text
 from liar_ext.measure.speed import Benchmark, Rate
 from liar_ext.report import pictures, sections, tables
@@ -34,13 +35,13 @@ MARK = "<!DOCTYPE html><!-- liar report -->\n"
 
 def page_file(folder: str | os.PathLike[str]) -> Path:
     """Return where the page of a folder goes: beside it, for the folder itself is sealed."""
-    path = Path(folder).resolve()
+    path = Path(os.path.realpath(folder))
     return path.with_name(f"{path.name}.html")
 
 
 def name_of(folder: str | os.PathLike[str]) -> str:
     """Return the name of a folder as a page shows it."""
-    return text(Path(folder).resolve().name or str(folder), 100)
+    return text(Path(os.path.realpath(folder)).name or str(folder), 100)
 
 
 def write_page(

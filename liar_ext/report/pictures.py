@@ -20,8 +20,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from liar_ext.checkpoint.placing import check_place
 from liar_ext.errors import InputError, one_line
-from liar_ext.files.atomic_write import atomic_write, check_place, made_folders
+from liar_ext.files.atomic_write import atomic_write, made_folders
 from liar_ext.reconstruction.rows import SiteRow
 
 # On white, and what the page's style calls it.

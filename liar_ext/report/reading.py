@@ -212,7 +212,7 @@ def _pair(value: Any) -> list[float | None]:
 
 def bench_file(folder: str | os.PathLike[str]) -> Path:
     """Return where the benchmark of a folder is stored: beside it, for the folder is sealed."""
-    path = Path(folder).resolve()
+    path = Path(os.path.realpath(folder))
     return path.with_name(f"{path.name}.bench.json")
 
 

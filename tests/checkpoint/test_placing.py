@@ -112,6 +112,16 @@ def leftover(folder: Path, name: str = ".pruned.0123abcd", mark: bool = True) ->
     return path
 
 
+def test_a_link_leads_to_its_place_or_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(Path("not", "yet"))
+    save_other(tmp_path / "link")
+    assert strangers(tmp_path / "not" / "yet") == [] and (tmp_path / "link").is_symlink()
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (tmp_path / "loop", tmp_path / "loop" / "x"):
+        with pytest.raises(InputError, match="can't write .*loop"):
+            check_folder(place)
+
+
 def test_leftovers_of_killed_runs_go_at_the_next_start(tmp_path: Path) -> None:
     folder = tmp_path / "pruned"
     leftover(folder)

@@ -309,6 +309,25 @@ def test_the_folder_stays_as_it_was(tmp_path):
     assert sorted(folder.rglob("*")) == before and strangers(folder) == []
 
 
+def test_nothing_is_written_into_a_saved_folder(tmp_path, capsys):
+    folder = save(tmp_path / "run", ordinary(4))
+    write_manifest(folder)
+    (tmp_path / "link").symlink_to(folder)
+    own, loop = str(folder), tmp_path / "loop"
+    loop.symlink_to(loop)
+    for more in (
+        ("report", own, "-o", f"{folder}/x.html"),
+        ("report", own, "-o", f"{tmp_path}/link/README.md"),
+        ("report", own, "--png", f"{folder}/pictures"),
+        ("compare", own, "-o", f"{folder}/liar/x.html"),
+    ):
+        assert main([*more]) == 2
+        assert f"lies in {folder}, whose files are listed" in capsys.readouterr().err
+    assert strangers(folder) == []
+    assert main(["report", str(loop)]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
 def test_only_pages_of_ours_are_overwritten(tmp_path):
     folder = save(tmp_path / "run", ordinary(2))
     theirs = tmp_path / "theirs.html"
