@@ -41,6 +41,12 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: in
     return f"did you mean {', '.join(near)}?" if near else otherwise
 
 
+def typed(path: object) -> str:
+    """Return a path as one types it: quoted, and ``./-name``, which is no option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
 def install(extra: str) -> str:
     """Return the command that installs the packages of an extra, wherever it is run."""
     from importlib.metadata import PackageNotFoundError, requires

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 
 from liar_ext.cli.messages import is_other, log
 from liar_ext.distributed import RankLost, broadcast, join, local_world_size, rank, world_size
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, typed
 from liar_ext.files.checkpoint_store import difference
 from liar_ext.process.environment import errors_alone
 from liar_ext.report.report import Report
@@ -52,7 +51,7 @@ def say(
         return show(options, facts, (), report.warnings)
     if options.quiet:
         return None
-    place, dense = shlex.quote(folder), shlex.quote(report.model)
+    place, dense = typed(folder), typed(report.model)
     following = [
         f"liar verify {place}",
         f"liar bench {place} --against {dense}",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,7 +20,7 @@ from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.cli.inputs import WRITTEN
 from liar_ext.cli.output import check_shared, show
 from liar_ext.distributed import broadcast, is_first
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, typed
 from liar_ext.files.checkpoint_store import (
     JOB,
     OLDER,
@@ -81,7 +80,7 @@ def run(options: argparse.Namespace) -> object:
             remove(folder)
         lines = [] if options.quiet else [f"{result}: was written already"]
         if minutes := job["options"].get("heal"):
-            again = f"liar heal {shlex.quote(result)} --minutes {minutes:g}"
+            again = f"liar heal {typed(result)} --minutes {minutes:g}"
             lines.append(f"{result}: not trained yet: {again}")
         return show(options, {"out": result, "written_before": True}, lines)
     own = {"checkpoint": folder, "command": command, **job["options"]}

@@ -21,7 +21,7 @@ from liar_ext.checkpoint.inspection import read_config, read_json
 from liar_ext.checkpoint.loading import read_plan
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import dense_config, equal_config, how_to_load
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, typed
 from liar_ext.export import Exported, is_unequal, stored_dtype
 from liar_ext.models.configs import skeleton
 from liar_ext.models.experts import refuse_experts
@@ -226,6 +226,7 @@ def _notes(
         f"Layers padded with zeros ({'; '.join(sizes)}): outputs differ by {difference:.1e} of "
         "the largest.",
         f"{counts['before']:,} parameters became {counts['after']:,} (+{share:.1%}). With liar "
-        f"prune --recipe {folder}/{RECIPE_YAML} --uniform-layers layers are equal at its budget.",
+        f"prune --recipe {typed(folder / RECIPE_YAML)} --uniform-layers layers are equal at its "
+        "budget.",
         *(["Nothing is saved: the widest layers are those of the dense model."] if lost else []),
     )

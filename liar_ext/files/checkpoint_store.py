@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liar_ext.distributed import broadcast, gather, is_first, rank
-from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.errors import InputError, one_line, refusing, typed
 from liar_ext.files.atomic_write import (
     SEAL,
     Held,
@@ -94,7 +94,7 @@ class Checkpoint(AbstractContextManager):
         before = {} if known is None else known[1]
         if before and before.get("version") != VERSION:
             raise of_other_version(self.folder)
-        resume = f"liar resume {self.folder} goes on with it"
+        resume = f"liar resume {typed(self.folder)} goes on with it"
         # Where the options are the same, the model or a text has changed.
         again = resume if "command" in job else "start the job as it was"
         for name, value in job.items():

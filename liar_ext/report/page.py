@@ -7,7 +7,6 @@ but pictures, which are SVG of our own.
 from __future__ import annotations
 
 import os
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from markupsafe import Markup, escape
 
 from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.checkpoint.placing import check_place
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, typed
 from liar_ext.files.atomic_write import begins_with, write_whole
 from liar_ext.files.untrusted import text
 from liar_ext.measure.speed import Benchmark, Rate
@@ -89,14 +88,14 @@ def commands(
 ) -> list[tuple[str, str]]:
     """Return what to do next with a saved folder: in words, and a line to type."""
     place = text(os.fspath(folder))
-    found, shell = report.loader, shlex.quote(place)
+    found, shell = report.loader, typed(place)
     load = f"liar_ext.load_pruned({place!r})"
     if found:
         load = f"transformers.{found[0]}.from_pretrained({place!r}{found[1]})"
     check = "Check that it reloads with the same outputs", f"liar verify {shell}"
     if not report.evaluation:
         check = "Measure its quality on your text", f"liar eval {shell} --text held_out.jsonl"
-    dense = shlex.quote(report.model or "MODEL")
+    dense = typed(report.model or "MODEL")
     last = "Time it against the dense model", f"liar bench {shell} --against {dense}"
     if is_timed:
         form = "gguf" if "CausalLM" in load else "onnx"

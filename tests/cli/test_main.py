@@ -4,9 +4,12 @@ import io
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 import warnings
+from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from time import sleep
 
@@ -14,13 +17,15 @@ import huggingface_hub
 import pytest
 import torch
 from command import run
+from example_reports import ordinary, save
 from tiny import outputs, tiny
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
-from liar_ext import InputError, load_pruned, verify_pruned
+from liar_ext import InputError, Report, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
-from liar_ext.cli.main import COMMANDS
+from liar_ext.cli.main import COMMANDS, parser
 from liar_ext.cli.messages import error_lines
+from liar_ext.cli.output import say
 from liar_ext.process.progress import no_bars
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
@@ -70,6 +75,15 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     assert f'load                 AutoModelForCausalLM.from_pretrained("{out}"' in printed
     assert f"next                 liar verify {out}\n" in printed
     assert "warning: " in warned and "arning" not in printed
+
+
+def test_commands_to_run_next_take_no_folder_for_an_option(tmp_path, capsys):
+    report = Report.load(save(tmp_path / "run", ordinary(2, model="-dense model")))
+    say(report, Namespace(out="-out", json=False, quiet=False), 0.0)
+    printed = re.findall(r" (liar .*)\n", capsys.readouterr().out)
+    parsed = [parser().parse_args(shlex.split(line)[1:]) for line in printed]
+    assert [each.command for each in parsed] == ["verify", "bench", "report"]
+    assert {each.folder for each in parsed} == {"./-out"} and parsed[1].against == "./-dense model"
 
 
 def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):

@@ -129,7 +129,9 @@ def test_the_page_says_what_to_type_next(tmp_path):
     report = Report(model, loading=load.format(", x=y"), evaluation={"certified": {}})
     (_, loads), (_, checks), (_, exports) = commands("p", report, True)
     assert (loads, checks) == ("liar_ext.load_pruned('p')", "liar verify p")
-    for line in (judges, checks, times, exports):
+    found = commands("-p", Report("-m", loading=load), False)
+    (_, _), (_, dashed), (_, both) = found
+    for line in (judges, checks, times, exports, dashed, both):
         parser().parse_args(shlex.split(line)[1:])
 
 
