@@ -78,6 +78,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         top.print_help(sys.stderr)
         top.error("no command was given; name one of those above")
     options, rest = top.parse_known_args(arguments)
+    try:
+        os.getcwd()  # without which torch can't be imported
+    except OSError:
+        top.error("the current folder was removed; change to one that exists")
     takes = ("prune", "calibrate", "sweep", "compare-methods")
     lacks = options.command in takes and not hasattr(options, "model")
     if lacks and len(rest) == 1 and not rest[0].startswith("-"):

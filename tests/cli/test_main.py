@@ -86,6 +86,16 @@ def test_commands_to_run_next_take_no_folder_for_an_option(tmp_path, capsys):
     assert {each.folder for each in parsed} == {"./-out"} and parsed[1].against == "./-dense model"
 
 
+def test_a_current_folder_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as left:
+        run("resume", tmp_path)
+    said = "error: the current folder was removed\nhint: change to one that exists\n"
+    assert left.value.code == 2 and capsys.readouterr().err == said
+
+
 def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):
     out = tmp_path / "pruned"
     options = ["--keep", 0.7, "--samples", 16, "--seq-len", 32, "--quiet"]
