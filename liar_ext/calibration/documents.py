@@ -122,17 +122,18 @@ def check_unchanged(known: Mapping[str, str], read: Mapping[str, Iterable[str]])
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file; raise InputError if it is not UTF-8."""
+    """Return the text of a file; raise InputError if it is not UTF-8, or holds NUL bytes."""
+    how = "it is binary or UTF-16: unpack or convert it first, or remove its NUL bytes"
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" not in text:
+            return text
+        came = f"NUL at position {text.index(chr(0))}"
     except UnicodeDecodeError as error:
-        how = "convert it first, e.g. iconv -f latin1 -t utf-8"
-        if b"\0" in error.object:  # any bytes are text in latin1
-            how = "it is binary or UTF-16: unpack or convert it first"
-        raise InputError(
-            f"text: {path} must be UTF-8, got byte {error.object[error.start]:#04x} at position "
-            f"{error.start}; {how}"
-        ) from None
+        came = f"byte {error.object[error.start]:#04x} at position {error.start}"
+        if b"\0" not in error.object:  # any bytes are text in latin1
+            how = "convert it first, e.g. iconv -f latin1 -t utf-8"
+    raise InputError(f"text: {path} must be UTF-8, got {came}; {how}")
 
 
 def _read_file(path: Path) -> list[str]:

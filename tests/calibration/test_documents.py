@@ -82,6 +82,8 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
         ("latin.txt", "caf\xe9".encode("latin-1"), "UTF-8, got byte 0xe9 at position 3; convert"),
         ("text.txt.gz", gzip.compress(b"text", mtime=0), "must be UTF-8, .*; it is binary"),
         ("wide.txt", "text".encode("utf-16"), "must be UTF-8, .* it is binary or UTF-16"),
+        ("unmarked.txt", "text".encode("utf-16-le"), "got NUL at position 1; it is binary or UTF"),
+        ("zeros.txt", bytes(5000), "got NUL at position 0; it is binary or UTF-16"),
         ("rows.jsonl", b'{"body": "x"}', 'line 1 must be a JSON object with a field "text"'),
         ("rows.jsonl", b'{"text": "x"}\nnot json', "line 2 is no JSON"),
     ],
