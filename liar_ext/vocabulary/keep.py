@@ -20,7 +20,13 @@ from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating, positions_of, predicts_next_token
 from liar_ext.process.progress import Bar
 from liar_ext.vocabulary.pieces import Pieces, read_pieces
-from liar_ext.vocabulary.slicing import check_rows, needed_tokens, slice_tokens, token_parameters
+from liar_ext.vocabulary.slicing import (
+    check_rows,
+    needed_tokens,
+    rows_of,
+    slice_tokens,
+    token_parameters,
+)
 
 # Read by old and new tokenizers, and stored to be read again: words, code, scripts, white space.
 SAMPLES = (
@@ -61,7 +67,7 @@ class Counted:
         token_parameters(model)  # refuses what can't be sliced, before any text is read
         self.model, self.tokenizer, self.progress = model, tokenizer, progress
         self.texts, self.spec = texts, spec_of(tokenizer)
-        self.pieces = read_pieces(self.spec)
+        self.pieces = read_pieces(self.spec, rows_of(model))
         self.size = len(self.pieces.names)
         check_rows(model, max(self.pieces.names))
         known = needed_tokens(model)
@@ -280,10 +286,16 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterable[list[int]]:
 
 
 def counts_of(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> np.ndarray:
-    """Return how often each token is in some texts."""
+    """Return how often each token is in some texts; InputError if the model has no row for one."""
     counts = np.zeros(tokens, dtype=np.int64)
     for ids in encode(tokenizer, texts):
-        counts += np.bincount(ids, minlength=tokens)
+        found = np.bincount(ids, minlength=tokens)
+        if len(found) > tokens:
+            raise InputError(
+                f"vocabulary: the text has token {len(found) - 1}, and the tokens of the model "
+                f"are 0 to {tokens - 1}; remove it from the text"
+            )
+        counts += found
     return counts
 
 
@@ -352,7 +364,7 @@ def edited(spec: Mapping[str, Any], pieces: Pieces, order: list[int]) -> dict[st
     if pieces.kind == "BPE":
         model["merges"] = [merge for merge in model["merges"] if _stays(merge, model["vocab"])]
     for each in spec.get("added_tokens") or []:
-        each["id"] = new[each["id"]]
+        each["id"] = new.setdefault(each["id"], len(new))  # beyond the rows, if it has none
     spec["added_tokens"] = sorted(spec.get("added_tokens") or [], key=lambda each: each["id"])
     if spec.get("padding"):
         spec["padding"]["pad_id"] = _moved(spec["padding"]["pad_id"], new, "padding")

@@ -111,8 +111,8 @@ class Pieces:
         return name.removesuffix(self.suffix) if self.suffix else name
 
 
-def read_pieces(spec: Mapping[str, Any]) -> Pieces:
-    """Return the tokens of what ``tokenizer.json`` holds.
+def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
+    """Return the tokens of what ``tokenizer.json`` holds, but for special ones beyond ``rows``.
 
     InputError is raised if it is of another kind, or contradicts itself.
     """
@@ -123,7 +123,7 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
     if model.get("dropout"):
         raise _refused(f"draws merges at random (dropout {model['dropout']}); set it to null")
     ids = _ids(model)
-    added = {each["content"]: each["id"] for each in spec.get("added_tokens") or []}
+    added = {each["content"]: each["id"] for each in _added(spec, rows)}
     _check_ids(ids, added)
     level = kind == "BPE" and is_byte_level(spec)
     falls_back = bool(model.get("byte_fallback"))
@@ -151,6 +151,12 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
     if not falls_back:
         always |= _singles(ids, "##" if kind == "WordPiece" else "", suffix)
     return Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown, level)
+
+
+def _added(spec: Mapping[str, Any], rows: int | None) -> list[Mapping[str, Any]]:
+    """Return the added tokens; a model may lack rows for special ones that came later."""
+    found = spec.get("added_tokens") or []
+    return [each for each in found if rows is None or each["id"] < rows or not each["special"]]
 
 
 def _singles(ids: Mapping[str, int], prefix: str, suffix: str) -> set[int]:

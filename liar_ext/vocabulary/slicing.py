@@ -64,7 +64,7 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
     raised, and the model is as it was.
     """
     check_rows(model, max(order))
-    rows, named = _rows(model), token_parameters(model)
+    rows, named = rows_of(model), token_parameters(model)
     new = {old: at for at, old in enumerate(order)}
     _check_positions(model, named, new)
     missing = sorted(needed_tokens(model) - new.keys())
@@ -82,14 +82,14 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
 
 def check_rows(model: nn.Module, last: int) -> None:
     """Raise InputError unless a model has a row for the last token of its tokenizer."""
-    rows = _rows(model)
+    rows = rows_of(model)
     if last >= rows:
         raise _refused(model, f"has embeddings for {rows:,} tokens, its tokenizer has more")
 
 
 def needed_tokens(model: nn.Module) -> set[int]:
     """Return the tokens that configs of a model name, but for those they only ban."""
-    rows, found = _rows(model), set()
+    rows, found = rows_of(model), set()
     for config in _configs(model):
         for name, value in _named(config):
             if name not in BANS:
@@ -122,7 +122,7 @@ def _ends(model: nn.Module) -> Iterator[nn.Module]:
                 yield layer
 
 
-def _rows(model: nn.Module) -> int:
+def rows_of(model: nn.Module) -> int:
     """Return the tokens that a model has rows for."""
     first = next(_ends(model), None)
     if first is not None and isinstance(getattr(first, "weight", None), nn.Parameter):

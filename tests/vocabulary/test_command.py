@@ -82,6 +82,24 @@ def test_plain_transformers_loads_it(alone, folder, corpus):
     assert tokenizer.eos_token_id == model.config.eos_token_id == 1
 
 
+def test_a_special_token_without_a_row_stays_without_one(folder, tmp_path, corpus):
+    """As Gemma 3 without its images has one for them."""
+    model, tokenizer = load_model(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<image>") == TOKENS == model.config.vocab_size
+    texts = [corpus[0].read_text()]
+    with pytest.raises(InputError, match=f"the text has token {TOKENS}, and the tokens of"):
+        choose_tokens(model, tokenizer, [*texts, "a <image>"], KEPT)
+    choice = choose_tokens(model, tokenizer, texts, KEPT)
+    assert len(choice.order) == KEPT and TOKENS not in choice.order
+    smaller = keep_tokens(model, tokenizer, choice)
+    smaller.save_pretrained(tmp_path)
+    assert model.get_input_embeddings().weight.shape[0] == KEPT
+    for each in (smaller, transformers.AutoTokenizer.from_pretrained(tmp_path)):
+        assert len(each) == KEPT + 1 and each.convert_tokens_to_ids("<image>") == KEPT
+        assert max(each.encode(texts[0])) < KEPT
+
+
 def test_the_folder_says_what_was_done(alone):
     assert not {"tokenizer.model", "merges.txt", "vocab.json"} & {p.name for p in alone.iterdir()}
     report = Report.load(alone)
