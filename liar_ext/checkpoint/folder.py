@@ -21,7 +21,7 @@ from liar_ext.errors import InputError, refusing
 from liar_ext.files.atomic_write import atomic_write
 from liar_ext.files.untrusted import UNREADABLE
 from liar_ext.models import liar_loader
-from liar_ext.models.running import draw_inputs, evaluating, inputs_read, output_of
+from liar_ext.models.running import draw_inputs, evaluating, inputs_read, output_of, positions_of
 
 # Below a folder of its own: what globs *.safetensors at a folder's top takes all of it for weights,
 # and what copies a model elsewhere leaves it behind.
@@ -153,7 +153,7 @@ def fixed_inputs(model: nn.Module) -> dict[str, Tensor]:
         for config in inputs_read(model).values()
         for name in ("max_position_embeddings", "max_target_positions")
     ]
-    tokens = min(TOKENS, *known)
+    tokens = min(TOKENS, *known, positions_of(model) or TOKENS)
     return draw_inputs(model, 1, tokens, torch.Generator().manual_seed(0))
 
 

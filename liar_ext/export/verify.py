@@ -33,7 +33,7 @@ from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.export import verify_worker
 from liar_ext.export.exporting import read_record
-from liar_ext.export.verify_worker import TOKENS, median_seconds
+from liar_ext.export.verify_worker import TOKENS, median_seconds, timed_text
 from liar_ext.process.environment import child
 from liar_ext.process.progress import quiet
 
@@ -267,8 +267,7 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
             if each.shape == expected.shape
         ]
         if name == "input_ids":
-            most = int(read_config(path, "verify").get("max_position_embeddings", TOKENS))
-            given = np.resize(given, (1, min(TOKENS, most)))
+            given = timed_text(given, read_config(path, "verify").get("max_position_embeddings"))
         seconds = median_seconds(lambda: run(given))
     count = given.shape[name == "input_ids"]
     return {"difference": min(gaps, default=math.inf), "tokens_per_second": count / seconds}

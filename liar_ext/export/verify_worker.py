@@ -142,13 +142,21 @@ def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def tokens_per_second(model: nn.Module, inputs: dict[str, Tensor]) -> float:
-    """Return inputs over the median time of forward passes: a text of 128 tokens, or an image."""
+    """Return inputs over the median time of forward passes: a text, see below, or an image."""
     name, value = next(iter(inputs.items()))
     if name == "input_ids" and len(inputs) == 1:
-        most = min(TOKENS, getattr(model.config, "max_position_embeddings", TOKENS))
-        value = value.repeat(1, -(-TOKENS // value.shape[1]))[:, :most]
+        most = getattr(model.config, "max_position_embeddings", None)
+        value = torch.from_numpy(timed_text(value.numpy(), most))
         inputs = {name: value}
     return value.shape[name == "input_ids"] / median_seconds(lambda: output_of(model, inputs))
+
+
+def timed_text(ids: np.ndarray, most: int | None) -> np.ndarray:
+    """Return a text of 128 tokens, or the one given if the model may not have the positions.
+
+    Of its ``most``, the first ones can be padding's, as in RoBERTa.
+    """
+    return ids if most is not None and most < 2 * TOKENS else np.resize(ids, (1, TOKENS))
 
 
 def median_seconds(run: Callable[[], Any]) -> float:

@@ -31,12 +31,11 @@ def inputs_read(model: nn.Module) -> dict[str, Any]:
 
 def positions_of(model: nn.Module) -> int | None:
     """Return how many tokens of text a model reads at most, None if its config names no number."""
-    config = model.config.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = [module for name, module in model.named_modules() if "position_emb" in name]
-    if known and any(getattr(table, "padding_idx", None) is not None for table in tables):
-        known -= config.pad_token_id + 1  # RoBERTa's and MPNet's tables begin with padding's
-    return known
+    padding = [getattr(table, "padding_idx", None) for table in tables]
+    # RoBERTa's and MPNet's tables begin with padding's.
+    return known and known - max((at + 1 for at in padding if at is not None), default=0)
 
 
 def complete_inputs(

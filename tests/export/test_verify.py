@@ -8,14 +8,17 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from folders import change, equal_plan, read
 from safetensors.torch import load_file, save_file
+from tiny import tiny
 
 from liar_ext import InputError, cli, verify_pruned
-from liar_ext.checkpoint.folder import FINGERPRINT_FILE, read_fingerprint
+from liar_ext.checkpoint.folder import FINGERPRINT_FILE, fixed_inputs, read_fingerprint, run_on
 from liar_ext.export import export, onnx, verify
 from liar_ext.export.verify import table, verify_everywhere
+from liar_ext.export.verify_worker import timed_text
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 
@@ -87,6 +90,20 @@ def test_other_weights_are_found_by_every_loader(saved, tmp_path: Path) -> None:
     facts = verify_everywhere(tmp_path / "model")
     assert not facts["agrees"] and not any(row.agrees for row in facts["rows"])
     assert all(row.difference > 1e-2 for row in facts["rows"])
+
+
+@pytest.mark.parametrize("name", ["roberta", "mpnet"])
+def test_positions_of_padding_are_not_read(name, saved) -> None:
+    facts = verify_everywhere(saved(name)[2])
+    assert facts["agrees"] and all(row.tokens_per_second > 0 for row in facts["rows"])
+    model = tiny(name, max_position_embeddings=10)
+    inputs = fixed_inputs(model)
+    assert 0 < inputs["input_ids"].shape[1] < 10 and run_on(model, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("most, count", [(None, 128), (514, 128), (129, 16)])
+def test_a_text_to_be_timed_has_the_positions_of_the_model(most, count) -> None:
+    assert timed_text(np.ones((1, 16), dtype=int), most).shape == (1, count)
 
 
 def test_all_that_towers_read_is_given_to_every_loader(saved) -> None:
