@@ -12,7 +12,7 @@ import pytest
 import torch
 from folders import equal_plan, make_plan, pruned
 
-from liar_ext.checkpoint import load_pruned, placing, save_pruned, saving
+from liar_ext.checkpoint import load_model, load_pruned, placing, save_pruned, saving
 from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
 from liar_ext.checkpoint.placing import check_folder
 from liar_ext.errors import InputError
@@ -110,6 +110,17 @@ def leftover(folder: Path, name: str = ".pruned.0123abcd", mark: bool = True) ->
     if mark:
         (path / MARKER_FILE).write_text("")
     return path
+
+
+def test_a_folder_in_that_of_the_dense_model_changes_nothing_of_it(llama_folder, tmp_path) -> None:
+    dense = shutil.copytree(llama_folder, tmp_path / "dense")
+    before = {path.name: path.read_bytes() for path in dense.iterdir()}
+    for overwrite in (False, True):
+        save_other(dense / "small", source=dense, overwrite=overwrite)
+        assert strangers(dense / "small") == [] and load_pruned(dense / "small") is not None
+    assert {path.name for path in dense.iterdir()} == {*before, "small"}
+    assert all((dense / name).read_bytes() == data for name, data in before.items())
+    assert load_model(dense)[0].num_parameters() > load_pruned(dense / "small").num_parameters()
 
 
 def test_a_link_leads_to_its_place_or_is_refused(tmp_path: Path) -> None:
