@@ -208,6 +208,14 @@ def get_path(root: Any, path: str) -> Any:
     return reduce(getattr, path.split("."), root)
 
 
+def has_path(root: Any, path: str, kind: type) -> bool:
+    """Tell whether ``root`` has an attribute of this kind at a dotted path."""
+    try:
+        return isinstance(get_path(root, path), kind)
+    except AttributeError:
+        return False
+
+
 def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return the module that has the parameter, buffer or number at a path, and its name there."""
     owner, _, name = path.rpartition(".")

@@ -34,6 +34,7 @@ from liar_ext.models.running import (
     count_experts,
     count_kv_heads,
     get_path,
+    has_path,
     layer_at,
     layer_of,
     out_in,
@@ -234,9 +235,11 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
             for label in rows:
                 wiring = _wiring(family.name, rows[label], block[1]) if rows[label] else None
                 if wiring is not None:
-                    experts = list(range(count_experts(block[1], wiring))) or [None]
-                    place = (part, label, index, block)
-                    found += [_read_site(place, wiring, attn_unit, expert) for expert in experts]
+                    site = _read_site((part, label, index, block), wiring, attn_unit)
+                    found += [
+                        replace(site, name=f"{site.name}.{expert}", expert=expert)
+                        for expert in range(site.experts)
+                    ] or [site]
     if not described:
         raise InputError(
             f"sites: {family.name!r} has nothing to prune in {' and '.join(kinds)}: "
@@ -305,10 +308,9 @@ def _rows(part: Part, label: str, config: Any) -> list[Wiring]:
 
 def _wiring(family: str, rows: Sequence[Wiring], block: nn.Module) -> Wiring | None:
     """Return the first alternative whose layers a block has; None where it needs none."""
-    modules, parameters = dict(block.named_modules()), dict(block.named_parameters())
     for wiring in rows:
-        there = modules if wiring.experts is None else parameters
-        if there.keys() >= set(wiring.layers):
+        kind = nn.Module if wiring.experts is None else nn.Parameter
+        if all(has_path(block, layer, kind) for layer in wiring.layers):
             return wiring
     if any(wiring.optional for wiring in rows):
         return None
@@ -318,18 +320,16 @@ def _wiring(family: str, rows: Sequence[Wiring], block: nn.Module) -> Wiring | N
     )
 
 
-def _read_site(
-    place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: str, expert: int | None
-) -> Site:
+def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: str) -> Site:
+    """Return the site of a block; of a mixture of experts what all of them have in common."""
     part, label, index, (path, block) = place
-    parts = (part.name or None, index, label, expert)
-    name = ".".join(str(each) for each in parts if each is not None)
-    found = {layer: layer_at(block, layer, expert) for layer in wiring.layers}
+    name = ".".join(str(each) for each in (part.name, index, label) if each != "")
+    experts = count_experts(block, wiring)
+    found = {layer: layer_at(block, layer, 0 if experts else None) for layer in wiring.layers}
     rows = {layer: out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = out_in(name, wiring.consumer, found[wiring.consumer], wiring)
     d_in = rows[wiring.producers[0]] if wiring.columns else d_in * (1 + len(wiring.also))
     unit, units, groups, head_dim, kv_heads, key_dim = "channel", d_in, 1, 0, 0, 0
-    experts = count_experts(block, wiring)
     top_k = get_path(block, wiring.experts.router).top_k if experts else 0
     if wiring.head_dim:
         size, *count = (get_path(block, each) for each in wiring.head_dim.split(" // "))
@@ -361,7 +361,6 @@ def _read_site(
         path=path,
         wiring=wiring,
         part=part,
-        expert=expert,
         experts=experts,
         active=top_k / experts if experts else 1.0,
         key_dim=key_dim,
@@ -371,12 +370,19 @@ def _read_site(
     weights, biases = d_in * d_out, 0
     for each in wiring.per_head:
         if (held := get_path(block, each)) is not None:
-            owned = int((site.row_units(each, len(held)) >= 0).sum())
+            owned = _count_owned(site, each, len(held))
             biases += owned * (held.numel() // len(held))
     for layer in producers:
-        owned = int((site.row_units(layer, rows[layer]) >= 0).sum())
+        owned = _count_owned(site, layer, rows[layer])
         weights += owned * (found[layer].weight.numel() // rows[layer])
         biases += owned if found[layer].bias is not None else 0
     params, weights = (weights + biases) // units, weights // units
     paths = tuple(f"{path}.{producer}" for producer in producers)
     return replace(site, producers=paths, unit_params=params, unit_weights=weights)
+
+
+def _count_owned(site: Site, producer: str, rows: int) -> int:
+    """Return how many of the rows of a producer leave with the units."""
+    if producer in site.wiring.stacked:
+        return int((site.row_units(producer, rows) >= 0).sum())
+    return rows // site.units * site.units
