@@ -160,12 +160,18 @@ def dense_config(config: Any) -> Any:
 def equal_config(model: nn.Module, config: Any) -> Any | None:
     """Return a config from which the stock class builds exactly these layers, if there is one.
 
-    The proof is to build it: names and shapes must be those of the model.
+    The proof is to build it: names and shapes must be those of the model. Layers that want other
+    values of one field disprove it, unless the dense model's own layers differ.
     """
     config = copy.deepcopy(config)
+    uniform = not any(getattr(part, "is_heterogeneous", False) for part in config_parts(config))
+    said: dict[tuple[str, str], int] = {}
     for site in sites(model):
         for name, size in (site.wiring.config or {}).items():
-            setattr(block_config(site.part, config), name, site.sizes[size])
+            value = site.sizes[size]
+            if said.setdefault((site.part.config, name), value) != value and uniform:
+                return None
+            setattr(block_config(site.part, config), name, value)
     _set_shared(model, config)
     stock = _build(model, config)
     return config if stock is not None and shapes_of(stock) == shapes_of(model) else None

@@ -9,7 +9,8 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -26,6 +27,7 @@ from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report import reading, sections, tables
 from liar_ext.report.tables import Table, figure, plain, render
 
+version = cache(metadata.version)  # reads files
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
 REMOVED = {"blocks": "blocks", "attn": "attention heads", "mlp": "MLP channels"}
