@@ -97,13 +97,17 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick_workers():
-    """Let the workers of ``verify`` be forked from one process; test_verify.py starts them."""
+    """Let the workers of ``verify`` and of llama.cpp be forked from one process.
+
+    test_verify.py and test_gguf.py start them.
+    """
     import fresh_workers
 
-    from liar_ext.export import verify
+    from liar_ext.export import llama_cpp, verify
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "subprocess", fresh_workers)
+        for module in (llama_cpp, verify):
+            patch.setattr(module, "subprocess", fresh_workers)
         yield
 
 

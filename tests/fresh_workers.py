@@ -3,12 +3,13 @@
 Each answers as a fresh process does, without the seconds that imports take: what it is forked from
 has no liar_ext, and does nothing else. As a script this file is that process: a line of JSON names
 the files, the environment and the script of a fork, and its exit code is the answer. Without a
-script the fork is a worker of ``verify``.
+script the fork is a worker of ``verify``. The worker of llama.cpp is a script.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import functools
 import importlib
@@ -24,10 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).parents[1] / "liar_ext" / "export" / "verify_worker.py"
+EXPORT = Path(__file__).parents[1] / "liar_ext" / "export"
+WORKER, LLAMA_CPP = EXPORT / "verify_worker.py", EXPORT / "llama_cpp_worker.py"
 STILL = 500  # seconds
 STREAMS = ("stdin", "stdout", "stderr")
 FAMILIES = ("llama", "bert", "qwen3_moe")  # what most tests load
+LIBRARY = "llama_cpp_py_sync"  # whose OpenMP begins in the fork
 
 
 @functools.cache
@@ -42,7 +45,11 @@ def _parent() -> subprocess.Popen:
 
 
 def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
-    """Do what ``subprocess.run`` does with the worker."""
+    """Do what ``subprocess.run`` does with a worker."""
+    if str(LLAMA_CPP) in command:
+        arguments = command[command.index(str(LLAMA_CPP)) :]
+        code = f"import runpy; runpy.run_path({arguments[0]!r}, run_name='__main__')"
+        return _run(arguments, settings["env"], code)
     assert command[0] == sys.executable and command[-1] == str(WORKER)
     return _run(command, settings["env"], given=settings["input"])
 
@@ -92,6 +99,9 @@ def _answer(
         else:
             work()
         ended = 0
+    except SystemExit as error:
+        ended = error.code if isinstance(error.code, int) else 1
+        print(error.code if ended else "", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -103,8 +113,9 @@ def _answer(
 def serve() -> None:
     """Fork a worker for each line, until there are no more."""
     work = runpy.run_path(str(WORKER))["main"]
-    for family in FAMILIES:
-        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    for name in (*(f"transformers.models.{each}.modeling_{each}" for each in FAMILIES), LIBRARY):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     assert "liar_ext" not in sys.modules
     for line in sys.stdin:
         child = os.fork()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from functools import partial
 
 import gguf
@@ -19,12 +20,14 @@ from tiny import tiny
 from liar_ext import InputError, cli
 from liar_ext.checkpoint import load_model
 from liar_ext.export import export as export_checked
+from liar_ext.export import llama_cpp
 from liar_ext.export.gguf_tensors import interleave
 from liar_ext.export.llama_cpp import run_file
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
 export = partial(export_checked, check=False)  # which these tests do themselves
 FAMILIES = "llama mistral qwen2 qwen3 smollm3 gemma3_text gpt2 gpt_neox".split()
 UNEQUAL = "llama mistral qwen2".split()
@@ -203,11 +206,13 @@ def test_types_of_the_weights(dtype, tmp_path):
     logits_agree(load_model(folder, "float32")[0], wide)
 
 
-@pytest.mark.parametrize("threads", ["", "4,2", "many", "0"])
-def test_llama_cpp_runs_with_any_number_of_threads(threads, tmp_path, monkeypatch):
+def test_llama_cpp_runs_with_any_number_of_threads(tmp_path, monkeypatch):
+    """In processes of its own, which read it before anything else does."""
+    monkeypatch.setattr(llama_cpp, "subprocess", subprocess)
     done = export(save(tiny("llama"), tmp_path / "model"), "gguf")
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert run_file(done.paths[0], np.array([[3, 4, 5]]))["nll"].shape == (1, 2)
+    for threads in ("", "4,2", "many", "0"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert run_file(done.paths[0], np.array([[3, 4, 5]]))["nll"].shape == (1, 2)
 
 
 def test_a_weight_out_of_range_of_f16_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from liar_ext.models.sites import SHARED, sites, teams_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
 export = partial(export_checked, check=False)  # which these tests do themselves
 # Experts in every layer, and the weights of a token's experts as llama.cpp has them.
 SETTINGS = {

@@ -17,6 +17,7 @@ from liar_ext.export import export
 from liar_ext.export.gguf_tokenizer import ONE, RULES, THREE
 from liar_ext.export.llama_cpp import tokenize
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 TEXTS = [
     "The quick brown fox doesn't jump; it'll  RUN over 12345.67 lazy dogs\n\n  \tand I'LL stay \n",
