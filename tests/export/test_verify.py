@@ -1,4 +1,4 @@
-"""Every claim of a folder is tried in a process of its own; two tests start real ones."""
+"""Every claim of a folder is tried in a process of its own; one test starts a real one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 from liar_ext import InputError, cli, verify_pruned
-from liar_ext.checkpoint.folder import FINGERPRINT_FILE, fixed_inputs, read_fingerprint, run_on
+from liar_ext.checkpoint.folder import fixed_inputs, read_fingerprint, run_on
 from liar_ext.export import export, onnx, verify
 from liar_ext.export.verify import table, verify_everywhere
 from liar_ext.export.verify_worker import timed_text
@@ -112,24 +111,6 @@ def test_all_that_towers_read_is_given_to_every_loader(saved) -> None:
     assert [row.how for row in facts["rows"]] == list(here["loaders"])
 
 
-def test_no_file_of_the_current_folder_is_imported(saved, tmp_path: Path, monkeypatch) -> None:
-    """Nor where an empty entry of PYTHONPATH stands for that folder."""
-    shutil.copytree(saved("llama", equal_plan)[2], tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", ":")
-    (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\n")
-    commands, run = [], subprocess.run
-
-    def noted(command: list[str], **settings):
-        commands.append(command)
-        return run(command, **settings)
-
-    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=noted))
-    assert verify_everywhere("model")["agrees"]
-    assert not (tmp_path / "PWNED").exists()
-    assert commands and str(tmp_path) not in commands[0]
-
-
 def test_code_of_a_stranger_is_not_run(saved, tmp_path: Path) -> None:
     shutil.copytree(saved()[2], tmp_path / "model")
     loader = tmp_path / "model" / "liar_loader.py"
@@ -139,22 +120,25 @@ def test_code_of_a_stranger_is_not_run(saved, tmp_path: Path) -> None:
     assert not (tmp_path / "PWNED").exists() and read(tmp_path / "model")["auto_map"]
 
 
-def test_a_loader_that_fails_takes_no_other_with_it(unequal: Path, monkeypatch) -> None:
-    """Each row is of a process of its own; the last says what it would by itself."""
+def test_a_loader_that_fails_takes_no_other_with_it(
+    unequal: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Each row is of a process of its own; the last two say what they would by themselves.
+
+    None imports a file of the current folder, also where an empty entry of PYTHONPATH stands for
+    that folder.
+    """
     monkeypatch.setattr(verify, "subprocess", subprocess)
-    answers = verify._answers
-
-    def spoilt(jobs):
-        wrong = [{"loader": "NoSuchModel"}, {"fingerprint": "/nowhere"}, {}]
-        return answers([jobs[1] | change for change in wrong])
-
-    monkeypatch.setattr(verify, "_answers", spoilt)
-    hows = ["a", "b", "c"]
-    job = {"folder": str(unequal), "device": "cpu", "ids": None, "code": True}
-    job |= {"loader": "AutoModelForCausalLM", "fingerprint": str(unequal / FINGERPRINT_FILE)}
-    rows = verify._loaded(dict.fromkeys(hows, job), read_fingerprint(unequal), 1.0)
-    assert [row.how for row in rows] == hows
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ":")
+    (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\n")
+    job = verify._job(unequal, "cpu", "AutoModelForCausalLM", True)
+    changes = [{"loader": "NoSuchModel"}, {"fingerprint": "/nowhere"}, {}, {"loader": "liar_ext"}]
+    jobs = {str(index): job | change for index, change in enumerate(changes)}
+    rows = verify._loaded(jobs, read_fingerprint(unequal), 1.0)
+    assert [row.how for row in rows] == list(jobs)
     assert "NoSuchModel" in rows[0].error and "/nowhere" in rows[1].error
-    assert rows[2].agrees and not rows[2].error
+    assert all(row.agrees and not row.error for row in rows[2:])
     monkeypatch.setattr(verify, "WORKER", Path("/nowhere.py"))
-    assert "nowhere.py" in answers([job] * 2)[1]["error"]
+    assert "nowhere.py" in verify._answers([job] * 2)[1]["error"]
+    assert not (tmp_path / "PWNED").exists()
