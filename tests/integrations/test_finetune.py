@@ -29,14 +29,13 @@ def rows(family, count=8, tokens=12):
     return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
 
 
-@pytest.fixture(params=["llama", "bert"])
+@pytest.fixture(scope="module", params=["llama", "bert"])
 def family(request):
     return request.param
 
 
-@pytest.fixture(params=["equal", "unequal"])
-def pruned(request, family):
-    """A pruned model in memory, its report, and whether a stock class builds its layers."""
+@pytest.fixture(scope="module", params=["equal", "unequal"])
+def once(request, family):
     model = tiny(family)
     equal = request.param == "equal"
     # No config of these two tiny models can tell of fewer heads.
@@ -44,6 +43,12 @@ def pruned(request, family):
     report = prune(model, batches(model), keep=0.6, uniform_layers=equal, kinds=kinds)
     assert report.plan.sites["0.mlp"].removed
     return model, report, equal
+
+
+@pytest.fixture
+def pruned(once):
+    """A pruned model in memory, its report, and whether a stock class builds its layers."""
+    return copy.deepcopy(once[0]), *once[1:]
 
 
 def train(model, folder, family, **settings):

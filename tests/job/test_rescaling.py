@@ -230,7 +230,7 @@ def test_a_job_reports_what_scales_gave(family, schedule):
     dense = tiny(family)
     plain, scaled = copy.deepcopy(dense), copy.deepcopy(dense)
     data = batches(dense)
-    choices = {"keep": 0.5, "schedule": schedule}
+    choices = {"keep": 0.5, "schedule": schedule, "allocation": "uniform"}
     prune(plain, data, **choices)
     report = prune(scaled, data, **choices, rescale=True)
     said = report.settings
