@@ -11,13 +11,20 @@ import torch
 import transformers
 from covers import cover, some
 from folders import check_sliced, equal_plan, make_plan, read
-from journeys import check_hidden, double_features, one_of_each_kind, says_equal_layers, wanting
+from journeys import (
+    check_hidden,
+    check_job,
+    double_features,
+    one_of_each_kind,
+    says_equal_layers,
+    wanting,
+)
 from tiny import batches, outputs, tiny, tiny_inputs
-from tiny_encoders import ENCODERS, SEQ2SEQ
+from tiny_encoders import ENCODERS
 from torch import nn
 
-from liar_ext import InputError, Plan, apply_plan, load_pruned, prune, save_pruned
-from liar_ext.checkpoint.stock_config import auto_classes, describe
+from liar_ext import InputError, Plan, apply_plan
+from liar_ext.checkpoint.stock_config import describe
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import SitePlan
@@ -70,44 +77,6 @@ def test_sites_are_named_by_the_part_that_they_are_in() -> None:
     assert names("bart decoder") == ["decoder.1.attn", "decoder.1.mlp"]
     assert [site.kind for site in sites(tiny("bart"))][-3:] == ["attn", "attn", "mlp"]
     assert len(sites(tiny("bart"), ("attn",))) == 2 + 4
-
-
-def check_job(name: str, folder: Path, **choices) -> nn.Module:
-    """Prune, save, load, save what was loaded, train a step and save that."""
-    model = tiny(name)
-    report = prune(model, batches(model, 3), 0.6, **choices)
-    assert any(site.removed for site in report.plan.sites.values())
-    expected = outputs(model)
-    save_pruned(model, folder / "one", model.liar_plan)
-    stock = getattr(transformers, type(model).__name__)
-    if read(folder / "one")["liar"]["layers"] == "equal":
-        loaded = stock.from_pretrained(folder / "one")
-        assert type(loaded) is stock
-    else:  # AutoModel takes classes that no auto class of transformers builds
-        loader = getattr(transformers, min(auto_classes(model), default="AutoModel"))
-        loaded = loader.from_pretrained(folder / "one", trust_remote_code=True)
-    assert torch.equal(outputs(loaded.eval()), expected)
-    loaded.save_pretrained(folder / "two")
-    again = load_pruned(folder / "two")
-    assert torch.equal(outputs(again), expected)
-    assert again.config.liar == loaded.config.liar
-    inputs = tiny_inputs(again)
-    again.train()
-    result = again(**inputs)
-    values = [v for v in result.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-    sum(value.square().mean() for value in values).backward()
-    at = [path for site in sites(again) for path in (*site.producers, site.consumer)]
-    weights = [again.get_submodule(path).weight for path in at]
-    assert all(weight.grad.any() for weight in weights)
-    torch.optim.SGD(weights, lr=0.1).step()
-    trained = outputs(again.eval())
-    assert not torch.equal(trained, expected)
-    again.save_pretrained(folder / "three")
-    assert torch.equal(outputs(load_pruned(folder / "three")), trained)
-    if name in SEQ2SEQ:
-        settings = {**tiny_inputs(model), "max_new_tokens": 4, "do_sample": False}
-        assert torch.equal(loaded.generate(**settings), model.generate(**settings))
-    return model
 
 
 @pytest.mark.parametrize("name", ENCODERS)
