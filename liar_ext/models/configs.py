@@ -51,9 +51,10 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Return the tensor that a function of ``torch.nn.init`` would fill."""
-        if getattr(function, "__module__", "") == "torch.nn.init":
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init" and "tensor" in kwargs:
             return kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
