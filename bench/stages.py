@@ -27,8 +27,8 @@ from liar_ext.job import pruning
 from liar_ext.job.estimate import RATE
 from liar_ext.models.sites import sites
 from liar_ext.plan import Budget
-from liar_ext.process.progress import Bar, Timeline
 from liar_ext.selection.costs import total_cost
+from liar_ext.system.progress import Bar, Timeline
 
 JOBS = {
     "one pass": {"schedule": "one-pass"},

@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import liar_ext.process.environment  # noqa: F401  (before torch)
+import liar_ext.system.environment  # noqa: F401  (before torch)
 
 if TYPE_CHECKING:
     from liar_ext import ops as ops
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from liar_ext.selection.error_curves import error_curves as error_curves
     from liar_ext.selection.sensitivity import site_divergences as site_divergences
     from liar_ext.suggest.suggest import suggest_family as suggest_family
+    from liar_ext.system import distributed as distributed
     from liar_ext.vocabulary.keep import choose_tokens as choose_tokens
     from liar_ext.vocabulary.keep import keep_tokens as keep_tokens
 
@@ -95,14 +96,16 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "verify_pruned": "export.verify",
 }
 
-__all__ = ["__version__", "ops", *_MODULES]
+_WHOLE = {"distributed": "system.distributed", "ops": "ops"}  # modules that are public themselves
+
+__all__ = ["__version__", *_WHOLE, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("liar_ext")
-    if name == "ops":
-        return import_module("liar_ext.ops")
+    if name in _WHOLE:
+        return import_module(f"liar_ext.{_WHOLE[name]}")
     if name in _MODULES:
         return getattr(import_module(f"liar_ext.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -113,7 +116,7 @@ def __dir__() -> list[str]:
 
 
 # The command answers some questions without torch.
-if not liar_ext.process.environment.is_command(sys.argv, sys.orig_argv):
+if not liar_ext.system.environment.is_command(sys.argv, sys.orig_argv):
     from liar_ext.checkpoint.loading import register
 
     register()  # stock loaders build layers of unequal sizes, where liar_ext is imported

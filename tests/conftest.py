@@ -114,7 +114,7 @@ def quick_workers():
 @pytest.fixture
 def always_saving(monkeypatch):
     """With a clock that stands still it is always time to save."""
-    from liar_ext.files.checkpoint_store import Checkpoint
+    from liar_ext.system.checkpoint_store import Checkpoint
 
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)

@@ -11,7 +11,7 @@ import forked
 import pytest
 from tqdm import auto, tqdm
 
-from liar_ext.process.progress import Bar, Stage, Timeline, plain_lines, spare
+from liar_ext.system.progress import Bar, Stage, Timeline, plain_lines, spare
 
 
 class Terminal(io.StringIO):
@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """A clock that stands still until it is moved."""
     now = [100.0]
-    monkeypatch.setattr("liar_ext.process.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("liar_ext.system.progress.time.monotonic", lambda: now[0])
     return now
 
 
@@ -144,7 +144,7 @@ def test_a_fork_of_the_tests_shares_no_lock_of_bars():
 
 def test_a_step_that_takes_long_has_its_lines_too(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "liar_ext")
-    monkeypatch.setattr("liar_ext.process.progress.EVERY", 0.2)
+    monkeypatch.setattr("liar_ext.system.progress.EVERY", 0.2)
     before = threading.active_count()
     with Bar(total=4, desc="curves", file=io.StringIO()) as bar:
         bar.update()

@@ -29,9 +29,9 @@ from liar_ext import InputError, distributed
 from liar_ext.calibration.taps import InFlight
 from liar_ext.cli.main import main
 from liar_ext.cli.output import meet
-from liar_ext.distributed import RankLost
-from liar_ext.files.checkpoint_store import Checkpoint, facts_of
 from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.system.checkpoint_store import Checkpoint, facts_of
+from liar_ext.system.distributed import RankLost
 
 MEASURED = ("schedules", "divergence_rescaled")
 # Name: family, dtype, batches, fresh ones, choices.

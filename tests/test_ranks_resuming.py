@@ -18,9 +18,9 @@ import liar_ext
 from liar_ext import InputError, MomentBank, distributed
 from liar_ext.calibration.taps import InFlight
 from liar_ext.cli.main import main
-from liar_ext.distributed import RankLost
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.system.distributed import RankLost
 
 STAGES = {
     "batch": (InFlight, "set"),

@@ -12,8 +12,8 @@ from typing import Any
 
 from liar_ext import Recipe
 from liar_ext.errors import InputError
-from liar_ext.files.atomic_write import atomic_write
 from liar_ext.recipe.recipe import REMOVED
+from liar_ext.system.atomic_write import atomic_write
 
 # What makes two rows the same measurement, but for the recipe.
 KEY = ("model", "weights", "method", "ratio", "seed", "calibration_digest", "judged_digest")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
-from liar_ext.files import untrusted
+from liar_ext.system import untrusted
 
 NAMES = ("input_ids", "attention_mask")
 MOST_ID = 2**31 - 1

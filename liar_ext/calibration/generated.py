@@ -15,8 +15,8 @@ from liar_ext.calibration.taps import replaced
 from liar_ext.calibration.texts import document_prefix
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, known_tokens, predicts_next_token
-from liar_ext.process.environment import available_memory
-from liar_ext.process.progress import Bar
+from liar_ext.system.environment import available_memory
+from liar_ext.system.progress import Bar
 
 SELF = "self"  # the source that stands for it
 # Documents are written side by side, as many as have their keys and values in this much memory.

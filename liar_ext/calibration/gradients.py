@@ -20,7 +20,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.running import IGNORED, complete_inputs, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
-from liar_ext.process.progress import Bar
+from liar_ext.system.progress import Bar
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from liar_ext.calibration.documents import TELLING, Documents, read_text, rows_o
 from liar_ext.calibration.folds import Sequences, in_turns, padded
 from liar_ext.errors import InputError, install, refusing
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, inputs_read
-from liar_ext.process.environment import errors_alone
+from liar_ext.system.environment import errors_alone
 
 AUDIO, IMAGES, IMAGES_WITH_TEXT = "audio", "images", "images with text"
 SUFFIXES = {

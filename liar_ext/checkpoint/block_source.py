@@ -32,11 +32,11 @@ from liar_ext.checkpoint.loading import (
 )
 from liar_ext.checkpoint.reading import reading, stock_class
 from liar_ext.errors import InputError, one_line, refusing
-from liar_ext.files.atomic_write import WORDS
 from liar_ext.models.configs import skeleton
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import blocks_of, body_of
-from liar_ext.process.progress import quiet
+from liar_ext.system.atomic_write import WORDS
+from liar_ext.system.progress import quiet
 
 DTYPES = {word: dtype for dtype, word in WORDS.items()}
 FREE = "free disk space there, or leave --max-memory out"

@@ -19,9 +19,9 @@ from torch import nn
 
 from liar_ext.checkpoint.folder import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
 from liar_ext.errors import InputError, one_line, refusing
-from liar_ext.files.untrusted import UNREADABLE, listing, mapping, read_object, read_value
 from liar_ext.models.sites import sites
-from liar_ext.process.progress import quiet
+from liar_ext.system.progress import quiet
+from liar_ext.system.untrusted import UNREADABLE, listing, mapping, read_object, read_value
 
 MODULES_FILE = "modules.json"
 DIMENSIONS = ("word_embedding_dimension", "embedding_dimension")  # of pooling, old and new

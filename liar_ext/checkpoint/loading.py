@@ -42,7 +42,7 @@ from liar_ext.errors import InputError, asking_hub, one_line, refusing
 from liar_ext.models.liar_loader import resize
 from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
-from liar_ext.process.progress import obedient_bar, quiet
+from liar_ext.system.progress import obedient_bar, quiet
 
 # Arguments that would have transformers run code of the folder, or read other files of it.
 REFUSED_ARGUMENTS = (

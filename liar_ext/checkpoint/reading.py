@@ -24,7 +24,7 @@ from liar_ext.models.liar_loader import pruned_class, resize
 from liar_ext.models.running import config_parts
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
-from liar_ext.process.progress import quiet
+from liar_ext.system.progress import quiet
 
 SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
 

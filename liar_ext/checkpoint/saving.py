@@ -37,7 +37,7 @@ from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
-from liar_ext.process.progress import no_bars, quiet
+from liar_ext.system.progress import no_bars, quiet
 
 SHARD_BYTES = 2 << 30  # a shard is held in memory until it is written
 

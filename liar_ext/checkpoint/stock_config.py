@@ -31,7 +31,7 @@ from liar_ext.models.sites import (
     why_whole,
 )
 from liar_ext.plan import Plan
-from liar_ext.process.progress import quiet
+from liar_ext.system.progress import quiet
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
 

@@ -28,9 +28,7 @@ from liar_ext.cli.main import parse
 from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.distributed import broadcast, is_first, world_size
 from liar_ext.errors import InputError
-from liar_ext.files.checkpoint_store import RESULT
 from liar_ext.healing.losses import Teacher, mean_loss
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
@@ -38,6 +36,8 @@ from liar_ext.report.reading import read_report
 from liar_ext.report.report import Report
 from liar_ext.report.sections import HEALED_BEFORE, healing_lines
 from liar_ext.report.tables import measured
+from liar_ext.system.checkpoint_store import RESULT
+from liar_ext.system.distributed import broadcast, is_first, world_size
 from liar_ext.vocabulary.keep import SAMPLES, keep_tokens
 
 LEAST_SAMPLES, MOST_SAMPLES, IN_MINUTES = 16, 1 << 16, 1 << 12

@@ -18,11 +18,11 @@ from liar_ext.cli.output import show
 from liar_ext.errors import install, one_line
 from liar_ext.export import export
 from liar_ext.models.registry import COLUMNS, FAMILIES, Entry, overview
-from liar_ext.process.environment import available_memory, version_of
 from liar_ext.recipe.fields import CRITERIA
 from liar_ext.report.page import write_comparison, write_page
 from liar_ext.report.report import versions
 from liar_ext.report.tables import Table, to_text
+from liar_ext.system.environment import available_memory, version_of
 
 PLACE = str(Path(liar_ext.__file__).parent)
 OPTIONAL = {

@@ -38,14 +38,14 @@ from liar_ext.calibration.media import (
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.cli.output import check_device
-from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.files.checkpoint_store import Checkpoint, Stored
 from liar_ext.job.sharing import SmallerVocabulary, shares_budget
 from liar_ext.job.solving import LEAST
 from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
+from liar_ext.system.checkpoint_store import Checkpoint, Stored
+from liar_ext.system.distributed import broadcast, is_first
 
 SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
 WRITTEN = "written"  # key of generated text in a checkpoint

@@ -111,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What follows imports torch; the version, the help and typos are answered without it.
     from liar_ext.checkpoint.loading import register
     from liar_ext.cli.output import quietened
-    from liar_ext.distributed import tells
-    from liar_ext.process.progress import no_bars, plain_lines
+    from liar_ext.system.distributed import tells
+    from liar_ext.system.progress import no_bars, plain_lines
 
     register()
     plain = wanted == "plain" or not sys.stderr.isatty()
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> tuple[int, object]:
     """Run the command; return its exit code, and what to say of it."""
     from liar_ext.cli.output import meet
-    from liar_ext.distributed import leave, tells
+    from liar_ext.system.distributed import leave, tells
 
     with _interrupts() as interrupts:
         try:
@@ -151,7 +151,7 @@ def _run(options: argparse.Namespace) -> tuple[int, object]:
 def _answer(error: BaseException, options: argparse.Namespace) -> tuple[int, object]:
     """Return the exit code of an error, and what to say of it; raise one that is a defect."""
     from liar_ext.cli.output import how_to_go_on
-    from liar_ext.distributed import RankLost
+    from liar_ext.system.distributed import RankLost
 
     if isinstance(error, BrokenPipeError):
         return (141, None) if _nobody_reads() else (2, error)

@@ -12,12 +12,19 @@ from contextlib import contextmanager
 import torch
 
 from liar_ext.cli.messages import is_other, log
-from liar_ext.distributed import RankLost, broadcast, join, local_world_size, rank, world_size
 from liar_ext.errors import InputError, typed
-from liar_ext.files.checkpoint_store import difference
-from liar_ext.process.environment import errors_alone
 from liar_ext.report.report import Report
 from liar_ext.report.tables import BYTES
+from liar_ext.system.checkpoint_store import difference
+from liar_ext.system.distributed import (
+    RankLost,
+    broadcast,
+    join,
+    local_world_size,
+    rank,
+    world_size,
+)
+from liar_ext.system.environment import errors_alone
 
 HEALED = ("before", "after", "tokens", "seconds")  # what JSON says of training
 

@@ -41,18 +41,18 @@ from liar_ext.cli.options import (
 )
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError, naming_memory, one_line
 from liar_ext.healing import MINUTES
 from liar_ext.job.dry_run import describe, describe_streamed
 from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import Job
-from liar_ext.process.progress import OnProgress, no_bars, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.report.report import Report
 from liar_ext.report.sections import vocabulary_lines
+from liar_ext.system.distributed import alone, is_first
+from liar_ext.system.progress import OnProgress, no_bars, told
 
 CALIBRATION_SELF = "--calibration self has the model write text, for which it must be in memory"
 NONE_WRITTEN = (

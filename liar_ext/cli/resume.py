@@ -19,9 +19,10 @@ from liar_ext.calibration.bank import read_bank
 from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.cli.inputs import WRITTEN
 from liar_ext.cli.output import check_shared, show
-from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError, one_line, typed
-from liar_ext.files.checkpoint_store import (
+from liar_ext.recipe import Recipe
+from liar_ext.recipe.checks import check_printable
+from liar_ext.system.checkpoint_store import (
     JOB,
     OLDER,
     RESULT,
@@ -35,8 +36,7 @@ from liar_ext.files.checkpoint_store import (
     of_other_version,
     remove,
 )
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import check_printable
+from liar_ext.system.distributed import broadcast, is_first
 
 JOB_FILE = f"{JOB}{SUFFIX}"
 NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{SUFFIX}"}  # files that are there before any step

@@ -26,12 +26,12 @@ from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import tokens_gone
 from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.embeddings import Evaluator
-from liar_ext.process.progress import no_bars
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
 from liar_ext.report.tables import Table, figure, measured, quality, to_text
+from liar_ext.system.progress import no_bars
 
 
 def run(options: argparse.Namespace) -> None:

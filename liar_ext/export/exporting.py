@@ -35,7 +35,7 @@ from liar_ext.checkpoint.placing import (
 )
 from liar_ext.errors import InputError, install, one_line, refusing
 from liar_ext.export import FORMATS, Exported, Format
-from liar_ext.files.atomic_write import atomic_write
+from liar_ext.system.atomic_write import atomic_write
 
 
 def export(

@@ -21,7 +21,7 @@ import numpy as np
 
 from liar_ext.errors import InputError
 from liar_ext.export.gguf_tensors import ROUTER
-from liar_ext.process.environment import child
+from liar_ext.system.environment import child
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 PROGRAM, LIBRARY = "llama-quantize", "llama_cpp_py_sync"

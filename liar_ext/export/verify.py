@@ -34,8 +34,8 @@ from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.export import verify_worker
 from liar_ext.export.exporting import read_record
 from liar_ext.export.verify_worker import TOKENS, median_seconds, timed_text
-from liar_ext.process.environment import child
-from liar_ext.process.progress import quiet
+from liar_ext.system.environment import child
+from liar_ext.system.progress import quiet
 
 WORKER = Path(verify_worker.__file__)
 # Weights of these types have their own rounding: the difference is told, and nothing is demanded.

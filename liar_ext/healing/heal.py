@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
-from liar_ext.distributed import all_reduce, broadcast, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.files.checkpoint_store import Checkpoint, opened
 from liar_ext.healing.losses import Teacher, losses, mean_loss
 from liar_ext.healing.training import (
     State,
@@ -32,7 +30,9 @@ from liar_ext.healing.training import (
 )
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
-from liar_ext.process.progress import Bar
+from liar_ext.system.checkpoint_store import Checkpoint, opened
+from liar_ext.system.distributed import all_reduce, broadcast, rank, world_size
+from liar_ext.system.progress import Bar
 
 WARM_UP = 0.3  # of the budget: AdamW's first steps are equally long for all weights, and do harm
 MEASURES = 4  # of the held-out loss, besides that before training

@@ -18,7 +18,7 @@ from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
 from liar_ext.models.running import device_of
-from liar_ext.process.environment import available_memory
+from liar_ext.system.environment import available_memory
 
 BUDGETS = ("tokens", "minutes", "steps")
 LORA_RANK = 16

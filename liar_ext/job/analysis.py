@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.saved_sums import SUMS
-from liar_ext.distributed import broadcast, share
-from liar_ext.files.checkpoint_store import reading
 from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
-from liar_ext.process.progress import spare
 from liar_ext.reconstruction.hidden_size import Narrowing, narrow
 from liar_ext.reconstruction.solve import with_bias
 from liar_ext.reconstruction.streams import StreamedBatches
@@ -43,6 +40,9 @@ from liar_ext.selection.error_curves import energy_shares, error_curves, notes_o
 from liar_ext.selection.sensitivity import Measured
 from liar_ext.selection.whole_blocks import KeptBlocks, choose_blocks
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts
+from liar_ext.system.checkpoint_store import reading
+from liar_ext.system.distributed import broadcast, share
+from liar_ext.system.progress import spare
 
 PLAN = "plan"  # its key in a checkpoint
 SAVED = ("facts", "grid", "sensitivities", "notes")  # of a decision

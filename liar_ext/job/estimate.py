@@ -22,12 +22,12 @@ from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.plan import Budget
-from liar_ext.process.environment import process_memory
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
 from liar_ext.selection.costs import total_cost
 from liar_ext.selection.criteria import get_criterion
+from liar_ext.system.environment import process_memory
 
 GIB = 2**30
 # Work is in operations of a product in float32, such as a forward pass is made of. The factors are

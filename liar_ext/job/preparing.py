@@ -17,7 +17,6 @@ from liar_ext.calibration.saved_sums import room_for_sums
 from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.folder import count_params
-from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
 from liar_ext.job.solving import hold_out
 from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
@@ -35,6 +34,7 @@ from liar_ext.selection.allocation import check_budget
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.selection.whole_experts import count_experts_kept
+from liar_ext.system.distributed import world_size
 
 NO_GAIN = (
     "a norm reads what each gives, and there a walk gains nothing; "

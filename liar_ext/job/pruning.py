@@ -21,9 +21,7 @@ from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import fill_folder, writing
-from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
-from liar_ext.files.checkpoint_store import RESULT, Checkpoint, opened
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
 from liar_ext.job.preparing import prepare, recorded
@@ -34,7 +32,6 @@ from liar_ext.models.configs import source_of
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan
-from liar_ext.process.progress import OnProgress, Stage, Timeline, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import PruneOptions, TextOptions, check_keywords
 from liar_ext.recipe.fields import DTYPES, recipe_fields
@@ -43,6 +40,9 @@ from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report, versions
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import POSITIONS
+from liar_ext.system.checkpoint_store import RESULT, Checkpoint, opened
+from liar_ext.system.distributed import is_first
+from liar_ext.system.progress import OnProgress, Stage, Timeline, told
 
 # What the command does around prune, and what does it in Python.
 AROUND: dict[str, str] = {

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batches, probe_batches
-from liar_ext.distributed import broadcast, gather
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import base_path, evaluating
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.process.progress import Bar
 from liar_ext.selection.divergence import DenseOutputs, Divergence
 from liar_ext.selection.sensitivity import blocks_before, recorded, replayed
+from liar_ext.system.distributed import broadcast, gather
+from liar_ext.system.progress import Bar
 
 # By which a scale is moved to see what changes. In half precision more, and both ways: rounding of
 # the outputs as they are would be in every difference to them, and in q, and add up in the slope.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
-from liar_ext.distributed import alone, is_first
 from liar_ext.job.state import Job
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.running import predicts_next_token
@@ -27,6 +26,7 @@ from liar_ext.reconstruction.solve import certified_errors, reconstruct_shared
 from liar_ext.reconstruction.streams import StreamedBatches
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
+from liar_ext.system.distributed import alone, is_first
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 # Of a calibration set with enough sequences every n-th is held out, up to so many.

@@ -16,7 +16,6 @@ from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.errors import InputError
-from liar_ext.files.checkpoint_store import Checkpoint
 from liar_ext.job.analysis import decide_anew, narrowed, passes_of
 from liar_ext.job.preparing import changes_all, prepare
 from liar_ext.job.pruning import run
@@ -30,6 +29,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.report.tables import measured
 from liar_ext.selection.costs import total_cost
+from liar_ext.system.checkpoint_store import Checkpoint
 
 # At this fraction of each site, the default budget's, sensitivities are measured for all budgets.
 PROBE_KEEP = 0.8

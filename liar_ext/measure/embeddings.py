@@ -27,8 +27,8 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
-from liar_ext.process.progress import Bar
 from liar_ext.selection.divergence import MOST_ROWS, DenseOutputs
+from liar_ext.system.progress import Bar
 
 NEIGHBOURS = 10
 ROWS = 256  # texts whose cosines with all others are held at once

@@ -20,8 +20,8 @@ from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
 from liar_ext.errors import InputError, did_you_mean, install, one_line
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
-from liar_ext.process.progress import Bar
 from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.system.progress import Bar
 
 MOST_EXPONENT = 709  # of exp in float64
 

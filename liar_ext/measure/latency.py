@@ -43,9 +43,9 @@ from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, attn_unit_of, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan, SitePlan
-from liar_ext.process.progress import Bar
 from liar_ext.selection.allocation import allowed_counts
 from liar_ext.selection.costs import LatencyTable, SizeRow
+from liar_ext.system.progress import Bar
 
 SIZES = 7  # of one shape, at most: seconds lie between on a line
 SAMPLES = 24  # of each size of a shape: as many runs as give these

@@ -29,8 +29,8 @@ from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.loading import placement
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.running import device_of, draw_inputs, inputs_read, predicts_next_token
-from liar_ext.process.environment import child, process_memory
-from liar_ext.process.progress import Bar
+from liar_ext.system.environment import child, process_memory
+from liar_ext.system.progress import Bar
 
 BENCH_VERSION = 1
 SEED = 0

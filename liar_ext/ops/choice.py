@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from liar_ext.errors import InputError, one_line
-from liar_ext.process.environment import version_of
+from liar_ext.system.environment import version_of
 
 RUNS = 3
 Backend = Callable[..., object]
@@ -184,7 +184,7 @@ def _read() -> dict:
 def _write(key: str, times: Mapping[str, float]) -> None:
     """Note a measurement; where that can't be done the next process measures again."""
     with contextlib.suppress(OSError, RuntimeError, ImportError):
-        from liar_ext.files.atomic_write import (
+        from liar_ext.system.atomic_write import (
             atomic_write,  # which Windows has not what it needs for
         )
 

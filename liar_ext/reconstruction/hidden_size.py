@@ -43,10 +43,10 @@ from liar_ext.models.residual_stream import (
 from liar_ext.models.running import body_of, device_of
 from liar_ext.ops.reference import symmetric
 from liar_ext.plan import Budget, SitePlan
-from liar_ext.process.progress import Bar
 from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import Solution, solve
+from liar_ext.system.progress import Bar
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, one_of_each, read_batches
 from liar_ext.errors import InputError
-from liar_ext.files.checkpoint_store import Checkpoint
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
-from liar_ext.process.progress import Bar, spare
 from liar_ext.reconstruction.block_runner import is_chain
 from liar_ext.reconstruction.ridge import check_settings
 from liar_ext.reconstruction.rows import SiteRow
@@ -28,6 +26,8 @@ from liar_ext.reconstruction.streams import (
     kept_block,
 )
 from liar_ext.reconstruction.walk import LayerwiseSolver
+from liar_ext.system.checkpoint_store import Checkpoint
+from liar_ext.system.progress import Bar, spare
 
 # A block that is solved and still as it was, new weights, and rows of its sites.
 Solved = tuple[int, Weights, dict[str, SiteRow]]

@@ -13,15 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, completed, read_batches
-from liar_ext.distributed import (
-    all_reduce,
-    broadcast,
-    gather,
-    is_first,
-    rank,
-    share,
-    world_size,
-)
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
@@ -31,6 +22,15 @@ from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_of_expert
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import Solution, error_on, solve
 from liar_ext.reconstruction.streams import Held, Part, Streams, Walk, Weights
+from liar_ext.system.distributed import (
+    all_reduce,
+    broadcast,
+    gather,
+    is_first,
+    rank,
+    share,
+    world_size,
+)
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from liar_ext.checkpoint.placing import check_place
 from liar_ext.errors import InputError, one_line
-from liar_ext.files.atomic_write import atomic_write, made_folders
 from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.system.atomic_write import atomic_write, made_folders
 
 # On white, and what the page's style calls it.
 COLOURS = {

@@ -15,7 +15,13 @@ from typing import Any
 
 from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.errors import InputError, one_line
-from liar_ext.files.untrusted import (
+from liar_ext.measure.speed import BENCH_VERSION, Benchmark, ModelFacts, Quartiles, Rate
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.report.sections import LIKENESS, PAIRS
+from liar_ext.report.tables import MEASURES
+from liar_ext.selection.costs import LatencyTable
+from liar_ext.system.untrusted import (
     count,
     listing,
     mapping,
@@ -25,12 +31,6 @@ from liar_ext.files.untrusted import (
     record,
     text,
 )
-from liar_ext.measure.speed import BENCH_VERSION, Benchmark, ModelFacts, Quartiles, Rate
-from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.rows import SiteRow
-from liar_ext.report.sections import LIKENESS, PAIRS
-from liar_ext.report.tables import MEASURES
-from liar_ext.selection.costs import LatencyTable
 
 MOST_LINES = 200  # of warnings, notes, and jobs
 MOST_POINTS = 1000  # of a curve

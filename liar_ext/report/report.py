@@ -20,12 +20,12 @@ import yaml
 from liar_ext import ops
 from liar_ext.checkpoint.folder import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
 from liar_ext.errors import InputError
-from liar_ext.files.untrusted import count, listing, text
 from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report import reading, sections, tables
 from liar_ext.report.tables import Table, figure, plain, render
+from liar_ext.system.untrusted import count, listing, text
 
 version = cache(metadata.version)  # reads files
 MOST_SITES = 4096

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liar_ext.files.untrusted import text
 from liar_ext.measure.speed import Benchmark
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report.tables import (
@@ -23,6 +22,7 @@ from liar_ext.report.tables import (
     rate,
     ratio,
 )
+from liar_ext.system.untrusted import text
 
 MIB = 2**20
 SIZES = {"parameters": "", "prunable parameters": "prunable_"}  # title, and what keys begin with

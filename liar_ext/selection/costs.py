@@ -14,11 +14,11 @@ import numpy as np
 from torch import nn
 
 from liar_ext.errors import InputError
-from liar_ext.files.untrusted import listing, mapping, named, read_object, text
 from liar_ext.models.residual_stream import is_transposed
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site, sites
 from liar_ext.plan import PHASES, Budget, Plan
+from liar_ext.system.untrusted import listing, mapping, named, read_object, text
 
 VERSION = 1
 MOST_ROWS, MOST_COUNTS = 4096, 256

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
-from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, output_of
+from liar_ext.system.distributed import gather, rank, world_size
 
 # Logits that are compared at once: 16 rows of 50,000 stay in a processor's caches.
 CHUNK = 16 * 50_000

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, read_batches
 from liar_ext.calibration.taps import replaced, watched
-from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.files.checkpoint_store import Checkpoint, reading
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import evaluating, layer_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.models.slicing import Weights
 from liar_ext.plan import Plan
-from liar_ext.process.progress import Bar, spare
 from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.system.checkpoint_store import Checkpoint, reading
+from liar_ext.system.distributed import gather, rank, world_size
+from liar_ext.system.progress import Bar, spare
 
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.

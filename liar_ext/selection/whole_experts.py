@@ -32,7 +32,6 @@ from liar_ext.models.experts import called_at, choice_of, gated, router_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites, teams_of
 from liar_ext.plan import SitePlan
-from liar_ext.process.progress import Bar
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.selection.error_curves import CURVE_DAMP
 from liar_ext.selection.expert_scales import (
@@ -43,6 +42,7 @@ from liar_ext.selection.expert_scales import (
     least_squares,
     lost,
 )
+from liar_ext.system.progress import Bar
 
 # Tokens, evenly spread over the text, that experts are judged by: of each there are experts²
 # products, 512 MiB in a layer of 128 experts.

@@ -23,8 +23,8 @@ from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.process.progress import quiet
 from liar_ext.suggest.instance import Instance, Refused, attempt, make_plain, outputs
+from liar_ext.system.progress import quiet
 
 KINDS = {"attn": "heads", "mlp": "channels"}  # of sites, and their units
 CLOSE = 1e-6  # of the largest output: norms compute in float32 whatever the model's dtype

@@ -20,7 +20,6 @@ from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, Part, as_code
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of
 from liar_ext.models.sites import CROSS
-from liar_ext.process.progress import no_bars
 from liar_ext.suggest.instance import Call, Instance, Refused, Tried, find_stacks, prepare
 from liar_ext.suggest.proof import KINDS, kinds_of, prove, prove_folders, rewired, tells_sizes
 from liar_ext.suggest.sizes import (
@@ -34,6 +33,7 @@ from liar_ext.suggest.sizes import (
 from liar_ext.suggest.small_config import MOST_DEPTH, bound_layers, check_sizes, most_layers
 from liar_ext.suggest.trace import Trace
 from liar_ext.suggest.wiring import Found, find_sites
+from liar_ext.system.progress import no_bars
 
 # What a pruned or quantised folder says beside the sizes of its dense model.
 EXTRA = ("liar", "per_layer_config", "quantization_config", "auto_map")

@@ -17,7 +17,7 @@ from tiny import VOCAB, tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, calibrate, sites
 from liar_ext.calibration import bank as bank_file
-from liar_ext.files.atomic_write import atomic_write
+from liar_ext.system.atomic_write import atomic_write
 
 
 def batches(seed: int = 0, ragged: bool = True) -> list[dict[str, torch.Tensor]]:
@@ -302,7 +302,7 @@ def umask() -> int:
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "file"
     code = (
-        "import sys, time; from liar_ext.files.atomic_write import atomic_write\n"
+        "import sys, time; from liar_ext.system.atomic_write import atomic_write\n"
         "with atomic_write(sys.argv[1]) as file:\n    file.write(b'half'); file.flush()\n"
         "    print('written', flush=True); time.sleep(60)"
     )

@@ -6,8 +6,8 @@ import pytest
 from tiny import tiny
 
 from liar_ext.calibration import saved_sums
-from liar_ext.process import environment
-from liar_ext.process.environment import available_memory, process_memory
+from liar_ext.system import environment
+from liar_ext.system.environment import available_memory, process_memory
 
 
 @pytest.fixture

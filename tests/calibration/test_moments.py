@@ -9,7 +9,7 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, Moments, calibrate
 from liar_ext.calibration.moments import Squares, all_finite, centre
-from liar_ext.files.atomic_write import write_tensors
+from liar_ext.system.atomic_write import write_tensors
 
 
 def filled(tokens: int = 40, d_in: int = 7, seed: int = 0) -> tuple[Moments, list]:

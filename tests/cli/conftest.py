@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from liar_ext.process.progress import no_bars
+from liar_ext.system.progress import no_bars
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from liar_ext.calibration import collect
 from liar_ext.checkpoint import loading
 from liar_ext.cli import resume
 from liar_ext.cli.calibrate import recipe_of_bank
-from liar_ext.files.checkpoint_store import VERSION, Checkpoint
+from liar_ext.system.checkpoint_store import VERSION, Checkpoint
 
 TEXT = ("--samples", 8, "--seq-len", 32, "--self-text", 0, "--random-tokens", 0)
 

@@ -26,7 +26,7 @@ from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS, parser
 from liar_ext.cli.messages import error_lines
 from liar_ext.cli.output import say
-from liar_ext.process.progress import no_bars
+from liar_ext.system.progress import no_bars
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 
@@ -479,7 +479,7 @@ def test_json_is_one_object_and_nothing_else(llama_folder, corpus, tmp_path, cap
 def test_progress_without_a_terminal_is_lines_of_stderr(
     more, lines, llama_folder, corpus, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("liar_ext.process.progress.EVERY", 0.0)
+    monkeypatch.setattr("liar_ext.system.progress.EVERY", 0.0)
     text = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--preset", "fast")
     assert run("prune", llama_folder, *text, "--out", tmp_path / "out", *more) == 0
     said = capsys.readouterr()

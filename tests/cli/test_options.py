@@ -19,9 +19,9 @@ from liar_ext.calibration import texts
 from liar_ext.cli.main import parse, parser
 from liar_ext.cli.options import recipe_of
 from liar_ext.errors import InputError
-from liar_ext.process.environment import child, is_command
 from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of, recipe_fields
 from liar_ext.selection.criteria import _CRITERIA
+from liar_ext.system.environment import child, is_command
 
 # One text for each field, other than the default, and what the recipe then holds.
 GIVEN = {

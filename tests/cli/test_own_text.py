@@ -15,7 +15,7 @@ from liar_ext import MomentBank
 from liar_ext.cli import inputs
 from liar_ext.cli.inputs import ONE_KIND
 from liar_ext.cli.prune import NONE_WRITTEN
-from liar_ext.files.checkpoint_store import Checkpoint
+from liar_ext.system.checkpoint_store import Checkpoint
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
 

@@ -16,10 +16,10 @@ from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import InFlight
 from liar_ext.checkpoint import saving
 from liar_ext.cli import inputs, resume
-from liar_ext.files.checkpoint_store import VERSION, Checkpoint
 from liar_ext.job import pruning
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.system.checkpoint_store import VERSION, Checkpoint
 
 pytestmark = pytest.mark.usefixtures("always_saving")
 

@@ -8,7 +8,7 @@ from command import run
 from covers import slow
 from tiny import tiny
 
-from liar_ext.process.progress import Bar, Timeline
+from liar_ext.system.progress import Bar, Timeline
 
 WALKS = ["--max-memory", "4GiB", "--self-text", 0]
 

@@ -19,7 +19,7 @@ from liar_ext.cli.heal import small
 from liar_ext.healing import MINUTES
 from liar_ext.healing import heal as runs
 from liar_ext.healing import training as weights_of_healing
-from liar_ext.process.progress import no_bars
+from liar_ext.system.progress import no_bars
 
 NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
 

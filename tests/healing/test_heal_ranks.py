@@ -20,7 +20,7 @@ from liar_ext import distributed, heal, prune
 from liar_ext.cli.main import main
 from liar_ext.healing import heal as runs
 from liar_ext.job import pruning
-from liar_ext.process.progress import no_bars
+from liar_ext.system.progress import no_bars
 
 RANKS, STEPS = 2, 5
 

@@ -11,7 +11,7 @@ from liar_ext import Recipe, prune
 from liar_ext.job import pruning
 from liar_ext.job.estimate import Estimate, by_blocks
 from liar_ext.job.sweeping import Sweep
-from liar_ext.process.progress import Bar, Timeline
+from liar_ext.system.progress import Bar, Timeline
 
 SMALL = 16 * 24**2  # bytes: a group of sites for each
 

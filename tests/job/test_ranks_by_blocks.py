@@ -18,13 +18,13 @@ from liar_ext import distributed
 from liar_ext.calibration.taps import InFlight
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.cli.main import main
-from liar_ext.distributed import RankLost
-from liar_ext.files.checkpoint_store import Checkpoint
 from liar_ext.job.pruning import prune_folder
 from liar_ext.job.state import Job
 from liar_ext.job.streamed import ProbeStreams, StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
+from liar_ext.system.checkpoint_store import Checkpoint
+from liar_ext.system.distributed import RankLost
 
 ONE_PASS = {"schedule": "one-pass"}
 # Choices, and whether hidden states are on disk and the sums of one block there at a time.

@@ -10,7 +10,6 @@ from tiny import batches, same_weights, tiny
 
 from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.files.checkpoint_store import Checkpoint
 from liar_ext.job import analysis
 from liar_ext.job.pruning import prune_folder
 from liar_ext.job.solving import StreamedEvaluation
@@ -18,6 +17,7 @@ from liar_ext.job.state import Job
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
+from liar_ext.system.checkpoint_store import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("always_saving")
 

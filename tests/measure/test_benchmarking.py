@@ -25,8 +25,8 @@ from liar_ext.measure.speed import (
     run_once,
     use_threads,
 )
-from liar_ext.process.environment import process_memory
 from liar_ext.report.reading import bench_file, read_bench
+from liar_ext.system.environment import process_memory
 
 SHORT = Settings(rounds=2, prompt_length=6, new_tokens=4, batches=(1, 3))
 

@@ -16,7 +16,7 @@ from tiny import tiny
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
-from liar_ext.files.checkpoint_store import VERSION, Checkpoint
+from liar_ext.system.checkpoint_store import VERSION, Checkpoint
 from reliability.command_lines import Line, lines
 
 TITLE = "bad command lines"

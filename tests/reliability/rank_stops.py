@@ -31,7 +31,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 from liar_ext import cli
 from liar_ext.cli import output
-from liar_ext.files.atomic_write import SEAL
+from liar_ext.system.atomic_write import SEAL
 from reliability.outcome import LIMIT, Outcome, in_child
 from reliability.stops import (
     _always_saving,

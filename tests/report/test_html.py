@@ -32,10 +32,10 @@ from liar_ext import InputError
 from liar_ext.checkpoint.folder import REPORT_JSON, strangers, write_manifest
 from liar_ext.cli import main
 from liar_ext.cli.main import parser
-from liar_ext.files import untrusted
 from liar_ext.report import pictures
 from liar_ext.report.page import MARK, commands, page_file, write_page
 from liar_ext.report.report import MOST_SITES, Report
+from liar_ext.system import untrusted
 
 TAGS = set("html head meta title style body main h1 h2 p b div span i section figure".split())
 TAGS |= set("figcaption table thead tbody tr th td details summary footer code".split())

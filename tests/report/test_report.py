@@ -11,10 +11,10 @@ import pytest
 from test_latency_table import table
 
 from liar_ext import InputError, Recipe, Report
-from liar_ext.process.progress import Clock
 from liar_ext.reconstruction.rows import SiteRow, what_to_know
 from liar_ext.report.sections import sites
 from liar_ext.report.tables import Table, figure, to_markdown, to_text
+from liar_ext.system.progress import Clock
 
 ROW = SiteRow(
     name="3.mlp",

@@ -1,0 +1,1 @@
+"""What the machine gives: files, memory, a terminal, other processes of the same job."""
