@@ -156,7 +156,7 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
 def _added(spec: Mapping[str, Any], rows: int | None) -> list[Mapping[str, Any]]:
     """Return the added tokens; a model may lack rows for special ones that came later."""
     found = spec.get("added_tokens") or []
-    return [each for each in found if rows is None or each["id"] < rows or not each["special"]]
+    return [each for each in found if rows is None or each["id"] < rows or not each.get("special")]
 
 
 def _singles(ids: Mapping[str, int], prefix: str, suffix: str) -> set[int]:
