@@ -26,7 +26,7 @@ from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
 from liar_ext.models.running import bias_name, layer_at, layer_of, owner_of
-from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
+from liar_ext.models.sites import CROSS, Site, get_consumer_bias, sites, teams_of
 from liar_ext.plan import Plan, SitePlan, sites_left
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -286,6 +286,8 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
         owner, name = owner_of(model, path)
         if (held := getattr(owner, name)) is not None:
             narrow(owner, name, 0, unit_rows(site, path, kept[0], len(held)))
+    if site.name.rpartition(".")[2] == CROSS:
+        _follow_alignment(model, site, kept[0])
     if site.wiring.head_input is not None:
         said = site.wiring.head_input
         heads = site.features(kept[0])[:: site.head_dim] // site.head_dim
@@ -293,6 +295,21 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
         passed = () if said.output is None else (said.output, said.table)
         which = None if said.own else heads.tolist()
         select_heads(module, which, said.position, said.keyword, *passed)
+
+
+def _follow_alignment(model: nn.Module, site: Site, kept: Sequence[int]) -> None:
+    """Renumber the heads of cross-attention that align words with times, as Whisper names them.
+
+    If none of them stays, the generation config names none, and transformers refuses to time words.
+    """
+    how = getattr(model, "generation_config", None)
+    if not (pairs := getattr(how, "alignment_heads", None)):
+        return
+    stays = [(block, head) for block, head in pairs if block != site.block or head in kept]
+    new = {head: at for at, head in enumerate(kept)}
+    how.alignment_heads = [[b, h if b != site.block else new[h]] for b, h in stays]
+    if not stays:
+        del how.alignment_heads
 
 
 def _narrow_layer(

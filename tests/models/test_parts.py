@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import batches, outputs, tiny, tiny_inputs
 from tiny_encoders import SEQ2SEQ
 from torch import nn
+from transformers import GenerationConfig
 
 from liar_ext import (
     Budget,
@@ -335,3 +336,30 @@ def test_a_graph_has_one_input(tmp_path: Path) -> None:
     save_pruned(model, tmp_path / "saved", plan)
     with pytest.raises(InputError, match="reads pixel_values and input_ids; save a part of it"):
         onnx.export(tmp_path / "saved", tmp_path / "graph", progress=False)
+
+
+def test_heads_that_time_words_are_the_same_ones_afterwards(tmp_path: Path) -> None:
+    model = tiny("whisper")
+    named = [[0, 2], [1, 3], [1, 0], [1, 1]]
+    model.generation_config = GenerationConfig(alignment_heads=named)
+    inputs = tiny_inputs(model)
+
+    def maps(model: nn.Module, heads: list[list[int]]) -> torch.Tensor:
+        model.set_attn_implementation("eager")
+        seen = model(**inputs, output_attentions=True).cross_attentions
+        return torch.stack([seen[block][:, head] for block, head in heads])
+
+    dense = maps(model, named)
+    plan = Plan("whisper", "head", {"decoder.1.cross_attn": SitePlan(4, (1, 3))})
+    apply_plan(model, plan)
+    assert model.generation_config.alignment_heads == [[0, 2], [1, 1], [1, 0]]
+    save_pruned(model, tmp_path / "pruned", plan)
+    loaded = load_pruned(tmp_path / "pruned")
+    found = maps(loaded, loaded.generation_config.alignment_heads)
+    assert torch.equal(found, dense[[0, 1, 3]])
+    for block, units in ((0, 4), (1, 2)):
+        model.generation_config.alignment_heads = [[block, 1]]
+        apply_plan(
+            model, Plan("whisper", "head", {f"decoder.{block}.cross_attn": SitePlan(units, (0,))})
+        )
+        assert not hasattr(model.generation_config, "alignment_heads")
