@@ -97,10 +97,10 @@ REFUSED = {
         "makes the time steps of all of them."
     ),
     "single attention or MLP layers, and blocks of encoder-decoders": (
-        "`--keep-blocks` removes whole blocks of models with one stack of them. Attention layers "
-        "alone [lose more](experiments.md#depth) than narrower layers that generate as fast. "
-        "Where a config can't say which blocks stay, as with layers that are listed by number, it "
-        "is refused."
+        "`--keep-blocks` removes whole blocks of models with one stack of them. Blocks of "
+        "Whisper, and attention layers alone, [lose more](experiments.md#depth) than narrower "
+        "layers that are as fast. Where a config can't say which blocks stay, as with layers that "
+        "are listed by number, it is refused."
     ),
     "the second attention of SD3.5's first blocks, and diffusion models that are no transformers": (
         "Their rows describe one attention in each block. U-Nets are in no row of the table. See "

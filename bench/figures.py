@@ -199,20 +199,16 @@ def healing(figure) -> None:
     rows = read("healing")["rows"]
     removed = list(dict.fromkeys(row[0] for row in rows))
     healed = list(dict.fromkeys(row[1] for row in rows if row[2] != "0"))
-    starts = dict.fromkeys(each.split(",")[0] for each in healed)
-    colours = dict(zip(starts, COLOURS.values(), strict=False))
     panels = figure.subplots(1, len(removed), squeeze=False)[0]
     for axes, part in zip(panels, removed, strict=True):
-        for name in healed:
-            start, _, rate = name.partition(",")
+        for name, colour in zip(healed, COLOURS.values(), strict=False):
             points = [
                 (float(row[2].replace(",", "")) / 1000, number(row[7]))
                 for row in rows
-                if row[0] == part and row[1] == (start if row[2] == "0" else name)
+                if row[:2] == [part, name]
             ]
-            xs, ys = zip(*points, strict=True) if len(points) > 1 else ((), ())
-            style = "o:" if rate else "o-"
-            axes.plot(xs, ys, style, color=colours[start], label=name.replace("`", ""))
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            axes.plot(xs, ys, "o-", color=colour, label=name.replace("`", ""))
         axes.set(title=f"SmolLM2-135M, {part} removed", xlabel="thousand tokens of healing")
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("mean of log(perplexity / dense)")
