@@ -199,7 +199,7 @@ def healing(figure) -> None:
     rows = read("healing")["rows"]
     removed = list(dict.fromkeys(row[0] for row in rows))
     healed = list(dict.fromkeys(row[1] for row in rows if row[2] != "0"))
-    panels = figure.subplots(1, len(removed), squeeze=False)[0]
+    panels = figure.subplots(1, len(removed), squeeze=False, sharex=True, sharey=True)[0]
     for axes, part in zip(panels, removed, strict=True):
         for name, colour in zip(healed, COLOURS.values(), strict=False):
             points = [
@@ -209,8 +209,9 @@ def healing(figure) -> None:
             ]
             xs, ys = zip(*points, strict=True) if points else ((), ())
             axes.plot(xs, ys, "o-", color=colour, label=name.replace("`", ""))
-        axes.set(title=f"SmolLM2-135M, {part} removed", xlabel="thousand tokens of healing")
-        axes.set_ylim(bottom=0)
+        axes.set(title=f"{part} removed", xlabel="thousand tokens of healing")
+    figure.suptitle("SmolLM2-135M-Instruct")
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("mean of log(perplexity / dense)")
     panels[0].legend(loc="best")
 
