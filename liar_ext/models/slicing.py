@@ -303,13 +303,18 @@ def _follow_alignment(model: nn.Module, site: Site, kept: Sequence[int]) -> None
     If none of them stays, the generation config names none, and transformers refuses to time words.
     """
     how = getattr(model, "generation_config", None)
-    if not (pairs := getattr(how, "alignment_heads", None)):
-        return
+    pairs = getattr(how, "alignment_heads", None)
+    if not pairs or not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
+        return  # by anything else transformers can't time words
     stays = [(block, head) for block, head in pairs if block != site.block or head in kept]
     new = {head: at for at, head in enumerate(kept)}
     how.alignment_heads = [[b, h if b != site.block else new[h]] for b, h in stays]
     if not stays:
         del how.alignment_heads
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def _narrow_layer(

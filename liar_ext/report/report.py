@@ -9,8 +9,6 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -25,9 +23,9 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report import reading, sections, tables
 from liar_ext.report.tables import Table, figure, plain, render
+from liar_ext.system.environment import version_of
 from liar_ext.system.untrusted import count, listing, text
 
-version = cache(metadata.version)  # reads files
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
 REMOVED = {"blocks": "blocks", "attn": "attention heads", "mlp": "MLP channels"}
@@ -353,7 +351,7 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on, and the kernels in use."""
     packages = ("liar_ext", "torch", "transformers", "safetensors", "numpy")
     return {
-        **{package: version(package) for package in packages},
+        **{package: str(version_of(package)) for package in packages},
         "python": platform.python_version(),
         **{f"liar_ext.{key}": str(value) for key, value in ops.build_info().items()},
     }

@@ -12,6 +12,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from types import TracebackType
@@ -124,8 +125,9 @@ def errors_alone() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+@cache
 def version_of(package: str) -> str | None:
-    """Return the version of a package, None if it is not installed."""
+    """Return the version of a package, which is read from files once; None if not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -357,6 +357,10 @@ def test_heads_that_time_words_are_the_same_ones_afterwards(tmp_path: Path) -> N
     loaded = load_pruned(tmp_path / "pruned")
     found = maps(loaded, loaded.generation_config.alignment_heads)
     assert torch.equal(found, dense[[0, 1, 3]])
+    for damaged in (5, [1, 2], [[1, 2, 3]], {"1": 2}, [[1, [2]]]):
+        hostile = tiny("whisper")
+        hostile.generation_config = GenerationConfig(alignment_heads=damaged)
+        apply_plan(hostile, plan)
     for block, units in ((0, 4), (1, 2)):
         model.generation_config.alignment_heads = [[block, 1]]
         apply_plan(
