@@ -1,12 +1,13 @@
 """What healing gains, and whether the start matters: prune by three methods, heal each, compare.
 
-    make healing WIKITEXT=FOLDER QUESTIONS=FILE HEALING="--rows START:KEEP:TOKENS ..."
+    make healing WIKITEXT=FOLDER QUESTIONS=FILE HEALING="--rows START:KEEP:TOKENS[:PART] ..."
 
 Judged as by bench.quality, on its four texts and in bfloat16; models are pruned in float32, and
-healed as `liar heal` does by default. Pruned folders and rows are kept in out/healing by model,
-and a row that is there is not measured again; docs/data has the tables, healing.json and
-healing_rivals.json of SmolLM2, healing_gemma.json of Gemma. Healed is on more of the text that was
-calibrated on. Seconds are CPU seconds of one thread.
+healed as `liar heal` does by default. PART is the part of the tokens that the dense model writes,
+and the rest is more of the text that was calibrated on. Pruned folders and rows are kept in
+out/healing by model and seed, and a row that is there is not measured again; docs/data has the
+tables, healing.json and healing_rivals.json of SmolLM2, healing_gemma.json of Gemma, and those of
+seeds but 0. Seconds are CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ ROWS = [
     if start == "liar" or (tokens < 100_000 and keep == "0.8")
 ]
 ROWS += ["plan:0.8:0", "plan:0.8:20000", "lora:0.8:30000", "lora:1:30000"]
-SEQ_LEN, SEED = 256, 0
+SEQ_LEN = 256
 CALIBRATED, TRAINED, JUDGING = 64, 240, 4  # sequences; more are drawn for more tokens than these
 # Windows of each text that is judged by, prompts to continue, and questions.
 JUDGED = {"seq_len": SEQ_LEN, "eval_samples": 8, "prompts": 32, "question_count": 500}
@@ -82,23 +83,24 @@ LORA_RATE, STEP = 1e-3, 2  # sequences of a step, as `liar heal` has them
 def main() -> None:
     """Measure what is missing, and write the table after each row."""
     options = parse()
-    bench = Bench(options.wikitext, options.questions, options.model)
+    bench = Bench(options.wikitext, options.questions, options.model, options.seed)
     for name in options.rows:
-        start, keep, tokens = name.split(":")
+        start, keep, tokens, part = (*name.split(":"), "0")[:4]
         wanted = {"start": start, "keep": float(keep), "tokens": int(tokens)}
+        wanted["written"] = float(part)
         if bench.find(wanted) is None:
             print(json.dumps(bench.measure(**wanted)), flush=True)
-        write(bench.model, bench.rows)
+        write(bench)
 
 
 class Bench:
     """A dense model, its texts, and the rows so far."""
 
-    def __init__(self, wikitext: Path, questions: Path, model: str) -> None:
+    def __init__(self, wikitext: Path, questions: Path, model: str, seed: int) -> None:
         write_texts(OUT / "texts")
         texts = Texts(*choose_texts(OUT / "texts", ["encyclopaedia", "news"], [], wikitext))
         self.dense, self.tokenizer, self.model = load(model)
-        self.out = OUT / self.model
+        self.seed, self.out = seed, OUT / (self.model + f"-seed-{seed}" * (seed > 0))
         self.out.mkdir(exist_ok=True)
         self.texts = texts
         self.drawn = self.draw(TRAINED)
@@ -107,9 +109,10 @@ class Bench:
         self.judges.start(copy.deepcopy(self.dense))
         self.banks: dict[tuple[float, float], tuple[MomentBank, float]] = {}
         self.kept = self.out / "rows.json"
-        self.rows = json.loads(self.kept.read_text()) if self.kept.exists() else []
+        rows = json.loads(self.kept.read_text()) if self.kept.exists() else []
+        self.rows = [{"written": 0.0, **row} for row in rows]
         if self.find({"start": "dense"}) is None:
-            row = {"start": "dense", "keep": 1.0, "tokens": 0, "seconds": {}}
+            row = {"start": "dense", "keep": 1.0, "tokens": 0, "written": 0.0, "seconds": {}}
             self.add(row | self.judge(self.dense))
 
     def judge(self, model: nn.Module) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class Bench:
     def draw(self, samples: int) -> Sequences:
         """Return sequences of text to calibrate and to train on, and some that judge."""
         how = {"lone": "blocks", "self_text": 0.0, "random_tokens": 0.0, "judge": JUDGING}
-        how |= {"samples": samples, "seq_len": SEQ_LEN, "seed": SEED}
+        how |= {"samples": samples, "seq_len": SEQ_LEN, "seed": self.seed}
         return self.texts.draw(self.dense, self.tokenizer, **how)
 
     def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -136,15 +139,28 @@ class Bench:
         write_whole(self.kept, json.dumps(self.rows, indent=1) + "\n")
         return row
 
-    def measure(self, start: str, keep: float, tokens: int) -> dict[str, Any]:
+    def training(self, tokens: int, written: float) -> Sequences:
+        """Return sequences to train on, of which the dense model writes a part."""
+        samples = int(tokens * (1 - written)) // SEQ_LEN
+        drawn = self.drawn if samples <= TRAINED else self.draw(samples)
+        return self.written_beside(drawn, samples, written) if written else drawn
+
+    def written_beside(self, text: Sequences, samples: int, part: float) -> Sequences:
+        """Return sequences with others, a part of all, which the dense model writes."""
+        how = {"count": count_beside(samples, part), "seq_len": SEQ_LEN, "seed": self.seed}
+        return text.beside(write_sequences(self.dense, self.tokenizer, **how))
+
+    def measure(self, start: str, keep: float, tokens: int, written: float = 0.0) -> dict[str, Any]:
         """Return a row, and keep it; a start that is missing is pruned first."""
-        row = {"start": start, "keep": keep, "tokens": tokens}
+        row: dict[str, Any] = {"start": start, "keep": keep, "tokens": tokens, "written": written}
         if tokens:
             work, row["seconds"] = self.started(start, keep)
-            drawn = self.drawn if tokens <= TRAINED * SEQ_LEN else self.draw(tokens // SEQ_LEN)
+            clock = time.process_time()
+            drawn = self.training(tokens, written)
+            row["seconds"]["write"] = time.process_time() - clock
             clock = time.process_time()
             if start == "lora":
-                work = train_lora(work, drawn, tokens)
+                work = train_lora(work, drawn, tokens, self.seed)
                 row["heal"] = {"tokens": tokens}
             else:
                 how = {"held_out": drawn.judging.batches(), "budget": {"tokens": tokens}}
@@ -193,18 +209,17 @@ class Bench:
         fold, source = self.drawn.fold[rows], self.drawn.source[rows]
         text = replace(self.drawn, inputs=inputs, fold=fold, source=source)
         if self_text:
-            count = count_beside(CALIBRATED, self_text)
-            how = {"count": count, "seq_len": SEQ_LEN, "seed": SEED}
-            return text.beside(write_sequences(self.dense, self.tokenizer, **how))
-        copies = random_sequences(text.input_ids.tolist(), self.tokenizer, random_tokens, SEED)
+            return self.written_beside(text, CALIBRATED, self_text)
+        ids = text.input_ids.tolist()
+        copies = random_sequences(ids, self.tokenizer, random_tokens, self.seed)
         return text.beside(of_no_text(torch.tensor([ids for _, ids in copies]))) if copies else text
 
 
-def train_lora(model: nn.Module, drawn: Sequences, tokens: int) -> nn.Module:
+def train_lora(model: nn.Module, drawn: Sequences, tokens: int, seed: int) -> nn.Module:
     """Return a model after LoRA on the next tokens of the text, in bfloat16, merged."""
     import peft
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LORA_RATE)
     steps = tokens // (STEP * SEQ_LEN)
@@ -234,21 +249,26 @@ def percent(part: float) -> str:
     return f"{100 * part:.1f} %"
 
 
-def write(model: str, rows: Sequence[dict[str, Any]]) -> None:
+def write(bench: Bench) -> None:
     """Write the tables: perplexities after healing, and what others do with the same units."""
-    dense, *others = rows
+    model, seed = bench.model, bench.seed
+    dense, *others = bench.rows
     whole = {name: text["perplexity"] for name, text in dense["texts"].items()}
     titles = {"wikitext-2": "WikiText-2"}
     texts = [f"{titles.get(name, name)}, dense {value:.2f}" for name, value in whole.items()]
     healed, beside, order = [], [], list(STARTS)
-    others.sort(key=lambda row: (-row["keep"], order.index(row["start"]), row["tokens"]))
+    others.sort(key=lambda row: (row["tokens"], row["written"]))
+    others.sort(key=lambda row: (-row["keep"], order.index(row["start"])))
     for row in others:
         found = row["texts"].values()
-        seconds = [f"{row['seconds'].get(name, 0):,.0f}" for name in ("prune", "heal")]
+        took = {"heal": 0.0, **row["seconds"]}
+        took["heal"] += took.get("write", 0.0)
+        seconds = [f"{took[name]:,.0f}" for name in ("prune", "heal")]
         tokens = row["heal"]["tokens"] if row["tokens"] else 0
         title = [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
         rate = row["heal"].get("lr", RATE) if tokens else RATE
         title[1] += f", rate {rate:g}" * (rate != RATE)
+        title[1] += f", {row['written']:.0%} of its own text" * (row["written"] > 0)
         lost = f"{row['summary']:.3f}".replace("-", "−")
         if row["start"] not in RIVALS:
             values = [f"{text['perplexity']:,.2f}" for text in found]
@@ -256,9 +276,9 @@ def write(model: str, rows: Sequence[dict[str, Any]]) -> None:
             more = percent(right), f"{equal:.2f}", percent(row["repeated"])
             healed.append([*title, *values, lost, *seconds, *more])
         divergence = sum(text["kl"] for text in found) / len(found)
-        if model == MODEL:
+        if model == MODEL and not seed:
             beside.append([*title, lost, f"{divergence:.3f}", seconds[1]])
-    note = f"{model}, seed {SEED}, {CALIBRATED} calibration sequences of {SEQ_LEN} tokens; {{}} in "
+    note = f"{model}, seed {seed}, {CALIBRATED} calibration sequences of {SEQ_LEN} tokens; {{}} in "
     note += f"{JUDGED['eval_samples']} windows of {SEQ_LEN} tokens of each text"
     start = ["removed", "start", "healed tokens"]
     columns = [*start, *texts, "mean gap", "CPU s to prune", "CPU s to heal"]
@@ -267,10 +287,11 @@ def write(model: str, rows: Sequence[dict[str, Any]]) -> None:
     columns += [f"repeated phrases, dense {again}"]
     both = [*start, "mean gap", "divergence from the dense model", "CPU s to train"]
     command, own = "make healing WIKITEXT=FOLDER QUESTIONS=FILE", ""
-    if model != MODEL:
+    if model != MODEL or seed:
         made = " ".join(f"{row['start']}:{row['keep']:g}:{row['tokens']}" for row in others)
-        command += f' HEALING="--model {model} --rows {made}"'
-        own = f"_{model.partition('-')[0].lower()}"
+        command += f' HEALING="--model {model} --seed {seed} --rows {made}"'
+        own = f"_{model.partition('-')[0].lower()}" * (model != MODEL)
+        own += f"_seed_{seed}" * (seed > 0)
     for name, facts in (
         ("healing", {"note": note.format("perplexity"), "columns": columns, "rows": healed}),
         ("healing_rivals", {"note": note.format("means"), "columns": both, "rows": beside}),
@@ -287,7 +308,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wikitext", type=Path, required=True, help="folder of WikiText-2")
     parser.add_argument("--questions", type=Path, required=True, help="file of ARC-easy")
     parser.add_argument("--model", default=MODEL, help="a model of bench.quality, or a folder")
-    parser.add_argument("--rows", nargs="+", default=ROWS, help="START:KEEP:TOKENS, in order")
+    parser.add_argument("--seed", type=int, default=0, help="of text and training")
+    parser.add_argument("--rows", nargs="+", default=ROWS, help="START:KEEP:TOKENS[:PART]")
     return parser.parse_args()
 
 

@@ -14,7 +14,12 @@ from liar_ext.calibration.folds import Sequences, of_no_text
 from liar_ext.calibration.taps import replaced
 from liar_ext.calibration.texts import document_prefix
 from liar_ext.errors import InputError
-from liar_ext.models.running import device_of, known_tokens, predicts_next_token
+from liar_ext.models.running import (
+    computes_bfloat16,
+    device_of,
+    known_tokens,
+    predicts_next_token,
+)
 from liar_ext.system.environment import available_memory
 from liar_ext.system.progress import Bar
 
@@ -111,18 +116,16 @@ def _write(
         )
     device = device_of(model)
     start = torch.tensor(_beginning(model, tokenizer), device=device)
-    # Keys and values of one document, at most.
-    config, width = model.config.get_text_config(), next(model.parameters()).element_size()
-    each = max(2 * config.num_hidden_layers * config.hidden_size * tokens * width, 1)
-    rows = min(MOST_ROWS, max(1, CACHE_BYTES // each), count)
+    most = min(MOST_ROWS, max(1, CACHE_BYTES // _cached_bytes(model, tokens)))
+    rounds = -(-count // most)
     written, training = [], model.training
     cuda = [device] if device.type == "cuda" else []
     bar = Bar(total=count, desc="write", disable=not progress)
-    with torch.random.fork_rng(devices=cuda), bar, packed(model, rows):
+    with torch.random.fork_rng(devices=cuda), bar, packed(model, -(-count // rounds)):
         torch.manual_seed(seed)
         model.eval()
         try:
-            for some in start.expand(count, -1).split(rows):
+            for some in start.expand(count, -1).tensor_split(rounds):
                 written.append(_draw(model, some, tokens))
                 bar.update(len(some))
         finally:
@@ -130,12 +133,24 @@ def _write(
     return torch.cat(written)
 
 
+def _cached_bytes(model: nn.Module, tokens: int) -> int:
+    """Return the bytes of the keys and values of one document."""
+    config, width = model.config.get_text_config(), next(model.parameters()).element_size()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    names = ("head_dim", "qk_head_dim", "v_head_dim")  # more than one where latents are cached
+    dims = [getattr(config, name, None) or 0 for name in names]
+    each = groups * (max(dims) or -(-config.hidden_size // heads))
+    return max(2 * config.num_hidden_layers * each * tokens * width, 1)
+
+
 @contextmanager
 def packed(model: nn.Module, rows: int) -> Iterator[None]:
     """Let linear layers in float32 on an x86 CPU multiply few rows by oneDNN, for the context.
 
-    Their weights are copied into its layout, if a copy fits into half of the memory that is free.
-    Results differ by rounding alone; docs/performance.md says how much faster it is.
+    Their weights are copied into its layout, if a copy fits into half of the memory that is free:
+    in bfloat16 where the CPU has instructions for it. Results differ by rounding alone, to that
+    type; docs/performance.md says how much faster it is.
     """
     cpu, room = torch.device("cpu"), available_memory() or 0
     every = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
@@ -156,9 +171,11 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
 
 def _by_onednn(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     """Return the forward function of a layer, with its weights in oneDNN's layout."""
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-    given = weight, layer.bias, "none", [], ""
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, *given)
+    half = computes_bfloat16(layer.weight.device)
+    dtype, bias = torch.bfloat16 if half else torch.float32, layer.bias
+    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), rows)
+    given = weight, None if bias is None else bias.to(dtype), "none", [], ""
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), *given).float()
 
 
 def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
@@ -166,15 +183,13 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
 
     # It takes the place of the model's own, which would fill in penalties and ends. Without an end
     # of text a model goes on with the next document, as in training.
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
-    plain |= {"max_new_tokens": tokens, "pad_token_id": 0}
+    plain = {"do_sample": False, "use_cache": True, "max_new_tokens": tokens, "pad_token_id": 0}
     plain["suppress_tokens"] = _of_other_inputs(model) or None
     own, model.generation_config = model.generation_config, GenerationConfig(**plain)
     try:
-        ids = model.generate(start, attention_mask=torch.ones_like(start))
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
+        how = {"attention_mask": torch.ones_like(start), "logits_processor": [_drawn]}
+        return model.generate(start, **how)[:, start.shape[1] :]
+    except FloatingPointError:
         raise InputError(
             f"text: {type(model).__name__} gave probabilities that are not finite while it wrote "
             "its calibration text; load it in a wider dtype, or calibrate on given text alone, "
@@ -182,7 +197,20 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
         ) from None
     finally:
         model.generation_config = own
-    return ids[:, start.shape[1] :]
+
+
+def _drawn(_: Tensor, logits: Tensor) -> Tensor:
+    """Leave each row of logits one token, drawn by the softmax: where a uniform number falls.
+
+    ``generate()`` itself draws a number for each token of the vocabulary, which takes longer.
+    """
+    below = logits.float().softmax(-1).cumsum(-1)
+    total = below[:, -1:]
+    if not total.isfinite().all():
+        raise FloatingPointError
+    # Above 0 and at most the total, so no token of probability 0 is found.
+    token = torch.searchsorted(below, (1 - torch.rand_like(total)) * total)
+    return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
 
 def _beginning(model: nn.Module, tokenizer) -> list[int]:

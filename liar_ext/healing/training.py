@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
-from liar_ext.models.running import device_of
+from liar_ext.models.running import computes_bfloat16, device_of
 from liar_ext.system.environment import available_memory
 
 BUDGETS = ("tokens", "minutes", "steps")
@@ -97,14 +97,6 @@ class Training:
             "seed": self.seed,
             "precision": "bfloat16" if self.bfloat16 else "float32",
         }
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Tell whether a device has instructions for bfloat16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
 
 
 def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:

@@ -140,6 +140,14 @@ def device_of(module: nn.Module, default: torch.device | None = None) -> torch.d
     return next((parameter.device for parameter in module.parameters()), default)
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has instructions for bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
+
+
 def predicts_next_token(model: nn.Module) -> bool:
     """Tell whether a model predicts each token from those before it alone."""
     if is_diffusion(model) or not model.can_generate():

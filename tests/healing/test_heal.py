@@ -18,7 +18,8 @@ from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.healing import heal as run
 from liar_ext.healing.losses import KLDivergence, Teacher, losses, mean_loss
-from liar_ext.healing.training import activation_bytes, computes_bfloat16
+from liar_ext.healing.training import activation_bytes
+from liar_ext.models.running import computes_bfloat16
 from liar_ext.models.slicing import apply_plan
 from liar_ext.report.sections import healing_lines
 
