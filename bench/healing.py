@@ -288,8 +288,9 @@ def write(bench: Bench) -> None:
     both = [*start, "mean gap", "divergence from the dense model", "CPU s to train"]
     command, own = "make healing WIKITEXT=FOLDER QUESTIONS=FILE", ""
     if model != MODEL or seed:
-        made = " ".join(f"{row['start']}:{row['keep']:g}:{row['tokens']}" for row in others)
-        command += f' HEALING="--model {model} --seed {seed} --rows {made}"'
+        made = [f"{row['start']}:{row['keep']:g}:{row['tokens']}" for row in others]
+        named = f"--model {model} " * (model != MODEL) + f"--seed {seed} " * (seed > 0)
+        command += f' HEALING="{named}--rows {" ".join(made)}"'
         own = f"_{model.partition('-')[0].lower()}" * (model != MODEL)
         own += f"_seed_{seed}" * (seed > 0)
     for name, facts in (

@@ -134,7 +134,7 @@ def _write(
 
 
 def _cached_bytes(model: nn.Module, tokens: int) -> int:
-    """Return the bytes of the keys and values of one document."""
+    """Return about how many bytes the keys and values of one document take."""
     config, width = model.config.get_text_config(), next(model.parameters()).element_size()
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads

@@ -170,6 +170,12 @@ def _check_sizes(job: Job) -> None:
     model, recipe = job.model, job.recipe
     if recipe.keep_blocks != 1.0:
         check_block_count(model, recipe.keep_blocks)
+        if any(map(is_relative, job.sites(model))):
+            warnings.warn(
+                f"keep_blocks: a norm reads what each layer of {type_of(model)} gives, so the "
+                "others hardly make up for a block: of Gemma-3, narrower layers lost far less",
+                stacklevel=4,
+            )
     if recipe.keep_experts != 1.0:
         count_experts_kept(model, recipe.keep_experts)
     if recipe.keep_vocab != 1.0 and not hasattr(model, "liar_vocabulary"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,16 @@ def test_the_last_block_with_attention_stays() -> None:
     report = prune(model, batches(model), keep=1, keep_blocks=0.7)
     assert report.plan.blocks.kept == (0, 1)
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2).shape[1] > 2
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "llama"])
+def test_a_norm_behind_each_layer_brings_a_warning(name: str) -> None:
+    model = tiny(name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        prune(model, batches(model), keep=1, keep_blocks=0.67)
+    told = [str(each.message) for each in said if "keep_blocks: a norm" in str(each.message)]
+    assert len(told) == (name != "llama") and all(f"layer of {name} gives" in each for each in told)
 
 
 def test_a_model_whose_blocks_depend_on_their_place_is_refused() -> None:
