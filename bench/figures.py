@@ -198,7 +198,7 @@ def healing(figure) -> None:
     """Draw the mean gap against the tokens that a model is healed with, by its start."""
     rows = read("healing")["rows"]
     removed = list(dict.fromkeys(row[0] for row in rows))
-    healed = list(dict.fromkeys(row[1] for row in rows if row[2] != "0"))
+    healed = list(dict.fromkeys(row[1] for row in rows if row[2] != "0" and "," not in row[1]))
     panels = figure.subplots(1, len(removed), squeeze=False, sharex=True, sharey=True)[0]
     for axes, part in zip(panels, removed, strict=True):
         for name, colour in zip(healed, COLOURS.values(), strict=False):

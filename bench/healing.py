@@ -268,7 +268,7 @@ def write(bench: Bench) -> None:
         title = [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
         rate = row["heal"].get("lr", RATE) if tokens else RATE
         title[1] += f", rate {rate:g}" * (rate != RATE)
-        title[1] += f", {row['written']:.0%} of its own text" * (row["written"] > 0)
+        title[1] += f", {100 * row['written']:.0f} % of its own text" * (row["written"] > 0)
         lost = f"{row['summary']:.3f}".replace("-", "−")
         if row["start"] not in RIVALS:
             values = [f"{text['perplexity']:,.2f}" for text in found]
