@@ -7,7 +7,7 @@ healed as `liar heal` does by default. PART is the part of the tokens that the d
 and the rest is more of the text that was calibrated on. Pruned folders and rows are kept in
 out/healing by model and seed, and a row that is there is not measured again; docs/data has the
 tables, healing.json and healing_rivals.json of SmolLM2, healing_gemma.json of Gemma, and those of
-seeds but 0. Seconds are CPU seconds of one thread.
+seeds but 0. Seconds are CPU seconds of one thread, and those of healing include the writing.
 """
 
 from __future__ import annotations
@@ -157,8 +157,6 @@ class Bench:
             work, row["seconds"] = self.started(start, keep)
             clock = time.process_time()
             drawn = self.training(tokens, written)
-            row["seconds"]["write"] = time.process_time() - clock
-            clock = time.process_time()
             if start == "lora":
                 work = train_lora(work, drawn, tokens, self.seed)
                 row["heal"] = {"tokens": tokens}
@@ -261,9 +259,7 @@ def write(bench: Bench) -> None:
     others.sort(key=lambda row: (-row["keep"], order.index(row["start"])))
     for row in others:
         found = row["texts"].values()
-        took = {"heal": 0.0, **row["seconds"]}
-        took["heal"] += took.get("write", 0.0)
-        seconds = [f"{took[name]:,.0f}" for name in ("prune", "heal")]
+        seconds = [f"{row['seconds'].get(name, 0):,.0f}" for name in ("prune", "heal")]
         tokens = row["heal"]["tokens"] if row["tokens"] else 0
         title = [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
         rate = row["heal"].get("lr", RATE) if tokens else RATE

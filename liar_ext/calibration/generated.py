@@ -138,9 +138,7 @@ def _cached_bytes(model: nn.Module, tokens: int) -> int:
     config, width = model.config.get_text_config(), next(model.parameters()).element_size()
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
-    names = ("head_dim", "qk_head_dim", "v_head_dim")  # more than one where latents are cached
-    dims = [getattr(config, name, None) or 0 for name in names]
-    each = groups * (max(dims) or -(-config.hidden_size // heads))
+    each = groups * (getattr(config, "head_dim", None) or -(-config.hidden_size // heads))
     return max(2 * config.num_hidden_layers * each * tokens * width, 1)
 
 

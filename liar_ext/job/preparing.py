@@ -79,7 +79,7 @@ def prepare(job: Job) -> Job:
         job = replace(job, batches=check_bank(job, at))
     job = replace(job, speed=job.timed(model))
     check_budget(at, recipe.budget, recipe.allocation, job.costs(model))
-    _check_sizes(job)
+    _check_sizes(job, at)
     backward = get_criterion(recipe.criterion).needs == "gradient"
     if backward:
         check_owned(at)
@@ -166,14 +166,14 @@ def _check_diffusion(job: Job) -> None:
         )
 
 
-def _check_sizes(job: Job) -> None:
+def _check_sizes(job: Job, at: Sequence[Site]) -> None:
     model, recipe = job.model, job.recipe
     if recipe.keep_blocks != 1.0:
         check_block_count(model, recipe.keep_blocks)
-        if any(map(is_relative, job.sites(model))):
+        if any(map(is_relative, at)):
             warnings.warn(
                 f"keep_blocks: a norm reads what each layer of {type_of(model)} gives, so the "
-                "others hardly make up for a block: of Gemma-3, narrower layers lost far less",
+                "others make up for less of a block: of Gemma-3-270m narrower layers lost far less",
                 stacklevel=4,
             )
     if recipe.keep_experts != 1.0:
