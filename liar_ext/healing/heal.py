@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -21,12 +21,16 @@ from liar_ext.healing.losses import Teacher, losses, mean_loss
 from liar_ext.healing.training import (
     State,
     Training,
+    as_part,
     check_memory,
     checkpointed,
     choose,
     needs_checkpointing,
+    part_of,
     put,
     set_dtypes,
+    sharded,
+    whole,
 )
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
@@ -103,7 +107,8 @@ def heal(
     An interrupt (Ctrl-C) ends training, and the best state so far is kept. With a checkpoint
     KeyboardInterrupt is then raised, and the run can be resumed. Processes that have met by
     :func:`liar_ext.distributed.join` share each step: n of them do what one does with n times
-    ``accumulate``, within rounding.
+    ``accumulate``, within rounding. Each holds the whole dense model, but only a part of what is
+    trained, of its gradients and of the state of AdamW, as FSDP does.
     """
     batches, held_out = list(read_batches(batches)), list(read_batches(held_out))
     training = Training(budget, **training).on(device_of(model))
@@ -115,7 +120,7 @@ def heal(
             "the CPU"
         )
     settings, recompute = training.facts(), training.gradient_checkpointing
-    paths = list(dict.fromkeys(site.path for site in sites(model)))
+    paths = dict.fromkeys(site.path for site in sites(model))
     original = {name: each.detach().cpu().clone() for name, each in model.named_parameters()}
     wanted = {name: each.requires_grad for name, each in model.named_parameters()}
     interrupted = False
@@ -128,8 +133,8 @@ def heal(
             stack.enter_context(evaluating(each))
         set_dtypes(model)
         run = Healing(model, teacher, batches, held_out, training, saved)
-        check_memory(run.device, run.trained.values())
         try:
+            check_memory(run.device, run.trained.values())
             if recompute is None:
                 recompute = needs_checkpointing(run.student, batches, run.trained.values())
             if saved is not None:
@@ -140,11 +145,11 @@ def heal(
                     "text": [digest_of(batches), digest_of(held_out)],
                 }
                 recompute = saved.begin({"heal": facts}, recompute=recompute)["recompute"]
-            with checkpointed(model, paths if recompute else ()):
-                run.train(progress)
+            with run.spread(map(model.get_submodule, paths)) as blocks:
+                with checkpointed(blocks if recompute else ()):
+                    run.train(progress)
         except KeyboardInterrupt:
-            if world_size() > 1:  # the ranks may have stopped at different places
-                run.best = None
+            if world_size() > 1:
                 raise
             interrupted = True
         finally:
@@ -202,8 +207,27 @@ class Healing:
         self.cast = partial(torch.autocast, kind, torch.bfloat16, enabled=half)
         self.so_far, self.best, self.after, self.diverged = SoFar(), None, math.inf, False
         self.student, self.trained = choose(model, training.train, training.seed)
-        how = {"lr": training.lr, "weight_decay": 0.0, "fused": kind in FUSED}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), **how)
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    @contextmanager
+    def spread(self, blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+        """Train a copy that is spread over the ranks, if there are several; give its blocks."""
+        before = self.student, self.trained
+        with sharded(self.student, list(blocks)) as (self.student, copies):
+            named = dict(self.student.named_parameters())
+            self.trained = {name: named[name] for name in self.trained}
+            how = {"lr": self.training.lr, "weight_decay": 0.0, "fused": self.device.type in FUSED}
+            self.optimizer = torch.optim.AdamW(self.trained.values(), **how)
+            parts = world_size() > 1
+            try:
+                yield copies
+                if parts and self.best is not None:
+                    put(self.trained, self.best)
+                    self.best = {name: whole(each).cpu() for name, each in self.trained.items()}
+                    parts = False
+            finally:
+                self.best = None if parts else self.best  # ranks may be at different places
+                self.student, self.trained = before
 
     def train(self, progress: bool) -> None:
         """Train until the budget is spent or the weights are no longer finite."""
@@ -225,7 +249,7 @@ class Healing:
                 if self.done() * MEASURES >= len(self.so_far.curve):
                     self.measure()
                     self.so_far.seconds = broadcast(time.monotonic() - start)
-                if self.saved is not None and self.saved.due(STATE):
+                if self.saved is not None and broadcast(self.saved.due(STATE)):
                     self.save()
                 bar.update(int(100 * min(self.done(), 1)) - bar.n)
 
@@ -253,8 +277,9 @@ class Healing:
             sums[1] += count_tokens(batch)
         all_reduce(sums)
         rows, tokens = map(int, sums)
-        torch._foreach_div_(self.gradients(), rows)
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
+        gradients = [each.grad for each in self.trained.values() if each.grad is not None]
+        torch._foreach_div_(gradients, rows / world_size())  # FSDP gives means over the ranks
+        norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), CLIP))
         if not torch.isfinite(norm):
             self.diverged = True
             return False
@@ -267,18 +292,6 @@ class Healing:
         so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
         return True
 
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients of what was used, added up over all ranks."""
-        trained = list(self.trained.values())
-        used = torch.tensor([each.grad is not None for each in trained], dtype=torch.int8)
-        all_reduce(used)  # an expert may be used by the text of one rank alone
-        for each, ranks in zip(trained, used.tolist(), strict=True):
-            if ranks and each.grad is None:
-                each.grad = torch.zeros_like(each)
-        gradients = [each.grad for each in trained if each.grad is not None]
-        all_reduce(*gradients)
-        return gradients
-
     def place(self, index: int) -> int:
         """Return the batch to train on: each round has an order of its own."""
         turn, at = divmod(index, len(self.batches))
@@ -290,7 +303,7 @@ class Healing:
         so_far, loss = self.so_far, self.loss(self.student)
         least = min((y for _, y in so_far.curve), default=math.inf)
         if loss < least:
-            self.best = {name: value.detach().cpu().clone() for name, value in self.trained.items()}
+            self.best = {n: part_of(each).cpu().clone() for n, each in self.trained.items()}
         elif self.best is not None and not loss <= RISEN * least:
             put(self.trained, self.best)
             for state in self.optimizer.state.values():
@@ -304,26 +317,32 @@ class Healing:
 
     def save(self) -> None:
         """Save everything that the next step depends on."""
-        tensors = {f"weight/{name}": value for name, value in self.trained.items()}
+        tensors = {f"weight/{name}": part_of(value) for name, value in self.trained.items()}
         tensors |= {f"best/{name}": value for name, value in (self.best or {}).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+            tensors |= {f"optimizer/{index}/{n}": part_of(value) for n, value in state.items()}
         said = f"healing after {self.so_far.tokens:,} tokens"
-        self.saved.put(STATE, tensors, {**asdict(self.so_far), "said": said})
+        own = {f"{rank()}/{name}": value for name, value in tensors.items()}
+        self.saved.put_shared(STATE, own, {**asdict(self.so_far), "said": said})
 
     def load(self, stored: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`save` has written."""
         self.so_far = SoFar(**{name: facts[name] for name in asdict(self.so_far)})
         groups: dict[str, dict] = {"weight": {}, "best": {}, "optimizer": {}}
         for name in stored:
-            group, _, rest = name.partition("/")
-            groups[group][rest] = stored[name]
+            owner, group, rest = name.split("/", 2)
+            value = stored[name]  # which the first rank hands out to all
+            if owner == str(rank()):
+                groups[group][rest] = value
         put(self.trained, groups["weight"])
         self.best = groups["best"] or None
         state: dict[int, State] = {}
         for name, value in groups["optimizer"].items():
             index, _, rest = name.partition("/")
             state.setdefault(int(index), {})[rest] = value
+        for index, parameter in enumerate(self.trained.values()):
+            for name, value in state.get(index, {}).items():
+                state[index][name] = as_part(value, parameter) if value.dim() else value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def finish(self, original: State) -> bool:

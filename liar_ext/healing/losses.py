@@ -94,10 +94,12 @@ def losses(student: nn.Module, target: Target) -> Tensor:
 def mean_loss(student: nn.Module, teacher: Teacher, batches: Sequence[Batch]) -> float:
     """Return the mean of :func:`losses` over all rows of some batches, which ranks share."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in batches[rank() :: world_size()]:
-        found = losses(student, teacher(batch))
-        sums[0] += float(found.sum(dtype=torch.float64))
-        sums[1] += len(found)
+    for start in range(0, len(batches), world_size()):
+        index = start + rank()  # beyond the end, a rank goes along with the others
+        found = losses(student, teacher(batches[index % len(batches)]))
+        if index < len(batches):
+            sums[0] += float(found.sum(dtype=torch.float64))
+            sums[1] += len(found)
     all_reduce(sums)
     return float(sums[0] / sums[1])
 

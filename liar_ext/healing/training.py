@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.errors import InputError
 from liar_ext.healing import RATE, TRAIN
 from liar_ext.models.running import computes_bfloat16, device_of
+from liar_ext.system.distributed import local_world_size, world_size
 from liar_ext.system.environment import available_memory
 
 BUDGETS = ("tokens", "minutes", "steps")
@@ -114,6 +117,7 @@ def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str
         name: each
         for name, each in model.named_parameters()
         if each.requires_grad
+        and can_split(each)
         and (train != "no-embeddings" or id(each) not in left)
         and (train != "norms" or id(each) in norms)
     }
@@ -139,11 +143,77 @@ def _with_adapters(model: nn.Module, seed: int) -> nn.Module:
         return get_peft_model(model, config)
 
 
+@contextmanager
+def sharded(
+    student: nn.Module, blocks: Sequence[nn.Module]
+) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Give a copy of a model, and of its blocks, of whose weights each rank holds a part (FSDP).
+
+    A block has its whole weights while it runs. The model itself is on the CPU meanwhile; without
+    several ranks it is given as it is.
+    """
+    if world_size() == 1:
+        yield student, list(blocks)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # a second to import
+
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):  # of experts without a token
+        raise InputError(
+            f"heal: several processes need a newer torch than {torch.__version__}; update it, or "
+            "start one process"
+        )
+    names, device = {module: name for name, module in student.named_modules()}, device_of(student)
+    copied = copy.deepcopy(student)
+    copies = [copied.get_submodule(names[block]) for block in blocks]
+    ignored = {each for each in copied.parameters() if not can_split(each)}
+    owners = Counter(each for block in copies for each in block.parameters())
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in (*(copies if max(owners.values(), default=1) == 1 else ()), copied):
+        # Else the weights of the root stay whole, and old, after held-out text: it has no backward.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+    copied.set_reduce_scatter_unused_params(True)
+    student.to("cpu")
+    try:
+        yield copied, copies
+    finally:
+        student.to(device)
+
+
+def can_split(parameter: Tensor) -> bool:
+    """Tell whether FSDP can split a parameter: it takes no lone number, and none without values."""
+    return parameter.dim() > 0 and parameter.numel() > 0
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Tell whether this rank holds a part of a tensor, and others the rest."""
+    return hasattr(tensor, "full_tensor")
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, without its gradient."""
+    return tensor.detach().to_local() if is_part(tensor) else tensor.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor of which each rank holds a part; all ranks call this."""
+    return tensor.detach().full_tensor() if is_part(tensor) else tensor.detach()
+
+
+def as_part(value: Tensor, of: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor that is split as another is."""
+    if not is_part(of):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    shape = {"shape": of.shape, "stride": of.stride()}
+    return DTensor.from_local(value, of.device_mesh, of.placements, run_check=False, **shape)
+
+
 def put(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters."""
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)
+    """Copy values into parameters, or into what this rank holds of them."""
+    for name, value in state.items():
+        part_of(parameters[name]).copy_(value)
 
 
 def set_dtypes(model: nn.Module, like: State | None = None) -> None:
@@ -154,12 +224,14 @@ def set_dtypes(model: nn.Module, like: State | None = None) -> None:
 
 def check_memory(device: torch.device, trained: Iterable[Tensor]) -> None:
     """Raise InputError if gradients and moments of the trained weights do not fit the memory."""
-    need, free = OF_TRAINED * sum(each.numel() for each in trained), _free(device)
+    here = 1 if device.type == "cuda" else local_world_size()  # ranks that share a memory
+    need = OF_TRAINED * sum(each.numel() for each in trained) * here / world_size()
+    free = _free(device)
     if free is not None and need > free:
         raise InputError(
             f"heal: training takes {need / GIB:.1f} GiB for gradients and moments, and "
             f"{free / GIB:.1f} GiB are free; train fewer weights (norms or lora), or use a larger "
-            "device"
+            "device, or several"
         )
 
 
@@ -197,10 +269,10 @@ def activation_bytes(model: nn.Module, batch: Batch) -> int:
 
 
 @contextmanager
-def checkpointed(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Let blocks compute their activations a second time in the backward pass."""
     with ExitStack() as stack:
-        for block in map(model.get_submodule, paths):
+        for block in blocks:
             own = vars(block).get("forward")  # accelerate puts one there
             undo = (setattr, block, "forward", own) if own else (delattr, block, "forward")
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import forked
 import pytest
 import torch
+import torch.distributed.fsdp  # once for all forks
 from safetensors.torch import load_file
 from stopping import stop_at
 from test_ranks import close
@@ -32,31 +33,45 @@ def exact(monkeypatch):
         yield
 
 
-def healed(family: str, accumulate: int, join: Callable[[], None] = lambda: None) -> dict:
+def healed(
+    family: str, settings: dict, accumulate: int, join: Callable[[], None] = lambda: None
+) -> dict:
     """Return the weights and the losses of a run; the batches differ in their padding."""
     dense = tiny(family).eval()
     model, text = copy.deepcopy(dense), batches(dense, 7)
     prune(model, text, keep=0.3, allocation="uniform", schedule="one-pass")
     join()
     how = {"budget": {"steps": STEPS}, "accumulate": accumulate, "lr": 3e-4}
-    found = heal(model, dense, text, held_out=batches(dense, 3), **how)
+    found = heal(model, dense, text, held_out=batches(dense, 3), **how | settings)
     facts = {name: found[name] for name in ("before", "after", "tokens", "steps", "improved")}
     # A bias of all keys has no gradient but rounding, of which Adam takes the sign.
     weights = {k: each for k, each in model.state_dict().items() if not k.endswith("key.bias")}
     return {"weights": weights, "curve": sum(found["curve"], []), **facts}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "bert"])
-def test_ranks_share_each_step(family, tmp_path):
+RISES = {"lr": 1e-3}  # at first, and goes back to the best weights
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *[("llama", {}), ("qwen3_moe", {}), ("bert", {}), ("bert", RISES)],
+        *[("llama", {"train": "lora", "lr": 3e-3}), ("llama", {"gradient_checkpointing": True})],
+    ],
+)
+def test_ranks_share_each_step(family, settings, tmp_path):
     def rank(number: int) -> None:
-        torch.save(healed(family, 2, distributed.join), tmp_path / f"{number}.pt")
+        torch.save(healed(family, settings, 2, distributed.join), tmp_path / f"{number}.pt")
 
     assert forked.run(RANKS, rank, tmp_path) == [0] * RANKS, (tmp_path / "err0").read_text()
     one, other = (torch.load(tmp_path / f"{each}.pt") for each in range(RANKS))
-    whole = healed(family, 2 * RANKS)
+    whole = healed(family, settings, 2 * RANKS)
     assert whole["improved"] and close(one, whole) and close(other, whole)
     assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
-    assert not close(one["weights"], healed(family, 2)["weights"])  # which sees half of the text
+    half = healed(family, settings, 2)["weights"]  # it sees half of the text
+    assert not close(one["weights"], half)
+    start, *after = whole["curve"][1::2]
+    assert (max(after) > runs.RISEN * start) == (settings == RISES)
 
 
 def test_the_command_is_shared_stopped_and_resumed(llama_folder, corpus, tmp_path, monkeypatch):
