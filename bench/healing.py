@@ -284,7 +284,11 @@ def write(bench: Bench) -> None:
     both = [*start, "mean gap", "divergence from the dense model", "CPU s to train"]
     command, own = "make healing WIKITEXT=FOLDER QUESTIONS=FILE", ""
     if model != MODEL or seed:
-        made = [f"{row['start']}:{row['keep']:g}:{row['tokens']}" for row in others]
+        made = [
+            f"{row['start']}:{row['keep']:g}:{row['tokens']}"
+            + f":{row['written']:g}" * (row["written"] > 0)
+            for row in others
+        ]
         named = f"--model {model} " * (model != MODEL) + f"--seed {seed} " * (seed > 0)
         command += f' HEALING="{named}--rows {" ".join(made)}"'
         own = f"_{model.partition('-')[0].lower()}" * (model != MODEL)
