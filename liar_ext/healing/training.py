@@ -164,17 +164,20 @@ def sharded(
             "start one process"
         )
     names, device = {module: name for name, module in student.named_modules()}, device_of(student)
-    copied = copy.deepcopy(student)
-    copies = [copied.get_submodule(names[block]) for block in blocks]
-    ignored = {each for each in copied.parameters() if not can_split(each)}
-    owners = Counter(each for block in copies for each in block.parameters())
-    mesh = init_device_mesh(device.type, (world_size(),))
-    for module in (*(copies if max(owners.values(), default=1) == 1 else ()), copied):
-        # Else the weights of the root stay whole, and old, after held-out text: it has no backward.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
-    copied.set_reduce_scatter_unused_params(True)
-    student.to("cpu")
     try:
+        copied = copy.deepcopy(student.to("cpu"))
+        copies = [copied.get_submodule(names[block]) for block in blocks]
+        ignored = {each for each in copied.parameters() if not can_split(each)}
+        for each in ignored:
+            each.data = each.data.to(device)
+        owners = Counter(each for block in copies for each in block.parameters())
+        mesh = init_device_mesh(device.type, (world_size(),))  # FSDP moves the parts there
+        # The root is split after each forward pass: held-out text has no backward pass, and its
+        # weights would stay whole, and old.
+        how = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": ignored}
+        for module in (*(copies if max(owners.values(), default=1) == 1 else ()), copied):
+            fully_shard(module, **how)
+        copied.set_reduce_scatter_unused_params(True)
         yield copied, copies
     finally:
         student.to(device)
