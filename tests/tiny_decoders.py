@@ -64,6 +64,15 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
     "gemma2": _causal("Gemma2", {**_GQA, "query_pre_attn_scalar": 7, "sliding_window": 4}),
     "vaultgemma": _causal("VaultGemma", {**_GQA, "query_pre_attn_scalar": 7}),
     "gemma4_text": ("Gemma4ForCausalLM", "Gemma4TextConfig", _GEMMA4),
+    # As the larger ones: each layer has keys of its own, which are the values of some.
+    "gemma4_text_whole": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {
+            **{**_GEMMA4, "num_kv_shared_layers": 0, "attention_k_eq_v": True},
+            **{"num_global_key_value_heads": 2, "hidden_size_per_layer_input": 0},
+        },
+    ),
     "gemma4": (
         "Gemma4ForConditionalGeneration",
         "Gemma4Config",

@@ -122,8 +122,8 @@ def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any
     config = dense_config(model.config)
     equal = equal_config(model, config)
     said = {"version": MARK_VERSION, "layers": "unequal" if equal is None else "equal"}
-    if any(getattr(part, "is_heterogeneous", False) for part in config_parts(config)):
-        said["dense_layers_differ"] = True  # by its own per_layer_config
+    if any(map(_differs, config_parts(config))):
+        said["dense_layers_differ"] = True
     if history:
         said["history"] = history
     config = equal or _unequal_config(model, config, said)
@@ -150,11 +150,16 @@ def dense_config(config: Any) -> Any:
     said = getattr(config, "liar", None)
     ours = isinstance(said, Mapping) and not said.get("dense_layers_differ")
     for part in config_parts(config):
-        if ours and getattr(part, "is_heterogeneous", False):
+        if ours and _differs(part):
             part.per_layer_config = None
         for name in ("quantization_config", "auto_map", "liar", LAYER_FIELDS[1]):
             part.__dict__.pop(name, None)
     return config
+
+
+def _differs(part: Any) -> bool:
+    """Tell whether a config has sizes of single layers (``per_layer_config``)."""
+    return getattr(part, "is_heterogeneous", False)
 
 
 def equal_config(model: nn.Module, config: Any) -> Any | None:
@@ -164,14 +169,14 @@ def equal_config(model: nn.Module, config: Any) -> Any | None:
     values of one field disprove it, unless the dense model's own layers differ.
     """
     config = copy.deepcopy(config)
-    uniform = not any(getattr(part, "is_heterogeneous", False) for part in config_parts(config))
+    uniform = not any(map(_differs, config_parts(config)))
     said: dict[tuple[str, str], int] = {}
     for site in sites(model):
         for name, size in (site.wiring.config or {}).items():
-            value = site.sizes[size]
-            if said.setdefault((site.part.config, name), value) != value and uniform:
+            first = said.setdefault((site.part.config, name), site.sizes[size])
+            if first != site.sizes[size] and uniform:
                 return None
-            setattr(block_config(site.part, config), name, value)
+            setattr(block_config(site.part, config), name, first)
     _set_shared(model, config)
     stock = _build(model, config)
     return config if stock is not None and shapes_of(stock) == shapes_of(model) else None
@@ -205,7 +210,10 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
 
 
 def _layers(model: nn.Module, config: Any) -> list[tuple[Part, dict[int, dict[str, int]]]]:
-    """Return the sizes in which the layers of a part differ from its config, if that has words."""
+    """Return the sizes in which the layers of a part differ from its config, if that has words.
+
+    There are none where the dense model's own are there.
+    """
     parts = family_of(model).all_parts
     configs = [part.config for part in parts]
     found: dict[str, dict[int, dict[str, int]]] = {}
@@ -218,7 +226,9 @@ def _layers(model: nn.Module, config: Any) -> list[tuple[Part, dict[int, dict[st
     return [
         (part, found[part.name])
         for part in parts
-        if part.name in found and configs.count(part.config) == 1 and not part.repeats
+        if part.name in found
+        and configs.count(part.config) == 1
+        and not (part.repeats or _differs(block_config(part, config)))
     ]
 
 

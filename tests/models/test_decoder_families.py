@@ -23,11 +23,12 @@ from seeing import SEEING, seeing_inputs, seeing_model
 from tiny import NARROWABLE, batches, outputs, tiny
 from tiny_decoders import DECODERS
 
-from liar_ext import InputError, apply_plan, prune, save_pruned
+from liar_ext import InputError, Plan, apply_plan, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.stock_config import describe, how_to_load
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_bias, sites, why_whole
+from liar_ext.plan import SitePlan
 
 CONFIGS = {name: getattr(transformers, each) for name, (_, each, _) in DECODERS.items()}
 STREAMS = [name for name, config in CONFIGS.items() if FAMILIES[config.model_type].stream]
@@ -190,6 +191,23 @@ def test_scaled_rotary_frequencies_keep_their_number() -> None:
     assert model.config.liar["layers"] == "unequal"
 
 
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4"])
+def test_layers_that_differ_in_the_dense_model_stay_stock_if_pruned_alike(name, tmp_path):
+    """The last MLP is twice as wide, and heads have a size of their own in the dense config."""
+    model, plan = pruned(name, equal_plan, kinds=("mlp",))
+    save_pruned(model, tmp_path / "alike", plan)
+    loaded = type(model).from_pretrained(tmp_path / "alike").eval()
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert read(tmp_path / "alike")["liar"]["layers"] == "equal"
+
+    one = sites(model)[0]
+    other = Plan(model.config.model_type, "auto", {one.name: SitePlan.first(one.units, 4)})
+    apply_plan(model, other)
+    save_pruned(model, tmp_path / "other", other)
+    assert read(tmp_path / "other")["liar"]["layers"] == "unequal"
+    assert torch.equal(outputs(load_pruned(tmp_path / "other").eval()), outputs(model))
+
+
 @cover(1, name=one_of_each_kind(DECODERS), layers=["unequal", "equal"])
 def test_a_job(name: str, layers: str, tmp_path: Path) -> None:
     """In one pass with layers of unequal sizes, or layerwise with those of equal ones.
@@ -199,7 +217,8 @@ def test_a_job(name: str, layers: str, tmp_path: Path) -> None:
     if layers == "unequal":
         check_job(name, tmp_path, schedule="one-pass", allocation="global", criterion="wifv")
         # Of these only the MLPs have several sites, by chance alike.
-        assert read(tmp_path / "one")["liar"]["layers"] == "unequal" or name in ("bamba", "olmo2")
+        alike = ("bamba", "olmo2", "gemma4_text")
+        assert read(tmp_path / "one")["liar"]["layers"] == "unequal" or name in alike
         return
     equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "layerwise"}
     equal["allocation"] = "uniform"

@@ -121,17 +121,19 @@ _GEMMA3 = replace(
     stream=replace(_SCALED, block=_BOTH),
 )
 # Layers of Gemma 4 have sizes of their own in the dense config, and wider MLPs where they borrow.
+# The values of some are their keys.
+_KEPT = replace(_GEMMA3.attn, config=None, requires={"num_kv_shared_layers": 0})
 _GEMMA4 = replace(
     _GEMMA,
     name="gemma4_text",
-    attn=None,
-    mlp=replace(_MLP_AFTER, config=None),
+    attn=(_KEPT, replace(_KEPT, key_value=_KEPT.key_value[:1])),
+    mlp=_MLP_AFTER,
     stream=None,
     lends=True,
     without={
-        **{"attn": BORROWED, "kv_group": BORROWED, "layerwise": BORROWED},
+        "layerwise": BORROWED,
         "hidden": "every block reads embeddings of its own beside the stream",
-        "stock": "channels: its config has sizes of single layers of its own",
+        "stock": "an MLP of twice the width, unless it keeps twice as many",
     },
 )
 
