@@ -162,7 +162,7 @@ def _cells(row: Mapping[str, Entry]) -> list[str]:
             **{unit: COLUMNS[unit] for unit in UNITS},
             "layerwise": "layer by layer",
         }.items()
-        if row[unit].applies == NO
+        if (row[unit].applies == NO or (unit == "layerwise" and row[unit].reason))
         and row[unit].reason != "every head has keys and values of its own"
     ]
     stock = row["stock"].applies + _reason(

@@ -12,7 +12,7 @@ from torch import nn
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.configs import skeleton
 from liar_ext.models.experts import check_count
-from liar_ext.models.family import Part
+from liar_ext.models.family import BORROWED, Part
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import Block, block_config, parts_of, saved_tensors
 from liar_ext.models.sites import sites
@@ -23,10 +23,17 @@ SHAPE = "shape of "
 Number = tuple[nn.Module, str, int]  # a number that a module keeps, and what it becomes
 
 
+def why_lent(model: nn.Module) -> str:
+    """Return what blocks read of earlier ones beside hidden states; empty if nothing."""
+    family = family_of(model)
+    lent = family.lends and getattr(block_config(family, model.config), family.lends)
+    return BORROWED if lent else ""
+
+
 def why_no_chain(model: nn.Module, blocks: int) -> str:
     """Return why so many blocks are no chain that can be run one by one; empty if they are."""
     family = family_of(model)
-    if reason := family.without.get("layerwise"):
+    if reason := family.without.get("layerwise") or why_lent(model):
         return reason
     if family.parts:
         return "it has several stacks of blocks"
@@ -41,7 +48,6 @@ def stack_of(model: nn.Module) -> tuple[Part, list[Block]]:
     counted = getattr(block_config(part, model.config), "num_hidden_layers", None)
     said, reason = getattr(model.config, "liar", None) or {}, why_no_chain(model, len(blocks))
     for broken, why in (
-        (family.lends, "blocks read more of earlier ones than hidden states"),
         (family.repeats or "*" in part.blocks, "blocks share their weights"),
         (counted != len(blocks), "no field of its config counts its blocks"),
         (said.get("layers") == "unequal", "its layers are unequal already; remove blocks first"),

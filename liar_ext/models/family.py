@@ -237,7 +237,8 @@ class Family:
     # config says the sizes, no job is layerwise, as blocks can't be run one by one.
     without: Mapping[str, str] = field(default_factory=dict)
     repeats: bool = False  # blocks run several times in one forward pass, with the same weights
-    lends: bool = False  # blocks read more of earlier ones than hidden states: keys and values, say
+    # Config field: unless it is 0, blocks read keys and values of earlier ones, too.
+    lends: str = ""
     # Where there are several stacks of blocks: these, in the order of computation, in place of
     # blocks, attn, mlp and config. A model may have some of them only.
     parts: tuple[Part, ...] = ()

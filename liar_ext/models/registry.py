@@ -99,7 +99,7 @@ def _entries(family: Family) -> dict[str, Entry]:
         "hidden": _hidden(family),
         "biases": Entry(", ".join(flags)) if flags else Entry(NO, "no field gives all of them one"),
         "stock": _stock(family, {"heads": attn, "channels": mlp}),
-        "layerwise": Entry(NO, without["layerwise"]) if "layerwise" in without else Entry(YES),
+        "layerwise": _layerwise(family),
     }
 
 
@@ -113,6 +113,12 @@ def _hidden(family: Family) -> Entry:
         return Entry(NO, reason or "its residual stream isn't described")
     needs = {} if isinstance(row, tuple) else row.requires
     return Entry(YES, ": ".join(filter(None, (_only(needs.items()) if needs else "", reason))))
+
+
+def _layerwise(family: Family) -> Entry:
+    if "layerwise" in family.without:
+        return Entry(NO, family.without["layerwise"])
+    return Entry(YES, _only([(family.lends, 0)]) if family.lends else "")
 
 
 def _sites(wirings: list[Wiring], reason: str | None, lacking: str) -> Entry:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, one_of_each, read_batches
 from liar_ext.errors import InputError
+from liar_ext.models.depth import why_lent
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
@@ -187,7 +188,7 @@ def solve_blocks(
 def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor | Batch]) -> None:
     """Raise InputError unless the blocks of a model can be run one by one."""
     family = family_of(model)
-    reason = family.without.get("layerwise")
+    reason = family.without.get("layerwise") or why_lent(model) or None
     for batch in one_of_each(read_batches(batches)) if reason is None else []:
         one = completed(model, batch).to(device_of(model)).inputs
         with evaluating(model):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import Batch, Batches, read_batches
 from liar_ext.calibration.taps import replaced, watched
 from liar_ext.errors import InputError
-from liar_ext.models.registry import family_of
+from liar_ext.models.depth import why_lent
 from liar_ext.models.running import evaluating, layer_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.models.slicing import Weights
@@ -196,7 +196,7 @@ def blocks_before(
     """Return the blocks of sites, and how many of them give the same whatever a site gives."""
     paths = list(dict.fromkeys(site.path for site in every))
     # What repeats gives something else every time, and what a block lends it must have made.
-    anew = family_of(model).lends
+    anew = bool(why_lent(model))
     places = {s.name: 0 if anew or s.part.repeats else paths.index(s.path) for s in every}
     return [model.get_submodule(path) for path in paths], places
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.family import (
-    BORROWED,
     GATE_UP,
     JOINT,
     NO_STOCK,
@@ -122,16 +121,16 @@ _GEMMA3 = replace(
 )
 # Layers of Gemma 4 have sizes of their own in the dense config, and wider MLPs where they borrow.
 # The values of some are their keys.
-_KEPT = replace(_GEMMA3.attn, config=None, requires={"num_kv_shared_layers": 0})
+_LENT = "num_kv_shared_layers"
+_KEPT = replace(_GEMMA3.attn, config=None, requires={_LENT: 0})
 _GEMMA4 = replace(
     _GEMMA,
     name="gemma4_text",
     attn=(_KEPT, replace(_KEPT, key_value=_KEPT.key_value[:1])),
     mlp=_MLP_AFTER,
     stream=None,
-    lends=True,
+    lends=_LENT,
     without={
-        "layerwise": BORROWED,
         "hidden": "every block reads embeddings of its own beside the stream",
         "stock": "an MLP of twice the width, unless it keeps twice as many",
     },
