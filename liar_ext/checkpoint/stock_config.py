@@ -210,10 +210,7 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
 
 
 def _layers(model: nn.Module, config: Any) -> list[tuple[Part, dict[int, dict[str, int]]]]:
-    """Return the sizes in which the layers of a part differ from its config, if that has words.
-
-    There are none where the dense model's own are there.
-    """
+    """Return the sizes of layers that differ from a config, unless it has the dense ones'."""
     parts = family_of(model).all_parts
     configs = [part.config for part in parts]
     found: dict[str, dict[int, dict[str, int]]] = {}

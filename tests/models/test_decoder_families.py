@@ -25,6 +25,7 @@ from tiny_decoders import DECODERS
 
 from liar_ext import InputError, Plan, apply_plan, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.stock_config import describe, how_to_load
+from liar_ext.models.depth import why_lent
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_bias, sites, why_whole
@@ -222,7 +223,7 @@ def test_a_job(name: str, layers: str, tmp_path: Path) -> None:
         return
     equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "layerwise"}
     equal["allocation"] = "uniform"
-    if "layerwise" in FAMILIES[tiny(name).config.model_type].without:
+    if why_lent(tiny(name)):
         equal["schedule"] = "one-pass"
     model = check_job(name, tmp_path, **equal)
     said = "equal" if says_equal_layers(model) else "unequal"
