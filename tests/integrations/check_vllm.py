@@ -3,8 +3,9 @@
 ``make check-vllm`` runs it: it makes pruned folders (of a real model with the ``liar`` command, of
 tiny random ones with ``save_pruned``), lets each runtime continue the same prompts in a process of
 its own, and prints a row for each folder, which ``--write PAGE`` puts into a page. A row is wrong
-if a token differs, a log-probability differs by more than ``TOLERANCE``, a dense model isn't built
-by vLLM's own class, or a folder that must be refused isn't.
+if a token differs, a log-probability differs by more than ``TOLERANCE`` and ``ROUNDINGS`` times as
+much as that of transformers does from float64, a dense model isn't built by vLLM's own class, or a
+folder that must be refused isn't.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 NEW_TOKENS = 32
 TOLERANCE = 1e-3  # natural logarithm, float32; the runtimes sum in another order
+ROUNDINGS = 4  # a model with fewer hidden features has tokens where float32 itself is off by 8e-4
 TEXTS = (
     "The history of the city began",
     "In a large bowl, mix the flour and",
@@ -160,7 +162,9 @@ def by_transformers(folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     model = load_model(folder)[0]
+    exact = load_model(folder, dtype="float64")[0]
     found: dict[str, Any] = {"tokens": [], "logprobs": [], "built by": type(model).__module__}
+    found["rounding"] = 0.0
     for prompt in prompts_of(folder):
         tokens, logprobs, cache = list(prompt), [], None
         while len(logprobs) < NEW_TOKENS:
@@ -171,6 +175,11 @@ def by_transformers(folder: Path) -> dict[str, Any]:
             best = output.logits[0, -1].double().log_softmax(-1).max(-1)
             tokens.append(int(best.indices))
             logprobs.append(float(best.values))
+        with torch.no_grad():
+            rows = exact(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
+        chosen = zip(rows[len(prompt) - 1 :], tokens[len(prompt) :], logprobs, strict=True)
+        errors = [abs(float(row[token]) - logprob) for row, token, logprob in chosen]
+        found["rounding"] = max(found["rounding"], *errors)
         found["tokens"].append(tokens[len(prompt) :])
         found["logprobs"].append(logprobs)
     return found
@@ -246,7 +255,8 @@ def judge(name: str, ours: dict[str, Any], theirs: dict[str, Any], log: str) -> 
     pairs = zip(sum(theirs["logprobs"], []), sum(ours["logprobs"], []), strict=True)
     greatest = max(abs(a - b) for a, b in pairs)
     same = sum(a == b for a, b in zip(tokens, wanted, strict=True))
-    good = same == len(wanted) and math.isfinite(greatest) and greatest <= TOLERANCE
+    near = math.isfinite(greatest) and greatest <= max(TOLERANCE, ROUNDINGS * ours["rounding"])
+    good = same == len(wanted) and near
     native = theirs["built by"].startswith("vllm.")
     good = good and native == ("dense" in name or ALONE in name)
     builder = "vLLM" if native else "plug-in"
