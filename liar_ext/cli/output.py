@@ -147,8 +147,10 @@ def check_device(device: str) -> None:
 
 def how_to_go_on(error: RankLost, options: argparse.Namespace) -> str:
     """Return the line that says that another rank is lost, and how to go on."""
-    checkpoint = getattr(options, "checkpoint", None) or getattr(options, "folder", None)
+    command, checkpoint = options.command, getattr(options, "checkpoint", None)
+    checkpoint = options.folder if command == "resume" else checkpoint
+    count = "as many" if command == "heal" else "any number of"  # a rank has a part of its state
     return (
-        f"{error}; no output was written, start the same command again, with "
-        f"any number of ranks{f'; it goes on from {checkpoint}' if checkpoint else ''}"
+        f"{error}; no output was written, start the same command again, with {count} ranks"
+        f"{f'; it goes on from {checkpoint}' if checkpoint else ''}"
     )

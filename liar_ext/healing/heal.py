@@ -35,7 +35,7 @@ from liar_ext.healing.training import (
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
 from liar_ext.system.checkpoint_store import Checkpoint, opened
-from liar_ext.system.distributed import all_reduce, broadcast, rank, world_size
+from liar_ext.system.distributed import all_reduce, broadcast, exchanging, rank, world_size
 from liar_ext.system.progress import Bar
 
 WARM_UP = 0.3  # of the budget: AdamW's first steps are equally long for all weights, and do harm
@@ -145,7 +145,7 @@ def heal(
                     "text": [digest_of(batches), digest_of(held_out)],
                 }
                 recompute = saved.begin({"heal": facts}, recompute=recompute)["recompute"]
-            with run.spread(map(model.get_submodule, paths)) as blocks:
+            with exchanging(), run.spread(map(model.get_submodule, paths)) as blocks:
                 with checkpointed(blocks if recompute else ()):
                     run.train(progress)
         except KeyboardInterrupt:

@@ -194,10 +194,25 @@ def _reached(hint: str = "") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(
-            "another process of the job has ended or can't be reached: "
-            f"{one_line(error, 120)}{hint}"
-        ) from error
+        raise _lost(error, hint) from error
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """Say that a rank is lost, where torch exchanges something by itself (FSDP) and it fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        own = world_size() == 1 or isinstance(error, RankLost)
+        if own or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError, hint: str = "") -> RankLost:
+    return RankLost(
+        f"another process of the job has ended or can't be reached: {one_line(error, 120)}{hint}"
+    )
 
 
 def _how_to_reach() -> str:

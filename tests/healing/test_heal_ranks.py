@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 
@@ -94,6 +96,26 @@ def test_the_command_is_shared_stopped_and_resumed(llama_folder, corpus, tmp_pat
     assert found["steps"] == 6 and not (tmp_path / "checkpoint").exists()
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     assert close(two, one)
+
+
+def test_a_rank_that_is_lost_is_named(llama_folder, corpus, tmp_path, monkeypatch):
+    """It is killed while the others wait for its part of the weights."""
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "pruned"]
+    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
+    assert main([*map(str, command), "--quiet"]) == 0
+    real = runs.losses
+
+    def losses(*given):
+        if distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+
+    monkeypatch.setattr(runs, "losses", losses)
+    heal = ["heal", str(tmp_path / "pruned"), "--steps", "6", "--batch-size", "2", "--quiet"]
+    assert forked.run(RANKS, lambda _: main(heal), tmp_path) == [3, -signal.SIGKILL]
+    said = (tmp_path / "err0").read_text()
+    assert said.startswith("error: another process of the job has ended"), said
+    assert said.rstrip().endswith("start the same command again, with as many ranks"), said
 
 
 def test_ranks_wait_for_the_folder_that_they_train(llama_folder, corpus, tmp_path, monkeypatch):
