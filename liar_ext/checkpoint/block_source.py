@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -188,7 +189,10 @@ def _loaded(
     blocks, head, device_map = _device_map(name, device)
     is_pruned = path.is_dir() and "liar" in read_config(path, "load_model")
     read = load_pruned if is_pruned else read_dense
-    with TemporaryDirectory(dir=room, prefix=".liar-experts-") as apart:
+    with ExitStack() as stack:
+        apart = mkdtemp(dir=room, prefix=".liar-experts-")
+        for _ in range(2):  # an interrupt may stop the first removal
+            stack.callback(shutil.rmtree, apart, ignore_errors=True)
         with refusing(f"load_model: can't put experts together in {apart}", FREE, OSError):
             model = read(name, dtype=dtype, device_map=device_map, offload_folder=apart)
         hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
