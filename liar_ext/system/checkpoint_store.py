@@ -33,7 +33,7 @@ from liar_ext.system.atomic_write import (
 )
 from liar_ext.system.distributed import broadcast, gather, is_first, rank
 
-VERSION = 6  # of the keys and their facts
+VERSION = 7  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
 OLDER = ("job.json", "calibration.bank", "calibration-1.bank")  # files of version 3
 SHARE = 0.05  # of the time that saving under one key may take
