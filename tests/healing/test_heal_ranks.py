@@ -47,7 +47,8 @@ def healed(
     found = heal(model, dense, text, held_out=batches(dense, 3), **how | settings)
     facts = {name: found[name] for name in ("before", "after", "tokens", "steps", "improved")}
     # A bias of all keys has no gradient but rounding, of which Adam takes the sign.
-    weights = {k: each for k, each in model.state_dict().items() if not k.endswith("key.bias")}
+    state = model.state_dict().items()
+    weights = {k: each for k, each in state if each.numel() and not k.endswith("key.bias")}
     return {"weights": weights, "curve": sum(found["curve"], []), **facts}
 
 
@@ -59,6 +60,7 @@ RISES = {"lr": 1e-3}  # at first, and goes back to the best weights
     [
         *[("llama", {}), ("qwen3_moe", {}), ("bert", {}), ("bert", RISES)],
         *[("llama", {"train": "lora", "lr": 3e-3}), ("llama", {"gradient_checkpointing": True})],
+        ("dinov3_vit gated", {"lr": 1e-4}),  # has a parameter without values
     ],
 )
 def test_ranks_share_each_step(family, settings, tmp_path):
