@@ -263,7 +263,7 @@ def write(bench: Bench) -> None:
         tokens = row["heal"]["tokens"] if row["tokens"] else 0
         title = [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
         rate = row["heal"].get("lr", RATE) if tokens else RATE
-        title[1] += f", rate {rate:g}" * (rate != RATE)
+        title[1] += f", rate {rate:g} †" * (rate != RATE)  # measured by a script
         title[1] += f", {100 * row['written']:.0f} % of its own text" * (row["written"] > 0)
         lost = f"{row['summary']:.3f}".replace("-", "−")
         if row["start"] not in RIVALS:
@@ -284,11 +284,11 @@ def write(bench: Bench) -> None:
     both = [*start, "mean gap", "divergence from the dense model", "CPU s to train"]
     command, own = "make healing WIKITEXT=FOLDER QUESTIONS=FILE", ""
     if model != MODEL or seed:
-        made = [
+        made = dict.fromkeys(
             f"{row['start']}:{row['keep']:g}:{row['tokens']}"
             + f":{row['written']:g}" * (row["written"] > 0)
             for row in others
-        ]
+        )
         named = f"--model {model} " * (model != MODEL) + f"--seed {seed} " * (seed > 0)
         command += f' HEALING="{named}--rows {" ".join(made)}"'
         own = f"_{model.partition('-')[0].lower()}" * (model != MODEL)
