@@ -49,20 +49,27 @@ def start(count: int, call: Callable[[int], int | None], folder: Path) -> list[i
 
     The exit code is what the call returns.
     """
-    STORES.append(TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
-    given = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": STORES[-1].port}
+    given = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
     given["CUDA_VISIBLE_DEVICES"] = ""  # a fork can't use a GPU
     given["TORCHELASTIC_USE_AGENT_STORE"] = True  # as torchrun, this process has the store
+    port, told = os.pipe()
 
     def rank_of(rank: int) -> int | None:
+        given["MASTER_PORT"], given["RANK"] = int(os.read(port, 5)), rank
         os.environ |= {name: str(value) for name, value in given.items()}
-        os.environ |= {"RANK": str(rank), "MASTER_ADDR": "localhost"}
         return call(rank)
 
-    return [
+    processes = [
         fork(partial(rank_of, rank), folder / f"out{rank}", folder / f"err{rank}")
         for rank in range(count)
     ]
+    # None connects before all are forked: the store's thread would look up its name, and a fork
+    # of that moment has the lock of names taken for good.
+    STORES.append(TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+    os.write(told, f"{STORES[-1].port:05}".encode() * count)
+    os.close(port)
+    os.close(told)
+    return processes
 
 
 def fork(call: Callable[[], int | None], out: Path | None = None, err: Path | None = None) -> int:

@@ -238,6 +238,7 @@ def _rank(words: list[str], folder: Path) -> None:
     path = folder / f"process{rank}"
     path.with_suffix(".new").write_text(str(os.getpid()))
     path.with_suffix(".new").rename(path)
+    _all_forked(folder)
     code = 70
     try:
         code = cli.main(words)
@@ -254,6 +255,17 @@ def _rank(words: list[str], folder: Path) -> None:
             os._exit(code)
     # What calls this waits for the launcher, for good if that was killed; a command doesn't.
     threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
+
+
+def _all_forked(folder: Path) -> None:
+    """Wait until the launcher has forked all ranks, or was killed before.
+
+    Its store looks up the name of a rank that connects; a fork of that moment, unlike a command,
+    has the lock of names taken for good.
+    """
+    count, deadline = int(os.environ["WORLD_SIZE"]), time.monotonic() + 2
+    while len(list(folder.glob("process[0-9]"))) < count and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _end_after(launcher: int) -> None:
