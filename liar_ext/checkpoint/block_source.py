@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from liar_ext.checkpoint.loading import (
     reach_hub,
     read_dense,
 )
+from liar_ext.checkpoint.placing import beside, clean_leftovers
 from liar_ext.checkpoint.reading import reading, stock_class
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.configs import skeleton
@@ -189,10 +189,9 @@ def _loaded(
     blocks, head, device_map = _device_map(name, device)
     is_pruned = path.is_dir() and "liar" in read_config(path, "load_model")
     read = load_pruned if is_pruned else read_dense
-    with ExitStack() as stack:
-        apart = mkdtemp(dir=room, prefix=".liar-experts-")
-        for _ in range(2):  # an interrupt may stop the first removal
-            stack.callback(shutil.rmtree, apart, ignore_errors=True)
+    place = Path(room or gettempdir(), "liar-experts")
+    clean_leftovers(place)
+    with beside(place) as apart:
         with refusing(f"load_model: can't put experts together in {apart}", FREE, OSError):
             model = read(name, dtype=dtype, device_map=device_map, offload_folder=apart)
         hooks = (getattr(module, "_hf_hook", None) for module in model.modules())

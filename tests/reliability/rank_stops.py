@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -223,6 +224,7 @@ def _rank(words: list[str], folder: Path) -> None:
     """Do the job of a rank; torchrun's launcher wants it to return where all is well."""
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # as of a command
         signal.signal(each, signal.SIG_DFL)
+    _close_sockets()
     LIBC.prctl(PDEATHSIG, 0, 0, 0, 0)
     rank, launcher = os.environ["RANK"], int((folder / "launcher").read_text())
     forked.print_to(folder / f"said{rank}", folder / f"said{rank}")
@@ -255,6 +257,14 @@ def _rank(words: list[str], folder: Path) -> None:
             os._exit(code)
     # What calls this waits for the launcher, for good if that was killed; a command doesn't.
     threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
+
+
+def _close_sockets() -> None:
+    """Close those of the launcher: its store would seem to listen when it has been killed."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # the one that lists them
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.close(number)
 
 
 def _all_forked(folder: Path) -> None:
