@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
 KINDS = {
-    "language models": "decoders",
+    "language models": "decoders gpt",
     "hybrids with linear attention, Mamba or convolutions": "hybrid",
     "mixtures of experts": "moe",
     "encoders": "bert",
-    "encoder-decoders": "t5",
-    "vision, vision and text, diffusion": "vit diffusion",
+    "encoder-decoders, speech": "t5",
+    "vision, text with images or sound, diffusion": "vit diffusion",
 }
 LEGEND = {
     "can be removed": """
@@ -106,7 +106,9 @@ REFUSED = {
         "Their rows describe one attention in each block. U-Nets are in no row of the table. See "
         "[diffusion transformers](howto/diffusion.md#limits)."
     ),
-    "speech models other than Whisper": "Their blocks are in no row of the table yet.",
+    "speech models with another attention, such as WavLM and Conformers": (
+        "Their attention gets relative positions for each head, which no row describes yet."
+    ),
 }
 
 

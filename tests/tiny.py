@@ -138,6 +138,8 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 9, seed: i
     if model.main_input_name == "input_features":
         shape = batch, model.config.num_mel_bins, 2 * model.config.max_source_positions
         inputs["input_features"] = torch.randn(shape, generator=generator).to(model.dtype)
+    elif model.main_input_name == "input_values":  # of more frames than a tenth of a second has
+        inputs["input_values"] = torch.randn(batch, 60, generator=generator).to(model.dtype)
     elif model.main_input_name == "pixel_values" or hasattr(model, "vision_model"):
         pixels = torch.randn(batch, 3, 8, 8, generator=generator)
         inputs["pixel_values"] = pixels.to(model.dtype)

@@ -17,6 +17,10 @@ _FALCON = {
     **{"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8},
     "ffn_hidden_size": 24,
 }
+_GPT = {
+    **{**_TEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 24},
+    "n_positions": 64,
+}
 _QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1}
 _PIXTRAL = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -188,4 +192,47 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
     "paligemma": _seeing("PaliGemma", "gemma", "siglip_vision_model"),
     "idefics3": _seeing("Idefics3", "llama", "idefics3_vision"),
     "smolvlm": _seeing("SmolVLM", "llama", "smolvlm_vision"),
+    "gpt_neo": _causal(
+        "GPTNeo",
+        {
+            **{**_TEXT, "hidden_size": 32, "num_layers": 3, "num_heads": 4},
+            **{"attention_types": [[["global", "local", "global"], 1]], "window_size": 4},
+            **{"intermediate_size": 24, "max_position_embeddings": 64},
+        },
+    ),
+    "gptj": _causal("GPTJ", {**_GPT, "rotary_dim": 4}),
+    "codegen": _causal("CodeGen", {**_GPT, "rotary_dim": 4}),
+    "gpt_bigcode": _causal("GPTBigCode", _GPT),
+    "bloom": _causal("Bloom", {**_TEXT, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "mpt": _causal(
+        "Mpt", {**_TEXT, **{"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}}
+    ),
+    "biogpt": _causal("BioGpt", {**_SQUARE, "hidden_size": 32, "intermediate_size": 24}),
+    "llava_next": _seeing("LlavaNext", "llama", "clip_vision_model"),
+    "video_llava": _seeing("VideoLlava", "llama", "clip_vision_model"),
+    "aya_vision": _seeing("AyaVision", "cohere2", "siglip_vision_model"),
+    "cohere2_vision": _seeing("Cohere2Vision", "cohere2", "siglip_vision_model"),
+    "got_ocr2": (
+        "GotOcr2ForConditionalGeneration",
+        "GotOcr2Config",
+        {
+            "text_config": {"model_type": "qwen2", **_GQA},
+            "vision_config": {
+                **{**_PIXTRAL, "mlp_dim": 16, "output_channels": 8, "global_attn_indexes": [0]},
+                "window_size": 2,
+            },
+        },
+    ),
+    "qwen2_audio": (
+        "Qwen2AudioForConditionalGeneration",
+        "Qwen2AudioConfig",
+        {
+            "text_config": {"model_type": "qwen2", **_GQA},
+            "audio_config": {
+                **{"num_mel_bins": 8, "d_model": 16, "encoder_layers": 1, "encoder_ffn_dim": 16},
+                **{"encoder_attention_heads": 2, "max_source_positions": 6},
+            },
+        },
+    ),
+    "eurobert": ("EuroBertForMaskedLM", "EuroBertConfig", _GQA),
 }

@@ -37,6 +37,14 @@ _T5 = {
     "feed_forward_proj": "gated-gelu",
 }
 
+_SPEECH = {
+    **{**_SIZES, "vocab_size": VOCAB, "num_labels": 5},
+    **{"conv_dim": [8, 8], "conv_kernel": [4, 3], "conv_stride": [2, 2]},
+    **{"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4},
+    **{"num_conv_pos_embedding_groups": 2, "conv_pos_kernel_size": 3},
+    **{"num_codevectors_per_group": 4, "codevector_dim": 8, "proj_codevector_dim": 8},
+}
+
 # name: (model class, config class, config fields)
 ENCODERS: dict[str, tuple[str, str, dict]] = {
     "dinov3_vit": (
@@ -157,5 +165,51 @@ ENCODERS: dict[str, tuple[str, str, dict]] = {
         "WhisperConfig",
         {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 6, "max_target_positions": 64},
     ),
+    **{
+        name: (f"{prefix}ForMaskedLM", f"{prefix}Config", _ENCODER)
+        for name, prefix in {
+            "data2vec-text": "Data2VecText",
+            "deberta": "Deberta",
+            "layoutlm": "LayoutLM",
+            "megatron-bert": "MegatronBert",
+            "roberta-prelayernorm": "RobertaPreLayerNorm",
+            "xlm-roberta-xl": "XLMRobertaXL",
+        }.items()
+    },
+    "ernie": ("ErnieForMaskedLM", "ErnieConfig", {**_ENCODER, "use_task_id": True}),
+    "esm": (
+        "EsmForMaskedLM",
+        "EsmConfig",
+        {**_ENCODER, "position_embedding_type": "rotary", "token_dropout": False},
+    ),
+    "deit": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", _IMAGE),
+    "vit_msn": ("ViTMSNForImageClassification", "ViTMSNConfig", _IMAGE),
+    "ijepa": ("IJepaForImageClassification", "IJepaConfig", _IMAGE),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        {**_IMAGE, "mlp_ratio": 2, "num_register_tokens": 2},
+    ),
+    "metaclip_2": (
+        "MetaClip2Model",
+        "MetaClip2Config",
+        {"text_config": _TEXT_TOWER, "vision_config": _IMAGE_TOWER, "projection_dim": 16},
+    ),
+    "metaclip_2_text_model": ("MetaClip2TextModel", "MetaClip2TextConfig", _TEXT_TOWER),
+    "metaclip_2_vision_model": (
+        "MetaClip2VisionModelWithProjection",
+        "MetaClip2VisionConfig",
+        _IMAGE_TOWER,
+    ),
+    **{
+        name: (f"{prefix}{head}", f"{prefix}Config", _SPEECH)
+        for name, prefix, head in (
+            ("wav2vec2", "Wav2Vec2", "ForCTC"),
+            ("hubert", "Hubert", "ForCTC"),
+            ("data2vec-audio", "Data2VecAudio", "ForCTC"),
+            ("unispeech", "UniSpeech", "ForCTC"),
+            ("unispeech-sat", "UniSpeechSat", "ForSequenceClassification"),
+        )
+    },
 }
 SEQ2SEQ = "bart t5 whisper".split()  # of each kind one

@@ -145,4 +145,23 @@ MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
         },
     ),
     "nemotron_h": ("NemotronHForCausalLM", "NemotronHConfig", NEMOTRON),
+    "granitemoeshared": (
+        "GraniteMoeSharedForCausalLM",
+        "GraniteMoeSharedConfig",
+        {**_SIZES, "hidden_size": 64, "num_local_experts": 4, "shared_intermediate_size": 12},
+    ),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", "MiniMaxM2Config", {**_SIZES, "num_local_experts": 4}),
+    "solar_open": ("SolarOpenForCausalLM", "SolarOpenConfig", _SHARED),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", _LATENT),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen3_5MoeConfig",
+        {
+            "text_config": {
+                **{**_EXPERTS, **_LINEAR, "head_dim": 8},
+                "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": _VISION,
+        },
+    ),
 }

@@ -246,7 +246,7 @@ class ImageTextReader(Reader):
     """
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
-        self.kind, self.writes = IMAGES_WITH_TEXT, False
+        self.kind, self.name, self.writes = IMAGES_WITH_TEXT, "", False
         self.model, self.processor = model, processor
 
     def clips(self, items: Sequence[Example]) -> Iterator[Example]:

@@ -32,7 +32,9 @@ TEXTS = ("text", "transcription", "transcript", "sentence", "caption")  # column
 # Of one source, files that are read; each of them is hashed.
 MOST_FILES = 4096
 
-INPUTS = {AUDIO: "input_features", IMAGES: "pixel_values"}
+WAVES = "input_values"  # samples as they are
+INPUTS = {"input_features": AUDIO, WAVES: AUDIO, "pixel_values": IMAGES}
+PIECE = 5  # seconds of sound that a model of waves reads at a time
 WRITTEN = 8  # recordings that a model writes down at a time
 Clip = tuple[Any, str]  # samples or a picture, and what is said in it
 Part = list[tuple[Any, int]]  # files, and the source of each
@@ -186,14 +188,16 @@ class Reader:
     """Makes the inputs of a model from files of a ``kind``, by its ``processor``.
 
     Of a model that writes what it hears the decoder reads what is said in a recording. Where that
-    is unknown the model itself writes it down.
+    is unknown the model itself writes it down. A model of waves, which may know no padding, reads
+    pieces of equal length.
     """
 
     def __init__(self, kind: str, model: nn.Module, processor: Any, tokenizer: Any = None) -> None:
         self.kind, self.model, self.processor, self.tokenizer = kind, model, processor, tokenizer
         needed = inputs_read(model)
+        self.name = next((name for name in needed if INPUTS.get(name) == kind), "")
         self.writes = DECODER_IDS in needed
-        beside = needed.keys() - {INPUTS[kind], DECODER_IDS}
+        beside = needed.keys() - {self.name, DECODER_IDS}
         if beside:
             raise InputError(
                 f"data: {type(model).__name__} reads {' and '.join(sorted(beside))} beside {kind}, "
@@ -225,6 +229,8 @@ class Reader:
 
         Short ones would be silence for the most part, which a model that pads them reads, too.
         """
+        if self.name == WAVES:
+            return self.pieces(clips)
         most = getattr(self.processor, "n_samples", None)
         if most is None:
             return list(clips)
@@ -239,6 +245,15 @@ class Reader:
         pairs = (zip(*some, strict=True) for some in windows)
         return [(np.concatenate(x), " ".join(said) if all(said) else "") for x, said in pairs]
 
+    def pieces(self, clips: Sequence[Clip]) -> list[Clip]:
+        """Return recordings one after the other in pieces of equal length, without the rest.
+
+        Where they are shorter than one piece they are repeated.
+        """
+        size, sound = PIECE * self.processor.sampling_rate, np.concatenate([x for x, _ in clips])
+        sound = np.resize(sound, max(size, len(sound)))
+        return [(sound[at : at + size], "") for at in range(0, len(sound) - size + 1, size)]
+
     def sequences(self, clips: Sequence[Clip], *facts: Any) -> Sequences:
         """Return the inputs of the model's forward pass, with folds and the like."""
         content, said = zip(*clips, strict=True)
@@ -248,21 +263,21 @@ class Reader:
         said = list(said)
         unknown = torch.tensor([row for row, text in enumerate(said) if not text]).long()
         for some in unknown.split(WRITTEN) if len(unknown) else ():
-            heard = self.write_down(inputs[INPUTS[self.kind]][some])
+            heard = self.write_down(inputs[self.name][some])
             for row, text in zip(some.tolist(), heard, strict=True):
                 said[row] = text
         return Sequences(inputs | self._decoder_inputs(said, self._spoken(inputs)), *facts)
 
     def features(self, content: Sequence[Any]) -> dict[str, Tensor]:
         """Return what the processor makes of pictures or samples."""
-        name, given = INPUTS[self.kind], {"return_tensors": "pt"}
+        given = {"return_tensors": "pt"}
         if self.kind == AUDIO:
             given["sampling_rate"] = self.processor.sampling_rate
         failure = f"{type(self.processor).__name__} can't make one batch of these {self.kind}"
         # Sizes that don't go together, and whatever a processor raises.
         with refusing(f"data: {failure}", "give the processor one size for all of them", Exception):
-            found = self.processor(list(content), **given)[name]
-        return {name: found.to(self.model.dtype)}
+            found = self.processor(list(content), **given)[self.name]
+        return {self.name: found.to(self.model.dtype)}
 
     @torch.no_grad()
     def write_down(self, features: Tensor) -> list[str]:
@@ -277,7 +292,7 @@ class Reader:
 
         They are empty where the model has none, or its tokenizer writes them.
         """
-        features = inputs[INPUTS[self.kind]]
+        features = inputs[self.name]
         how = getattr(self.model, "generation_config", None)
         known = getattr(how, "lang_to_id", None)
         if not known or getattr(self.tokenizer, "language", None):
@@ -371,7 +386,7 @@ def _read(reader: Reader, parts: Sequence[Part], *more: Any, join: bool = True) 
     for fold, part in enumerate(parts):
         for source in dict.fromkeys(source for _, source in part):
             found = list(reader.clips([item for item, of in part if of == source]))
-            found = reader.joined(found) if join else found
+            found = reader.joined(found) if join or reader.name == WAVES else found
             clips += found
             folds += [fold] * len(found)
             sources += [source] * len(found)

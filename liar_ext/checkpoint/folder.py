@@ -58,7 +58,7 @@ OLD_MARK_VERSION = 1
 OLD_PLAN_FILE = "liar_plan.json"
 
 TOKENS = 16
-NAMES = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
+NAMES = ("input_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids")
 MORE = "input:"  # what the names of further inputs begin with
 DAMAGED = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError)
 DTYPES = ("float16", "bfloat16", "float32", "float64")

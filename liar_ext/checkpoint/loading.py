@@ -40,7 +40,7 @@ from liar_ext.checkpoint.reading import (
 from liar_ext.checkpoint.stock_config import dense_config, wear
 from liar_ext.errors import InputError, asking_hub, one_line, refusing
 from liar_ext.models.liar_loader import resize
-from liar_ext.models.running import inputs_read, known_tokens
+from liar_ext.models.running import DECODER_IDS, inputs_read, known_tokens
 from liar_ext.plan import Plan
 from liar_ext.system.progress import obedient_bar, quiet
 
@@ -288,7 +288,7 @@ def kind_of(name: str, sources: Iterable[str | None] = ()) -> str | None:
             reach_hub(name)
             fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
         main_input = stock_class(fields, "load_model").main_input_name
-        alone = next((kind for kind, name in INPUTS.items() if name == main_input), None)
+        alone = INPUTS.get(main_input)
         both = {"vision_config", "text_config"} <= fields.keys()
         return IMAGES_WITH_TEXT if both and any(map(holds_images, filter(None, sources))) else alone
     except Exception:  # transformers raises a dozen kinds
@@ -320,7 +320,7 @@ def load_reader(kind: str, name: str, model: Any) -> Reader:
             both.image_processor = processor
             return ImageTextReader(model, both)
     tokenizer = None
-    if kind == AUDIO and (texts or not path.is_dir()):
+    if DECODER_IDS in inputs_read(model) and (texts or not path.is_dir()):
         with reading(f"the tokenizer of {name}", "load_model"):
             tokenizer = AutoTokenizer.from_pretrained(name, **given)
     return Reader(kind, model, processor, tokenizer)

@@ -1,8 +1,8 @@
 """ONNX: encoders and classifiers for onnxruntime, optimum and sentence-transformers.
 
-``OUT/onnx/model.onnx`` takes input_ids, attention_mask[, token_type_ids] or pixel_values, and gives
-last_hidden_state or logits, and sentence_embedding if the folder says how to pool. Beside it lie
-what stock tools read: config.json, tokenizer, modules.json, 1_Pooling/, ...
+``OUT/onnx/model.onnx`` takes input_ids, attention_mask[, token_type_ids], pixel_values or
+input_values, and gives last_hidden_state or logits, and sentence_embedding if the folder says how
+to pool. Beside it lie what stock tools read: config.json, tokenizer, modules.json, 1_Pooling/, ...
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _write_companions(
 
 
 class Graph(nn.Module):
-    """Token ids or pixels to the outputs of a model, in the order of ``names``."""
+    """Token ids, pixels or sound to the outputs of a model, in the order of ``names``."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], sentence: Sentence | None) -> None:
         super().__init__()
@@ -194,10 +194,12 @@ class Graph(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        input_values: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return the model's outputs and, where there is a pooling, the sentence's embedding."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {"token_type_ids": token_type_ids, "pixel_values": pixel_values}
+        inputs["input_values"] = input_values
         given = {name: value for name, value in inputs.items() if value is not None}
         result = self.model(**given)
         found = [result[name] for name in self.names if name != EMBEDDING]
@@ -237,7 +239,7 @@ def build_graph(model: nn.Module, sentence: Sentence | None) -> nn.Module:
 def sample_inputs(model: nn.Module, batch: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
     """Return random inputs; of texts all but the first are padded, on the right and on the left."""
     generator = torch.Generator().manual_seed(seed)
-    if model.main_input_name == "pixel_values":
+    if model.main_input_name in ("pixel_values", "input_values"):
         return draw_inputs(model, batch, tokens, generator)
     config, rows = model.config, model.get_input_embeddings().weight.shape[0]
     pad = config.pad_token_id if config.pad_token_id in range(rows) else 0

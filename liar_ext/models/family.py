@@ -229,6 +229,7 @@ class Family:
     mlp: Wiring | tuple[Wiring, ...] | None = None
     shared_mlp: Wiring | None = None  # every token passes it beside its experts; optional
     config: str = ""  # path of the part of the config that describes the blocks; empty for all
+    mask: str = "attention_mask"  # as of a Part
     # The residual stream, or alternatives, of which the first whose first layers exist is taken;
     # None if the hidden size can't be pruned.
     stream: Stream | tuple[Stream, ...] | None = None
@@ -253,7 +254,7 @@ class Family:
     @property
     def all_parts(self) -> tuple[Part, ...]:
         """Its stacks of blocks, be it one or several."""
-        own = {name: getattr(self, name) for name in ("shared_mlp", "config", "repeats")}
+        own = {name: getattr(self, name) for name in ("shared_mlp", "config", "mask", "repeats")}
         return self.parts or (Part("", self.blocks, self.attn, self.mlp, **own),)
 
     def wirings(self, kind: str) -> list[Wiring]:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 from torch import nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.families import bert, decoders, diffusion, hybrid, moe, t5, vit
+from liar_ext.models.families import bert, decoders, diffusion, gpt, hybrid, moe, t5, vit
 from liar_ext.models.family import Family, Wiring
 
 # One row a family, checked against the source of transformers 5.24 and by a test that slicing
 # equals zeroing.
-_MODULES = (decoders, hybrid, bert, t5, vit, moe, diffusion)
+_MODULES = (decoders, gpt, hybrid, bert, t5, vit, moe, diffusion)
 FAMILIES: dict[str, Family] = {row.name: row for module in _MODULES for row in module.ROWS}
 COLUMNS = {
     "heads": "heads",

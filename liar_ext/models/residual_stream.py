@@ -159,8 +159,9 @@ class _Trail:
         if does == "write":
             self.writers += paths
         elif does in ("norm", "branch_norm"):
-            self.norms += paths
-            self.read |= {(path, False): [] for path in paths}
+            new = [path for path in paths if path not in self.norms]  # several chains may begin so
+            self.norms += new
+            self.read |= {(path, False): [] for path in new}
             if does == "norm":
                 self.at = (self.at, *paths)[-1]
         elif does == "aside":

@@ -18,6 +18,7 @@ from liar_ext.models.registry import FAMILIES, is_diffusion, type_of
 
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 IGNORED = -100  # a label that no loss asks for
+Block = tuple[str, nn.Module]
 
 
 def inputs_read(model: nn.Module) -> dict[str, Any]:
@@ -109,21 +110,24 @@ def draw_inputs(
     for name, config in needed.items():
         if name == "pixel_values":
             size = config.image_size
-            size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-            shape = (count, config.num_channels, *size)
-            found[name] = torch.randn(shape, generator=generator)
+            shape = (config.num_channels, *(size if isinstance(size, list | tuple) else 2 * [size]))
         elif name == "input_features":  # two frames of a spectrogram for each position
-            shape = count, config.num_mel_bins, 2 * config.max_source_positions
-            found[name] = torch.randn(shape, generator=generator)
+            shape = config.num_mel_bins, 2 * config.max_source_positions
+        elif name == "input_values":  # samples, of which convolutions make so many positions
+            shape, layers = (tokens,), zip(config.conv_kernel, config.conv_stride, strict=True)
+            for kernel, stride in reversed([*layers]):
+                shape = ((shape[0] - 1) * stride + kernel,)
         else:
-            known, shape = vocabulary or known_tokens(model, config), (count, tokens)
-            ids = torch.randint(known, shape, generator=generator)
+            known = vocabulary or known_tokens(model, config)
+            ids = torch.randint(known, (count, tokens), generator=generator)
             end = getattr(config, "eos_token_id", None)
             if name == "input_ids" and isinstance(end, int) and len(needed) > 1:
                 # Some heads read what is at the end of the text, which there has to be one of.
                 ids = ids.masked_fill(ids == end, abs(end - 1))
                 ids[:, -1] = end
             found[name] = ids
+            continue
+        found[name] = torch.randn((count, *shape), generator=generator)
     return found
 
 
@@ -195,9 +199,6 @@ def output_of(model: nn.Module, outputs: Any) -> tuple[str, Tensor]:
         f"outputs: {type(model).__name__} gives neither logits nor hidden states, got "
         f"{', '.join(outputs)}; give a model with another head, or its base model"
     )
-
-
-Block = tuple[str, nn.Module]
 
 
 def block_config(family: Family | Part, config: Any) -> Any:

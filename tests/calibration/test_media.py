@@ -12,7 +12,7 @@ import soundfile
 import torch
 from PIL import Image
 from tiny import tiny
-from transformers import ViTImageProcessorPil, WhisperFeatureExtractor
+from transformers import ViTImageProcessorPil, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from liar_ext import InputError
 from liar_ext.calibration.documents import check_apart, text_digest
@@ -261,6 +261,23 @@ def test_short_recordings_are_put_together_to_calibrate_on(tmp_path, tokenizer):
     # Four files of one source and two of the other, half of them in each fold.
     assert drawn.source.tolist() == [0, 1, 0, 1] and drawn.fold.tolist() == [0, 0, 1, 1]
     assert len(evaluation_inputs(given[0], reader)) == 6
+
+
+def test_a_model_of_waves_reads_equal_pieces_of_all_that_is_heard(tmp_path):
+    write_recordings(tmp_path / "long", 3, seconds=2.4)
+    write_recordings(tmp_path / "short", 1, seed=1)
+    reader = Reader(AUDIO, tiny("wav2vec2"), Wav2Vec2FeatureExtractor(do_normalize=False))
+    long, short = (read_files(tmp_path / name, AUDIO) for name in ("long", "short"))
+    heard = np.concatenate([decode_audio(item, RATE) for item in long.items])
+    found = evaluation_inputs(long, reader).inputs["input_values"].numpy()
+    assert len(heard) == int(7.2 * RATE) and np.array_equal(found, [heard[: 5 * RATE]])
+    (once,) = (decode_audio(item, RATE) for item in short.items)  # half a second, again and again
+    found = evaluation_inputs(short, reader).inputs["input_values"].numpy()
+    assert np.array_equal(found, [np.tile(once, 10)])
+    drawn = calibration_inputs([long, short], reader, samples=8)
+    assert drawn.fold.tolist() == [0, 1] and drawn.source.tolist() == [0, 0]
+    with torch.no_grad():
+        assert reader.model(drawn.inputs["input_values"]).logits.isfinite().all()
 
 
 def test_a_reader_refuses_what_files_do_not_hold(tokenizer):

@@ -10,7 +10,7 @@ import torch
 from calibration.test_media import extractor, write_pictures, write_recordings
 from command import run
 from tiny import tiny
-from transformers import ViTImageProcessorPil, WhisperFeatureExtractor
+from transformers import ViTImageProcessorPil, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from liar_ext import encoder_similarity, prune
 from liar_ext.calibration.media import AUDIO, IMAGES, decode_image, read_files
@@ -53,6 +53,25 @@ def recordings(tmp_path_factory, tokenizer):
     options = ("--calibration", at / "calibration", *QUICK)
     assert run("prune", at / "dense", *options, "--out", at / "small", "--quiet") == 0
     return at
+
+
+def test_a_model_of_waves_from_recordings_to_onnxruntime(recordings, tmp_path, capsys):
+    """By blocks it is what it is in memory, and is judged by the dense one's predictions."""
+    tiny("wav2vec2").save_pretrained(tmp_path / "dense")
+    Wav2Vec2FeatureExtractor(sampling_rate=200).save_pretrained(tmp_path / "dense")
+    options = ("--calibration", recordings / "calibration", "--samples", 8, "--keep", 0.6)
+    weights = []
+    for name, more in (("whole", ()), ("blocks", ("--max-memory", "1GiB"))):
+        way = ("--preset", "fast", "--out", tmp_path / name, "--quiet", *more)
+        assert run("prune", tmp_path / "dense", *options, *way) == 0
+        weights.append(load_model(tmp_path / name)[0].state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-4)
+    found = said(capsys, "eval", tmp_path / "whole", "--text", recordings / "held_out")
+    assert 0 < found["divergence"] < 0.1 and "word_error_rate" not in found
+    assert run("verify", tmp_path / "whole") == 0
+    assert run("export", tmp_path / "whole", "--to", "onnx", "--out", tmp_path / "onnx") == 0
+    assert "input_values to logits" in capsys.readouterr().out
 
 
 def test_a_job_on_pictures_is_that_of_batches_made_by_hand(pictures):

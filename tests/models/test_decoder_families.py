@@ -55,7 +55,8 @@ def test_biases_that_a_flag_gives_are_said_by_the_stock_config(name: str) -> Non
     expected = outputs(model)
     describe(model)
     said = all(s.wiring.bias_flag or had for s, had in zip(sites(model), has, strict=True))
-    possible = said and says_equal_layers(model)
+    # One key and value for all heads: this plan takes no unit there.
+    possible = said and (name == "gpt_bigcode" or says_equal_layers(model))
     assert model.config.liar["layers"] == ("equal" if possible else "unequal")
     assert torch.equal(outputs(model), expected)
 
@@ -218,7 +219,7 @@ def test_a_job(name: str, layers: str, tmp_path: Path) -> None:
     if layers == "unequal":
         check_job(name, tmp_path, schedule="one-pass", allocation="global", criterion="wifv")
         # Of these only the MLPs have several sites, by chance alike.
-        alike = ("bamba", "olmo2", "gemma4_text")
+        alike = ("bamba", "olmo2", "gemma4_text", "codegen")
         assert read(tmp_path / "one")["liar"]["layers"] == "unequal" or name in alike
         return
     equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "layerwise"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from liar_ext.models.families.decoders import MLP, ROW
 from liar_ext.models.family import (
     GATE_UP,
     NO_STOCK,
@@ -12,6 +13,7 @@ from liar_ext.models.family import (
     Family,
     HeadInput,
     Step,
+    Stream,
     attention,
     mlp,
     steps,
@@ -53,6 +55,24 @@ BERT = stream(
     _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
     _CLASSIFIED,
 )
+
+
+def _with_tables(*more: str) -> Stream:
+    """Return the stream with more tables of embeddings, which a model may lack."""
+    tables = Step("write_if", tuple(f"embeddings.{name}_embeddings" for name in more))
+    return replace(BERT, start=(BERT.start[0], tables, BERT.start[1]))
+
+
+def _norms_before(attn: str, mlp: str, last: str, normed: bool) -> Stream:
+    """Return the stream of blocks with a norm before each branch, and one behind them all."""
+    return replace(
+        BERT,
+        start=BERT.start if normed else BERT.start[:1],
+        block=steps(f"norm {attn}", _ATTN, f"norm {mlp}", _MLP),
+        ends=tuple((*steps(f"norm {last}"), *end) for end in BERT.ends),
+    )
+
+
 # Its embeddings have a size of their own, that of the stream in larger models.
 _LAST = "discriminator_predictions.dense"
 _GENERATOR = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
@@ -105,7 +125,42 @@ _DISTIL_STREAM = stream(
 _BERT = Family("bert", "encoder.layer", _ATTN, _MLP, stream=BERT, without=NO_STOCK)
 BERT_ROWS = (
     _BERT,
-    *(replace(_BERT, name=name) for name in ("roberta", "xlm-roberta", "camembert")),
+    *(
+        replace(_BERT, name=name)
+        for name in ("roberta", "xlm-roberta", "camembert", "data2vec-text")
+    ),
+    replace(_BERT, name="ernie", stream=_with_tables("task_type")),
+    replace(
+        _BERT,
+        name="layoutlm",
+        stream=_with_tables("x_position", "y_position", "h_position", "w_position"),
+    ),
+    *(
+        replace(_BERT, name=name, stream=_norms_before(*norms, normed))
+        for name, normed, *norms in (
+            (
+                "roberta-prelayernorm",
+                True,
+                "attention.LayerNorm",
+                "intermediate.LayerNorm",
+                "LayerNorm",
+            ),
+            ("megatron-bert", False, "attention.ln", "ln", "encoder.ln"),
+            (
+                "xlm-roberta-xl",
+                False,
+                "attention.self_attn_layer_norm",
+                "LayerNorm",
+                "encoder.LayerNorm",
+            ),
+        )
+    ),
+    replace(
+        _BERT,
+        name="esm",
+        stream=None,
+        without={"hidden": "its positions may be turned into its queries and keys", **NO_STOCK},
+    ),
     replace(_BERT, name="electra", stream=(_PROJECTED, _ELECTRA)),
     replace(_BERT, name="mpnet", attn=_MPNET, stream=_MPNET_STREAM),
     Family("distilbert", "transformer.layer", _DISTIL, _DISTIL_MLP, stream=_DISTIL_STREAM),
@@ -160,6 +215,13 @@ _DEBERTA = tuple(
 _POSITIONS = "its query and key layers also read embeddings of relative positions"
 DEBERTA_ROWS = (
     Family(
+        *("deberta", "encoder.layer", None, _MLP),
+        without={
+            "attn": "its queries, keys and values are one layer, with biases outside of it",
+            "hidden": _POSITIONS,
+        },
+    ),
+    Family(
         *("deberta-v2", "encoder.layer", _DEBERTA, _MLP),
         without={"hidden": _POSITIONS, **NO_STOCK},
     ),
@@ -194,6 +256,14 @@ ROTARY_ROWS = (
     # Global and local attention alternate, which the masks that the model makes say of each block.
     Family("modernbert", "layers", _MODERN, _MODERN_MLP, stream=_MODERN_STREAM, without=NO_STOCK),
     Family("nomic_bert", "layers", _NOMIC, _NOMIC_MLP, stream=_NOMIC_STREAM),
+    # Its mlp_bias is also one of its head.
+    replace(
+        ROW,
+        name="eurobert",
+        mlp=MLP,
+        stream=None,
+        without={"hidden": "heads of its tasks read the stream in different ways"},
+    ),
 )
 
 ROWS = (*BERT_ROWS, *ALBERT_ROWS, *DEBERTA_ROWS, *ROTARY_ROWS)

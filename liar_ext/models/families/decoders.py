@@ -27,6 +27,7 @@ from liar_ext.models.family import (
 HEADS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
 GROUPS = {"num_key_value_groups": "group_size"}
 QKVO = "q_proj k_proj v_proj o_proj"
+TASKS = "read lm_head score classifier qa_outputs"
 # Where no flag of the config governs all layers of a site.
 ATTN = attention("self_attn", QKVO, numbers=GROUPS, config=HEADS)
 MLP = mlp("mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"})
@@ -218,61 +219,6 @@ FUSED_ROWS = (
     ),
 )
 
-# GPT-2 computes [q; k; v] in one transposed layer and splits the result at split_size.
-_GPT2 = attention(
-    "attn",
-    "c_attn c_proj",
-    numbers={"num_heads": "heads", "embed_dim": "features", "split_size": "features"},
-    stack=QKV,
-    transposed=True,
-)
-_GPT2_MLP = mlp("mlp.c_fc mlp.c_proj", "n_inner", transposed=True)
-_TASKS = "read lm_head score classifier qa_outputs"
-_GPT2_STREAM = stream(
-    ["write wte wpe"],
-    ["norm ln_1", _GPT2, "norm ln_2", _GPT2_MLP],
-    ["norm ln_f", _TASKS],
-    config={"n_embd": "hidden", "n_head": "heads"},
-)
-_NEOX = attention(
-    *("attention", "query_key_value dense", "head_size"),
-    stack=QKV_BY_GROUP,
-    bias_flag="attention_bias",
-)
-_NEOX_MLP = mlp("mlp.dense_h_to_4h mlp.dense_4h_to_h")
-# Both norms read the same stream where the two branches are parallel, and each its own else.
-_NEOX_STREAM = stream(
-    ["write embed_in"],
-    [NORMS[0], _NEOX, NORMS[1], _NEOX_MLP],
-    ["norm final_layer_norm", _TASKS],
-)
-_OPT = attention(
-    "self_attn",
-    "q_proj k_proj v_proj out_proj",
-    numbers={"num_heads": "heads", "embed_dim": "features"},
-)
-_OPT_MLP = mlp("fc1 fc2", "ffn_dim")
-# The embeddings may be narrower than the blocks, as they are in OPT-350m, and that model also has
-# its norms elsewhere.
-_OPT_STREAM = stream(
-    ["write decoder.embed_tokens decoder.embed_positions"],
-    ["norm self_attn_layer_norm", _OPT, "norm final_layer_norm", _OPT_MLP],
-    ["norm decoder.final_layer_norm", "read lm_head score qa_outputs"],
-    config={
-        **{"hidden_size": "hidden", "word_embed_proj_dim": "hidden"},
-        "num_attention_heads": "heads",
-    },
-    requires={
-        **{"do_layer_norm_before": True, "_remove_final_layer_norm": False},
-        "layer_norm_elementwise_affine": True,
-    },
-)
-GPT_ROWS = (
-    Family("gpt2", "h", _GPT2, _GPT2_MLP, stream=_GPT2_STREAM, without=NO_STOCK),
-    Family("gpt_neox", "layers", _NEOX, _NEOX_MLP, stream=_NEOX_STREAM, without=NO_STOCK),
-    Family("opt", "decoder.layers", _OPT, _OPT_MLP, stream=_OPT_STREAM, without=NO_STOCK),
-)
-
 # Norms of q and k, which Command R+ has, keep weights of every head.
 _NO_NORMS = {"use_qk_norm": False}
 _SIDE_BY_SIDE = with_block(NORMS[0], ATTN, MLP)
@@ -316,7 +262,7 @@ _FALCON_STREAM = stream(
         *("norm_if input_layernorm", "norm_if ln_attn", _FALCON),
         *("norm_if post_attention_layernorm", "norm_if ln_mlp", _FALCON_MLP),
     ],
-    ["norm ln_f", _TASKS],
+    ["norm ln_f", TASKS],
     config={**TIED, "num_kv_heads": "kv_heads"},
 )
 PARALLEL_ROWS = (
@@ -327,7 +273,4 @@ PARALLEL_ROWS = (
     Family("falcon", "h", _FALCON, _FALCON_MLP, stream=_FALCON_STREAM, without=NO_STOCK),
 )
 
-ROWS = (
-    *(*LLAMA_ROWS, *GEMMA_ROWS, *UNGATED_ROWS),
-    *(*FUSED_ROWS, *GPT_ROWS, *PARALLEL_ROWS),
-)
+ROWS = (*LLAMA_ROWS, *GEMMA_ROWS, *UNGATED_ROWS, *FUSED_ROWS, *PARALLEL_ROWS)

@@ -26,14 +26,15 @@ from liar_ext.models.families.decoders import (
 )
 from liar_ext.models.families.moe import (
     GATED,
-    LOCAL,
+    GRANITE_EXPERTS,
+    GRANITE_SHARED,
     OWN_WIDTH,
     QWEN3_EXPERTS,
     experts,
     mixture,
     shared,
 )
-from liar_ext.models.family import GATE_UP, Family, Stack, Stream, Wiring, attention, mlp, steps
+from liar_ext.models.family import Family, Stack, Stream, Wiring, attention, mlp, steps
 
 _KEYS = ("query", "key")  # of which a value head has none of its own
 
@@ -95,9 +96,10 @@ _QWEN = replace(
     ),
 )
 _NEXT = mixture("qwen3_next", (ROW.attn, _DELTA_NEXT), (QWEN3_EXPERTS, MLP), GATED)
+_QWEN_MOE = replace(_NEXT, name="qwen3_5_moe_text", attn=(ROW.attn, _DELTA))
 DELTA_ROWS = (
     *(_QWEN, in_pictures(_QWEN, "qwen3_5")),
-    *(_NEXT, replace(_NEXT, name="qwen3_5_moe_text", attn=(ROW.attn, _DELTA))),
+    *(_NEXT, _QWEN_MOE, in_pictures(_QWEN_MOE, "qwen3_5_moe")),
 )
 
 # Of Mamba-2 B, C and x are keys, queries and values, and dt is a number for each head.
@@ -151,16 +153,8 @@ MAMBA_ROWS = (
         "granitemoehybrid",
         _OPTIONAL,
         # Its smallest models have no experts but the one that every token passes.
-        replace(
-            experts(LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router"), optional=True
-        ),
-        mlp(
-            "shared_mlp.input_linear shared_mlp.output_linear",
-            "shared_intermediate_size",
-            GATE_UP,
-            numbers={"shared_mlp.hidden_size": "features"},
-            optional=True,
-        ),
+        replace(GRANITE_EXPERTS, optional=True),
+        GRANITE_SHARED,
     ),
     Family(
         "bamba",

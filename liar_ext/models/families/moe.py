@@ -58,6 +58,7 @@ _HUNYUAN = experts({"num_experts": "experts"}, weight="wg.weight")
 _ERNIE = experts({"moe_num_experts": "experts"})
 # The config makes an expert that reads every token as wide as the others, or a multiple of that.
 _ROUTED = experts({"n_routed_experts": "experts"})
+GRANITE_EXPERTS = experts(LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router")
 
 
 def shared(module: str, field: str = "", **more: object) -> Wiring:
@@ -71,6 +72,13 @@ def shared(module: str, field: str = "", **more: object) -> Wiring:
     )
 
 
+GRANITE_SHARED = mlp(
+    "shared_mlp.input_linear shared_mlp.output_linear",
+    "shared_intermediate_size",
+    GATE_UP,
+    numbers={"shared_mlp.hidden_size": "features"},
+    optional=True,
+)
 # What it gives is scaled, token by token.
 GATED = shared("mlp.shared_expert", "shared_expert_intermediate_size")
 _SUMMED = shared("mlp.shared_experts")
@@ -86,7 +94,6 @@ _LATENT = tuple(
     )
     for queries in ("q_b_proj", "q_proj")
 )
-_OPTIONAL = replace(ROW.attn, optional=True)
 _FLAG = {"bias_flag": "use_bias"}
 _JOINT = {"attn": JOINT, "kv_group": JOINT}
 _BESIDE = {"stock": "channels: one field says how wide routed and shared experts are"}
@@ -139,16 +146,19 @@ ROWS = (
         _BESIDE,
     ),
     mixture("qwen2_moe", ATTN, (QWEN3_EXPERTS, MLP), GATED),
-    mixture(
-        "granitemoe",
-        ROW.attn,
-        experts(LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router"),
-    ),
+    mixture("granitemoe", ROW.attn, GRANITE_EXPERTS),
+    mixture("granitemoeshared", ROW.attn, GRANITE_EXPERTS, GRANITE_SHARED),
     mixture("phimoe", ROW.attn, experts(LOCAL, router="mlp.router")),
     # The first layers of these have an ordinary MLP.
     mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE),
     mixture("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    mixture("deepseek_v2", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
-    mixture("deepseek_v3", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    mixture("solar_open", ATTN, _ROUTED, _SUMMED, _BESIDE),
+    *(
+        mixture(name, _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE)
+        for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+    ),
     mixture("flex_olmo", None, _OLMOE, without=_JOINT),
+    mixture(
+        "minimax_m2", None, experts(LOCAL, choice="mlp.e_score_correction_bias"), without=_JOINT
+    ),
 )

@@ -1,4 +1,4 @@
-"""Encoder-decoders: T5 and BART."""
+"""Encoder-decoders, T5 and BART, and encoders of speech."""
 
 from __future__ import annotations
 
@@ -86,4 +86,13 @@ ROWS = (
     *(_T5, replace(_T5, name="mt5")),
     *(_BART, *(replace(_BART, name=name) for name in _LIKE_BART)),
     replace(_BART, name="whisper", parts=(_SOUND, _BART_DECODER)),
+    *(
+        Family(
+            *(name, "encoder.layers", _bart_attention("attention")),
+            mlp("feed_forward.intermediate_dense feed_forward.output_dense"),
+            mask="",  # that of their samples is no mask of frames
+            without={"hidden": "a convolution over its positions adds to it", **NO_STOCK},
+        )
+        for name in ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat")
+    ),
 )

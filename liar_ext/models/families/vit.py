@@ -32,11 +32,13 @@ _ATTN = attention(
 _MLP = mlp("mlp.fc1 mlp.fc2")
 _STREAM = stream(
     [
-        _embedded("patch_embeddings.projection", "cls_token", "position_embeddings"),
-        "write_if embeddings.mask_token",
+        _embedded("patch_embeddings.projection", "position_embeddings"),
+        _embedded("cls_token", "mask_token", "distillation_token", "register_tokens")._replace(
+            does="write_if"
+        ),
     ],
     ["norm layernorm_before", _ATTN, "norm layernorm_after", _MLP],
-    ["norm layernorm", "read_first pooler.dense classifier"],
+    ["norm layernorm", "read_first pooler.dense classifier cls_classifier"],
     config={"hidden_size": "hidden"},
     multiple_of="heads",
 )
@@ -62,17 +64,22 @@ _DINOV3 = stream(
     ["norm norm"],
 )
 _VIT = Family("vit", "layers", _ATTN, _MLP, stream=_STREAM)
-VIT_ROWS = (
+# It sizes its MLP by a whole-numbered mlp_ratio, which no pruned size meets in practice.
+_DINOV2 = replace(
     _VIT,
-    # DINOv2 sizes its MLP by a whole-numbered mlp_ratio, which no pruned size meets in practice.
-    replace(
-        _VIT,
-        name="dinov2",
-        blocks="encoder.layer",
-        mlp=(replace(_MLP, config=None), replace(MLP, numbers={}, config=None)),
-        stream=_SCALED,
-        without={"stock": "channels: its config says them by a whole number, mlp_ratio"},
-    ),
+    name="dinov2",
+    blocks="encoder.layer",
+    mlp=(replace(_MLP, config=None), replace(MLP, numbers={}, config=None)),
+    stream=_SCALED,
+    without={"stock": "channels: its config says them by a whole number, mlp_ratio"},
+)
+_MEAN = ("norm layernorm", "read pooler.dense classifier")
+_DISTILLED = ("norm layernorm", "read distillation_classifier")
+VIT_ROWS = (
+    *(_VIT, replace(_VIT, name="vit_msn")),
+    replace(_VIT, name="deit", stream=replace(_STREAM, ends=(*_STREAM.ends, steps(*_DISTILLED)))),
+    replace(_VIT, name="ijepa", stream=replace(_STREAM, ends=(steps(*_MEAN),))),
+    *(_DINOV2, replace(_DINOV2, name="dinov2_with_registers")),
     Family(
         "dinov3_vit",
         "layer",
@@ -136,7 +143,10 @@ def _towers(name: str, vision: Stream, **without: str) -> tuple[Family, ...]:
 
 # torch's attention, which pools the patches, is as wide as the hidden size.
 _POOLED = "its patches are pooled by attention that is as wide as the hidden size"
-CLIP_ROWS = (*_towers("clip", _CLIP), *_towers("siglip", _SIGLIP, hidden=_POOLED))
+CLIP_ROWS = (
+    *(*_towers("clip", _CLIP), *_towers("metaclip_2", _CLIP)),
+    *_towers("siglip", _SIGLIP, hidden=_POOLED),
+)
 
 _TEXT = replace(ROW, attn=ATTN, mlp=MLP)
 _QWEN2 = replace(
@@ -147,7 +157,10 @@ _QWEN2 = replace(
 VISION_LANGUAGE_ROWS = (
     *(
         in_pictures(_TEXT, name)
-        for name in ("mistral3", "llava", "llava_onevision", "internvl", "paligemma")
+        for name in (
+            *("mistral3", "llava", "llava_next", "llava_onevision", "video_llava"),
+            *("internvl", "paligemma", "aya_vision", "cohere2_vision", "got_ocr2", "qwen2_audio"),
+        )
     ),
     *(in_pictures(_TEXT, name, "text_model.layers") for name in ("idefics3", "smolvlm")),
     *(in_pictures(_QWEN2, name) for name in ("qwen2_vl", "qwen2_5_vl")),
