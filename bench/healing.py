@@ -47,7 +47,6 @@ from liar_ext.calibration.folds import (
     random_sequences,
 )
 from liar_ext.calibration.generated import write_sequences
-from liar_ext.healing import RATE
 
 ROOT = Path(__file__).parents[1]
 OUT, DATA = ROOT / "out" / "healing", ROOT / "docs" / "data"
@@ -87,7 +86,7 @@ def main() -> None:
     for name in options.rows:
         start, keep, tokens, part = (*name.split(":"), "0")[:4]
         wanted = {"start": start, "keep": float(keep), "tokens": int(tokens)}
-        wanted["written"] = float(part)
+        wanted |= {"written": float(part), "lr": options.lr if int(tokens) else None}
         if bench.find(wanted) is None:
             print(json.dumps(bench.measure(**wanted)), flush=True)
         write(bench)
@@ -110,9 +109,11 @@ class Bench:
         self.banks: dict[tuple[float, float], tuple[MomentBank, float]] = {}
         self.kept = self.out / "rows.json"
         rows = json.loads(self.kept.read_text()) if self.kept.exists() else []
-        self.rows = [{"written": 0.0, **row} for row in rows]
+        rates = [row.get("heal", {}).get("lr") for row in rows]
+        self.rows = [{"written": 0.0, "lr": lr, **r} for r, lr in zip(rows, rates, strict=True)]
         if self.find({"start": "dense"}) is None:
-            row = {"start": "dense", "keep": 1.0, "tokens": 0, "written": 0.0, "seconds": {}}
+            row = {"start": "dense", "keep": 1.0, "tokens": 0, "written": 0.0, "lr": None}
+            row["seconds"] = {}
             self.add(row | self.judge(self.dense))
 
     def judge(self, model: nn.Module) -> dict[str, Any]:
@@ -150,9 +151,12 @@ class Bench:
         how = {"count": count_beside(samples, part), "seq_len": SEQ_LEN, "seed": self.seed}
         return text.beside(write_sequences(self.dense, self.tokenizer, **how))
 
-    def measure(self, start: str, keep: float, tokens: int, written: float = 0.0) -> dict[str, Any]:
+    def measure(
+        self, start: str, keep: float, tokens: int, written: float = 0.0, lr: float | None = None
+    ) -> dict[str, Any]:
         """Return a row, and keep it; a start that is missing is pruned first."""
-        row: dict[str, Any] = {"start": start, "keep": keep, "tokens": tokens, "written": written}
+        row: dict[str, Any] = {"start": start, "keep": keep, "tokens": tokens}
+        row |= {"written": written, "lr": lr}
         if tokens:
             work, row["seconds"] = self.started(start, keep)
             clock = time.process_time()
@@ -161,7 +165,7 @@ class Bench:
                 work = train_lora(work, drawn, tokens, self.seed)
                 row["heal"] = {"tokens": tokens}
             else:
-                how = {"held_out": drawn.judging.batches(), "budget": {"tokens": tokens}}
+                how = {"held_out": drawn.judging.batches(), "budget": {"tokens": tokens}, "lr": lr}
                 found = heal(work, self.dense, drawn.batches(STEP), **how)
                 facts = ("after", "tokens", "curve", "precision", "lr")
                 row["heal"] = {name: found[name] for name in facts}
@@ -255,15 +259,15 @@ def write(bench: Bench) -> None:
     titles = {"wikitext-2": "WikiText-2"}
     texts = [f"{titles.get(name, name)}, dense {value:.2f}" for name, value in whole.items()]
     healed, beside, order = [], [], list(STARTS)
-    others.sort(key=lambda row: (row["tokens"], row["written"]))
+    rates = {row["lr"] for row in others if row["tokens"] and row["start"] != "lora"}
+    others.sort(key=lambda row: (row["tokens"], row["written"], row["lr"] or 0))
     others.sort(key=lambda row: (-row["keep"], order.index(row["start"])))
     for row in others:
         found = row["texts"].values()
         seconds = [f"{row['seconds'].get(name, 0):,.0f}" for name in ("prune", "heal")]
         tokens = row["heal"]["tokens"] if row["tokens"] else 0
         title = [f"{100 * (1 - row['keep']):.0f} %", STARTS[row["start"]][0], f"{tokens:,}"]
-        rate = row["heal"].get("lr", RATE) if tokens else RATE
-        title[1] += f", rate {rate:g} †" * (rate != RATE)  # measured by a script
+        title[1] += f", `--lr {row['lr']:g}`" if row["lr"] and len(rates) > 1 else ""
         title[1] += f", {100 * row['written']:.0f} % of its own text" * (row["written"] > 0)
         lost = f"{row['summary']:.3f}".replace("-", "−")
         if row["start"] not in RIVALS:
@@ -276,6 +280,8 @@ def write(bench: Bench) -> None:
             beside.append([*title, lost, f"{divergence:.3f}", seconds[1]])
     note = f"{model}, seed {seed}, {CALIBRATED} calibration sequences of {SEQ_LEN} tokens; {{}} in "
     note += f"{JUDGED['eval_samples']} windows of {SEQ_LEN} tokens of each text"
+    rate = f"--lr {min(rates):g} " if len(rates) == 1 and None not in rates else ""
+    note += f"; healed with {rate.strip()}" * bool(rate)
     start = ["removed", "start", "healed tokens"]
     columns = [*start, *texts, "mean gap", "CPU s to prune", "CPU s to heal"]
     right, again = percent(dense["choices"]["accuracy"]), percent(dense["repeated"])
@@ -283,13 +289,13 @@ def write(bench: Bench) -> None:
     columns += [f"repeated phrases, dense {again}"]
     both = [*start, "mean gap", "divergence from the dense model", "CPU s to train"]
     command, own = "make healing WIKITEXT=FOLDER QUESTIONS=FILE", ""
-    if model != MODEL or seed:
+    if model != MODEL or seed or rate:
         made = dict.fromkeys(
             f"{row['start']}:{row['keep']:g}:{row['tokens']}"
             + f":{row['written']:g}" * (row["written"] > 0)
             for row in others
         )
-        named = f"--model {model} " * (model != MODEL) + f"--seed {seed} " * (seed > 0)
+        named = rate + f"--model {model} " * (model != MODEL) + f"--seed {seed} " * (seed > 0)
         command += f' HEALING="{named}--rows {" ".join(made)}"'
         own = f"_{model.partition('-')[0].lower()}" * (model != MODEL)
         own += f"_seed_{seed}" * (seed > 0)
@@ -310,6 +316,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=Path, required=True, help="file of ARC-easy")
     parser.add_argument("--model", default=MODEL, help="a model of bench.quality, or a folder")
     parser.add_argument("--seed", type=int, default=0, help="of text and training")
+    parser.add_argument("--lr", type=float, help="learning rate of healing, if not its default")
     parser.add_argument("--rows", nargs="+", default=ROWS, help="START:KEEP:TOKENS[:PART]")
     return parser.parse_args()
 

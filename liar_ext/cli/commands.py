@@ -9,7 +9,7 @@ from liar_ext.cli import options as kinds
 from liar_ext.cli.messages import TRACKERS, read_tracker
 from liar_ext.cli.options import COUNT, DIR, FILE, FLAG, NAME, YES_OR_NO, add, add_field, path
 from liar_ext.export import FORMATS
-from liar_ext.healing import RATE, TRAIN
+from liar_ext.healing import TRAIN
 from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
 
 # Fields of the recipe that are options of heal, too: by default as in the recipe of the folder.
@@ -183,11 +183,15 @@ def _heal(commands: Any) -> None:
         ("--minutes", {"type": kinds.above_zero, "metavar": "N"}, "train for N minutes"),
         ("--steps", COUNT, "train for N steps"),
     )
-    rate = {"type": kinds.above_zero, "default": RATE}
     add(
         parser,
         ("--train", {"choices": TRAIN, "default": TRAIN[0]}, f"weights to train{default}"),
-        ("--lr", rate, f"highest learning rate{default}"),
+        (
+            "--lr",
+            {"type": kinds.above_zero, "metavar": "F"},
+            "highest learning rate (default: 2e-4; of a matrix of a causal language model in "
+            "proportion to its size)",
+        ),
         ("--grad-accumulation", {**COUNT, "default": 1}, f"batches per step{default}"),
     )
     text = parser.add_argument_group("Models and text (default: those of the pruning job)")

@@ -50,7 +50,7 @@ OWN: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "heal": {
         **dict.fromkeys(("folder", "out", "train"), TEXT),
-        **{"lr": (float,), "grad_accumulation": (int,)},
+        **{"lr": (float, NONE), "grad_accumulation": (int,)},
         **dict.fromkeys(("tokens", "minutes", "steps"), (int, float, NONE)),
     },
 }

@@ -28,6 +28,7 @@ from liar_ext.healing.training import (
     needs_checkpointing,
     part_of,
     put,
+    rates,
     set_dtypes,
     sharded,
     whole,
@@ -61,11 +62,12 @@ def heal(
     """Train a pruned model in place towards the outputs of the dense model.
 
     The loss compares outputs and uses no labels, see :func:`liar_ext.healing.losses.losses`.
-    AdamW without weight decay; the learning rate rises over the first three tenths of the budget
-    and then falls to 0 as a cosine; gradients are clipped to norm 1; dropout is off. The held-out
-    loss is measured before training and four times during it. Where it is more than 5 % above the
-    least, training goes on from the best state with a third of the learning rate. The model gets
-    the best state that was measured. If none is better than the start, it stays bit-identical.
+    AdamW without weight decay; learning rates, see :func:`liar_ext.healing.training.rates`, rise
+    over the first three tenths of the budget and fall to 0 as a cosine; gradients are clipped to
+    norm 1; dropout is off. The held-out loss is measured before training and four times during it.
+    Where it is more than 5 % above the least, training goes on from the best state with a third of
+    the rates. The model gets the best state that was measured. If none is better than the start, it
+    stays bit-identical.
 
     Parameters
     ----------
@@ -208,16 +210,19 @@ class Healing:
         self.so_far, self.best, self.after, self.diverged = SoFar(), None, math.inf, False
         self.student, self.trained = choose(model, training.train, training.seed)
         self.optimizer: torch.optim.Optimizer | None = None
+        self.rates: dict[str, float] = {}
 
     @contextmanager
     def spread(self, blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
         """Train a copy that is spread over the ranks, if there are several; give its blocks."""
         before = self.student, self.trained
+        self.rates = rates(self.model, self.trained, self.training)
         with sharded(self.student, list(blocks)) as (self.student, copies):
             named = dict(self.student.named_parameters())
             self.trained = {name: named[name] for name in self.trained}
-            how = {"lr": self.training.lr, "weight_decay": 0.0, "fused": self.device.type in FUSED}
-            self.optimizer = torch.optim.AdamW(self.trained.values(), **how)
+            groups = [{"params": [each], "name": name} for name, each in self.trained.items()]
+            how = {"weight_decay": 0.0, "fused": self.device.type in FUSED}
+            self.optimizer = torch.optim.AdamW(groups, **how)
             parts = world_size() > 1
             try:
                 yield copies
@@ -259,9 +264,10 @@ class Healing:
         spent = {"tokens": so_far.tokens, "steps": so_far.steps, "minutes": so_far.seconds / 60}
         return (spent[self.training.unit] + ahead) / self.training.amount
 
-    def lr(self) -> float:
-        """Return the highest learning rate, after all that were too high."""
-        return self.training.lr * LOWER ** self.so_far.times_back()
+    def lr(self, name: str | None = None) -> float:
+        """Return the highest learning rate, of a parameter or of all, after all too high ones."""
+        rate = self.rates[name] if name else max(self.rates.values(), default=0.0)
+        return rate * LOWER ** self.so_far.times_back()
 
     def step(self) -> bool:
         """Do one step; return False, and leave the weights, if gradients are not finite."""
@@ -287,7 +293,7 @@ class Healing:
         step = {"tokens": tokens, "steps": 1, "minutes": minutes}[self.training.unit]
         middle = self.done(step / 2)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr() * schedule(middle)
+            group["lr"] = self.lr(group["name"]) * schedule(middle)
         self.optimizer.step()
         so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
         return True

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.errors import InputError
-from liar_ext.healing import RATE, TRAIN
-from liar_ext.models.running import computes_bfloat16, device_of
+from liar_ext.healing import OF_SIZE, RATE, TRAIN
+from liar_ext.models.running import computes_bfloat16, device_of, predicts_next_token
 from liar_ext.system.distributed import local_world_size, world_size
 from liar_ext.system.environment import available_memory
 
@@ -39,8 +39,8 @@ class Training:
     ----------
     budget : mapping
         One of ``{"tokens": n}``, ``{"minutes": n}`` and ``{"steps": n}``.
-    lr : float
-        Highest learning rate.
+    lr : float, optional
+        Highest learning rate. By default each parameter has its own, see :func:`rates`.
     train : {"no-embeddings", "all", "norms", "lora"}
         ``no-embeddings``: all weights but embeddings and output head. ``lora``: adapters for all
         linear layers, merged into them at the end; needs peft.
@@ -61,7 +61,7 @@ class Training:
     """
 
     budget: Mapping[str, float]
-    lr: float = RATE
+    lr: float | None = None
     train: str = TRAIN[0]
     accumulate: int = 1
     seed: int = 0
@@ -76,11 +76,10 @@ class Training:
             )
         if self.train not in TRAIN:
             raise InputError(f"heal: train must be one of {', '.join(TRAIN)}, got {self.train!r}")
-        if not 0 < self.lr < math.inf or self.accumulate < 1:
-            raise InputError(
-                f"heal: lr must be above 0 and accumulate at least 1, got {self.lr} and "
-                f"{self.accumulate}"
-            )
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"heal: lr must be above 0, got {self.lr}")
+        if self.accumulate < 1:
+            raise InputError(f"heal: accumulate must be at least 1, got {self.accumulate}")
 
     unit = property(lambda self: next(iter(self.budget)))
     amount = property(lambda self: next(iter(self.budget.values())))
@@ -127,6 +126,26 @@ def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str
     for each in model.parameters():
         each.requires_grad_(id(each) in kept)
     return model, trained
+
+
+def rates(model: nn.Module, trained: Mapping[str, Tensor], training: Training) -> dict[str, float]:
+    """Return the highest learning rate of each trained parameter: ``lr``, if that is given.
+
+    Else AdamW, whose steps are as long as the rate, changes the matrices of a causal language model
+    in proportion to their size::
+
+        rate(W) = OF_SIZE · √(mean W²)        of a matrix, or a stack of some
+        rate(b) = RATE                        of a vector, an adapter, zeros, or another model
+    """
+    sized = predicts_next_token(model) and training.train != "lora"
+
+    def rate(value: Tensor) -> float:
+        if training.lr is not None:
+            return training.lr
+        root = float(value.detach().float().square().mean().sqrt())
+        return OF_SIZE * root if sized and value.dim() > 1 and root else RATE
+
+    return {name: rate(value) for name, value in trained.items()}
 
 
 def _with_adapters(model: nn.Module, seed: int) -> nn.Module:

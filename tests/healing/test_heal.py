@@ -120,6 +120,28 @@ def test_a_run_that_makes_it_worse_is_undone(train, monkeypatch):
     assert same(student, before)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_by_default_a_matrix_of_a_decoder_changes_in_proportion_to_its_size(name, monkeypatch):
+    """The first step of AdamW is as long as the rate, whatever the gradient is."""
+    student, dense = pair(name)
+    with torch.no_grad():
+        for each in student.parameters():
+            each *= 3.0
+    monkeypatch.setattr(run, "schedule", lambda done: 1.0)
+    monkeypatch.setattr(run.Healing, "measure", lambda self: self.so_far.curve.append([0, 1.0]))
+    before, after = bits(student), {}
+    monkeypatch.setattr(run.Healing, "finish", lambda self, _: after.update(bits(self.student)))
+    how = {"budget": {"steps": 1}, "bfloat16": False, "train": "all"}
+    heal(student, dense, text(), held_out=text(1), **how)
+    for key, value in before.items():
+        if key.endswith("key.bias"):  # which softmax takes no notice of
+            continue
+        root = value.double().square().mean().sqrt()
+        expected = 1e-3 * root if name == "llama" and value.dim() > 1 else 2e-4
+        moved = (after[key].double() - value.double()).abs().max()
+        assert moved == pytest.approx(float(expected), rel=1e-2), key
+
+
 def test_gradients_that_are_not_finite_end_it_and_are_told_of(monkeypatch):
     student, dense = pair()
     before = bits(student)
@@ -350,7 +372,7 @@ def test_the_learning_rate_rises_and_falls():
         ({"budget": {"epochs": 1}}, "must be one of"),
         ({"train": "heads"}, "train must be one of"),
         ({"lr": 0.0}, "lr must be above 0"),
-        ({"accumulate": 0}, "accumulate at least 1"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"held_out": []}, "held-out text"),
     ],
 )
