@@ -282,6 +282,7 @@ def write(bench: Bench) -> None:
     note += f"{JUDGED['eval_samples']} windows of {SEQ_LEN} tokens of each text"
     rate = f"--lr {min(rates):g} " if len(rates) == 1 and None not in rates else ""
     note += f"; healed with {rate.strip()}" * bool(rate)
+    note += "; rows with --lr take that option in HEALING" * (len(rates) > 1)
     start = ["removed", "start", "healed tokens"]
     columns = [*start, *texts, "mean gap", "CPU s to prune", "CPU s to heal"]
     right, again = percent(dense["choices"]["accuracy"]), percent(dense["repeated"])
