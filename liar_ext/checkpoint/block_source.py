@@ -192,6 +192,7 @@ def _loaded(
     place = Path(room or gettempdir(), "liar-experts")
     clean_leftovers(place)
     with beside(place) as apart:
+        apart.chmod(0o700)  # it may lie where others can read
         with refusing(f"load_model: can't put experts together in {apart}", FREE, OSError):
             model = read(name, dtype=dtype, device_map=device_map, offload_folder=apart)
         hooks = (getattr(module, "_hf_hook", None) for module in model.modules())

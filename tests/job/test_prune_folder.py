@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import shutil
+import signal
 import weakref
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from covers import cover
@@ -18,6 +20,7 @@ from torch import nn
 
 from liar_ext import InputError, load_pruned, prune, verify_pruned
 from liar_ext.checkpoint.block_source import BlockStore
+from liar_ext.checkpoint.folder import MARKER_FILE
 from liar_ext.job import estimate
 from liar_ext.job.dry_run import describe_streamed
 from liar_ext.job.preparing import prepare
@@ -314,6 +317,28 @@ def test_experts_are_put_together_in_files_without_names(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device"):
         BlockStore(tmp_path / "dense", room=tmp_path / "room")
     assert [*(tmp_path / "room").iterdir()] == []
+
+
+def test_experts_that_a_killed_job_put_together_go_at_the_next_start(tmp_path, monkeypatch):
+    tiny("mixtral").save_pretrained(tmp_path / "dense")
+    room, mine = tmp_path / "room", tmp_path / "mine"
+    for folder in (room, mine):
+        folder.mkdir()
+    (mine / MARKER_FILE).touch()  # a link of a stranger leads to it
+    link = room / ".liar-experts.0123abcd"
+    link.symlink_to(mine)
+
+    def killed(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.core_model_loading.offload_weight", killed)
+        job = forked.fork(lambda: BlockStore(tmp_path / "dense", room=room) and None)
+        assert forked.end(job) == -signal.SIGKILL
+    (left,) = {*room.iterdir()} - {link}
+    assert left.stat().st_mode & 0o077 == 0  # nobody else reads the weights
+    BlockStore(tmp_path / "dense", room=room)
+    assert [*room.iterdir()] == [link] and [*mine.iterdir()] == [mine / MARKER_FILE]
 
 
 def test_a_gguf_file_is_refused(tmp_path):
