@@ -212,8 +212,15 @@ class Reader:
     def clips(self, items: Sequence[Item]) -> Iterator[Clip]:
         """Yield pictures, or pieces of recordings that are no longer than the model hears.
 
-        Of a recording in several pieces nobody knows what is said where.
+        Of a recording in several pieces nobody knows what is said where. For a model of waves all
+        recordings are one, without the rest; it is repeated where it is shorter than one piece.
         """
+        if self.name == WAVES:
+            rate = self.processor.sampling_rate
+            sound, size = np.concatenate([decode_audio(each, rate) for each in items]), PIECE * rate
+            sound = np.resize(sound, max(size, len(sound)))
+            yield from ((sound[at : at + size], "") for at in range(0, len(sound) - size + 1, size))
+            return
         for item in items:
             if self.kind == IMAGES:
                 yield decode_image(item), item.text
@@ -229,8 +236,6 @@ class Reader:
 
         Short ones would be silence for the most part, which a model that pads them reads, too.
         """
-        if self.name == WAVES:
-            return self.pieces(clips)
         most = getattr(self.processor, "n_samples", None)
         if most is None:
             return list(clips)
@@ -244,15 +249,6 @@ class Reader:
             room -= len(clip[0])
         pairs = (zip(*some, strict=True) for some in windows)
         return [(np.concatenate(x), " ".join(said) if all(said) else "") for x, said in pairs]
-
-    def pieces(self, clips: Sequence[Clip]) -> list[Clip]:
-        """Return recordings one after the other in pieces of equal length, without the rest.
-
-        Where they are shorter than one piece they are repeated.
-        """
-        size, sound = PIECE * self.processor.sampling_rate, np.concatenate([x for x, _ in clips])
-        sound = np.resize(sound, max(size, len(sound)))
-        return [(sound[at : at + size], "") for at in range(0, len(sound) - size + 1, size)]
 
     def sequences(self, clips: Sequence[Clip], *facts: Any) -> Sequences:
         """Return the inputs of the model's forward pass, with folds and the like."""
@@ -386,7 +382,7 @@ def _read(reader: Reader, parts: Sequence[Part], *more: Any, join: bool = True) 
     for fold, part in enumerate(parts):
         for source in dict.fromkeys(source for _, source in part):
             found = list(reader.clips([item for item, of in part if of == source]))
-            found = reader.joined(found) if join or reader.name == WAVES else found
+            found = reader.joined(found) if join else found
             clips += found
             folds += [fold] * len(found)
             sources += [source] * len(found)

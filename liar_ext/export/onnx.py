@@ -199,7 +199,7 @@ class Graph(nn.Module):
         """Return the model's outputs and, where there is a pooling, the sentence's embedding."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {"token_type_ids": token_type_ids, "pixel_values": pixel_values}
-        inputs["input_values"] = input_values
+        inputs |= {"input_values": input_values}
         given = {name: value for name, value in inputs.items() if value is not None}
         result = self.model(**given)
         found = [result[name] for name in self.names if name != EMBEDDING]

@@ -18,7 +18,7 @@ from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.healing import heal as run
 from liar_ext.healing.losses import KLDivergence, Teacher, losses, mean_loss
-from liar_ext.healing.training import activation_bytes
+from liar_ext.healing.training import Training, activation_bytes, choose, rates
 from liar_ext.models.running import computes_bfloat16
 from liar_ext.models.slicing import apply_plan
 from liar_ext.report.sections import healing_lines
@@ -140,6 +140,14 @@ def test_by_default_a_matrix_of_a_decoder_changes_in_proportion_to_its_size(name
         expected = 1e-3 * root if name == "llama" and value.dim() > 1 else 2e-4
         moved = (after[key].double() - value.double()).abs().max()
         assert moved == pytest.approx(float(expected), rel=1e-2), key
+
+
+@pytest.mark.parametrize(("given", "rate"), [({"train": "lora"}, 2e-4), ({"lr": 0.5}, 0.5)])
+def test_adapters_and_a_rate_that_is_given_know_no_sizes(given, rate):
+    """Half of the adapters are zeros at first, and would stay so."""
+    training = Training({"steps": 1}, **given)
+    student, trained = choose(pair()[0], training.train, 0)
+    assert {*rates(student, trained, training).values()} == {rate}
 
 
 def test_gradients_that_are_not_finite_end_it_and_are_told_of(monkeypatch):

@@ -63,16 +63,17 @@ def _with_tables(*more: str) -> Stream:
     return replace(BERT, start=(BERT.start[0], tables, BERT.start[1]))
 
 
-def _norms_before(attn: str, mlp: str, last: str, normed: bool) -> Stream:
-    """Return the stream of blocks with a norm before each branch, and one behind them all."""
+def _norms_before(attn: str, mlp: str, last: str) -> Stream:
+    """Return the stream of blocks with a norm before each branch, one after all, and none first."""
     return replace(
         BERT,
-        start=BERT.start if normed else BERT.start[:1],
+        start=BERT.start[:1],
         block=steps(f"norm {attn}", _ATTN, f"norm {mlp}", _MLP),
         ends=tuple((*steps(f"norm {last}"), *end) for end in BERT.ends),
     )
 
 
+_BEFORE = _norms_before("attention.LayerNorm", "intermediate.LayerNorm", "LayerNorm")
 # Its embeddings have a size of their own, that of the stream in larger models.
 _LAST = "discriminator_predictions.dense"
 _GENERATOR = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
@@ -135,25 +136,12 @@ BERT_ROWS = (
         name="layoutlm",
         stream=_with_tables("x_position", "y_position", "h_position", "w_position"),
     ),
-    *(
-        replace(_BERT, name=name, stream=_norms_before(*norms, normed))
-        for name, normed, *norms in (
-            (
-                "roberta-prelayernorm",
-                True,
-                "attention.LayerNorm",
-                "intermediate.LayerNorm",
-                "LayerNorm",
-            ),
-            ("megatron-bert", False, "attention.ln", "ln", "encoder.ln"),
-            (
-                "xlm-roberta-xl",
-                False,
-                "attention.self_attn_layer_norm",
-                "LayerNorm",
-                "encoder.LayerNorm",
-            ),
-        )
+    replace(_BERT, name="roberta-prelayernorm", stream=replace(_BEFORE, start=BERT.start)),
+    replace(_BERT, name="megatron-bert", stream=_norms_before("attention.ln", "ln", "encoder.ln")),
+    replace(
+        _BERT,
+        name="xlm-roberta-xl",
+        stream=_norms_before("attention.self_attn_layer_norm", "LayerNorm", "encoder.LayerNorm"),
     ),
     replace(
         _BERT,

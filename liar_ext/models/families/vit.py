@@ -33,9 +33,8 @@ _MLP = mlp("mlp.fc1 mlp.fc2")
 _STREAM = stream(
     [
         _embedded("patch_embeddings.projection", "position_embeddings"),
-        _embedded("cls_token", "mask_token", "distillation_token", "register_tokens")._replace(
-            does="write_if"
-        ),
+        "write_if embeddings.cls_token embeddings.mask_token",
+        "write_if embeddings.distillation_token embeddings.register_tokens",
     ],
     ["norm layernorm_before", _ATTN, "norm layernorm_after", _MLP],
     ["norm layernorm", "read_first pooler.dense classifier cls_classifier"],
