@@ -63,10 +63,6 @@ REFUSED = {
     "videos, and images by their address, for [calibration](howto/image_text.md)": (
         "Only files below the folder of the `.jsonl` file are read."
     ),
-    "layer by layer, or `--max-memory`, for Qwen3-VL with images": (
-        "It adds image features between its first blocks, so a block does not read the output "
-        "of the one before."
-    ),
     "[experts](moe.md#other-numbers-of-experts-in-each-layer), other numbers in each layer": (
         "The config of each family has one number for all layers, which transformers and vLLM "
         "read, and a GGUF file as well. vLLM reads counts by layer for Nemotron-H alone."

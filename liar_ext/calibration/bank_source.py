@@ -255,7 +255,8 @@ def digest_of(batches: Batches) -> str:
     return seen.digest.hexdigest()
 
 
-def _update(digest: blake2b, name: str, value: Tensor | list) -> None:
+def update_digest(digest: blake2b, name: str, value: Any) -> None:
+    """Let a digest depend on a tensor, or on what else has a name."""
     if not isinstance(value, Tensor):
         digest.update(f"{name} {value}".encode())
         return
@@ -277,7 +278,7 @@ class Seen:
         known = {**batch.inputs, "fold": batch.fold}
         known |= {} if batch.weight is None else {"weight": batch.weight}
         for name, value in sorted(known.items()):
-            _update(self.digest, name, value)
+            update_digest(self.digest, name, value)
         self.batches += 1
         self.sequences += [self._digest(batch, row) for row in range(len(batch))]
         ids = batch.inputs.get("input_ids")
@@ -299,7 +300,7 @@ class Seen:
                 continue
             if batch.mask is not None and own.shape[:1] == batch.mask.shape[1:]:
                 own = own[batch.mask[row].to(own.device)]
-            _update(digest, name, own)
+            update_digest(digest, name, own)
         return int.from_bytes(digest.digest(), "little", signed=True)
 
     def facts(self, tokens: int, routed: dict[str, list[int]]) -> dict[str, object]:

@@ -35,8 +35,9 @@ from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import PruneOptions, TextOptions, check_keywords
 from liar_ext.recipe.fields import DTYPES, recipe_fields
+from liar_ext.reconstruction.features import features_once
 from liar_ext.reconstruction.rows import SiteRow, what_to_know
-from liar_ext.reconstruction.streams import Walk
+from liar_ext.reconstruction.streams import HiddenStates, Walk
 from liar_ext.report.report import Report, versions
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import POSITIONS
@@ -195,7 +196,8 @@ def run(job: Job) -> Report:
     if job.saved is not None:
         check_resumable(job.recipe)
     job = recorded(prepare(job))  # refuses whatever can't work
-    with _timeline(job).shown():
+    states = HiddenStates() if job.walk is None else job.walk.states
+    with _timeline(job).shown(), features_once(job.model, states):
         evaluation = Evaluation(job) if job.walk is None else StreamedEvaluation(job)
         base = narrowed(job)  # fewer hidden features or experts, on a copy
         passes = passes_of(job, base, evaluation.along)

@@ -170,13 +170,16 @@ class StreamedPasses(Passes):
         yield from solve_blocks(self.walk, "pruning", steps, streams, self.text.numbers, along)
 
     def _check_chain(self, index: int) -> None:
-        """Raise InputError if a block isn't given what the first one is, all before it idle."""
+        """Raise InputError if a block reads more of other blocks than what the one before wrote."""
         if index == 0 or not self.text.hidden:
             return
+        blocks = self.walk.blocks
         for one in one_of_each(self.batches):
             inputs = one.to(self.walk.source.device).inputs
-            first, here = (self.walk.blocks.enter(at, inputs)[0][0] for at in (0, index))
-            if not torch.equal(first, here):
+            first, added = (blocks.enter(at, inputs)[0][0] for at in (0, index))
+            with blocks.answering(dict.fromkeys(range(index), first.neg)):
+                here = blocks.enter(index, inputs)[0][0]
+            if not torch.equal(here, added - first):
                 raise InputError(
                     f"prune: --max-memory is for blocks that read what the one before wrote, and "
                     f"{type(self.model).__name__} changes it before block {index}; leave it out"

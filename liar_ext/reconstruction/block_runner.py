@@ -25,7 +25,8 @@ Forward = Callable[..., Tensor]
 class Run:
     """What one run of a block gave."""
 
-    output: Tensor | None = None  # hidden states after it; None if the run ended at a consumer
+    before: Tensor  # the hidden states that it read
+    output: Tensor | None = None  # those after it; None if the run ended at a consumer
     # Input and output of each consumer, by layer: the name of a site, or of all experts, whose
     # input is what the module of all of them is called with.
     seen: dict[str, tuple[Tensor | tuple, Tensor]] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Blocks:
         self._forwards = [block.forward for block in self._blocks]
         self._carried: object = None
         self._wanted = 0
+        self._silent: int | None = None  # a block that puts out zeros, for what is added to them
         self._answers: Mapping[int, Callable[[], Tensor]] = {}  # what some blocks would give
 
     def __len__(self) -> int:
@@ -96,6 +98,7 @@ class Blocks:
         :meth:`run` must have run a block of each stack before, to know what blocks return.
         """
         before, self._wanted, self._answers = self._wanted, len(self), answers
+        self._silent = None
         try:
             yield
         finally:
@@ -104,9 +107,10 @@ class Blocks:
     def enter(self, index: int, inputs: Mapping[str, Tensor]) -> tuple[tuple, dict]:
         """Return the arguments that block ``index`` gets for a batch, hidden states first.
 
-        Those are of the dense model where a stack begins, and meaningless further on.
+        Those are of the dense model where a stack begins. Further on they are what the model adds
+        to the output of the block before: zeros, but for Qwen3-VL's features of images.
         """
-        self._wanted = index
+        self._wanted, self._silent = index, None if self.begins(index) else index - 1
         try:
             self._body(**inputs)
         except Ended as ended:
@@ -125,13 +129,15 @@ class Blocks:
         consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
-        """Run one block on a batch, as the model takes it, with other hidden states before it.
+        """Run one block on a batch, as the model takes it, after other ``hidden`` states.
 
-        ``consumers`` say what to compute in place of a consumer, or of all experts, by layer. The
-        run may end after the consumer of the layer ``end``, or the norm that reads its sum.
+        Those are the output of the block before, or what the stack reads. ``consumers`` say what to
+        compute in place of a consumer, or of all experts, by layer. The run may end after the
+        consumer of the layer ``end``, or the norm that reads its sum.
         """
-        (_, *args), kwargs = self.enter(index, inputs)
-        run, carried = Run(), []
+        (added, *args), kwargs = self.enter(index, inputs)
+        run = Run(hidden if self.begins(index) else hidden + added.to(hidden))
+        carried = []
         with ExitStack() as stack:
             if (maker := self._maker(index)) is not None:
                 note = lambda _, output: carried.append(output[maker.output])  # noqa: E731
@@ -148,7 +154,7 @@ class Blocks:
                     note = _note(run.sums, name, lambda args, _: args[0], ends=name == end)
                     stack.enter_context(watched(self._model.get_submodule(norm), note))
             try:
-                output = self._forwards[index](hidden, *args, **kwargs)
+                output = self._forwards[index](run.before, *args, **kwargs)
             except Ended:
                 return run
         if isinstance(output, tuple):
@@ -172,7 +178,7 @@ class Blocks:
 
         if site.kind == "attn":
             run = run_without(order[order.index(site.team) + 1 :])
-            before = self.after_attention(site, hidden, run, itself=False)
+            before = self.after_attention(site, run.before, run, itself=False)
         else:
             before, run = run_without([site.team]).output, self.run(index, inputs, hidden)
         added = run.seen[site.team][1].view_as(hidden)
@@ -183,7 +189,7 @@ class Blocks:
     ) -> Tensor:
         """Return the stream after an attention site, or before it, of a block that adds plainly.
 
-        That is ``hidden``, before the block, plus what the consumers of attention up to it put out.
+        That is ``hidden``, what the block reads, plus what attention put out up to there.
         """
         for name, layer in self.layers[self.index_of(site)].items():
             if name == site.team and not itself:
@@ -238,6 +244,8 @@ class Blocks:
             hidden = args[0] if args else kwargs["hidden_states"]
             if index in self._answers:
                 hidden = self._answers[index]().to(hidden.device)
+            elif index == self._silent:
+                hidden = torch.zeros_like(hidden)
             beside = self.beside.get(self._stacks[index].name)
             if beside is None:
                 return hidden
@@ -269,29 +277,38 @@ class Blocks:
 
 @torch.no_grad()
 def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) -> bool:
-    """Tell whether each block reads, as it is, what the one before it in its stack wrote."""
-    stacks = {site.path: site.part.name for site in sites}
-    blocks = [model.get_submodule(path) for path in stacks]
+    """Tell whether each block reads what the one before it in its stack wrote, and of no other.
+
+    The model may add to it what it has from elsewhere, see :meth:`Blocks.enter`.
+    """
+    alone = Blocks(model, sites)
     read: list[Tensor] = []
     wrote: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
         read.append(args[0] if args else kwargs["hidden_states"])
 
-    def after(_: nn.Module, args: tuple, output: object) -> None:
+    def after(index: int, output: object) -> None:
         wrote.append(output[0] if isinstance(output, tuple) else output)
+        if isinstance(output, tuple):
+            alone.beside[alone._stacks[index].name] = [False] * (len(output) - 1)
 
     with ExitStack() as stack:
-        for block in blocks:
+        for index, block in enumerate(alone._blocks):
             stack.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
-            stack.enter_context(block.register_forward_hook(after))
-        body_of(model)(**inputs)
-    names = list(stacks.values())
-    # Blocks may lie on several devices.
-    return len(read) == len(blocks) and all(
-        here != there or torch.equal(x.to(y.device), y)
-        for here, there, x, y in zip(names, names[1:], wrote, read[1:], strict=False)
-    )
+            note = lambda *called, index=index: after(index, called[-1])  # noqa: E731
+            stack.enter_context(block.register_forward_hook(note))
+        alone._body(**inputs)
+    if len(read) != len(alone):
+        return False
+    with alone.opened():
+        for index in range(1, len(alone)):
+            wrote[index - 1] = wrote[index - 1].to(read[index].device)  # on several devices
+            if alone.begins(index) or torch.equal(wrote[index - 1], read[index]):
+                continue
+            if not torch.equal(wrote[index - 1] + alone.enter(index, inputs)[0][0], read[index]):
+                return False
+    return True
 
 
 def _silence(site: Site) -> Forward:

@@ -175,11 +175,10 @@ class LayerwiseSolver:
 
         ``goals`` are these layers, each with the one that is solved for what is there.
         """
-        hidden, layers = part.states["dense"].get(), self.blocks.layers[index]
-        run = self._run(index, part, "dense")
+        layers, run = self.blocks.layers[index], self._run(index, part, "dense")
         for name, into in goals.items():
             if name == into or self.targets[name] == self.targets[into] == "stream":
-                reached = self._reached(layers[name][0], hidden, run)
+                reached = self._reached(layers[name][0], run)
                 part.goals[into] = self.states.hold(reached)
         part.states["dense"] = self.states.hold(run.output)
 
@@ -292,16 +291,15 @@ class LayerwiseSolver:
         # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
         late = site.kind == "mlp" and name not in self.blocks.norms
         end = None if self.targets[name] == "stream" and late else name
-        hidden = part.states["pruned"].get()
         run = self._run(self.blocks.index_of(site), part, "pruned", end)
         read, output = run.seen[name]
-        r = part.goals[name].get() - self._reached(site, hidden, run)
-        part.halfway = self._halfway(site, hidden, run)
+        r = part.goals[name].get() - self._reached(site, run)
+        part.halfway = self._halfway(site, run)
         r = r.to(output.device).flatten(0, -2)
         used = counted(part.batch, site, len(r), output, run.sums.get(name))
         return list(rows_of(self.model, layer, read, r, used))
 
-    def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
+    def _halfway(self, site: Site, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if no more than a sum or its norm follows."""
         here = self.blocks.layers[self.blocks.index_of(site)]
         mlps = [name for name, layer in here.items() if layer[0].kind == "mlp"]
@@ -309,11 +307,11 @@ class LayerwiseSolver:
             return None
         x, added = run.seen[site.name]
         if site.name in self.ends:
-            stream = run.sums[site.name] - added.view_as(hidden)
+            stream = run.sums[site.name] - added.view_as(run.before)
         elif all(self.targets.get(name) == "stream" for name in here) and (
             self.blocks.norms.keys().isdisjoint(here)
         ):
-            stream = self.blocks.after_attention(site, hidden, run, itself=False)
+            stream = self.blocks.after_attention(site, run.before, run, itself=False)
         else:
             return None
         return self.states.hold(stream), self.states.hold(x)
@@ -352,20 +350,20 @@ class LayerwiseSolver:
                 answers[int(key.removeprefix(start))] = lambda held=held: held.get()[:most]
         return self.blocks.answering(answers)
 
-    def _reached(self, site: Site, hidden: Tensor, run: Run) -> Tensor:
+    def _reached(self, site: Site, run: Run) -> Tensor:
         """Return the consumer's output, or the stream after the site, on the CPU.
 
         Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
         In float32, or float64 as the model is: the difference of two of these is the residual.
         """
         if self.targets[site.team] == "branch":
-            found = run.seen[site.team][1].view_as(hidden)
+            found = run.seen[site.team][1].view_as(run.before)
         elif site.team in run.sums:
-            found = run.sums[site.team].view_as(hidden)
+            found = run.sums[site.team].view_as(run.before)
         elif site.kind == "mlp":
             found = run.output
         else:
-            return self.blocks.after_attention(site, _wide(hidden), run)
+            return self.blocks.after_attention(site, _wide(run.before), run)
         return _wide(found)
 
 

@@ -101,7 +101,7 @@ def test_a_folder_loads_and_writes(name, examples, dense, tmp_path):
     assert torch.equal(outputs(again, batch.inputs), outputs(ours, batch.inputs))
 
 
-@some("name", ["llava", "gemma3"], "llava")
+@some("name", ["llava", "gemma3", "qwen3_vl"], "llava", "qwen3_vl")
 def test_blocks_and_banks_give_the_same(name, examples, dense, tmp_path):
     calibration = paths(examples)[:2]
     bank = ("calibrate", dense(name), *calibration, "--samples", 8, "--self-text", 0, "--quiet")

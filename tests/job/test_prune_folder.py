@@ -15,6 +15,7 @@ import pytest
 import torch
 from covers import cover
 from safetensors.torch import load_file
+from seeing import seeing_inputs, seeing_model
 from tiny import batches, outputs, same_weights, tiny
 from torch import nn
 
@@ -34,8 +35,11 @@ from liar_ext.selection.error_curves import error_curve
 
 GIB = 2**30
 # Tied and untied heads, stacked and transposed layers, norms after the sums, names that the file
-# has otherwise, an input for all heads, images, experts one by one or together in the file.
-FAMILIES = "llama qwen2 gpt2 bert gpt_neox gemma3 mpnet vit mixtral qwen3_moe gpt_oss".split()
+# has otherwise, an input for all heads, images, features of images that are added between blocks,
+# experts one by one or together in the file.
+FAMILIES = (
+    "llama qwen2 gpt2 bert gpt_neox gemma3 mpnet vit qwen3_vl mixtral qwen3_moe gpt_oss".split()
+)
 JOBS = {
     "uniform": {"allocation": "uniform", "schedule": "one-pass"},
     "layerwise": {"allocation": "global", "schedule": "layerwise"},
@@ -45,10 +49,14 @@ JOBS = {
 
 def dense(family, folder):
     """Return a model and its calibration set, and save its weights in several files."""
-    model = tiny(family)
+    images = family == "qwen3_vl"
+    model = seeing_model(family) if images else tiny(family)
     model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    return model, batches(model, 3)
+    if not images:
+        return model, batches(model, 3)
+    data = [seeing_inputs(family, seed) for seed in range(8)]
+    return model, [{**each, "pixel_values": each["pixel_values"].float()} for each in data]
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +257,7 @@ def test_models_that_are_no_single_chain_are_refused(name, reason, tmp_path):
 
 def test_what_comes_between_two_blocks_is_seen(llama, tmp_path):
     store = BlockStore(llama)
-    store.model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    store.model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
     with pytest.raises(InputError, match="changes it before block 1; leave it out"):
         data, recipe = batches(store.model, 3), Recipe(keep=0.6)
         prune_folder(store, Job(store.model, data, recipe, limit=4 * GIB), tmp_path / "pruned")
