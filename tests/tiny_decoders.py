@@ -192,6 +192,18 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
     "paligemma": _seeing("PaliGemma", "gemma", "siglip_vision_model"),
     "idefics3": _seeing("Idefics3", "llama", "idefics3_vision"),
     "smolvlm": _seeing("SmolVLM", "llama", "smolvlm_vision"),
+    "granite_swa": _causal(
+        "GraniteSWA",
+        {**_GQA, **{"sliding_window": 4, "residual_multiplier": 0.5, "attention_bias": True}},
+    ),
+    "persimmon": _causal("Persimmon", {**_SQUARE, "partial_rotary_factor": 0.5}),
+    "modernbert-decoder": _causal(
+        "ModernBertDecoder",
+        {
+            **{**_SQUARE, "local_attention": 6, "global_attn_every_n_layers": 2},
+            **{"cls_token_id": 1, "sep_token_id": 2},
+        },
+    ),
     "gpt_neo": _causal(
         "GPTNeo",
         {

@@ -53,6 +53,12 @@ ENCODERS: dict[str, tuple[str, str, dict]] = {
         {**_IMAGE, "num_register_tokens": 2, "layerscale_value": 0.5},
     ),
     "nomic_bert": ("NomicBertForMaskedLM", "NomicBertConfig", {**_ENCODER, "hidden_size": 40}),
+    "gte": ("GteForMaskedLM", "GteConfig", {**_ENCODER, "hidden_size": 40}),
+    "jina_embeddings_v3": (
+        "JinaEmbeddingsV3ForSequenceClassification",
+        "JinaEmbeddingsV3Config",
+        {**_ENCODER, "hidden_size": 40},
+    ),
     "modernbert": (
         "ModernBertForMaskedLM",
         "ModernBertConfig",
@@ -93,6 +99,7 @@ ENCODERS: dict[str, tuple[str, str, dict]] = {
         {"text_config": _TEXT_TOWER, "vision_config": _IMAGE_TOWER, "projection_dim": 16},
     ),
     "bart": ("BartForConditionalGeneration", "BartConfig", _SEQ2SEQ),
+    "umt5": ("UMT5ForConditionalGeneration", "UMT5Config", _T5),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
     "whisper": (
         "WhisperForConditionalGeneration",

@@ -107,6 +107,45 @@ MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
         "PhimoeConfig",
         {**_SIZES, "hidden_size": 64, "num_local_experts": 4},
     ),
+    "granitemoe_swa": (
+        "GraniteMoeSWAForCausalLM",
+        "GraniteMoeSWAConfig",
+        {
+            **{**_SIZES, "num_local_experts": 4, "shared_intermediate_size": 12},
+            **{"sliding_window": 4, "hidden_size": 64},
+        },
+    ),
+    "mellum": (
+        "MellumForCausalLM",
+        "MellumConfig",
+        {
+            **{**_EXPERTS, "mlp_layer_types": ["dense", "sparse"], "sliding_window": 4},
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "cohere2_moe": (
+        "Cohere2MoeForCausalLM",
+        "Cohere2MoeConfig",
+        {
+            **{**_SIZES, "num_experts": 4, "num_shared_experts": 1, "num_hidden_layers": 3},
+            **{"mlp_layer_types": ["dense", "sparse", "sparse"], "sliding_window": 4},
+            "prefix_dense_intermediate_size": 20,
+        },
+    ),
+    "exaone_moe": (
+        "ExaoneMoeForCausalLM",
+        "ExaoneMoeConfig",
+        {
+            **{**_EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 3, "sliding_window": 4},
+            **{"mlp_layer_types": ["dense", "sparse", "sparse"], "routed_scaling_factor": 1.5},
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "hy_v3": (
+        "HYV3ForCausalLM",
+        "HYV3Config",
+        {**_EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 3, "router_scaling_factor": 1.5},
+    ),
     "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**_SHARED, "use_qk_norm": True}),
     "dots1": ("Dots1ForCausalLM", "Dots1Config", _SHARED),
     "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", _LATENT),

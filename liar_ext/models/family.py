@@ -119,7 +119,7 @@ class Wiring:
     requires: Mapping[str, object] = field(default_factory=dict)
     optional: bool = False  # some blocks have another kind of layer in the place of such a site
     # Parameters whose first dimension is a run for each query head: a number, or the channels of a
-    # depthwise convolution. A model may lack them.
+    # depthwise convolution; of an embedding, a column. A model may lack them.
     per_head: tuple[str, ...] = ()
     experts: Experts | None = None  # where every expert has such layers, which name parameters then
     # Norm that reads what the consumer gives, and that alone; empty if there is none.

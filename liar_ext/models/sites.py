@@ -370,8 +370,9 @@ def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: s
     weights, biases = d_in * d_out, 0
     for each in wiring.per_head:
         if (held := get_path(block, each)) is not None:
-            owned = _count_owned(site, each, len(held))
-            biases += owned * (held.numel() // len(held))
+            runs = held.shape[head_axis(block, each)]
+            owned = _count_owned(site, each, runs)
+            biases += owned * (held.numel() // runs)
     for layer in producers:
         owned = _count_owned(site, layer, rows[layer])
         weights += owned * (found[layer].weight.numel() // rows[layer])
@@ -379,6 +380,11 @@ def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: s
     params, weights = (weights + biases) // units, weights // units
     paths = tuple(f"{path}.{producer}" for producer in producers)
     return replace(site, producers=paths, unit_params=params, unit_weights=weights)
+
+
+def head_axis(block: nn.Module, name: str) -> int:
+    """Return the dimension of a parameter in which a block has something for each head."""
+    return int(isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Embedding))
 
 
 def _count_owned(site: Site, producer: str, rows: int) -> int:

@@ -26,7 +26,7 @@ from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
 from liar_ext.models.running import bias_name, layer_at, layer_of, owner_of
-from liar_ext.models.sites import CROSS, Site, get_consumer_bias, sites, teams_of
+from liar_ext.models.sites import CROSS, Site, get_consumer_bias, head_axis, sites, teams_of
 from liar_ext.plan import Plan, SitePlan, sites_left
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -282,10 +282,12 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
         _narrow_readers(model, site, columns[0])
     else:
         _narrow_layer(model, site, site.consumer, input_, columns)
-    for path in (f"{site.path}.{name}" for name in site.wiring.per_head):
+    for each in site.wiring.per_head:
+        path = f"{site.path}.{each}"
         owner, name = owner_of(model, path)
         if (held := getattr(owner, name)) is not None:
-            narrow(owner, name, 0, unit_rows(site, path, kept[0], len(held)))
+            axis = head_axis(model.get_submodule(site.path), each)
+            narrow(owner, name, axis, unit_rows(site, path, kept[0], held.shape[axis]))
     if site.name.rpartition(".")[2] == CROSS:
         _follow_alignment(model, site, kept[0])
     if site.wiring.head_input is not None:

@@ -40,8 +40,9 @@ def with_choice(name: str, **settings) -> nn.Module:
 def test_slicing_equals_zeroing(name: str) -> None:
     model = with_choice(name, dtype=torch.float64)
     model.set_experts_implementation("eager")
-    # Linear attention computes in float32, whatever the dtype is.
-    close = 1e-5 if any(site.key_dim for site in sites(model)) else 1e-9
+    # Linear attention, and what scales by sinks, compute in float32, whatever the dtype is.
+    rough = name == "granitemoe_swa" or any(site.key_dim for site in sites(model))
+    close = 1e-5 if rough else 1e-9
     check_sliced(model, plan_of_experts(model), rtol=close, atol=close)
 
 
@@ -101,7 +102,7 @@ def test_tokens_are_sent_anew_as_the_router_without_some_experts_sends_them(name
     hidden = torch.randn(50, layer[0].d_out)
     router = router_of(dense, layer[0])
     choice, experts = choice_of(dense, layer[0]), layer[0].wiring.experts
-    assert len(choice) == (name in ("lfm2_moe", "minimax_m2"))
+    assert len(choice) == (name in ("hy_v3", "lfm2_moe", "minimax_m2"))
     weights, places = reroute(router, router(hidden, *choice)[0], kept, experts, choice)
     _, expected, chosen = router_of(fewer, layer[0])(hidden, *choice_of(fewer, layer[0]))
     order, other = places.argsort(1), chosen.argsort(1)

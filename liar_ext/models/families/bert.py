@@ -240,10 +240,44 @@ _NOMIC_STREAM = stream(
     config={"hidden_size": "hidden"},
     multiple_of="heads",
 )
+_LM_HEAD = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
+_GTE_STREAM = replace(
+    _NOMIC_STREAM,
+    start=steps(
+        "write embeddings.word_embeddings",
+        "write_if embeddings.token_type_embeddings",
+        "norm embeddings.LayerNorm",
+    ),
+    ends=(BERT.ends[0], _masked(*_LM_HEAD), steps(*_CLASSIFIED)),
+)
+_JINA_MLP = mlp("mlp.fc1 mlp.fc2")
+_JINA_STREAM = replace(
+    _GTE_STREAM,
+    block=steps(_NOMIC, "norm post_attention_layernorm", _JINA_MLP, "norm post_mlp_layernorm"),
+    ends=(BERT.ends[0], BERT.ends[1], *_GTE_STREAM.ends[1:]),
+)
+_DECODING = attention(
+    "attn", "q_proj k_proj v_proj Wo", numbers={"num_heads": "heads"}, bias_flag="attention_bias"
+)
+_DECODING_STREAM = replace(
+    _MODERN_STREAM,
+    block=steps("norm_if attn_norm", _DECODING, "norm mlp_norm", _MODERN_MLP),
+    ends=tuple(
+        steps("norm final_norm", *_masked(f"{head}.dense", f"{head}.norm", reader))
+        for head, reader in (("lm_head", "decoder"), ("head", "classifier"))
+    ),
+)
 ROTARY_ROWS = (
     # Global and local attention alternate, which the masks that the model makes say of each block.
     Family("modernbert", "layers", _MODERN, _MODERN_MLP, stream=_MODERN_STREAM, without=NO_STOCK),
+    Family(
+        *("modernbert-decoder", "layers", _DECODING, _MODERN_MLP),
+        stream=_DECODING_STREAM,
+        without=NO_STOCK,
+    ),
     Family("nomic_bert", "layers", _NOMIC, _NOMIC_MLP, stream=_NOMIC_STREAM),
+    Family("gte", "layers", _NOMIC, _NOMIC_MLP, stream=_GTE_STREAM),
+    Family("jina_embeddings_v3", "layers", _NOMIC, _JINA_MLP, stream=_JINA_STREAM),
     # Its mlp_bias is also one of its head.
     replace(
         ROW,

@@ -32,6 +32,7 @@ TASKS = "read lm_head score classifier qa_outputs"
 ATTN = attention("self_attn", QKVO, numbers=GROUPS, config=HEADS)
 MLP = mlp("mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"})
 _FLAGGED = replace(MLP, bias_flag="mlp_bias")
+SINKS = {"per_head": ("self_attn.sinks",)}  # a number of each head in its softmax
 NORMS = ("norm input_layernorm", "norm post_attention_layernorm")
 LLAMA = stream(
     ["write embed_tokens"],
@@ -82,6 +83,7 @@ LLAMA_ROWS = (
     ),
     # Its multipliers are numbers of the config, whatever the sizes.
     replace(ROW, name="granite"),
+    replace(ROW, name="granite_swa", attn=replace(ROW.attn, **SINKS)),
     replace(ROW, name="cwm", attn=ATTN),
     replace(ROW, name="hunyuan_v1_dense", mlp=MLP),
     replace(ROW, name="seed_oss", attn=_COUNTED),

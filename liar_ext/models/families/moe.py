@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from liar_ext.models.families.decoders import ATTN, MLP, ROW
+from liar_ext.models.families.decoders import ATTN, MLP, ROW, SINKS, counts
 from liar_ext.models.family import (
     GATE_UP,
     JOINT,
@@ -58,6 +58,9 @@ _HUNYUAN = experts({"num_experts": "experts"}, weight="wg.weight")
 _ERNIE = experts({"moe_num_experts": "experts"})
 # The config makes an expert that reads every token as wide as the others, or a multiple of that.
 _ROUTED = experts({"n_routed_experts": "experts"})
+_COUNTED = experts({"num_experts": "experts"})
+_CHOICE = "mlp.e_score_correction_bias"
+_PREFIX = replace(MLP, config={"prefix_dense_intermediate_size": "features"})
 GRANITE_EXPERTS = experts(LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router")
 
 
@@ -116,7 +119,7 @@ ROWS = (
     # Layers that mlp_only_layers names have an ordinary MLP.
     mixture("qwen3_moe", ROW.attn, (QWEN3_EXPERTS, MLP)),
     mixture("olmoe", None, _OLMOE, without=_JOINT),
-    mixture("gpt_oss", replace(ROW.attn, per_head=("self_attn.sinks",)), _GPT_OSS),
+    mixture("gpt_oss", replace(ROW.attn, **SINKS), _GPT_OSS),
     replace(
         mixture(
             "qwen3_vl_moe",
@@ -148,17 +151,32 @@ ROWS = (
     mixture("qwen2_moe", ATTN, (QWEN3_EXPERTS, MLP), GATED),
     mixture("granitemoe", ROW.attn, GRANITE_EXPERTS),
     mixture("granitemoeshared", ROW.attn, GRANITE_EXPERTS, GRANITE_SHARED),
+    mixture("granitemoe_swa", replace(ROW.attn, **SINKS), GRANITE_EXPERTS, GRANITE_SHARED),
+    mixture("mellum", ROW.attn, (QWEN3_EXPERTS, MLP)),
     mixture("phimoe", ROW.attn, experts(LOCAL, router="mlp.router")),
     # The first layers of these have an ordinary MLP.
     mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE),
     mixture("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
     mixture("solar_open", ATTN, _ROUTED, _SUMMED, _BESIDE),
+    mixture("cohere2_moe", ROW.attn, (_COUNTED, _PREFIX), _SUMMED, _BESIDE),
+    mixture(
+        "exaone_moe",
+        replace(ATTN, numbers=counts("num_attention_heads")),
+        (_COUNTED, MLP),
+        _SUMMED,
+        _BESIDE,
+    ),
+    mixture(
+        "hy_v3",
+        ROW.attn,
+        (replace(_COUNTED, experts=replace(_COUNTED.experts, choice=_CHOICE)), MLP),
+        _SUMMED,
+        _BESIDE,
+    ),
     *(
         mixture(name, _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE)
         for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
     ),
     mixture("flex_olmo", None, _OLMOE, without=_JOINT),
-    mixture(
-        "minimax_m2", None, experts(LOCAL, choice="mlp.e_score_correction_bias"), without=_JOINT
-    ),
+    mixture("minimax_m2", None, experts(LOCAL, choice=_CHOICE), without=_JOINT),
 )

@@ -27,7 +27,7 @@ def _decoder(part: Part, cross_attn: Wiring) -> Part:
     )
 
 
-def _t5_attention(module: str, head_input: HeadInput) -> Wiring:
+def _t5_attention(module: str, head_input: HeadInput | None) -> Wiring:
     numbers = {"n_heads": "heads", "inner_dim": "features"}
     return attention(module, "q k v o", "key_value_proj_dim", numbers, head_input=head_input)
 
@@ -58,6 +58,20 @@ _T5 = Family(
 )
 
 
+# Every block has a table of its own, with a column for each head.
+_TABLE = f"{_SELF}.relative_attention_bias.weight"
+_OWN = replace(_t5_attention(_SELF, None), config={"num_heads": "heads"}, per_head=(_TABLE,))
+_OWN_ENCODER = replace(_ENCODER, attn=_OWN)
+_OWN_DECODER = _decoder(
+    _OWN_ENCODER, replace(_t5_attention(_CROSS, None), config={"num_heads": "heads"})
+)
+_UMT5 = Family(
+    "umt5",
+    parts=(_OWN_ENCODER, replace(_OWN_DECODER, mlp=_t5_mlp(2))),
+    without={"hidden": TWO_STREAMS},
+)
+
+
 def _bart_attention(module: str) -> Wiring:
     numbers = {"num_heads": "heads", "embed_dim": "features"}
     return attention(module, "q_proj k_proj v_proj out_proj", numbers=numbers)
@@ -83,7 +97,7 @@ _LIKE_BART = ("mbart", "plbart", "pegasus", "marian", "m2m_100", "blenderbot", "
 _SOUND = replace(_BART_ENCODER, input="input_features", mask="")
 
 ROWS = (
-    *(_T5, replace(_T5, name="mt5")),
+    *(_T5, replace(_T5, name="mt5"), _UMT5),
     *(_BART, *(replace(_BART, name=name) for name in _LIKE_BART)),
     replace(_BART, name="whisper", parts=(_SOUND, _BART_DECODER)),
     *(
