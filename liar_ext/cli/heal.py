@@ -91,8 +91,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         )
         if given.judging is None:
             raise InputError(
-                "heal: the text is too short to hold out an eighth of its documents; give more "
-                "text, or a smaller --seq-len"
+                "heal: too little is given to hold out an eighth of its documents; give more, or "
+                "a smaller --seq-len if it is text"
             )
         spread = placement(recipe.device)
         model = load_pruned(options.folder, dtype="auto", **spread)
