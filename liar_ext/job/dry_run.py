@@ -13,14 +13,7 @@ from liar_ext.calibration.batches import Batches, read_batch
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.job.estimate import (
-    GIB,
-    bytes_of_states,
-    in_gib,
-    stages_of,
-    tokens_of,
-    work_of_token,
-)
+from liar_ext.job.estimate import GIB, bytes_of_states, in_gib, stages_of, tokens_of, work_of_token
 from liar_ext.job.preparing import prepare
 from liar_ext.job.state import Job
 from liar_ext.models.configs import skeleton

@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import count_tokens, one_of_each, read_batches
-from liar_ext.calibration.collect import (
-    Passes,
-    check_not_padding,
-    check_sums,
-    counted,
-    summing,
-)
+from liar_ext.calibration.collect import Passes, check_not_padding, check_sums, counted, summing
 from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
 from liar_ext.calibration.taps import is_relative, tap_at

@@ -49,12 +49,7 @@ class LayerwiseSolver:
     """
 
     def __init__(
-        self,
-        walk: Walk,
-        plan: Plan,
-        mode: str,
-        damp: float | str,
-        gone: Collection[int] = (),
+        self, walk: Walk, plan: Plan, mode: str, damp: float | str, gone: Collection[int] = ()
     ) -> None:
         self.model, self.blocks, self.states = walk.model, walk.blocks, walk.states
         self.plan, self.mode, self.damp, self.gone = plan, mode, damp, gone

@@ -236,9 +236,7 @@ def first_tensor(value: Any) -> Tensor | None:
 
 @contextmanager
 def hooked(
-    modules: Mapping[str, nn.Module],
-    before: Callable | None = None,
-    after: Callable | None = None,
+    modules: Mapping[str, nn.Module], before: Callable | None = None, after: Callable | None = None
 ) -> Iterator[None]:
     """Call these around each run of some modules, as torch's hooks, with the path in front."""
     with ExitStack() as hooks:
