@@ -184,9 +184,7 @@ def _read() -> dict:
 def _write(key: str, times: Mapping[str, float]) -> None:
     """Note a measurement; where that can't be done the next process measures again."""
     with contextlib.suppress(OSError, RuntimeError, ImportError):
-        from liar_ext.system.atomic_write import (
-            atomic_write,  # which Windows has not what it needs for
-        )
+        from liar_ext.system.atomic_write import atomic_write  # Windows lacks what that needs
 
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)

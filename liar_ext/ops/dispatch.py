@@ -15,7 +15,6 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -84,7 +83,15 @@ def check_gram_update(gram, total, count, x, y=None, weight=None) -> None:
         known = weight.dtype in (torch.bool, *SUMS)
         rule(known, "weight must be bool, float32 or float64; convert it first")
     written = {"gram": gram, "total": total, "count": count}
-    _check_written("gram_update_", written, {"x": x, "y": y, "weight": weight})
+    tensors = written | {"x": x, "y": y, "weight": weight}
+    same_device("gram_update_", "x", **tensors)
+    for index, (name, one) in enumerate(written.items()):
+        for other in list(tensors)[index + 1 :]:
+            hint = f"memory of its own, but shares some with {other}; clone one of them"
+            rule(_apart(one, tensors[other]), f"{name} must have {hint}")
+        hint = "detach or clone one that requires a gradient or was made in inference mode"
+        free = not one.requires_grad and not one.is_inference()
+        rule(free, f"{name} must be a tensor that may be written in place; {hint}")
     torch.autograd.graph.increment_version((gram, total, count))
 
 
@@ -181,20 +188,6 @@ def _check_matrix(
         _rule("reconstruct", one.dtype in dtypes, f"{name} must be {what}; convert it first")
 
 
-def _check_written(
-    op: str, written: Mapping[str, Tensor], read: Mapping[str, Tensor | None]
-) -> None:
-    """Refuse tensors to write into that share memory, or that autograd keeps."""
-    same_device(op, "x", **written, **read)
-    for index, (name, one) in enumerate(written.items()):
-        for other in (*list(written)[index + 1 :], *read):
-            hint = f"memory of its own, but shares some with {other}; clone one of them"
-            _rule(op, _apart(one, {**written, **read}[other]), f"{name} must have {hint}")
-        hint = "detach or clone one that requires a gradient or was made in inference mode"
-        free = not one.requires_grad and not one.is_inference()
-        _rule(op, free, f"{name} must be a tensor that may be written in place; {hint}")
-
-
 def _apart(one: Tensor, other: Tensor | None) -> bool:
     """Tell whether two tensors share no memory."""
     if other is None or one.numel() == 0 or other.numel() == 0:
@@ -223,14 +216,7 @@ def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, e
     names = "weight", "gram", "kept", "damps", "holdout", "cross", "holdout_cross"
     tensors = weight, gram, kept, damps, holdout, cross, holdout_cross
     same_device("reconstruct", "weight", **dict(zip(names, tensors, strict=True)))
-    ladder, sites = damps.shape[0], weight.shape[:-2]
-
-    def empty(*shape):
-        return weight.new_empty((*sites, *shape), dtype=torch.float64)
-
-    held_out = empty(0 if holdout is None else ladder)
-    new = empty(0 if errors_only else ladder, weight.shape[-2], kept.shape[-1])
-    return new, empty(ladder), held_out, empty(ladder, 2)
+    return reference.empty_results(weight, kept, damps, holdout, errors_only)
 
 
 @torch.library.register_fake("liar_ext::obs_curve")

@@ -162,7 +162,7 @@ def reconstruct(
     if weight.dim() == 3:
         one = functools.partial(reconstruct, solve=solve)
         return each_site(one, weight, gram, kept, damps, *optional, errors_only)
-    d, n, ladder = weight.shape[1], len(kept), len(damps)
+    d, n = weight.shape[1], len(kept)
     inside = ((kept >= 0) & (kept < d)).all() & (kept[1:] > kept[:-1]).all()
     read = [each for each in (weight, cross, holdout_cross) if each is not None]
     read += [each.tril() for each in (gram, holdout) if each is not None]
@@ -175,22 +175,26 @@ def reconstruct(
     mean = torch.where(mean == 0, 1.0, mean)
     shifts = damps * mean
     found = (solve or solve_by_library)(site.block, site.side, shifts)
-    solved = [
-        _certify(site, shift, *one, before, errors_only)
-        for shift, one in zip(shifts, found, strict=True)
-    ]
+    results = empty_results(weight, kept, damps, holdout, errors_only)
+    for index, (shift, one) in enumerate(zip(shifts, found, strict=True)):
+        certified = _certify(site, shift, *one, before, errors_only)
+        for result, value in zip(results, certified, strict=True):
+            if value is not None:
+                result[index] = value
+    return results
 
-    def stack(index: int, *shape: int) -> Tensor:
-        if 0 in shape[:1]:
-            return weight.new_empty(shape, dtype=torch.float64)
-        return torch.stack([each[index] for each in solved]).contiguous()
 
-    return (
-        stack(0, 0 if errors_only else ladder, len(weight), n),
-        stack(1, ladder),
-        stack(2, 0 if holdout is None else ladder),
-        stack(3, ladder, 2),
-    )
+def empty_results(
+    weight: Tensor, kept: Tensor, damps: Tensor, holdout: Tensor | None, errors_only: bool
+) -> Results:
+    """Return the results of :func:`reconstruct`, to be filled."""
+    sites, ladder = weight.shape[:-2], len(damps)
+
+    def empty(*shape: int) -> Tensor:
+        return weight.new_empty((*sites, *shape), dtype=torch.float64)
+
+    new = empty(0 if errors_only else ladder, weight.shape[-2], kept.shape[-1])
+    return new, empty(ladder), empty(0 if holdout is None else ladder), empty(ladder, 2)
 
 
 def _prepare(
@@ -296,12 +300,7 @@ def each_site(
 ) -> Results:
     """Reconstruct site by site, and stack what comes of it."""
     *optional, errors_only = others
-    ladder, held_out = len(damps), 0 if optional[0] is None else len(damps)
-    shapes = (0 if errors_only else ladder, weight.shape[1], kept.shape[1]), (ladder,), (held_out,)
-    results = tuple(
-        weight.new_empty(len(weight), *shape, dtype=torch.float64)
-        for shape in (*shapes, (ladder, 2))
-    )
+    results = empty_results(weight, kept, damps, optional[0], errors_only)
     for site in range(len(weight)):
         own = (None if tensor is None else tensor[site] for tensor in optional)
         one = solve(weight[site], gram[site], kept[site], damps, *own, errors_only)
