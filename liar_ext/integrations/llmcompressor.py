@@ -20,7 +20,7 @@ from pydantic import PrivateAttr, create_model, model_validator
 from torch import Tensor, nn
 
 from liar_ext import Budget, InputError, Recipe, Report, prune, sites
-from liar_ext.calibration.batches import FACTS, LABELS, Batch, read_batches
+from liar_ext.calibration.batches import FACTS, LABELS, Batch, read_batch
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
 from liar_ext.models.sites import Site
 from liar_ext.recipe.fields import recipe_fields
@@ -277,20 +277,16 @@ def calibration_batches(model: nn.Module, dataloader: Any) -> Iterator[Batch]:
     neighbours.
     """
     known = {*inspect.signature(model.forward).parameters, *LABELS, *FACTS}
-
-    def chosen() -> Iterator[Mapping[str, Tensor]]:
-        for batch in dataloader:
-            if not isinstance(batch, Mapping):
-                raise InputError(
-                    "LIARPruningModifier: a batch must be a mapping with input_ids, got "
-                    f"{type(batch).__name__}; let the collate function return a dict"
-                )
-            loss_masks.append(batch.get("loss_mask"))
-            yield {name: value for name, value in batch.items() if name in known}
-
-    loss_masks: list[Tensor | None] = []
-    for read in read_batches(chosen()):
-        loss_mask = loss_masks.pop()
+    sequences = 0
+    for batch in dataloader:
+        if not isinstance(batch, Mapping):
+            raise InputError(
+                "LIARPruningModifier: a batch must be a mapping with input_ids, got "
+                f"{type(batch).__name__}; let the collate function return a dict"
+            )
+        given = {name: value for name, value in batch.items() if name in known}
+        read, loss_mask = read_batch(given, sequences), batch.get("loss_mask")
+        sequences += len(read)
         if loss_mask is not None:
             mask = loss_mask.bool() if read.mask is None else read.mask & loss_mask.bool()
             read = Batch(read.inputs, read.fold, mask, read.labels)
