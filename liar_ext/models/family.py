@@ -346,16 +346,11 @@ def stream(
     return Stream(steps(*start), steps(*block), chains, config, multiple_of, **more)
 
 
-def as_code(row: Family, indent: int) -> tuple[str, set[str]]:
-    """Return a row as Python code that begins at an indent, and the classes that it is made of."""
-    words: set[str] = set()
-    return _write(row, words, indent), words
+def as_code(value: Any, words: set[str], indent: int | None = None, label: str = "") -> str:
+    """Return a value, such as a row, as Python code behind a label that begins at an indent.
 
-
-def _write(value: Any, words: set[str], indent: int | None = None, label: str = "") -> str:
-    """Return a value as code behind a label; on one line if it fits, or always without an indent.
-
-    The classes that it is made of are added to ``words``.
+    It is on one line if it fits, or always without an indent. The classes that it is made of are
+    added to ``words``.
     """
     if isinstance(value, str):
         return label + json.dumps(value, ensure_ascii=False)  # newlines are escaped
@@ -370,12 +365,12 @@ def _write(value: Any, words: set[str], indent: int | None = None, label: str = 
     else:
         first, items = f"{type(value).__name__}(", _set_fields(value)
         words.add(type(value).__name__)
-    line = ", ".join(_write(each, words, None, name) for name, each in items)
+    line = ", ".join(as_code(each, words, None, name) for name, each in items)
     line = f"{label}{first}{line}{end}{last}"
     if indent is None or indent + len(line) < CODE_WIDTH:
         return line
     deeper = indent + 4
-    lines = [f"{' ' * deeper}{_write(each, words, deeper, name)},\n" for name, each in items]
+    lines = [f"{' ' * deeper}{as_code(each, words, deeper, name)},\n" for name, each in items]
     return f"{label}{first}\n{''.join(lines)}{' ' * indent}{last}"
 
 

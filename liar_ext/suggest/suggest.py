@@ -54,7 +54,8 @@ class Suggestion:
     @property
     def code(self) -> str:
         """Python code that registers the row."""
-        text, words = as_code(self.family, 4)
+        words: set[str] = set()
+        text = as_code(self.family, words, 4)
         return (
             "from liar_ext import register_family\n"
             f"from liar_ext.models.family import {', '.join(sorted(words))}\n\n"
