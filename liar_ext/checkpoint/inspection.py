@@ -211,7 +211,8 @@ def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
             raise _refusal(folder, "auto_map", "equal layers need no code")
         return []
     for name, loader in auto_map.items() if isinstance(auto_map, Mapping) else [("", auto_map)]:
-        if name not in auto_names() or not _is_stock(loader):
+        module, _, stock = str(loader).partition(".")
+        if name not in auto_names() or module != LOADER_MODULE or model_class(stock) is None:
             raise _refusal(folder, f"auto_map with {name}: {str(loader)[:80]}", "it isn't ours")
     path, code = folder / LOADER_FILE, LOADER_CODE.encode()
     same = path.is_file() and path.stat().st_size == len(code) and path.read_bytes() == code
@@ -227,9 +228,3 @@ def _refusal(folder: Path, what: str, why: str) -> InputError:
         f"verify: {folder} has {what}, and {why}; no code of the folder was run, nor should you "
         "trust it: load the weights with liar_ext.load_pruned, or get the folder again"
     )
-
-
-def _is_stock(loader: Any) -> bool:
-    """Tell whether this is the loader file's class for a class of transformers."""
-    module, _, name = str(loader).partition(".")
-    return module == LOADER_MODULE and model_class(name) is not None

@@ -203,7 +203,13 @@ def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
     import transformers
 
     if CLASS_NAME in fields:
-        return _diffusion_class(fields, operation)
+        name = str(fields[CLASS_NAME])[:80]
+        if (stock := model_class(name)) is None:
+            raise InputError(
+                f"{operation}: config.json names {name!r} of diffusers, which isn't installed, or "
+                "none of the families; pip install diffusers, or see docs/howto/diffusion.md"
+            )
+        return stock
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     with reading(name, operation):
@@ -229,16 +235,6 @@ def _dtype_of(folder: Path, dtype: torch.dtype | str) -> torch.dtype:
         with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
             return file.get_tensor(next(iter(file.keys()))).dtype
     return getattr(torch, str(dtype).removeprefix("torch."))
-
-
-def _diffusion_class(fields: Mapping[str, Any], operation: str) -> Any:
-    name = str(fields[CLASS_NAME])[:80]
-    if (stock := model_class(name)) is None:
-        raise InputError(
-            f"{operation}: config.json names {name!r} of diffusers, which isn't installed, or none "
-            "of the families; pip install diffusers, or see docs/howto/diffusion.md"
-        )
-    return stock
 
 
 def bare_class(found: Folder, stock: Any) -> Any | None:

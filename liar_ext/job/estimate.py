@@ -16,7 +16,7 @@ from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
-from liar_ext.job.state import SENSITIVITY, Job, Known, score_key, sensitivity_key
+from liar_ext.job.state import SENSITIVITY, Job, score_key, sensitivity_key
 from liar_ext.models.depth import count_blocks_kept
 from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
@@ -93,7 +93,9 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
     forward, groups = body * tokens, group_sites(at, job.room)
     layerwise, curve = recipe.schedule == "layerwise", recipe.allocation == "curve"
     one_pass = job.judged is not None or not layerwise
-    drawn, measured = _unknown(job, at) if curve else (False, False)
+    drawn = curve and not job.known.has("curve", score_key(recipe), at)
+    key = sensitivity_key(recipe, job.known, model, at)
+    measured = curve and not job.known.has(SENSITIVITY, key, at)
     affine = recipe.reconstruct in WITH_BIAS or _has_biases(model, at)
     held = max(sum(bytes_of_sums(site.d_in) for site in group) for group in groups)
 
@@ -133,12 +135,6 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
     if recipe.rescale:
         probes = rescale_batches(batches)
         yield "rescale", len(probes), probed(probes), 0
-
-
-def _unknown(job: Job, at: Sequence[Site]) -> tuple[bool, bool]:
-    recipe, known = job.recipe, job.known or Known()
-    key = sensitivity_key(recipe, known, job.model, at)
-    return not known.has("curve", score_key(recipe), at), not known.has(SENSITIVITY, key, at)
 
 
 def _shortening(

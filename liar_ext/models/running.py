@@ -304,11 +304,6 @@ def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | Expe
     return ExpertLayer(*owner_of(root, path), expert)
 
 
-def count_experts(block: nn.Module, wiring: Wiring) -> int:
-    """Return how many experts a block has, by their weights; 0 where it has none."""
-    return 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
-
-
 def out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
     """Return how many features a linear layer writes, and how many it reads."""
     weight = getattr(layer, "weight", None)

@@ -31,7 +31,6 @@ from liar_ext.models.registry import family_of
 from liar_ext.models.running import (
     Block,
     block_config,
-    count_experts,
     count_kv_heads,
     get_path,
     has_path,
@@ -324,7 +323,7 @@ def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: s
     """Return the site of a block; of a mixture of experts what all of them have in common."""
     part, label, index, (path, block) = place
     name = ".".join(str(each) for each in (part.name, index, label) if each != "")
-    experts = count_experts(block, wiring)
+    experts = 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
     found = {layer: layer_at(block, layer, 0 if experts else None) for layer in wiring.layers}
     rows = {layer: out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = out_in(name, wiring.consumer, found[wiring.consumer], wiring)
