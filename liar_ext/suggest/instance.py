@@ -209,11 +209,8 @@ def _bounded() -> Iterator[None]:
         if count > MOST_MODULES:
             raise Refused(f"it has more than {MOST_MODULES:,} modules")
 
-    handle = registration.register_module_module_registration_hook(counted)
-    try:
+    with registration.register_module_module_registration_hook(counted):
         yield
-    finally:
-        handle.remove()
 
 
 @dataclass
@@ -243,9 +240,9 @@ def hooked(
         for path, module in modules.items():
             if before is not None:
                 hook = module.register_forward_pre_hook(partial(before, path), with_kwargs=True)
-                hooks.callback(hook.remove)
+                hooks.enter_context(hook)
             if after is not None:
-                hooks.callback(module.register_forward_hook(partial(after, path)).remove)
+                hooks.enter_context(module.register_forward_hook(partial(after, path)))
         yield
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,9 @@ CLOSE = 1e-6  # of the largest output: norms compute in float32 whatever the mod
 NOTICED = 1e-4  # by which zeroing must change the outputs, so that the comparison can fail
 
 
-@contextmanager
-def registered(family: Family) -> Iterator[None]:
+def registered(family: Family) -> AbstractContextManager:
     """Have a row in the table while the context is open."""
-    before = dict(FAMILIES)
-    FAMILIES[family.name] = family
-    try:
-        yield
-    finally:
-        FAMILIES.clear()
-        FAMILIES.update(before)
+    return mock.patch.dict(FAMILIES, {family.name: family})
 
 
 def rewired(family: Family, kind: str, **changes: Any) -> Family:
