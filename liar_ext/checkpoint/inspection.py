@@ -176,15 +176,15 @@ def _is_size(value: Any, kind: type = int) -> bool:
     return number and 1 <= value <= LARGEST
 
 
-def fields_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def fields_of(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield every field of a config and of its parts, by its own name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield key, item
-            yield from fields_of(item, key)
+            yield from fields_of(item)
     elif isinstance(value, list):
         for item in value:
-            yield from fields_of(item, name)
+            yield from fields_of(item)
 
 
 def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
