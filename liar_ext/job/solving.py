@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
@@ -23,12 +23,11 @@ from liar_ext.reconstruction.layerwise import Solved as Block
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise, solve_layerwise
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import certified_errors, reconstruct_shared
-from liar_ext.reconstruction.streams import StreamedBatches
+from liar_ext.reconstruction.streams import StreamedBatches, Weights
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
 from liar_ext.system.distributed import alone, is_first
 
-Weights = dict[str, tuple[Tensor, Tensor | None]]
 # Of a calibration set with enough sequences every n-th is held out, up to so many.
 HELD_OUT_EVERY, LEAST, MOST = 8, 32, 64
 # The cheaper one first.

@@ -21,6 +21,7 @@ from liar_ext.models.registry import family_of
 from liar_ext.models.running import base_path, block_config, blocks_of, owner_of
 
 Shared = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and dimension: whole, sliced
+Weights = Mapping[str, tuple[Tensor, Tensor | None]]  # new ones, with the bias, by site or path
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,7 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def slice_hidden(
-    model: nn.Module, kept: Sequence[int], weights: Mapping[str, tuple[Tensor, Tensor | None]]
-) -> None:
+def slice_hidden(model: nn.Module, kept: Sequence[int], weights: Weights) -> None:
     """Keep some hidden features of a model, ascending, and remove the others, in place.
 
     ``weights`` are new weights and biases by path: ``(d_out, n_kept)`` of a reader, ``(n_kept,)``

@@ -24,12 +24,11 @@ from liar_ext.models.depth import check_kept_blocks, keep_blocks
 from liar_ext.models.experts import check_count, check_kept_experts, keep_experts
 from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.registry import type_of
-from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
+from liar_ext.models.residual_stream import Weights, hidden_of, narrow, slice_hidden, weight_of
 from liar_ext.models.running import bias_name, layer_at, layer_of, owner_of
 from liar_ext.models.sites import CROSS, Site, get_consumer_bias, head_axis, sites, teams_of
 from liar_ext.plan import Plan, SitePlan, sites_left
 
-Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 DENSE = "dense."  # before the name of a site: as it is called before blocks go
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import Moments, check_finite, check_folds
 from liar_ext.errors import InputError, naming_memory
+from liar_ext.models.residual_stream import Weights
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.ops.reference import NOT_FINITE, symmetric
 from liar_ext.plan import Plan
@@ -320,9 +321,7 @@ def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
     return replace(plan, sites=planned)
 
 
-def certified_errors(
-    passes: Passes, plan: Plan, weights: Mapping[str, tuple[Tensor, Tensor | None]]
-) -> dict[str, float]:
+def certified_errors(passes: Passes, plan: Plan, weights: Weights) -> dict[str, float]:
     """Return the error of each site's new weights, by name, on the dense inputs of fresh text.
 
     ``passes`` run the dense model over text that no decision saw: an unbiased estimate.

@@ -14,9 +14,9 @@ from liar_ext.calibration.batches import Batch, Batches, read_batches
 from liar_ext.calibration.taps import replaced, watched
 from liar_ext.errors import InputError
 from liar_ext.models.depth import why_lent
+from liar_ext.models.residual_stream import Weights
 from liar_ext.models.running import evaluating, layer_of
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.models.slicing import Weights
 from liar_ext.plan import Plan
 from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.system.checkpoint_store import Checkpoint, reading
