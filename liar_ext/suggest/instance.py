@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -198,19 +199,15 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
     raise Refused(f"its forward pass takes {name}, and only tokens and images are known here")
 
 
-@contextmanager
-def _bounded() -> Iterator[None]:
+def _bounded() -> AbstractContextManager:
     """Stop a model that has more modules than any real one, before it fills the memory."""
-    count = 0
+    before = count()
 
     def counted(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > MOST_MODULES:
+        if next(before) >= MOST_MODULES:
             raise Refused(f"it has more than {MOST_MODULES:,} modules")
 
-    with registration.register_module_module_registration_hook(counted):
-        yield
+    return registration.register_module_module_registration_hook(counted)
 
 
 @dataclass
