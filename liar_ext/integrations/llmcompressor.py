@@ -12,6 +12,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,7 @@ def calibration_batches(model: nn.Module, dataloader: Any) -> Iterator[Batch]:
         sequences += len(read)
         if loss_mask is not None:
             mask = loss_mask.bool() if read.mask is None else read.mask & loss_mask.bool()
-            read = Batch(read.inputs, read.fold, mask, read.labels)
+            read = replace(read, mask=mask)
         yield read
 
 

@@ -46,6 +46,9 @@ def test_loss_masks_leave_tokens_out(folder):
     batches = list(calibration_batches(load(folder), loader(some)))
     assert all(int(batch.mask.sum()) == 4 * 16 for batch in batches)
     assert all("loss_mask" not in batch.inputs for batch in batches)
+    weighed = [{**row, "weight": torch.tensor(2.0)} for row in some]
+    batches = calibration_batches(load(folder), loader(weighed))
+    assert all(batch.weight.tolist() == [2.0] * 4 for batch in batches)
     modifier = LIARPruningModifier(**EQUAL)
     run(folder, modifier, dataset=loader(some), use_loss_mask=True)
     assert modifier.report.settings["calibration_tokens"] == 8 * 16
