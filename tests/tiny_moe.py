@@ -22,6 +22,8 @@ _LATENT = {
     **{"num_key_value_heads": 8, "q_lora_rank": 12, "kv_lora_rank": 10},
     **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 6, "v_head_dim": 5},
 }
+# An indexer, which has heads of its own, chooses the tokens that are attended to.
+_INDEX = {"index_n_heads": 2, "index_head_dim": 8, "head_dim": 6}
 _LINEAR = {
     **{"layer_types": ["full_attention", "linear_attention"]},
     **{"linear_key_head_dim": 6, "linear_value_head_dim": 4},
@@ -155,6 +157,42 @@ MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
         {**_LATENT, "q_lora_rank": None},
     ),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _LATENT),
+    "deepseek_v32": (
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {**_LATENT, **_INDEX, "index_topk": 4},
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsaForCausalLM",
+        "GlmMoeDsaConfig",
+        {**_LATENT, **_INDEX, "index_topk": 4, "indexer_types": ["full", "shared", "full"]},
+    ),
+    "kimi_k25": (
+        "Kimi_K25ForConditionalGeneration",
+        "Kimi_K25Config",
+        {
+            "text_config": {"model_type": "deepseek_v3", **_LATENT},
+            "vision_config": {
+                **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+                **{"num_attention_heads": 2, "patch_size": 4, "pos_emb_height": 2},
+                "pos_emb_width": 2,
+            },
+            "projection_hidden_size": 16,
+        },
+    ),
+    "glm4v_moe": (
+        "Glm4vMoeForConditionalGeneration",
+        "Glm4vMoeConfig",
+        {
+            "text_config": {
+                **_SHARED,
+                "hidden_size": 32,
+                "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]},
+            },
+            "vision_config": {**_VISION, "out_hidden_size": 32, "image_size": 8},
+        },
+    ),
+    "mistral4": ("Mistral4ForCausalLM", "Mistral4Config", _LATENT),
     "flex_olmo": (
         "FlexOlmoForCausalLM",
         "FlexOlmoConfig",

@@ -142,7 +142,8 @@ _GEMMA4 = replace(
 
 def in_pictures(row: Family, name: str, blocks: str = "language_model.layers") -> Family:
     """Return the row of a model that reads pictures, too, from that of its text model."""
-    without = {**row.without, "hidden": row.without.get("hidden", PICTURES)}
+    why = row.without.get("hidden")
+    without = {**row.without, "hidden": f"{why}, and {PICTURES}" if why else PICTURES}
     text = {"blocks": blocks, "config": "text_config", "stream": None}
     return replace(row, name=name, without=without, **text)
 

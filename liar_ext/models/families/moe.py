@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from liar_ext.models.families.decoders import ATTN, MLP, ROW, SINKS, counts
+from liar_ext.models.families.decoders import ATTN, MLP, ROW, SINKS, counts, in_pictures
 from liar_ext.models.family import (
     GATE_UP,
     JOINT,
-    PICTURES,
     ROUTED,
     Experts,
     Family,
@@ -114,22 +113,15 @@ def mixture(
     return Family(name, "layers", attn, mlp, shared_mlp, without=without)
 
 
+_GLM4 = mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE)
+_DEEPSEEK = mixture("deepseek_v3", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE)
 ROWS = (
     mixture("mixtral", ATTN, experts(LOCAL)),
     # Layers that mlp_only_layers names have an ordinary MLP.
     mixture("qwen3_moe", ROW.attn, (QWEN3_EXPERTS, MLP)),
     mixture("olmoe", None, _OLMOE, without=_JOINT),
     mixture("gpt_oss", replace(ROW.attn, **SINKS), _GPT_OSS),
-    replace(
-        mixture(
-            "qwen3_vl_moe",
-            ROW.attn,
-            (QWEN3_EXPERTS, MLP),
-            without={"hidden": f"{ROUTED}, and {PICTURES}"},
-        ),
-        blocks="language_model.layers",
-        config="text_config",
-    ),
+    in_pictures(mixture("", ROW.attn, (QWEN3_EXPERTS, MLP)), "qwen3_vl_moe"),
     # Blocks of linear attention have no sites of attention, and as many heads by the config.
     mixture(
         "minimax",
@@ -155,7 +147,7 @@ ROWS = (
     mixture("mellum", ROW.attn, (QWEN3_EXPERTS, MLP)),
     mixture("phimoe", ROW.attn, experts(LOCAL, router="mlp.router")),
     # The first layers of these have an ordinary MLP.
-    mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE),
+    *(_GLM4, in_pictures(_GLM4, "glm4v_moe")),
     mixture("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
     mixture("solar_open", ATTN, _ROUTED, _SUMMED, _BESIDE),
     mixture("cohere2_moe", ROW.attn, (_COUNTED, _PREFIX), _SUMMED, _BESIDE),
@@ -175,7 +167,13 @@ ROWS = (
     ),
     *(
         mixture(name, _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE)
-        for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+        for name in ("deepseek_v2", "deepseek_v32", "glm4_moe_lite", "mistral4")
+    ),
+    *(_DEEPSEEK, in_pictures(_DEEPSEEK, "kimi_k25")),
+    mixture(
+        "glm_moe_dsa",
+        *(_LATENT, (_ROUTED, MLP), _SUMMED),
+        {**_BESIDE, "layerwise": "some layers attend to the tokens that an earlier one chose"},
     ),
     mixture("flex_olmo", None, _OLMOE, without=_JOINT),
     mixture("minimax_m2", None, experts(LOCAL, choice=_CHOICE), without=_JOINT),
