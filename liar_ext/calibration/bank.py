@@ -21,7 +21,6 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import Tensor
 from liar_ext.calibration.bank_source import Text, check_source, combine, pack, renumbered, unpack
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments, all_finite
-from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.errors import InputError, refusing
 from liar_ext.system.atomic_write import SEAL, Held, is_sealed, write_tensors
 from liar_ext.system.environment import available_memory
 
@@ -161,8 +160,17 @@ def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> MomentBank:
     digest of the file, then the numbers. InputError if it is no bank of this version, is damaged,
     or holds what no calibration gives.
     """
-    with _refusing(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):
+    failure = f"MomentBank.load: {path} is not a moment bank of this version, or is damaged"
+    hint, kinds = "calibrate again and save that bank", (OSError, ValueError, SafetensorError)
+    with refusing(failure, hint, *kinds):
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            raise InputError(
+                f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
+                "--calibration TEXT --out FILE makes one"
+            ) from None
+        if not stat.S_ISREG(mode):
             raise ValueError("it must be an ordinary file")
         with safe_open(os.fspath(path), framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
@@ -184,26 +192,6 @@ def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> MomentBank:
             if sums:
                 bank.moments = {name: _sums(file, name, d) for name, d in widths.items()}
             return bank
-
-
-@contextmanager
-def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what goes wrong while a bank is read into an InputError that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise InputError(
-            f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
-            "--calibration TEXT --out FILE makes one"
-        ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        said = "safetensors says: " if isinstance(error, SafetensorError) else ""
-        raise InputError(
-            f"MomentBank.load: {path} is not a moment bank of this version, or is damaged: "
-            f"{said}{one_line(error)}; calibrate again and save that bank"
-        ) from None
 
 
 class Triangles:
