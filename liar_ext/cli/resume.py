@@ -19,7 +19,7 @@ from liar_ext.calibration.bank import read_bank
 from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.cli.inputs import WRITTEN
 from liar_ext.cli.output import check_shared, show
-from liar_ext.errors import InputError, one_line, typed
+from liar_ext.errors import InputError, one_line, refusing, typed
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable
 from liar_ext.system.checkpoint_store import (
@@ -69,12 +69,9 @@ def run(options: argparse.Namespace) -> object:
             f"{job['folder']}",
             flush=True,
         )
-    try:
+    gone = f"resume: can't go to {job['folder']!r}, where the job was started"
+    with refusing(gone, "", OSError, ValueError):
         os.chdir(job["folder"])
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"resume: can't go to {job['folder']!r}, where the job was started: {one_line(error)}"
-        ) from error
     if broadcast(is_done(folder, result) if is_first() else None):
         if is_first():
             remove(folder)

@@ -18,7 +18,7 @@ from torch import nn
 
 from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
-from liar_ext.errors import InputError, did_you_mean, install, one_line
+from liar_ext.errors import InputError, did_you_mean, install, one_line, refusing
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.system.progress import Bar
@@ -155,13 +155,10 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> list[An
     else:
         hint = did_you_mean(unknown[0], manager.all_tasks, "lm-eval ls tasks lists them", 3)
         raise InputError(f"eval: lm-eval knows no task {unknown[0]!r}; {hint}")
-    try:
+    hint = "its data must be at hand, in the cache of datasets or in files that the task names"
+    # Of datasets, YAML and a task's own code: whatever a file holds.
+    with refusing("eval: a task can't be loaded", hint, Exception, named=True):
         loaded = manager.load(list(names))
-    except Exception as error:  # of datasets, YAML and a task's own code: whatever a file holds
-        raise InputError(
-            f"eval: a task can't be loaded: {type(error).__name__}: {one_line(error, 160)}; its "
-            "data must be at hand, in the cache of datasets or in files that the task names"
-        ) from error
     return [*loaded["groups"].values(), *loaded["tasks"].values()]
 
 

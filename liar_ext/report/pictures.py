@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from liar_ext.checkpoint.placing import check_place
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.system.atomic_write import atomic_write, made_folders
 
@@ -229,17 +229,13 @@ def write(
     there = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [Path(folder) / f"{name}.png" for name in there]
     plain = {"format": "png", "dpi": 200, "facecolor": "white", "metadata": PNG_MARK}
-    try:
-        with made_folders(Path(folder)):
-            for path in paths:
-                check_place(path, operation, "--png", _is_png)
-            for path, figure in zip(paths, there.values(), strict=True):
-                with atomic_write(path) as file:
-                    figure.savefig(file, **plain)
-    except OSError as error:
-        raise InputError(
-            f"{operation}: can't write into {folder}: {one_line(error)}; give another with --png"
-        ) from error
+    failure = f"{operation}: can't write into {folder}"
+    with refusing(failure, "give another with --png", OSError), made_folders(Path(folder)):
+        for path in paths:
+            check_place(path, operation, "--png", _is_png)
+        for path, figure in zip(paths, there.values(), strict=True):
+            with atomic_write(path) as file:
+                figure.savefig(file, **plain)
     return paths
 
 

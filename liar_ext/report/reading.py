@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.checkpoint.folder import REPORT_JSON
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, refusing
 from liar_ext.measure.speed import BENCH_VERSION, Benchmark, ModelFacts, Quartiles, Rate
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.rows import SiteRow
@@ -41,10 +41,8 @@ def read_report(folder: str | os.PathLike[str], operation: str) -> tuple[dict[st
     """Return the fields of a folder's report, and its SHA-256; InputError if it has none."""
     path = Path(folder)
     found = path / REPORT_JSON
-    try:
+    with refusing(f"{operation}: {path} can't be read", "", OSError, ValueError):
         is_folder, is_report = path.is_dir(), found.is_file()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{operation}: {path} can't be read: {one_line(error)}") from error
     if not is_folder:
         raise InputError(f"{operation}: {path} is no folder; give one that liar prune wrote")
     if not is_report:
