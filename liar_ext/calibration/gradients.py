@@ -216,21 +216,17 @@ def _tracked(
     model: nn.Module, parameters: Sequence[nn.Parameter], at: Sequence[Site]
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Track gradients of ``parameters`` alone, and give what each consumer reads, by site name."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     read: dict[str, list[Tensor]] = {}
 
     def note(name: str):
         return lambda arguments, _: read.setdefault(name, []).append(arguments[0])
 
-    try:
+    with torch.enable_grad(), ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
         model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad(), ExitStack() as stack:
-            for site in at:
-                consumer = model.get_submodule(site.consumer)
-                stack.enter_context(watched(consumer, note(site.name)))
-            yield read
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        for site in at:
+            stack.enter_context(watched(model.get_submodule(site.consumer), note(site.name)))
+        yield read

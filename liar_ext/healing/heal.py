@@ -124,11 +124,10 @@ def heal(
     settings, recompute = training.facts(), training.gradient_checkpointing
     paths = dict.fromkeys(site.path for site in sites(model))
     original = {name: each.detach().cpu().clone() for name, each in model.named_parameters()}
-    wanted = {name: each.requires_grad for name, each in model.named_parameters()}
     interrupted = False
     with ExitStack() as stack:
-        for name, parameter in model.named_parameters():
-            stack.callback(parameter.requires_grad_, wanted[name])
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
         stack.callback(set_dtypes, model, original)
         saved = stack.enter_context(opened(checkpoint))
         for each in (model, teacher):

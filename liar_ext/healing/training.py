@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from liar_ext.calibration.batches import Batch, completed, count_tokens
+from liar_ext.calibration.taps import replaced
 from liar_ext.errors import InputError
 from liar_ext.healing import OF_SIZE, RATE, TRAIN
 from liar_ext.models.running import computes_bfloat16, device_of, predicts_next_token
@@ -295,8 +296,6 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Let blocks compute their activations a second time in the backward pass."""
     with ExitStack() as stack:
         for block in blocks:
-            own = vars(block).get("forward")  # accelerate puts one there
-            undo = (setattr, block, "forward", own) if own else (delattr, block, "forward")
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            stack.callback(*undo)
+            twice = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(replaced(block, twice))
         yield

@@ -317,13 +317,10 @@ def _stopwatch(
 
     with ExitStack() as stack:
         for site in at:
-            for path in site.producers:
-                begun = partial(start, site.name)
-                handle = model.get_submodule(path).register_forward_pre_hook(begun)
-                stack.callback(handle.remove)
-            ended = partial(end, site.name)
-            handle = model.get_submodule(site.consumer).register_forward_hook(ended)
-            stack.callback(handle.remove)
+            for producer in map(model.get_submodule, site.producers):
+                stack.enter_context(producer.register_forward_pre_hook(partial(start, site.name)))
+            consumer = model.get_submodule(site.consumer)
+            stack.enter_context(consumer.register_forward_hook(partial(end, site.name)))
         yield lambda: {name: between(starts[name], ends[name]) for name in ends if name in starts}
 
 

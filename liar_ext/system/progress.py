@@ -293,20 +293,14 @@ def no_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-@contextmanager
-def obedient_bar() -> Iterator[None]:
+def obedient_bar() -> AbstractContextManager:
     """Let the bar of a GGUF file obey the switch of transformers' other bars, which it ignores."""
+    from unittest import mock
+
     from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging as bars
 
-    own = vars(reader).get("tqdm")
-    if own is not None:
-        reader.tqdm = bars.tqdm
-    try:
-        yield
-    finally:
-        if own is not None:
-            reader.tqdm = own
+    return mock.patch.object(reader, "tqdm", bars.tqdm, create=True)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
