@@ -80,15 +80,19 @@ def combine(mine: Source, theirs: Source, sequences: Sequence[Tensor | None]) ->
     if "texts" in merged:
         merged["texts"] = list(dict.fromkeys(merged["texts"]))
     if "routed" in merged:
-        one, two = (bank.get("routed", {}) for bank in both)
-        pairs = {name: (one.get(name, (0, 0)), two.get(name, (0, 0))) for name in {**one, **two}}
-        merged["routed"] = {
-            name: [sum(fold) for fold in zip(*pair, strict=True)] for name, pair in pairs.items()
-        }
+        merged["routed"] = added(bank.get("routed", {}) for bank in both)
     if "seq_len" in merged:
         merged["seq_len"] = max(bank.get("seq_len", 0) for bank in both)
     merged.pop("sensitivities", None)  # measured by the sums of one alone
     return merged
+
+
+def added(shares: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
+    """Return the sums of the counts of each fold by name, such as tokens by expert."""
+    totals: dict[str, list[int]] = {}
+    for name, counts in (pair for share in shares for pair in share.items()):
+        totals[name] = [a + b for a, b in zip(totals.get(name, (0,) * FOLDS), counts, strict=True)]
+    return totals
 
 
 def _check_alike(mine: Source, theirs: Source) -> None:

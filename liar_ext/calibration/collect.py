@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.bank_source import Seen, fingerprint_of
+from liar_ext.calibration.bank_source import Seen, added, fingerprint_of
 from liar_ext.calibration.batches import (
     FOLDS,
     Batch,
@@ -288,12 +288,7 @@ def _added(moments: dict[str, Moments | Squares]) -> dict[str, Moments | Squares
 def counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
     """Return what all ranks have counted: tokens, and those of each fold by the expert's name."""
     shares = distributed.gather((current.tokens, current.routed))
-    totals: dict[str, list[int]] = {}
-    for _, routed in shares:
-        for name, counts in routed.items():
-            before = totals.get(name, [0] * FOLDS)
-            totals[name] = [a + b for a, b in zip(before, counts, strict=True)]
-    return sum(tokens for tokens, _ in shares), totals
+    return sum(tokens for tokens, _ in shares), added(routed for _, routed in shares)
 
 
 def _check_alike(*digests: str) -> None:
