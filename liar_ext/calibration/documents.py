@@ -136,13 +136,17 @@ def read_text(path: Path) -> str:
     raise InputError(f"text: {path} must be UTF-8, got {came}; {how}")
 
 
-def _read_file(path: Path) -> list[str]:
-    text = read_text(path)
-    if path.suffix.lower() not in JSON_LINES:
-        return [text]
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """Return the lines of a file that aren't blank, each after its place: file and number."""
     # str.splitlines breaks at U+2028 and U+0085, too, which a JSON string may hold.
-    lines = enumerate(text.split("\n"), start=1)
-    return [_read_line(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    return [(f"{path} line {number}", line) for number, line in lines if line.strip()]
+
+
+def _read_file(path: Path) -> list[str]:
+    if path.suffix.lower() not in JSON_LINES:
+        return [read_text(path)]
+    return [_read_line(line, place) for place, line in read_lines(path)]
 
 
 def _read_line(line: str, place: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.calibration.documents import JSON_LINES, checked, read_text, rows_of_dataset
+from liar_ext.calibration.documents import JSON_LINES, checked, read_lines, rows_of_dataset
 from liar_ext.calibration.folds import Sequences
 from liar_ext.calibration.generated import SELF
 from liar_ext.calibration.media import (
@@ -103,8 +103,7 @@ def read_examples(source: str | os.PathLike[str]) -> Files:
     source = os.fspath(source)
     path, notes = Path(source), []
     if path.suffix.lower() in JSON_LINES and path.is_file():
-        found = enumerate(read_text(path).split("\n"), start=1)
-        lines = [(f"{path} line {number}", line) for number, line in found if line.strip()]
+        lines = read_lines(path)
         if len(lines) > MOST_FILES:
             notes.append(f"Of {len(lines):,} lines of {source} {MOST_FILES:,} were read.")
         examples = [_of_line(line, place, path.parent) for place, line in spread(lines, MOST_FILES)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
-from liar_ext.calibration.documents import JSON_LINES, checked, read_text
+from liar_ext.calibration.documents import JSON_LINES, checked, read_lines
 from liar_ext.calibration.taps import watched
 from liar_ext.checkpoint.carrying import source_folder
 from liar_ext.checkpoint.sentence import Pooling, Sentence, read_sentence
@@ -295,17 +295,15 @@ def read_pairs(path: str) -> Pairs:
         raise InputError(f"pairs: {path} is no file; give one with two texts in each line")
     read = _of_json if place.suffix.lower() in JSON_LINES else _of_columns
     rows = []
-    for number, line in enumerate(read_text(place).split("\n"), start=1):
-        where = f"{path} line {number}"
+    for where, line in read_lines(place):
         try:
-            row = _row(read(line)) if line.strip() else None
+            row = _row(read(line))
         except (ValueError, RecursionError):
             raise InputError(
                 f"pairs: {where} must have two texts, and a number if they have a score: separated "
                 'by tabs, or in a .jsonl file as ["text", "text", 0.5]'
             ) from None
-        if row is not None:
-            rows.append((*(checked(text, where) for text in row[:2]), *row[2:]))
+        rows.append((*(checked(text, where) for text in row[:2]), *row[2:]))
     if len({len(row) for row in rows}) > 1:
         raise InputError(f"pairs: {path} has lines with a score and without; give all one, or none")
     if len(rows) < 2:
