@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from liar_ext.errors import did_you_mean, one_line, printable
 from liar_ext.recipe.fields import option_of, recipe_fields
+from liar_ext.system.environment import launched
 
 if TYPE_CHECKING:
     from liar_ext.report.report import Report
@@ -48,15 +49,14 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
             line = line.replace(name, option, 1) if option and name != "model" else line
     line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line))
     cause, _, hint = line.partition("; ")
-    hints = [near for near in _near_paths(options, cause)] + [hint] * bool(hint)
-    lines = [("error", cause), *([("hint", " ".join(hints))] if hints else [])]
+    hint = " ".join([*_near_paths(options, cause), *[hint] * bool(hint)])
+    lines = [("error", cause), *[("hint", hint)] * bool(hint)]
     return "\n".join(f"{_painted(word)} {one_line(said)}" for word, said in lines)
 
 
 def is_other() -> bool:
     """Tell whether torchrun started this process as another rank than the first."""
-    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    return launched and os.environ["RANK"] != "0"
+    return launched() and os.environ["RANK"] != "0"
 
 
 @contextmanager

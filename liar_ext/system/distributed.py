@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from liar_ext.errors import InputError, one_line
+from liar_ext.system.environment import TORCHRUN, launched
 
 MEETING = timedelta(minutes=10)  # ranks meet before they load anything
 AT_HAND = timedelta(seconds=15)  # torchrun's store is there before; by IPv6 and IPv4 in turn
 TIMEOUT = timedelta(hours=6)  # others wait while the first one evaluates, or writes text
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
 Value = TypeVar("Value")
 
@@ -35,11 +35,6 @@ class RankLost(RuntimeError):
 
 # The store is one that all ranks can write into, also when one has ended.
 _group = SimpleNamespace(store=None, alone=False)
-
-
-def launched() -> bool:
-    """Tell whether torchrun started this process."""
-    return all(name in os.environ for name in VARIABLES)
 
 
 def join() -> None:
@@ -55,7 +50,7 @@ def join() -> None:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     )
     if not (0 <= rank < count and 0 <= local < local_world_size() <= count and port >= 0):
-        given = ", ".join(f"{name}={os.environ[name]!r}" for name in VARIABLES)
+        given = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN)
         raise InputError(
             f"processes: the environment must be as torchrun sets it, got {given}; start all ranks "
             "by torchrun, or unset these"

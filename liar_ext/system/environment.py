@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from types import TracebackType
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # variables that it sets
 # Isolated until the search path is the parent's: no file of the current folder is imported.
 CHILD = """\
 import sys, json, runpy
@@ -34,6 +35,11 @@ def is_command(argv: Sequence[str], original: Sequence[str]) -> bool:
         return original[at : at + 1] == ["liar_ext"]
     name = PurePath(argv[0]) if argv else PurePath()
     return name.stem == "liar" and name.suffix in ("", ".exe")
+
+
+def launched() -> bool:
+    """Tell whether torchrun started this process."""
+    return all(name in os.environ for name in TORCHRUN)
 
 
 def child(script: str | os.PathLike[str], *arguments: object) -> list[str]:
