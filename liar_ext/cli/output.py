@@ -113,10 +113,9 @@ def meet(options: argparse.Namespace) -> None:
     own = {name: each for name, each in vars(options).items() if name not in OWN}
     first = broadcast(own)
     if first != own:
-        name = next(name for name in {**own, **first} if own.get(name) != first.get(name))
         raise InputError(
             f"{options.command}: every rank must have the same options, and rank 0 has "
-            f"{difference(name, first.get(name), own.get(name))} at rank {rank()}"
+            f"{difference('options', first, own)} at rank {rank()}"
         )
 
 

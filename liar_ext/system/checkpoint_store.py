@@ -83,13 +83,12 @@ class Checkpoint(AbstractContextManager):
         """
         job = json.loads(json.dumps({"version": VERSION, **job}))  # as it is read back
         for other, theirs in enumerate(gather(job)):
-            for name, value in job.items():
-                if theirs[name] != value:
-                    raise InputError(
-                        f"checkpoint: every rank must have the same job, and rank {other} has "
-                        f"{difference(name, theirs[name], value)} at rank {rank()}; give all the "
-                        "same files, and one kind of device"
-                    )
+            if theirs != job:
+                raise InputError(
+                    f"checkpoint: every rank must have the same job, and rank {other} has "
+                    f"{difference('job', theirs, job)} at rank {rank()}; give all the same files, "
+                    "and one kind of device"
+                )
         known = self.get(JOB)
         before = {} if known is None else known[1]
         if before and before.get("version") != VERSION:
@@ -97,12 +96,12 @@ class Checkpoint(AbstractContextManager):
         resume = f"liar resume {typed(self.folder)} goes on with it"
         # Where the options are the same, the model or a text has changed.
         again = resume if "command" in job else "start the job as it was"
-        for name, value in job.items():
-            if before.get(name, value) != value:
-                raise InputError(
-                    f"checkpoint: {self.folder} is of a job with "
-                    f"{difference(name, before[name], value)}; {again}, or name another folder"
-                )
+        recorded = {name: before.get(name, value) for name, value in job.items()}
+        if recorded != job:
+            raise InputError(
+                f"checkpoint: {self.folder} is of a job with {difference('job', recorded, job)}; "
+                f"{again}, or name another folder"
+            )
         facts = {**kept, **job, **before}
         if facts != before:
             self.put(JOB, facts=facts)
