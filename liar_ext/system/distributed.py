@@ -189,7 +189,8 @@ def _reached(hint: str = "") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _lost(error, hint) from error
+        said = "another process of the job has ended or can't be reached"
+        raise RankLost(f"{said}: {one_line(error, 120)}{hint}") from error
 
 
 @contextmanager
@@ -201,13 +202,8 @@ def exchanging() -> Iterator[None]:
         own = world_size() == 1 or isinstance(error, RankLost)
         if own or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise _lost(error) from error
-
-
-def _lost(error: RuntimeError, hint: str = "") -> RankLost:
-    return RankLost(
-        f"another process of the job has ended or can't be reached: {one_line(error, 120)}{hint}"
-    )
+        with _reached():
+            raise
 
 
 def _how_to_reach() -> str:
