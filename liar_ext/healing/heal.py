@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -341,14 +342,12 @@ class Healing:
                 groups[group][rest] = value
         put(self.trained, groups["weight"])
         self.best = groups["best"] or None
-        state: dict[int, State] = {}
+        state, parameters = defaultdict(dict), list(self.trained.values())
         for name, value in groups["optimizer"].items():
-            index, _, rest = name.partition("/")
-            state.setdefault(int(index), {})[rest] = value
-        for index, parameter in enumerate(self.trained.values()):
-            for name, value in state.get(index, {}).items():
-                state[index][name] = as_part(value, parameter) if value.dim() else value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+            index, rest = name.split("/")
+            part = as_part(value, parameters[int(index)]) if value.dim() else value
+            state[int(index)][rest] = part
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(state)})
 
     def finish(self, original: State) -> bool:
         """Give the model the best state, as it will be saved; tell whether it is better.
