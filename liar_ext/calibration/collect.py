@@ -252,10 +252,10 @@ class Passes:
         return group
 
 
-def check_not_padding(index: int, batch: Batch) -> None:
+def check_not_padding(index: int, batch: Batch, operation: str = "calibrate") -> None:
     """Raise InputError if a batch holds only padding."""
     if batch.mask is not None and not batch.mask.any():
-        raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+        raise InputError(f"{operation}: batch {index} holds only padding; leave it out")
 
 
 @contextmanager

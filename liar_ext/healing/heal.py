@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
+from liar_ext.calibration.collect import check_not_padding
 from liar_ext.errors import InputError
 from liar_ext.healing.losses import Teacher, losses, mean_loss
 from liar_ext.healing.training import (
@@ -117,6 +118,8 @@ def heal(
     training = Training(budget, **training).on(device_of(model))
     if not batches or not held_out:
         raise InputError("heal: needs text to train on and held-out text; give more text")
+    for index, batch in enumerate([*batches, *held_out]):
+        check_not_padding(index, batch, "heal")
     if any(each.is_meta for one in (model, teacher) for each in one.parameters()):
         raise InputError(
             "heal: all weights must be in memory, and some are offloaded; use a larger device, or "

@@ -259,7 +259,9 @@ def read(path: str | os.PathLike[str]) -> str:
     except OSError as error:
         raise InputError(f"recipe: can't read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"recipe: {path!r} must be a UTF-8 file of YAML or JSON") from error
+        raise InputError(
+            f"recipe: {os.fspath(path)!r} must be a UTF-8 file of YAML or JSON"
+        ) from error
     raise InputError(f"recipe: {path} must be at most {MOST_BYTES} bytes; is it a recipe?")
 
 

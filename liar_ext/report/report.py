@@ -286,7 +286,7 @@ class Report:
             before, after = self.params.get(f"{part}before"), self.params.get(f"{part}after")
             if before and after is not None:
                 lines.append(f"{title:20} {before:>15,} → {after:>15,}  ({after / before:.1%})")
-        for row in (row for row in self.sites if row.name == "blocks"):
+        for row in (row for row in self.sites if row.name == "blocks" and row.is_pruned):
             sizes = f"{row.units_before:>15} → {row.units_after:>15}"
             lines.append(f"{'blocks':20} {sizes}  ({row.path})")
         for name, *numbers in tables.measures(self.evaluation):

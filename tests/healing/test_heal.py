@@ -26,6 +26,9 @@ from liar_ext.report.sections import healing_lines
 STEPS = {"budget": {"steps": 12}, "lr": 1e-2, "bfloat16": False}
 
 
+NOTHING = {name: torch.zeros(2, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+
+
 def text(count=6, rows=4, tokens=12, seed=0, padded=False):
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -382,6 +385,7 @@ def test_the_learning_rate_rises_and_falls():
         ({"lr": 0.0}, "lr must be above 0"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"held_out": []}, "held-out text"),
+        ({"held_out": [NOTHING]}, "heal: batch 6 holds only padding"),
     ],
 )
 def test_what_cant_be_is_refused(settings, said):

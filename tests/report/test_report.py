@@ -194,6 +194,10 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert "2,000 → 1,800 parameters (keep 0.9)" in read.summary()
 
 
+def test_blocks_without_counts_have_no_line():
+    assert Report.from_dict({"sites": [{"name": "blocks"}]}).lines() == []
+
+
 @pytest.mark.parametrize("facts", [{"keep": 0.5}, {"version": 99, "keep": 0.5, "new": 1}])
 def test_a_recipe_of_another_version_is_shown_as_it_is(facts):
     """Not with choices of today that the job never made."""
