@@ -184,9 +184,10 @@ split-experts: setup $(ASSETS)/.installed
 COMPRESSOR := build/llmcompressor
 COMPRESS ?= --preset fast --samples 16 --eval-samples 4
 COMPRESSOR_RUN := OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(COMPRESSOR)/bin/python
-$(COMPRESSOR)/.installed:
+$(COMPRESSOR)/.installed: | $(VENV)/.torch
 	$(PYTHON) -m venv $(COMPRESSOR)
 	$(COMPRESSOR)/bin/pip install -q 'llmcompressor>=0.14' pytest hypothesis
+	$(BIN)/python setup.py -q egg_info  # the version, which PYTHONPATH finds
 	touch $@
 
 check-llmcompressor: setup $(COMPRESSOR)/.installed
