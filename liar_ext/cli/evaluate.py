@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.documents import read_documents
@@ -24,6 +25,7 @@ from liar_ext.cli.inputs import load_with_tokenizer, read_source
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.export.verify import table, verify_everywhere
+from liar_ext.job.vocabulary import VocabularyQuality
 from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
 from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity, word_errors
 from liar_ext.measure.speed import Settings, benchmark
@@ -83,20 +85,18 @@ def _text(options: argparse.Namespace) -> Result:
             f"eval: {name} reads {' and '.join(inputs_read(model))}, and no text; call "
             "liar_ext.encoder_similarity with batches of your own"
         )
-    batches = None
-    if documents is not None:
-        how = {"seq_len": options.seq_len, "samples": options.samples, "packed": causal}
-        batches = evaluation_sequences(documents, tokenizer, **how).batches(options.batch_size)
+    how = {"seq_len": options.seq_len, "samples": options.samples}
     if causal:
-        return _perplexity(options, model, batches, "windows of")
-    dense, result = _dense(options, needed=batches is not None)
+        windows = evaluation_sequences(documents, tokenizer, **how).batches(options.batch_size)
+        return _perplexity(options, model, windows, "windows of")
+    dense, reads, result = _dense(options, needed=documents is not None)
     lines: list[str] = []
-    if batches is not None:
-        found, lines = _likeness(options, model, dense, batches)
-        result |= found
+    if documents is not None:
+        found = _on_text(options, (model, tokenizer), (dense, reads), documents, how)
+        result, lines = result | found, _said(found)
     if pairs is not None:
         result |= _of_pairs(model, tokenizer, pairs, options)
-        own = {} if dense is None else _of_pairs(dense, tokenizer, pairs, options)
+        own = {} if dense is None else _of_pairs(dense, reads, pairs, options)
         for name in PAIR_MEASURES.keys() & result.keys():
             result |= {f"dense_{name}": own[name]} if own else {}
             beside = f" (dense {own[name]:.4f})" if own else ""
@@ -138,7 +138,7 @@ def _files(options: argparse.Namespace, kind: str) -> Result:
         batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)
         return _perplexity(options, model, batches, "sequences of at most")
     spoken = reader.writes and all(item.text for item in items)
-    dense, result = _dense(options, needed=not spoken)
+    dense, _, result = _dense(options, needed=not spoken)
     lines = []
     if spoken:
         settings = {"batch_size": options.batch_size, "progress": options.progress}
@@ -155,8 +155,8 @@ def _files(options: argparse.Namespace, kind: str) -> Result:
         ]
     if dense is not None:
         batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)
-        likeness, more = _likeness(options, model, dense, batches)
-        result, lines = result | likeness, lines + more
+        found = encoder_similarity(model, dense, batches, progress=options.progress)
+        result, lines = result | found, lines + _said(found)
     return result, lines
 
 
@@ -164,8 +164,10 @@ def _load(options: argparse.Namespace, name: str) -> tuple[nn.Module, Any]:
     return load_with_tokenizer(name, options.dtype, options.device)
 
 
-def _dense(options: argparse.Namespace, *, needed: bool) -> tuple[nn.Module | None, dict[str, Any]]:
-    """Return the dense model, if it is known, and what a result says of it.
+def _dense(
+    options: argparse.Namespace, *, needed: bool
+) -> tuple[nn.Module | None, Any, dict[str, Any]]:
+    """Return the dense model and its tokenizer, if it is known, and what a result says of it.
 
     It is named by an option or by the folder's report. InputError if it is needed and is not there.
     """
@@ -175,24 +177,46 @@ def _dense(options: argparse.Namespace, *, needed: bool) -> tuple[nn.Module | No
             report = Report.load(options.model)
             name = str(report.choices.get("model") or report.model)
     if options.against or (name and Path(name).is_dir()):
-        return _load(options, name)[0], {"against": name}
+        return *_load(options, name), {"against": name}
     if needed:
         gone = f"the folder of its report, {name}, is not there" if name else "it has no report"
         raise InputError(
             f"eval: {options.model} is an encoder, which is compared with the dense model, and "
             f"{gone}; give it by --against DENSE"
         )
-    return None, {}
+    return None, None, {}
 
 
-def _likeness(
-    options: argparse.Namespace, model: nn.Module, dense: nn.Module, batches: Any
-) -> Result:
-    """Return what a model keeps of the dense one's outputs."""
-    found = encoder_similarity(model, dense, batches, progress=options.progress)
+def _on_text(
+    options: argparse.Namespace,
+    pruned: tuple[nn.Module, Any],
+    dense: tuple[nn.Module, Any],
+    documents: Sequence[str],
+    how: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what a model keeps of the dense one's outputs; each reads a text as its own tokens."""
+    own, other = (
+        evaluation_sequences(documents, tokenizer, packed=False, **how)
+        for _, tokenizer in (pruned, dense)
+    )
+    if torch.equal(own.input_ids, other.input_ids):
+        batches = own.batches(options.batch_size)
+        return encoder_similarity(pruned[0], dense[0], batches, progress=options.progress)
+    judge = VocabularyQuality(*dense, documents, batch_size=options.batch_size, **how)
+    if judge.judged_by is None:
+        raise InputError(
+            f"eval: {type(dense[0]).__name__} gives logits of its own tokens, and {options.model} "
+            "has others; judge it by its own task"
+        )
+    found = measured(judge.compare(*pruned))
+    longest, tokens = own.input_ids.shape[1], int(own.attention_mask.sum())
+    return {**found, "sequences": len(own), "tokens": tokens, "seq_len": longest}
+
+
+def _said(found: Mapping[str, float]) -> list[str]:
+    """Return what an encoder keeps, in a line each."""
     over = measured_on(found)
-    said = [f"{MEASURES[n]} {quality(value)} over {over}" for n, value in measured(found).items()]
-    return found, said
+    return [f"{MEASURES[n]} {quality(value)} over {over}" for n, value in measured(found).items()]
 
 
 def _tasks(options: argparse.Namespace) -> Result:

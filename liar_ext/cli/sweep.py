@@ -21,7 +21,7 @@ from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import StrPath, given_fields, paths_of, recipe_of
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
-from liar_ext.job.sharing import shares_budget
+from liar_ext.job.sharing import TOO, shares_budget
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import tokens_gone
 from liar_ext.job.sweeping import Sweep, sweep
@@ -30,6 +30,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
+from liar_ext.report.sections import vocabulary_lines
 from liar_ext.report.tables import Table, figure, measured, quality, to_text
 from liar_ext.system.progress import no_bars
 
@@ -75,8 +76,10 @@ def run(options: argparse.Namespace) -> None:
     rows = [point.to_dict() for point in points]
     for row in rows if folders else ():
         row["folder"] = str(folders[row["keep"]])
-    facts = {"dense": dense, "budgets": rows}
-    show(options, facts, to_text(table(dense, rows)), None if options.json else given.warnings)
+    notes = list(given.warnings)
+    if given.vocabulary is not None and given.vocabulary.facts:
+        notes += [TOO] * bool(measured(dense)) + vocabulary_lines(given.vocabulary.facts)
+    show(options, {"dense": dense, "budgets": rows}, to_text(table(dense, rows)), notes)
 
 
 def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:

@@ -26,10 +26,12 @@ from liar_ext.job.vocabulary import (
 from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
+from liar_ext.report.tables import measured
 from liar_ext.system.distributed import alone, broadcast, is_first
 from liar_ext.vocabulary.keep import STEP, Choice, Counted, keep_tokens, size_of
 
 HALVINGS = 2  # how often the steps around the best size are halved
+TOO = "The dense model's quality above is with the smaller vocabulary, too."
 SPLIT = 1.05  # times as many tokens per byte as before, from which on a warning says so
 MORE = 0.02  # more of them on held-out text than on the text that chose
 
@@ -129,12 +131,14 @@ class SmallerVocabulary:
                 "auto allows. Give more text with --vocab-text, or a number of tokens."
             )
             return
-        notes = ["The dense model's quality above is with the smaller vocabulary, too."]
-        report.warnings += notes if report.evaluation else []
-        held_out = facts.get("held_out", {})
+        held_out = found = facts.get("held_out", {})
         if self.whole is not None and report.plan.sites:
-            pruned = self.whole.compare(model, self.tokenizer)
-            facts["held_out"] = {**held_out, "pruned": pruned}
+            found = self.whole.compare(model, self.tokenizer)
+            facts["held_out"] = {**held_out, "pruned": found}
+        if report.evaluation and not measured(found):
+            report.warnings.append(TOO)
+        elif report.evaluation:  # from the model with all tokens
+            report.evaluation["pruned"] = {**report.evaluation["pruned"], **measured(found)}
         report.warnings += split_warnings(facts["tokens_per_byte"], held_out)
 
 

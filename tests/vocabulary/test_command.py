@@ -287,6 +287,59 @@ def test_more_tokens_than_there_are_is_all_of_them(folder, corpus, tmp_path):
     assert report.warnings.count(said) == 1
 
 
+@pytest.fixture(scope="module")
+def encoder(folder, corpus, tmp_path_factory):
+    """A tiny BERT with the tokenizer, pruned with fewer tokens, and texts that it was judged by."""
+    at = tmp_path_factory.mktemp("encoder")
+    transformers.BertModel(tiny("bert", vocab_size=TOKENS).config).save_pretrained(at / "dense")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(at / "dense")
+    words = corpus[1].read_text().split()
+    lines = [" ".join(words[start : start + 9]) for start in range(0, 180, 9)]
+    (at / "held_out.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    rows = zip(lines, lines[1:], strict=False)
+    (at / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    more = ["--keep-vocab", str(KEPT), "--keep", "0.6", *QUICK]
+    assert run(at / "dense", corpus, at / "small", *more, "--eval", str(at / "held_out.jsonl")) == 0
+    return at
+
+
+def test_an_encoder_is_compared_with_the_dense_one_and_all_its_tokens(encoder, capsys):
+    found = Report.load(encoder / "small").evaluation["pruned"]
+    lines = (encoder / "held_out.jsonl").read_text().splitlines()
+    rows = []
+    for name in ("dense", "small"):
+        model, tokenizer = load_model(encoder / name)
+        inputs = [
+            tokenizer(json.loads(line)["text"], max_length=16, truncation=True) for line in lines
+        ]
+        ids = [torch.tensor([each["input_ids"]]) for each in inputs]
+        with torch.no_grad():
+            rows.append(torch.cat([model(each).last_hidden_state.mean(1) for each in ids]))
+    expected = torch.nn.functional.cosine_similarity(*rows).mean().item()
+    assert found["cosine"] == pytest.approx(expected, rel=1e-4) and expected < 0.99
+
+    def evaluated(folder, *options) -> dict:
+        command = ["eval", str(encoder / folder), "--seq-len", "16", "--json", "--quiet"]
+        assert cli.main([*command, *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    again = evaluated("small", "--text", str(encoder / "held_out.jsonl"))
+    assert again.pop("against") == str(encoder / "dense")
+    assert again == pytest.approx(found, rel=1e-4)
+    pairs = ["--pairs", str(encoder / "pairs.jsonl")]
+    dense = evaluated("dense", *pairs)
+    assert evaluated("small", *pairs)["dense_recall_at_1"] == dense["recall_at_1"]
+
+
+def test_a_sweep_says_that_the_dense_model_has_fewer_tokens(folder, corpus, capsys):
+    command = ["sweep", str(folder), "--calibration", str(corpus[0]), "--eval", str(corpus[1])]
+    more = ["--keep", "0.9", "--keep-vocab", str(KEPT), "--json", *QUICK]
+    assert cli.main([*command, *SHORT, *more]) == 0
+    notes = json.loads(capsys.readouterr().out)["warnings"]
+    assert any("with the smaller vocabulary, too" in note for note in notes)
+    assert any(note.startswith("Bits per byte of held-out text: ") for note in notes)
+
+
 def test_tokens_of_a_script_stay_whole(folder, corpus, tmp_path, capsys):
     """All tokens of the corpus are Latin, and do not fit."""
     more = ["--keep-vocab", "384", "--vocab-scripts", "latin"]
