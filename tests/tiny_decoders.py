@@ -196,7 +196,6 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
         "GraniteSWA",
         {**_GQA, **{"sliding_window": 4, "residual_multiplier": 0.5, "attention_bias": True}},
     ),
-    "persimmon": _causal("Persimmon", {**_SQUARE, "partial_rotary_factor": 0.5}),
     "modernbert-decoder": _causal(
         "ModernBertDecoder",
         {

@@ -45,16 +45,6 @@ _NEOX_STREAM = stream(
     [NORMS[0], _NEOX, NORMS[1], _NEOX_MLP],
     ["norm final_layer_norm", TASKS],
 )
-_PERSIMMON = attention(
-    *("self_attn", "query_key_value dense"),
-    numbers={"num_heads": "heads"},
-    stack=QKV_BY_GROUP,
-)
-_PERSIMMON_STREAM = stream(
-    ["write embed_tokens"],
-    [NORMS[0], _PERSIMMON, NORMS[1], _NEOX_MLP],
-    ["norm final_layernorm", TASKS],
-)
 _OPT = attention("self_attn", _QKV_OUT, numbers={"num_heads": "heads", "embed_dim": "features"})
 _OPT_MLP = mlp("fc1 fc2", "ffn_dim")
 # The embeddings may be narrower than the blocks, as they are in OPT-350m, and that model also has
@@ -75,9 +65,6 @@ _OPT_STREAM = stream(
 GPT_ROWS = (
     Family("gpt2", "h", _GPT2, _GPT2_MLP, stream=_GPT2_STREAM, without=NO_STOCK),
     Family("gpt_neox", "layers", _NEOX, _NEOX_MLP, stream=_NEOX_STREAM, without=NO_STOCK),
-    Family(
-        *("persimmon", "layers", _PERSIMMON, _NEOX_MLP), stream=_PERSIMMON_STREAM, without=NO_STOCK
-    ),
     Family("opt", "decoder.layers", _OPT, _OPT_MLP, stream=_OPT_STREAM, without=NO_STOCK),
 )
 
