@@ -176,6 +176,11 @@ def compare_methods(
     check_keywords("compare_methods", options, known, INSTEAD)
     if options.get("eval") is None:
         raise InputError("compare_methods: needs held-out text; give eval='held_out.txt', say")
+    if options.get("keep_vocab", 1.0) != 1.0:
+        raise InputError(
+            "recipe: keep_vocab leaves all methods, and the dense model, the same tokens; "
+            "prune with it and keep 1 first, and compare methods on that folder"
+        )
     for name, given in {"methods": methods, "seeds": seeds}.items():
         if len(set(given)) < len(given):
             raise InputError(f"compare_methods: {name} must name each once, got {list(given)}")
