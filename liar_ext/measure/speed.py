@@ -24,11 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.texts import check_seq_len
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.loading import placement
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.running import device_of, draw_inputs, inputs_read, predicts_next_token
+from liar_ext.models.running import (
+    device_of,
+    draw_inputs,
+    inputs_read,
+    positions_of,
+    predicts_next_token,
+)
 from liar_ext.system.environment import child, process_memory
 from liar_ext.system.progress import Bar
 
@@ -255,8 +260,13 @@ def check_models(models: Mapping[str, nn.Module], settings: Settings) -> None:
 
 def check_length(model: nn.Module, prompt: int, new_tokens: int) -> None:
     """Raise InputError if a model that reads tokens has fewer positions than a request takes."""
-    if any(name.endswith("_ids") for name in inputs_read(model)):
-        check_seq_len(model, prompt + (new_tokens if predicts_next_token(model) else 0))
+    reads, positions = any(n.endswith("_ids") for n in inputs_read(model)), positions_of(model)
+    needed = prompt + (new_tokens if predicts_next_token(model) else 0)
+    if reads and positions is not None and needed > positions:
+        raise InputError(
+            f"bench: {type(model).__name__} has {positions} positions, and a prompt of {prompt} "
+            f"tokens with {needed - prompt} new ones takes {needed}; give fewer of both"
+        )
 
 
 @contextmanager
