@@ -167,6 +167,8 @@ def decode_audio(item: Item, rate: int) -> Any:
         samples, own = soundfile.read(io.BytesIO(item.read()), dtype="float32", always_2d=True)
         if not len(samples):
             raise ValueError("it has no samples")
+        if not np.isfinite(samples).all():
+            raise ValueError("it has samples that are NaN or infinite")
         mono = samples.mean(1)
         return mono if own == rate else soxr.resample(mono, own, rate)
 

@@ -142,9 +142,10 @@ def test_what_is_wrong_with_files(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and nothing else")
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     soundfile.write(tmp_path / "silent.flac", np.zeros(0), RATE)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.2]), RATE, subtype="FLOAT")
     with pytest.raises(InputError, match="broken.png can't be read as an image"):
         decode_image(read_files(tmp_path / "broken.png", IMAGES).items[0])
-    for name in ("broken.wav", "silent.flac"):
+    for name in ("broken.wav", "silent.flac", "nan.wav"):
         with pytest.raises(InputError, match=f"{name} can't be read as a recording"):
             decode_audio(read_files(tmp_path / name, AUDIO).items[0], RATE)
 
