@@ -52,14 +52,14 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
             "text: a source is the name of a file, a folder or a dataset, got text of "
             f"{len(source):,} characters; write texts to a file"
         )
-    elif (path := Path(source)).is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif (path := Path(source)).exists():
+        every = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = [file for file in every if file == path or file.is_file()]
         documents = Documents(text for file in files for text in _read_file(file))
-    elif path.exists():
-        documents = Documents(_read_file(path))
-        if path.suffix.lower() in TABLES:
+        if tables := [file for file in files if file.suffix.lower() in TABLES]:
+            more = f" and {len(tables) - 1} more were" if len(tables) > 1 else " was"
             documents.notes.append(
-                f"{source} was read as plain text, with its field names and quotes: write "
+                f"{tables[0]}{more} read as plain text, with field names and quotes: write "
                 '{"text": "..."} on each line of a .jsonl file.'
             )
     elif path.is_absolute() or source.startswith(".") or path.suffix.lower() in SUFFIXES:

@@ -117,6 +117,11 @@ def test_a_suffix_in_capitals_and_tables(tmp_path):
     (tmp_path / "a.json").write_text(row)
     read = texts.read_documents(tmp_path / "a.json")
     assert read == [row] and "a.json was read as plain text" in read.notes[0]
+    assert "a.json was read as plain text" in texts.read_documents(tmp_path).notes[0]
+    for name in ("b.csv", "c.TSV"):
+        (tmp_path / name).write_text(row)
+    (note,) = texts.read_documents(tmp_path).notes  # one for all
+    assert "a.json and 2 more were read as plain text" in note
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
