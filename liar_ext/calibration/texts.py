@@ -131,6 +131,12 @@ def calibration_sequences(
     shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
     prefix = document_prefix(tokenizer) if text.packed else []
     split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
+    every = [document for documents in sources for document in documents]
+    if 2 * (copies := len(every) - len(set(every))) > len(every):
+        notes.append(
+            f"{copies:,} of {len(every):,} documents are copies of others. Both folds may hold the "
+            "same text, and held-out errors are too low: leave the copies out."
+        )
     for documents in sources:
         parts, note = _split(documents, shares, text)
         split.append(parts)

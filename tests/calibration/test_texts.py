@@ -31,6 +31,14 @@ def test_no_document_stands_in_both_folds(tokenizer):
         assert len(folds) <= 1, "a document that stands in both folds voids the certificate"
 
 
+def test_copies_of_documents_are_told(tokenizer):
+    said = "6 of 8 documents are copies of others."
+    notes = draw([5 * ["a" * 30] + ["b" * 30], 2 * ["a" * 30]], tokenizer, seq_len=8).notes
+    assert any(note.startswith(said) for note in notes)
+    notes = draw([[*"abcd", *"abcd"]], tokenizer, samples=2, seq_len=4).notes
+    assert not any("copies" in note for note in notes), "half of them are no copies"
+
+
 def test_a_lone_document_is_cut_into_blocks_with_gaps(tokenizer):
     paragraphs = [f"{index:03} " * 25 for index in range(260)]
     text = "\n\n".join(paragraphs)
