@@ -13,6 +13,7 @@ from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batches, check_batches, read_batches
 from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights
 from liar_ext.calibration.gradients import check_loss, check_owned
+from liar_ext.calibration.media import INPUTS
 from liar_ext.calibration.saved_sums import room_for_sums
 from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
@@ -24,7 +25,7 @@ from liar_ext.job.streamed import check_blocks, share_out
 from liar_ext.models.depth import check_block_count
 from liar_ext.models.registry import is_diffusion, type_of
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.running import evaluating
+from liar_ext.models.running import evaluating, inputs_read
 from liar_ext.models.sites import Site, why_whole
 from liar_ext.plan import KINDS
 from liar_ext.recipe import Recipe
@@ -132,10 +133,10 @@ def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
         return job.batches
     needed = runs_over_text(recipe, job.known, model, at)
     if bank.text is None and needed:
+        missing, otherwise = why_textless(model)
         raise InputError(
-            f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
-            "none; calibrate without --no-text, or use the preset fast without "
-            f"{needed[0].split()[0]}"
+            f"prune: {needed[0]} runs the model over {missing}; {otherwise}use --preset fast "
+            f"without {needed[0].split()[0]}"
         )
     if not needed:
         return bank.text
@@ -146,6 +147,14 @@ def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
             "model lack; calibrate this model anew"
         )
     return bank.text
+
+
+def why_textless(model: nn.Module) -> tuple[str, str]:
+    """Return what a bank without text lacks, and what to do about it other than to do without."""
+    media = [INPUTS[name] for name in inputs_read(model) if name in INPUTS]
+    if media:
+        return f"the calibration set, and banks keep no {media[0]}", ""
+    return "the calibration text, and the bank keeps none", "calibrate without --no-text, or "
 
 
 def _check_diffusion(job: Job) -> None:

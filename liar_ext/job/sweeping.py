@@ -17,7 +17,7 @@ from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.errors import InputError
 from liar_ext.job.analysis import decide_anew, narrowed, passes_of
-from liar_ext.job.preparing import changes_all, prepare
+from liar_ext.job.preparing import changes_all, prepare, why_textless
 from liar_ext.job.pruning import run
 from liar_ext.job.state import Job, Known
 from liar_ext.measure.embeddings import Evaluator
@@ -125,10 +125,10 @@ class Sweep:
         if changes_all(recipe):
             batches = self.bank.text if self.batches is None else self.batches
             if batches is None:
+                missing, otherwise = why_textless(model)
                 raise InputError(
                     "sweep: keep_hidden, keep_blocks and keep_experts take moments of their own "
-                    "over the calibration text, and the bank keeps none; calibrate with the text "
-                    "kept, or leave them out"
+                    f"over {missing}; {otherwise}leave them out"
                 )
             known = Known(probe_keep=self.probe_keep)
             return Job(model, batches, recipe, self.progress, known=known)

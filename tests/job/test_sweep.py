@@ -151,6 +151,17 @@ def test_what_needs_text_says_so_without_it(choices, named):
     prune(model, bank=bank, keep=0.6, allocation="uniform", schedule="one-pass")
 
 
+@pytest.mark.parametrize(("family", "kind"), [("vit", "images"), ("wav2vec2", "audio")])
+def test_a_bank_of_files_is_not_blamed_on_an_option(family, kind):
+    model = tiny(family)
+    bank = calibrate(model, batches(model))
+    with pytest.raises(InputError, match=f"banks keep no {kind}; use --preset fast without"):
+        prune(model, bank=bank, keep=0.6)
+    with pytest.raises(InputError, match=f"banks keep no {kind}; leave them out"):
+        sweep(model, bank=bank, keep_blocks=0.5)
+    prune(model, bank=bank, recipe=Recipe.preset("fast", keep=0.6))
+
+
 def test_what_can_not_be_swept_is_refused_before_anything_is_run(banks, monkeypatch):
     model = tiny("llama")
     monkeypatch.setattr(analysis, "score", lambda *_, **__: pytest.fail("run"))
