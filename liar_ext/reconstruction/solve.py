@@ -25,6 +25,10 @@ from liar_ext.system.distributed import share
 from liar_ext.system.progress import Bar
 
 
+class Singular(InputError):
+    """``G_KK + Λ`` is singular at a given damp."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """The new consumer of one site, with its errors relative to ``tr(W G Wᵀ)``."""
@@ -179,7 +183,7 @@ def _check_solved(code: Tensor, held_out: Tensor, damp: float, asked: float | st
             "values so large that no damp gives a finite held-out error, not even plain dropping; "
             "load the model in a wider dtype, or leave the site out"
         )
-    raise InputError(
+    raise Singular(
         f"reconstruct: G_KK + Λ is not positive definite at damp={damp}; "
         'use damp="auto" or a larger damp'
     )
@@ -221,6 +225,7 @@ def reconstruct(
     *,
     mode: str = "auto",
     damp: float | str = "auto",
+    drop_singular: bool = False,
     progress: bool = False,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve every site of ``plan`` and return its new consumer weights and its report row.
@@ -242,6 +247,8 @@ def reconstruct(
         those that lack one get the form without it.
     damp : float or "auto"
         λ, or ``"auto"``: the one of a ladder with the least held-out error, per site.
+    drop_singular : bool
+        Drop the units of a site that a given damp leaves singular, in place of an error.
     progress : bool
         Show a progress bar.
 
@@ -255,7 +262,7 @@ def reconstruct(
     Raises
     ------
     InputError
-        If the mode or damp is unknown, or the bank lacks a site of the plan.
+        If the mode or damp is unknown, a given damp leaves a site singular, or the bank lacks one.
     """
     check_settings(mode, damp)
     by_name = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
@@ -269,7 +276,13 @@ def reconstruct(
             form = ridge.form_of_expert(mode, bias is not None, moments)
         with naming_memory(f"reconstruct: out of memory in the solve of {name}"):
             features = site.features(kept.kept)
-            solution = solve(weight, bias, moments, features, mode=form, damp=damp)
+            given = weight, bias, moments, features
+            try:
+                solution = solve(*given, mode=form, damp=damp)
+            except Singular:
+                if not drop_singular:
+                    raise
+                solution = solve(*given, mode=form, damp=math.inf)
         weights[name] = (solution.weight, solution.bias)
         row = solution.row_of(
             site,

@@ -7,11 +7,12 @@ import torch
 from losses import measure_losses
 from tiny import tiny, tiny_inputs
 
-from liar_ext import Budget, calibrate, reconstruct, score, site_divergences, sites
+from liar_ext import Budget, InputError, calibrate, reconstruct, score, site_divergences, sites
 from liar_ext.calibration.batches import probe_batches
+from liar_ext.models.sites import get_consumer_bias, get_consumer_weight
 from liar_ext.selection.allocation import probe_plan
-from liar_ext.selection.curve_allocation import predict_divergence
-from liar_ext.selection.error_curves import CURVE_DAMP
+from liar_ext.selection.curve_allocation import predict_divergence, probe_sites
+from liar_ext.selection.error_curves import CURVE_DAMP, error_curves
 
 BUDGET = Budget(0.5)
 
@@ -80,3 +81,26 @@ def test_less_text_gives_fewer_probes_but_half_at_least(rows, taken):
     beside = {"input_ids": ids, "source": torch.full((rows,), -1)}  # counts for nothing
     probes = probe_batches([{"input_ids": ids, "source": torch.zeros(rows).long()}, beside])
     assert sum(len(probe["input_ids"]) for probe in probes) == taken
+
+
+def test_a_site_whose_inputs_do_not_vary_is_dropped_for_its_probe():
+    model = tiny("bert")
+    at = sites(model)
+    bank = calibrate(model, [tiny_inputs(model, batch=4, tokens=12)], at)
+    scores = score(model, bank, at, "obs")
+    curves = error_curves(model, bank, at, scores)
+    before = probe_sites(model, bank, at, scores, curves, BUDGET)
+    constant = bank[at[0].name]
+    for fold, total in enumerate(constant.total):  # centred, a rounding error is left
+        constant.gram[fold] = (1 - 1e-7) * torch.outer(total, total) / constant.tokens[fold]
+    with pytest.raises(InputError, match="not positive definite at damp=0.01"):
+        reconstruct(model, bank, before.plan, damp=CURVE_DAMP)
+    probes = probe_sites(model, bank, at, scores, curves, BUDGET)
+    for site in at:
+        weight, bias = probes.weights[site.name]
+        if site == at[0]:
+            kept = site.features(probes.plan.sites[site.name].kept)
+            assert torch.equal(weight, get_consumer_weight(model, site)[:, kept].double())
+            assert not torch.equal(bias, get_consumer_bias(model, site).double())
+        else:
+            assert torch.equal(weight, before.weights[site.name][0])
