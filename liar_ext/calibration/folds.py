@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ CHARACTERS = 4  # per token, about, in English
 MOST_BESIDE = 0.9  # nine sequences for each of text
 NO_TEXT = -1  # the source of what comes beside, where texts count from 0
 RANDOM_TOKENS = 0.25  # of all sequences; docs/quality.md shows the effect
+Part = list[tuple[Any, int]]  # files, and the source of each
 _BREAKS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"\s"))
 
 
@@ -123,6 +125,39 @@ def split_documents(
             parts[least].append(documents[index])
         sizes[least] += len(documents[index])
     return parts, ""
+
+
+def split_files(
+    sources: Sequence[Any], shares: Sequence[int], first: Sequence[int], seed: int
+) -> list[Part]:
+    """Split recordings or pictures, each with its source, into two folds and parts kept apart.
+
+    Each source contributes evenly. With ``first`` each part kept apart gets so many files at least,
+    before the rest is shared.
+    """
+    parts: list[Part] = [[] for _ in shares]
+    generator = torch.Generator().manual_seed(seed)
+    for place, files in enumerate(sources):
+        alike: dict[str, list[Any]] = {}  # what has the same file is in the same part
+        for digest, item in zip(files, files.items, strict=True):
+            alike.setdefault(digest, []).append(item)
+        groups = list(alike.values())
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        wanted = [-(-share // len(sources)) for share in shares]
+        if sum(wanted) > len(files):  # as many of each part as there are
+            wanted = [share * len(files) // sum(wanted) for share in wanted]
+        if any(first):
+            few = [-(-each // len(sources)) for each in first]
+            apart = [max(pair) for pair in zip(few, wanted[FOLDS:], strict=True)]
+            most = max(len(files) - sum(apart), 0) // FOLDS
+            wanted = [*(min(share, most) for share in wanted[:FOLDS]), *apart]
+        pairs = [*zip(parts, wanted, strict=True)]
+        for part, share in reversed(pairs) if any(first) else pairs:
+            taken: list[Any] = []
+            while order and len(taken) < share:
+                taken += groups[order.pop(0)]
+            part += [(item, place) for item in taken[:share]]
+    return parts
 
 
 def cut_blocks(text: str, parts: int, seq_len: int, most: int) -> list[list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.documents import Documents, read_text, rows_of_dataset
-from liar_ext.calibration.folds import Sequences, in_turns, padded
+from liar_ext.calibration.folds import Part, Sequences, in_turns, padded, split_files
 from liar_ext.errors import InputError, install, refusing
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, inputs_read
 from liar_ext.system.environment import errors_alone
@@ -37,7 +37,6 @@ INPUTS = {"input_features": AUDIO, WAVES: AUDIO, "pixel_values": IMAGES}
 PIECE = 5  # seconds of sound that a model of waves reads at a time
 WRITTEN = 8  # recordings that a model writes down at a time
 Clip = tuple[Any, str]  # samples or a picture, and what is said in it
-Part = list[tuple[Any, int]]  # files, and the source of each
 
 
 @dataclass(frozen=True)
@@ -337,32 +336,23 @@ def calibration_inputs(
     seed: int = 0,
     certify: int = 0,
     judge: int = 0,
+    must_judge: bool = False,
 ) -> Sequences:
     """Draw files of several sources, in two folds; each source contributes evenly.
 
     ``samples`` files, or all, are for calibration; ``certify`` and ``judge`` come beside them, as
     for :class:`liar_ext.calibration.texts.Text`. Recordings of one fold and source are put
-    together, see :meth:`Reader.joined`. If there are too few files, InputError is raised.
+    together, see :meth:`Reader.joined`. If there are too few files, InputError is raised. Of few
+    files two are certified with before the rest is shared, and two judged by if ``must_judge``.
     """
     shares = [samples // FOLDS, samples - samples // FOLDS, certify, judge]
-    parts: list[Part] = [[] for _ in shares]
-    generator = torch.Generator().manual_seed(seed)
-    for place, files in enumerate(sources):
-        alike: dict[str, list[Any]] = {}  # what has the same file is in the same part
-        for digest, item in zip(files, files.items, strict=True):
-            alike.setdefault(digest, []).append(item)
-        groups = list(alike.values())
-        order = torch.randperm(len(groups), generator=generator).tolist()
-        wanted = [-(-share // len(sources)) for share in shares]
-        if sum(wanted) > len(files):  # as many of each part as there are
-            wanted = [share * len(files) // sum(wanted) for share in wanted]
-        for part, share in zip(parts, wanted, strict=True):
-            taken: list[Any] = []
-            while order and len(taken) < share:
-                taken += groups[order.pop(0)]
-            part += [(item, place) for item in taken[:share]]
     least = [1, 1, FOLDS * bool(certify), FOLDS * bool(judge)]
-    if any(len(part) < few for part, few in zip(parts, least, strict=True)):
+    again = must_judge or not judge  # else the caller may do without
+    for first in ([0, 0], *[least[FOLDS:]] * again):
+        parts = split_files(sources, shares, first, seed)
+        if all(len(part) >= few for part, few in zip(parts, least, strict=True)):
+            break
+    else:
         count = sum(len(files) for files in sources)
         raise InputError(
             f"calibration: {count} file(s) or line(s) of {reader.kind} are too few for two folds"

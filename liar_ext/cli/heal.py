@@ -88,12 +88,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             loader=partial(_load_teacher, Path(options.folder)),
             progress=options.progress,
             judge=max(recipe.samples // TRAINED, 2),
+            must_judge=True,
         )
-        if given.judging is None:
-            raise InputError(
-                "heal: too little is given to hold out an eighth of its documents; give more, or "
-                "a smaller --seq-len if it is text"
-            )
         spread = placement(recipe.device)
         model = load_pruned(options.folder, dtype="auto", **spread)
         model = model if spread else model.to(recipe.device)

@@ -114,6 +114,7 @@ def load(
     loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
     sketch: bool = False,
     judge: int = 0,
+    must_judge: bool = False,
 ) -> Given:
     """Return the model, by a loader of it and its tokenizer, and the batches of a recipe.
 
@@ -121,7 +122,7 @@ def load(
     others the sequences. A ``sketch`` has as many sequences, but of what the model writes itself
     only beginnings, again and again, and what all of it would take, in seconds, as
     ``facts["writing"]``. With ``judge`` so many sequences more are drawn to judge whole models by,
-    if the text has them.
+    if the text has them; InputError is raised if it has none and ``must_judge``.
     """
     check_unloaded(recipe)
     kind = kind_of(recipe.model, [*recipe.calibration, recipe.eval])
@@ -136,6 +137,7 @@ def load(
         )
     texts_read = {"read": read, "held_out": held_out}
     asked = {"progress": progress, "sketch": sketch, "judge": judge}
+    asked["must_judge"] = must_judge
     draw = partial(_draw, recipe, model, **texts_read, **asked)
     vocabulary = SmallerVocabulary(
         *(recipe, model, tokenizer, read, held_out),
@@ -200,6 +202,7 @@ def _draw(
     progress: bool,
     sketch: bool,
     judge: int,
+    must_judge: bool,
 ) -> dict[str, Any]:
     """Return what :class:`Given` has of text, as a tokenizer or a :class:`Reader` reads it."""
     facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
@@ -209,8 +212,10 @@ def _draw(
         read[SELF], seconds = _written(model, reads, recipe, size, progress, sketch)
         facts |= {"writing": seconds} if sketch else {}
     asked = {"samples": recipe.samples, "seed": recipe.seed, "certify": recipe.certify}
-    draw = calibration_inputs if isinstance(reads, Reader) else texts.calibration_sequences
-    if not isinstance(reads, Reader):
+    if isinstance(reads, Reader):
+        draw, asked["must_judge"] = calibration_inputs, must_judge
+    else:
+        draw = texts.calibration_sequences
         asked |= {"seq_len": recipe.seq_len, "packed": causal}
         asked["vocab_size"] = known_tokens(model, model.config)
         written = named or writes(recipe, model)
@@ -219,8 +224,12 @@ def _draw(
     short = []
     try:
         drawn = draw(judge=judge)
-    except InputError:  # the text may be too short for one part more
+    except InputError as error:  # the text may be too short for one part more
         drawn = draw()
+        if must_judge:
+            why = str(error).removeprefix("calibration: ").replace(" seq_len", " --seq-len")
+            failure = "calibration: too little is given to hold out an eighth"
+            raise InputError(f"{failure}: {why}") from error
         short = [UNMEASURED] if judge and len(drawn) < LEAST else []
     facts |= {"bos": drawn.bos, **({"eval": recipe.eval} if recipe.eval else {})}
     kinds = warnings_of(recipe.calibration, causal, recipe.self_text)

@@ -19,6 +19,7 @@ from liar_ext.calibration.documents import check_apart, text_digest
 from liar_ext.calibration.media import (
     AUDIO,
     IMAGES,
+    Files,
     Item,
     Reader,
     calibration_inputs,
@@ -181,6 +182,22 @@ def test_too_few_pictures(tmp_path):
     assert len(drawn) == 2 and drawn.notes == ("The calibration set gave 2 of 8 files.",)
     with pytest.raises(InputError, match="too few for two folds and what is kept apart"):
         calibration_inputs(files, images(), samples=8, certify=4)
+
+
+@pytest.mark.parametrize(("sources", "each"), [(1, 5), (2, 4)])
+def test_of_few_pictures_two_are_kept_apart_first(tmp_path, sources, each):
+    write_pictures(tmp_path, 12 // sources)
+    files = sources * [read_files(tmp_path, IMAGES)]
+    drawn = calibration_inputs(files, images(), samples=16, judge=2, must_judge=True)
+    assert drawn.fold.tolist() == each * [0] + each * [1] and len(drawn.judging) == 2
+    drawn = calibration_inputs(files, images(), samples=128, certify=4)
+    assert drawn.fold.tolist() == each * [0] + each * [1] and len(drawn.certification) == 2
+    if sources == 1:  # without need nothing is taken from the folds
+        with pytest.raises(InputError, match="too few for two folds and what is kept apart"):
+            calibration_inputs(files, images(), samples=16, judge=2)
+    few = [Files(files[0].items[:4])]
+    drawn = calibration_inputs(few, images(), judge=2, must_judge=True)
+    assert drawn.fold.tolist() == [0, 1] and len(drawn.judging) == 2
 
 
 def test_a_decoder_reads_what_is_said_or_what_the_model_hears(tmp_path, tokenizer):

@@ -127,6 +127,16 @@ def test_a_bank_and_blocks_on_pictures(pictures, tmp_path, capsys):
     assert "10 of 10 documents are in the calibration text too" in capsys.readouterr().err
 
 
+def test_ten_pictures_heal_and_three_are_too_few(pictures, tmp_path, capsys):
+    heal = ("heal", pictures / "small", "--steps", 1, "--quiet", "--out", tmp_path / "healed")
+    assert run(*heal) == 0
+    write_pictures(tmp_path / "few", 3)
+    assert run(*heal, "--overwrite", "--calibration", tmp_path / "few") == 2
+    error = capsys.readouterr().err
+    assert "an eighth: 3 file(s) or line(s) of images are too few for two folds" in error
+    assert "hint: give more of them" in error and "seq-len" not in error
+
+
 def test_recordings_prune_encoder_and_decoder(recordings, tmp_path, capsys):
     plan = json.loads((recordings / "small/liar/plan.json").read_text())["sites"]
     assert {name.partition(".")[0] for name in plan} == {"encoder", "decoder"}
