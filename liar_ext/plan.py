@@ -249,7 +249,7 @@ class Plan:
                     data[part] = SitePlan.from_dict(data[part])
             return cls(**data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise InputError(f"Plan: not a plan: {error!r}") from error
+            raise InputError(f"Plan: not a plan: {error!r}; copy its folder again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON."""

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext import Plan, heal, load_pruned
+from liar_ext import heal, load_pruned
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
 from liar_ext.checkpoint.carrying import kept_tokens
 from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON, VOCABULARY_FILE
-from liar_ext.checkpoint.loading import load_tokenizer, placement
+from liar_ext.checkpoint.loading import load_tokenizer, placement, read_plan
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.cli.inputs import Given, let_write, load, load_with_tokenizer
 from liar_ext.cli.main import parse
@@ -77,7 +77,8 @@ def train_pruned(folder: str, minutes: float, *, checkpoint: str | None, progres
 
 def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Load both models and the text, train, save; return the section ``heal`` of the report."""
-    report, plan = Report.load(options.folder, "heal"), Plan.load(Path(options.folder, PLAN_FILE))
+    report = Report.load(options.folder, "heal")
+    plan = read_plan(Path(options.folder, PLAN_FILE), "heal")
     in_place = os.path.realpath(options.out) == os.path.realpath(options.folder)
     overwrite = in_place or options.overwrite
     check_folder(options.out, overwrite)

@@ -342,6 +342,17 @@ def test_a_list_of_tokens_that_was_changed_is_refused(kept, said, fewer, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("plan", ['{"version"', "{}", None])
+def test_a_plan_that_is_none_is_named(plan, pruned, capsys):
+    (pruned / "liar/plan.json").unlink()
+    if plan is not None:
+        (pruned / "liar/plan.json").write_text(plan)
+    assert heal(pruned, "--steps", "1") == 2
+    error = capsys.readouterr().err
+    assert str(pruned) in error and "plan.json" in error
+    assert "\nhint: copy" in error and "folder again" in error
+
+
 def test_a_dense_model_that_is_gone_can_be_named(pruned, tmp_path, capsys):
     report = json.loads((pruned / "liar/report.json").read_text())
     report["recipe"]["model"] = str(tmp_path / "gone")
