@@ -44,7 +44,8 @@ class Training:
         Highest learning rate. By default each parameter has its own, see :func:`rates`.
     train : {"no-embeddings", "all", "norms", "lora"}
         ``no-embeddings``: all weights but embeddings and output head. ``lora``: adapters for all
-        linear layers, merged into them at the end; needs peft.
+        linear layers, merged into them at the end; needs peft. Weights with ``requires_grad=False``
+        stay as they are, unless all have it.
     accumulate : int
         Batches per step, of each rank.
     seed : int
@@ -107,6 +108,7 @@ def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str
     if train == "lora":
         model = _with_adapters(model, seed)
     left, norms = set(), set()
+    frozen = not any(each.requires_grad for each in model.parameters())  # all, as for inference
     for module in model.modules():
         own = {id(each) for each in module.parameters(recurse=False)}
         if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
@@ -116,7 +118,7 @@ def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str
     trained = {
         name: each
         for name, each in model.named_parameters()
-        if each.requires_grad
+        if (each.requires_grad or frozen)
         and can_split(each)
         and (train != "no-embeddings" or id(each) not in left)
         and (train != "norms" or id(each) in norms)

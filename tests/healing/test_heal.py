@@ -99,6 +99,16 @@ def test_the_divergence_has_the_gradient_of_its_formula(rows, monkeypatch):
     assert not KLDivergence.apply(logits[0], logits[1]).requires_grad
 
 
+@pytest.mark.parametrize("train", ["no-embeddings", "lora"])
+def test_a_model_that_is_frozen_as_a_whole_is_trained(train):
+    (student, dense), (frozen, _) = pair(), pair()
+    frozen.requires_grad_(False)
+    for model in (student, frozen):
+        heal(model, dense, text(), held_out=text(2, seed=9), train=train, **STEPS)
+    assert same(frozen, bits(student)) and not same(frozen, bits(pair()[0]))
+    assert not any(each.requires_grad for each in frozen.parameters())
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "mpnet"])
 def test_the_dense_model_runs_once_for_each_batch(name, monkeypatch):
     student, dense = pair(name)
@@ -423,8 +433,7 @@ def test_lora_without_peft_says_how_to_get_it(monkeypatch):
 
 def test_a_model_without_norms_to_train_is_refused():
     student, dense = pair()
-    for each in student.parameters():
-        each.requires_grad_(False)
+    student.requires_grad_(False).lm_head.requires_grad_(True)
     with pytest.raises(InputError, match="no weights to train"):
         heal(student, dense, text(), held_out=text(1), train="norms", **STEPS)
 
