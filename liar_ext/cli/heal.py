@@ -23,6 +23,7 @@ from liar_ext.checkpoint.carrying import kept_tokens
 from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON, VOCABULARY_FILE
 from liar_ext.checkpoint.loading import load_tokenizer, placement, read_plan
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
+from liar_ext.checkpoint.stock_config import stock_of
 from liar_ext.cli.inputs import Given, let_write, load, load_with_tokenizer
 from liar_ext.cli.main import parse
 from liar_ext.cli.options import given_fields
@@ -156,14 +157,18 @@ def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.
 
 
 def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
-    """Refuse a dense model that reads text otherwise, or whose outputs don't compare."""
+    """Refuse a dense model of another class, or that reads text otherwise; compare outputs."""
+    name = given.recipe.model
+    classes = [stock_of(each).__name__ for each in (model, given.model)]
+    if classes[0] != classes[1] and not name.endswith(".gguf"):  # which may call Mistral a llama
+        raise InputError(
+            f"heal: {name} is a {classes[1]}, and {folder} was made of a {classes[0]}; {TEACHER}"
+        )
     found = load_tokenizer(Path(folder), folder, model), given.tokenizer
     own, other = (getattr(each, "tokenizer", each) for each in found)
     both = own is not None and other is not None
     if both and any(own.encode(text) != other.encode(text) for text in SAMPLES):
-        raise InputError(
-            f"heal: {given.recipe.model} reads text as other tokens than {folder}; {TEACHER}"
-        )
+        raise InputError(f"heal: {name} reads text as other tokens than {folder}; {TEACHER}")
     mean_loss(model, Teacher(given.model), [next(small(given.judging)).select([0])])
 
 

@@ -103,8 +103,9 @@ def heal(
     Raises
     ------
     InputError
-        If an argument is out of range, peft is missing, outputs can't be compared or aren't finite,
-        the memory is too small, or the checkpoint belongs to another run.
+        If an argument is out of range, the teacher is the model itself, peft is missing, outputs
+        can't be compared or aren't finite, the memory is too small, or the checkpoint belongs to
+        another run.
 
     Notes
     -----
@@ -114,6 +115,11 @@ def heal(
     ``accumulate``, within rounding. Each holds the whole dense model, but only a part of what is
     trained, of its gradients and of the state of AdamW, as FSDP does.
     """
+    if model is teacher:
+        raise InputError(
+            "heal: model and teacher are the same object, which has nothing to learn from itself; "
+            "give the dense model as teacher, loaded on its own"
+        )
     batches, held_out = list(read_batches(batches)), list(read_batches(held_out))
     training = Training(budget, **training).on(device_of(model))
     if not batches or not held_out:

@@ -438,6 +438,12 @@ def test_a_model_without_norms_to_train_is_refused():
         heal(student, dense, text(), held_out=text(1), train="norms", **STEPS)
 
 
+def test_a_model_is_not_its_own_teacher():
+    student, _ = pair()
+    with pytest.raises(InputError, match="same object.*give the dense model"):
+        heal(student, student, text(), held_out=text(1), **STEPS)
+
+
 def test_equal_layers_work_as_unequal_ones():
     student, dense = pair(plan_of=equal_plan)
     assert heal(student, dense, text(), held_out=text(2, seed=9), **STEPS)["improved"]

@@ -16,6 +16,7 @@ from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.checkpoint.folder import EXPORTS_FILE, add_to_manifest, strangers
 from liar_ext.cli import inputs
 from liar_ext.cli.heal import small
+from liar_ext.export import export
 from liar_ext.healing import MINUTES
 from liar_ext.healing import heal as runs
 from liar_ext.healing import training as weights_of_healing
@@ -319,6 +320,22 @@ def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, tmp_path, capsys)
         assert heal(folder, "--steps", "1", "--teacher", teacher, "--out", f"{folder}-2") == 2
         error = capsys.readouterr().err
         assert said in error and "name the model that was pruned with --teacher" in error
+
+
+def test_a_teacher_of_another_class_is_refused(pruned, tokenizer, tmp_path, capsys):
+    """Its tokens and the shape of its outputs are those of the model that was pruned."""
+    tiny("mistral").save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert heal(pruned, "--steps", "1", "--teacher", tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert f"other is a MistralForCausalLM, and {pruned} was made of a LlamaForCausalLM" in error
+    assert "hint: name the model that was pruned with --teacher" in error
+
+
+def test_a_gguf_file_is_a_teacher(fewer, tmp_path):
+    export(fewer[0], "gguf", tmp_path / "dense.gguf")
+    command = (fewer[1], "--steps", "1", "--teacher", tmp_path / "dense.gguf")
+    assert heal(*command, "--out", tmp_path / "out") == 0
 
 
 @pytest.mark.parametrize(
