@@ -149,8 +149,14 @@ def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.
         raise InputError(f"{error}; {TEACHER}") from error
     kept = kept_tokens(folder, "heal")
     if kept is not None:
+        own = _inner(load_tokenizer(folder, folder, model))
+        known = _inner(tokenizer).get_vocab()
         try:
-            tokenizer = keep_tokens(model, tokenizer, kept)
+            if len(known) <= len(kept):
+                raise KeyError
+            # By name: their numbers are those of the last model, which had lost some before.
+            names = own.convert_ids_to_tokens(range(len(kept)))
+            tokenizer = keep_tokens(model, tokenizer, [known[name] for name in names])
         except (InputError, KeyError, IndexError) as error:
             raise InputError(f"heal: {name} lacks tokens of {folder}; {TEACHER}") from error
     return model, tokenizer
@@ -165,11 +171,15 @@ def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
             f"heal: {name} is a {classes[1]}, and {folder} was made of a {classes[0]}; {TEACHER}"
         )
     found = load_tokenizer(Path(folder), folder, model), given.tokenizer
-    own, other = (getattr(each, "tokenizer", each) for each in found)
+    own, other = map(_inner, found)
     both = own is not None and other is not None
     if both and any(own.encode(text) != other.encode(text) for text in SAMPLES):
         raise InputError(f"heal: {name} reads text as other tokens than {folder}; {TEACHER}")
     mean_loss(model, Teacher(given.model), [next(small(given.judging)).select([0])])
+
+
+def _inner(tokenizer: Any) -> Any:
+    return getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
 
 
 def small(batches: Batches) -> Iterator[Batch]:

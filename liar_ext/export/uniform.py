@@ -8,6 +8,7 @@ price is parameters and time.
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.folder import PLAN_FILE, RECIPE_YAML, REPORT_JSON, count_params, run_on
+from liar_ext.checkpoint.folder import (
+    PLAN_FILE,
+    RECIPE_YAML,
+    REPORT_JSON,
+    VOCABULARY_FILE,
+    count_params,
+    run_on,
+)
 from liar_ext.checkpoint.inspection import read_config, read_json
 from liar_ext.checkpoint.loading import read_plan
 from liar_ext.checkpoint.saving import save_pruned
@@ -91,6 +99,8 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     report |= {"uniform": {"source": folder.name, "params": counts}}
     report |= {"loading": how_to_load(padded, wide)}
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
+    if (folder / VOCABULARY_FILE).is_file():
+        shutil.copyfile(folder / VOCABULARY_FILE, out / VOCABULARY_FILE)
     return Exported("uniform", (out,), _notes(folder, plan, wide, counts, difference))
 
 

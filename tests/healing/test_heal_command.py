@@ -311,6 +311,21 @@ def test_a_folder_with_fewer_tokens_is_healed_and_pruned_again(fewer, corpus, tm
     assert section(third)["teacher"] == str(second)
 
 
+def test_fewer_tokens_are_found_by_name_in_each_model_before(fewer, corpus, tmp_path):
+    """The list of the folder has their numbers in the model that lost some before."""
+    again = tmp_path / "again"
+    command = ["prune", fewer[1], "--calibration", corpus[0], "--out", again, "--keep", "0.5"]
+    command += ["--keep-vocab", "320", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
+    command += ["--allocation", "curve", "--tile", "1"]  # for unequal layers
+    assert cli.main([*map(str, command), "--quiet"]) == 0
+    (uniform,) = export(again, "uniform", tmp_path / "uniform").paths
+    assert not strangers(uniform) and compare_tokenization(uniform)
+    for folder in (again, uniform):
+        for teacher in fewer:
+            assert heal(folder, "--steps", "2", "--teacher", teacher) == 0
+        assert section(folder)["improved"] and verify_pruned(folder)
+
+
 def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, tmp_path, capsys):
     for folder, teacher, said in (
         (pruned, fewer[0], "reads text as other tokens"),
