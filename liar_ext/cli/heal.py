@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,11 @@ from liar_ext.errors import InputError
 from liar_ext.healing.losses import Teacher, mean_loss
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
-from liar_ext.report.reading import read_report
+from liar_ext.report.reading import bench_file, read_report, report_digest, stored_bench
 from liar_ext.report.report import Report
 from liar_ext.report.sections import HEALED_BEFORE, healing_lines
 from liar_ext.report.tables import measured
+from liar_ext.system.atomic_write import write_whole
 from liar_ext.system.checkpoint_store import RESULT
 from liar_ext.system.distributed import broadcast, is_first, world_size
 from liar_ext.vocabulary.keep import SAMPLES, keep_tokens
@@ -119,16 +120,23 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         found |= {"text": list(recipe.calibration), "self_text": recipe.self_text}
         before = [line for line in report.heal.get("notes", ()) if line.startswith(HEALED_BEFORE)]
         before += [f"{HEALED_BEFORE}{line}" for line in healing_lines(report.heal)[:1]]
-        found["notes"] = [*given.notes, *before, *_exports(options.folder, in_place)]
+        as_before = in_place and not found["improved"]  # so is what was made of the folder
+        old = _exports(options.folder, in_place and found["improved"])
+        found["notes"] = [*given.notes, *before, *old]
         report.heal = found
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
         if is_first():
-            save = partial(_save, report, options.folder)
+            bench = stored_bench(options.folder)[0] if as_before else None
+            files = [VOCABULARY_FILE, *([EXPORTS_FILE] if as_before else ())]
+            save = partial(_save, report, options.folder, files)
             # Without seconds: those of the report stay those of pruning.
             written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
             with writing(options.out, overwrite, checked=True) as path:
                 fill_folder(model, path, plan, report=written, source=options.folder)
+            if bench is not None:
+                bench = replace(bench, report_digest=report_digest(options.folder))
+                write_whole(bench_file(options.folder), bench.to_json(), "heal", "liar bench --out")
     return found
 
 
@@ -189,14 +197,15 @@ def small(batches: Batches) -> Iterator[Batch]:
         yield from map(batch.select, torch.arange(len(batch)).tensor_split(parts))
 
 
-def _save(report: Any, pruned: str, folder: Path) -> None:
+def _save(report: Any, pruned: str, files: Sequence[str], folder: Path) -> None:
     """Write a report; its JSON stays as it is in the pruned folder, but for the healing.
 
-    The list of tokens that were kept is the pruned folder's, too.
+    Some files, such as the list of tokens that were kept, are the pruned folder's, too.
     """
     facts, _ = read_report(pruned, "heal")
-    if Path(pruned, VOCABULARY_FILE).is_file():
-        shutil.copyfile(Path(pruned, VOCABULARY_FILE), folder / VOCABULARY_FILE)
+    for file in files:
+        if Path(pruned, file).is_file():
+            shutil.copyfile(Path(pruned, file), folder / file)
     report.save(folder)
     text = json.dumps(facts | {"heal": report.to_dict()["heal"]}, indent=1)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")

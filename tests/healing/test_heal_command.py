@@ -20,6 +20,8 @@ from liar_ext.export import export
 from liar_ext.healing import MINUTES
 from liar_ext.healing import heal as runs
 from liar_ext.healing import training as weights_of_healing
+from liar_ext.measure.speed import Benchmark, ModelFacts
+from liar_ext.report.reading import bench_file, report_digest, stored_bench
 from liar_ext.system.progress import no_bars
 
 NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
@@ -404,6 +406,22 @@ def test_all_healings_are_remembered_and_exports_are_old_then(pruned, capsys):
     first, second, third = capsys.readouterr().out.split("saved")[:3]
     assert "liar export made" in first and "liar export made" not in second
     assert ", pruned " in first and ", before " in second and ", before " in third
+
+
+def test_without_gain_exports_and_speed_are_those_of_the_folder(pruned, capsys):
+    (pruned / EXPORTS_FILE).write_text('{"exports": []}')
+    add_to_manifest(pruned, EXPORTS_FILE)
+    model = ModelFacts("model", 1, 1, {})
+    bench = Benchmark(model, model, report_digest(pruned))
+    bench_file(pruned).write_text(bench.to_json())
+    command = map(str, ["heal", pruned, "--steps", "2", "--lr", "50"])
+    assert cli.main([*command]) == 0
+    assert not section(pruned)["improved"] and "export made" not in capsys.readouterr().out
+    assert (pruned / EXPORTS_FILE).read_text() == '{"exports": []}' and not strangers(pruned)
+    assert stored_bench(pruned)[0] is not None
+    assert heal(pruned, "--steps", "2") == 0 and section(pruned)["improved"]
+    assert "export made" in capsys.readouterr().out and not (pruned / EXPORTS_FILE).exists()
+    assert stored_bench(pruned)[0] is None
 
 
 def test_what_cant_be_is_refused(pruned, corpus, llama_folder, tmp_path, capsys):
