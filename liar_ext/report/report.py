@@ -251,7 +251,8 @@ class Report:
         found += [sections.sites(title, some) for title, some in rows.items() if some]
         choices, settings = self.choices, self.settings
         if choices:
-            repeat = f"Repeat the job by `liar prune --recipe {RECIPE_YAML} --out DIR`."
+            what = "the job, but for the healing," if self.heal else "the job"
+            repeat = f"Repeat {what} by `liar prune --recipe {RECIPE_YAML} --out DIR`."
             found.append(sections.facts("Recipe", choices, repeat))
             settings = {key: value for key, value in settings.items() if key not in choices}
         else:

@@ -91,7 +91,10 @@ def test_a_folder_is_replaced_by_a_healed_one(pruned, saved, llama_folder, capsy
     assert said in printed and said in report.summary() and said in card
     assert "## Healing" in report.to_markdown() and "before healing" in card
     assert "without retraining" not in card
-    assert "without retraining" in (saved / "README.md").read_text()
+    assert "repeats the pruning. The settings of `liar heal`" in card
+    assert "Repeat the job, but for the healing, by" in report.to_markdown()
+    before_card = (saved / "README.md").read_text()
+    assert "without retraining" in before_card and "recipe.yaml` repeats it." in before_card
     assert (pruned / "liar/recipe.yaml").read_text() == (saved / "liar/recipe.yaml").read_text()
     # Once more, with what was done before in the notes.
     assert heal(pruned, "--steps", "1", "--quiet") == 0
