@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -46,6 +47,7 @@ LEAST_SAMPLES, MOST_SAMPLES, IN_MINUTES = 16, 1 << 16, 1 << 12
 BATCH_TOKENS = 512  # for the same tokens many small steps gain more than few large ones
 TEACHER = "name the model that was pruned with --teacher"
 TRAINED = 7  # sequences for each that is held out: an eighth of the documents is held out
+SHORT = re.compile(r" gave \d+ of \d+ (sequences|files)")  # in a note of the draw
 MEASURED = 16  # held-out sequences, at most
 
 
@@ -100,10 +102,11 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         quality = partial(_quality, Evaluator(), given.evaluation, options.progress)
         rows = [quality(given.model), quality(model)]
         let_write(given, saved, progress=options.progress)
+        batches = list(small(given.calibration))
         found = heal(
             model,
             given.model,
-            list(small(given.calibration)),
+            batches,
             held_out=given.judging[:: -(-len(given.judging) * recipe.batch_size // MEASURED)],
             budget=_budget(options),
             lr=options.lr,
@@ -122,7 +125,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         before += [f"{HEALED_BEFORE}{line}" for line in healing_lines(report.heal)[:1]]
         as_before = in_place and not found["improved"]  # so is what was made of the folder
         old = _exports(options.folder, in_place and found["improved"])
-        found["notes"] = [*given.notes, *before, *old]
+        times = round(found["tokens"] / sum(map(count_tokens, batches)))
+        found["notes"] = [*_notes(given.notes, times, options), *before, *old]
         report.heal = found
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
@@ -138,6 +142,14 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
                 bench = replace(bench, report_digest=report_digest(options.folder))
                 write_whole(bench_file(options.folder), bench.to_json(), "heal", "liar bench --out")
     return found
+
+
+def _notes(drawn: Sequence[str], times: int, options: argparse.Namespace) -> list[str]:
+    """Return notes on the text: how often it was read stands for how many sequences it gave."""
+    found = [note for note in drawn if not SHORT.search(note)]
+    (unit,) = _budget(options)
+    again = f"The text is read {times} times: give more text or fewer {unit}."
+    return [*found, *([again] if times > 1 else ())]
 
 
 def _exports(folder: str, in_place: bool) -> list[str]:

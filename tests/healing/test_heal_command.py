@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -99,6 +100,15 @@ def test_a_folder_is_replaced_by_a_healed_one(pruned, saved, llama_folder, capsy
     # Once more, with what was done before in the notes.
     assert heal(pruned, "--steps", "1", "--quiet") == 0
     assert any("Healed before" in line for line in section(pruned)["notes"])
+
+
+def test_one_note_says_that_text_is_repeated(pruned, tmp_path, capsys):
+    assert heal(pruned, "--tokens", "20k", "--out", tmp_path / "long") == 0
+    _, note = section(tmp_path / "long")["notes"]  # the first: of a single document
+    assert re.fullmatch(r"The text is read \d+ times: give more text or fewer tokens\.", note)
+    assert note in capsys.readouterr().out
+    assert heal(pruned, "--tokens", "1k", "--out", tmp_path / "short") == 0
+    assert len(section(tmp_path / "short")["notes"]) == 1
 
 
 def test_a_run_without_gain_leaves_the_weights_and_says_so(pruned, tmp_path, capsys):
