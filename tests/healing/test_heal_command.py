@@ -316,7 +316,9 @@ def test_the_tokens_are_those_of_the_folder_whatever_the_text(fewer, corpus, tmp
 
 def test_a_folder_with_fewer_tokens_is_healed_and_pruned_again(fewer, corpus, tmp_path):
     first, second, third = (tmp_path / name for name in "123")
-    assert heal(fewer[1], "--steps", "2", "--out", first) == 0
+    assert heal(fewer[1], "--steps", "2", "--eval", corpus[1], "--out", first) == 0
+    notes = Report.load(first).heal["notes"]
+    assert any("with the smaller vocabulary, too" in note for note in notes)
     assert heal(first, "--steps", "2", "--out", second) == 0 and verify_pruned(second)
     assert compare_tokenization(second)
     command = ["prune", second, "--calibration", corpus[0], "--out", third, "--keep", "0.8"]
