@@ -259,8 +259,7 @@ def digest_of(batches: Batches) -> str:
     return seen.digest.hexdigest()
 
 
-def update_digest(digest: blake2b, name: str, value: Any) -> None:
-    """Let a digest depend on a tensor, or on what else has a name."""
+def _update(digest: blake2b, name: str, value: Tensor | list) -> None:
     if not isinstance(value, Tensor):
         digest.update(f"{name} {value}".encode())
         return
@@ -282,7 +281,7 @@ class Seen:
         known = {**batch.inputs, "fold": batch.fold}
         known |= {} if batch.weight is None else {"weight": batch.weight}
         for name, value in sorted(known.items()):
-            update_digest(self.digest, name, value)
+            _update(self.digest, name, value)
         self.batches += 1
         self.sequences += [self._digest(batch, row) for row in range(len(batch))]
         ids = batch.inputs.get("input_ids")
@@ -304,7 +303,7 @@ class Seen:
                 continue
             if batch.mask is not None and own.shape[:1] == batch.mask.shape[1:]:
                 own = own[batch.mask[row].to(own.device)]
-            update_digest(digest, name, own)
+            _update(digest, name, own)
         return int.from_bytes(digest.digest(), "little", signed=True)
 
     def facts(self, tokens: int, routed: dict[str, list[int]]) -> dict[str, object]:

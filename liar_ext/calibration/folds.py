@@ -132,13 +132,13 @@ def split_files(
 ) -> list[Part]:
     """Split recordings or pictures, each with its source, into two folds and parts kept apart.
 
-    Each source contributes evenly. With ``first`` each part kept apart gets so many files at least,
+    Each source contributes evenly. ``first`` is the least of each part kept apart, which gets that
     before the rest is shared.
     """
     parts: list[Part] = [[] for _ in shares]
     generator = torch.Generator().manual_seed(seed)
     for place, files in enumerate(sources):
-        alike: dict[str, list[Any]] = {}  # what has the same file is in the same part
+        alike: dict[str, list[Any]] = {}  # copies of a file go to one part
         for digest, item in zip(files, files.items, strict=True):
             alike.setdefault(digest, []).append(item)
         groups = list(alike.values())

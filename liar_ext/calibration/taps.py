@@ -36,16 +36,16 @@ def watched(module: nn.Module, callback: Callable[[tuple, object], None]) -> Rem
 
 
 @contextmanager
-def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a module compute something else; a forward that others put there is given back."""
-    before = vars(module).get("forward")
-    module.forward = forward
+def replaced(module: nn.Module, method: Callable, name: str = "forward") -> Iterator[None]:
+    """Let a module compute something else; a method that others put there is given back."""
+    before = vars(module).get(name)
+    setattr(module, name, method)
     try:
         yield
     finally:
-        del module.forward
+        delattr(module, name)
         if before is not None:
-            module.forward = before
+            setattr(module, name, before)
 
 
 NORM_EPS = 1e-6  # what norms of today's families add to a mean square

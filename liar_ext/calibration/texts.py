@@ -135,7 +135,7 @@ def calibration_sequences(
     if 2 * (copies := len(every) - len(set(every))) > len(every):
         notes.append(
             f"{copies:,} of {len(every):,} documents are copies of others. Both folds may hold the "
-            "same text, and held-out errors are too low: leave the copies out."
+            "same text, and held-out errors are too low: give other text."
         )
     for documents in sources:
         parts, note = _split(documents, shares, text)

@@ -199,14 +199,15 @@ def _on_text(
         evaluation_sequences(documents, tokenizer, packed=False, **how)
         for _, tokenizer in (pruned, dense)
     )
-    if torch.equal(own.input_ids, other.input_ids):
+    same = len(pruned[1]) == len(dense[1]) and torch.equal(own.input_ids, other.input_ids)
+    if same:
         batches = own.batches(options.batch_size)
         return encoder_similarity(pruned[0], dense[0], batches, progress=options.progress)
     judge = VocabularyQuality(*dense, documents, batch_size=options.batch_size, **how)
     if judge.judged_by is None:
         raise InputError(
-            f"eval: {type(dense[0]).__name__} gives logits of its own tokens, and {options.model} "
-            "has others; judge it by its own task"
+            f"eval: outputs of {type(dense[0]).__name__} don't compare between vocabularies; judge "
+            "it by its own task"
         )
     found = measured(judge.compare(*pruned))
     longest, tokens = own.input_ids.shape[1], int(own.attention_mask.sum())

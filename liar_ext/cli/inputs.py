@@ -136,8 +136,7 @@ def load(
             "measures on pruned models; give a number of tokens, or leave --dry-run out"
         )
     texts_read = {"read": read, "held_out": held_out}
-    asked = {"progress": progress, "sketch": sketch, "judge": judge}
-    asked["must_judge"] = must_judge
+    asked = {"progress": progress, "sketch": sketch, "judge": judge, "must_judge": must_judge}
     draw = partial(_draw, recipe, model, **texts_read, **asked)
     vocabulary = SmallerVocabulary(
         *(recipe, model, tokenizer, read, held_out),
@@ -228,8 +227,7 @@ def _draw(
         drawn = draw()
         if must_judge:
             why = str(error).removeprefix("calibration: ").replace(" seq_len", " --seq-len")
-            failure = "calibration: too little is given to hold out an eighth"
-            raise InputError(f"{failure}: {why}") from error
+            raise InputError(f"calibration: an eighth can't be held out: {why}") from error
         short = [UNMEASURED] if judge and len(drawn) < LEAST else []
     facts |= {"bos": drawn.bos, **({"eval": recipe.eval} if recipe.eval else {})}
     kinds = warnings_of(recipe.calibration, causal, recipe.self_text)

@@ -77,8 +77,9 @@ def run(options: argparse.Namespace) -> None:
     for row in rows if folders else ():
         row["folder"] = str(folders[row["keep"]])
     notes = list(given.warnings)
-    if given.vocabulary is not None and given.vocabulary.facts:
-        notes += [TOO] * bool(measured(dense)) + vocabulary_lines(given.vocabulary.facts)
+    if given.vocabulary is not None and (facts := given.vocabulary.facts):
+        fewer = facts["after"] < facts["before"]
+        notes += [TOO] * (fewer and bool(measured(dense))) + vocabulary_lines(facts)
     show(options, {"dense": dense, "budgets": rows}, to_text(table(dense, rows)), notes)
 
 
@@ -178,7 +179,7 @@ def compare_methods(
         raise InputError("compare_methods: needs held-out text; give eval='held_out.txt', say")
     if options.get("keep_vocab", 1.0) != 1.0:
         raise InputError(
-            "recipe: keep_vocab leaves all methods, and the dense model, the same tokens; "
+            "recipe: keep_vocab can't be compared, as every method would have the same tokens; "
             "prune with it and keep 1 first, and compare methods on that folder"
         )
     for name, given in {"methods": methods, "seeds": seeds}.items():

@@ -124,8 +124,9 @@ def heal(
     training = Training(budget, **training).on(device_of(model))
     if not batches or not held_out:
         raise InputError("heal: needs text to train on and held-out text; give more text")
-    for index, batch in enumerate([*batches, *held_out]):
-        check_not_padding(index, batch, "heal")
+    for some in (batches, held_out):
+        for index, batch in enumerate(some):
+            check_not_padding(index, batch, "heal")
     if any(each.is_meta for one in (model, teacher) for each in one.parameters()):
         raise InputError(
             "heal: all weights must be in memory, and some are offloaded; use a larger device, or "

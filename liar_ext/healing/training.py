@@ -118,7 +118,7 @@ def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str
     trained = {
         name: each
         for name, each in model.named_parameters()
-        if (each.requires_grad or frozen)
+        if (each.requires_grad or (frozen and each.is_floating_point()))
         and can_split(each)
         and (train != "no-embeddings" or id(each) not in left)
         and (train != "norms" or id(each) in norms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -154,7 +155,9 @@ def why_textless(model: nn.Module) -> tuple[str, str]:
     media = [INPUTS[name] for name in inputs_read(model) if name in INPUTS]
     if media:
         return f"the calibration set, and banks keep no {media[0]}", ""
-    return "the calibration text, and the bank keeps none", "calibrate without --no-text, or "
+    sees = not INPUTS.keys().isdisjoint(inspect.signature(model.forward).parameters)
+    how = "calibrate on text alone, and" if sees else "calibrate"
+    return "the calibration text, and the bank keeps none", f"{how} without --no-text, or "
 
 
 def _check_diffusion(job: Job) -> None:

@@ -31,7 +31,7 @@ from liar_ext.system.distributed import alone, broadcast, is_first
 from liar_ext.vocabulary.keep import STEP, Choice, Counted, keep_tokens, size_of
 
 HALVINGS = 2  # how often the steps around the best size are halved
-TOO = "The dense model's quality above is with the smaller vocabulary, too."
+TOO = "The dense model's quality above was also measured with the smaller vocabulary."
 SPLIT = 1.05  # times as many tokens per byte as before, from which on a warning says so
 MORE = 0.02  # more of them on held-out text than on the text that chose
 

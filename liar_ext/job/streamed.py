@@ -171,6 +171,7 @@ class StreamedPasses(Passes):
         for one in one_of_each(self.batches):
             inputs = one.to(self.walk.source.device).inputs
             first, added = (blocks.enter(at, inputs)[0][0] for at in (0, index))
+            # All blocks before answer -first, so that what is read must be that and what is added.
             with blocks.answering(dict.fromkeys(range(index), first.neg)):
                 here = blocks.enter(index, inputs)[0][0]
             if not torch.equal(here, added - first):

@@ -263,9 +263,10 @@ def check_length(model: nn.Module, prompt: int, new_tokens: int) -> None:
     reads, positions = any(n.endswith("_ids") for n in inputs_read(model)), positions_of(model)
     needed = prompt + (new_tokens if predicts_next_token(model) else 0)
     if reads and positions is not None and needed > positions:
+        new = f" and {needed - prompt} new ones take {needed}" if needed > prompt else " is longer"
         raise InputError(
             f"bench: {type(model).__name__} has {positions} positions, and a prompt of {prompt} "
-            f"tokens with {needed - prompt} new ones takes {needed}; give fewer of both"
+            f"tokens{new}; give a smaller prompt length, or fewer new tokens"
         )
 
 

@@ -306,7 +306,9 @@ def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) 
             wrote[index - 1] = wrote[index - 1].to(read[index].device)  # on several devices
             if alone.begins(index) or torch.equal(wrote[index - 1], read[index]):
                 continue
-            if not torch.equal(wrote[index - 1] + alone.enter(index, inputs)[0][0], read[index]):
+            added = alone.enter(index, inputs)[0][0].to(read[index].device)
+            alike = added.shape == wrote[index - 1].shape
+            if not alike or not torch.equal(wrote[index - 1] + added, read[index]):
                 return False
     return True
 

@@ -395,7 +395,7 @@ def test_the_learning_rate_rises_and_falls():
         ({"lr": 0.0}, "lr must be above 0"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"held_out": []}, "held-out text"),
-        ({"held_out": [NOTHING]}, "heal: batch 6 holds only padding"),
+        ({"held_out": [NOTHING]}, "heal: batch 0 holds only padding"),
     ],
 )
 def test_what_cant_be_is_refused(settings, said):

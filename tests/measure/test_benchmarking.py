@@ -117,7 +117,7 @@ def test_threads_are_given_back():
 def test_models_that_do_different_things_are_refused():
     with pytest.raises(InputError, match="both models must do the same"):
         check_models({"pruned": tiny("llama"), "dense": tiny("bert")}, SHORT)
-    with pytest.raises(InputError, match="a prompt of 61 tokens with 4 new ones takes 65"):
+    with pytest.raises(InputError, match="a prompt of 61 tokens and 4 new ones take 65"):
         check_models({"pruned": tiny("llama")}, Settings(prompt_length=61, new_tokens=4))
     check_models({"pruned": tiny("bert")}, Settings(prompt_length=64, new_tokens=4))
     check_models({"pruned": tiny("vit")}, Settings(prompt_length=4096))

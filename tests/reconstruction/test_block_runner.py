@@ -55,6 +55,16 @@ def test_what_the_model_adds_between_blocks_is_added():
 
 
 @torch.no_grad()
+def test_a_block_that_reads_fewer_tokens_ends_a_chain():
+    model = tiny("vit")
+    every, inputs = sites(model), tiny_inputs(model)
+    last = model.get_submodule(every[-1].path)
+    assert is_chain(model, every, inputs)
+    with last.register_forward_pre_hook(lambda _, args: (args[0][:, :-2], *args[1:])):
+        assert not is_chain(model, every, inputs)
+
+
+@torch.no_grad()
 def test_a_run_sees_consumers_replaces_them_and_ends_early():
     model = tiny("llama")
     inputs, site = tiny_inputs(model), next(s for s in sites(model) if s.name == "0.attn")

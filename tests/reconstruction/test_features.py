@@ -45,14 +45,24 @@ def test_other_images_have_other_features_and_nothing_stays():
         expected = model(**second).logits
         with features_once(model, states):
             model(**first)
-            assert states.in_memory > 0
+            # Features of four image tokens, for the first block and between two blocks, alone.
+            assert states.in_memory == 2 * 4 * 64 * 8
             for _ in range(2):
                 assert torch.equal(model(**second).logits, expected)
     assert "get_image_features" not in vars(body_of(model))
     assert states.in_memory == 0
 
 
-def test_an_encoder_that_is_pruned_runs_as_ever():
+def test_a_method_that_others_put_there_is_given_back():
+    model = seeing_model("llava")
+    body = body_of(model)
+    body.get_image_features = own = body.get_image_features
+    with features_once(model, HiddenStates()), features_once(model, HiddenStates()):
+        assert vars(body)["get_image_features"] is not own
+    assert vars(body)["get_image_features"] is own
+
+
+def test_an_encoder_that_is_pruned_runs_as_before():
     model = tiny("clip")
     with features_once(model, HiddenStates()):
         assert "get_image_features" not in vars(model)

@@ -336,7 +336,7 @@ def test_a_sweep_says_that_the_dense_model_has_fewer_tokens(folder, corpus, caps
     more = ["--keep", "0.9", "--keep-vocab", str(KEPT), "--json", *QUICK]
     assert cli.main([*command, *SHORT, *more]) == 0
     notes = json.loads(capsys.readouterr().out)["warnings"]
-    assert any("with the smaller vocabulary, too" in note for note in notes)
+    assert any("measured with the smaller vocabulary" in note for note in notes)
     assert any(note.startswith("Bits per byte of held-out text: ") for note in notes)
 
 
