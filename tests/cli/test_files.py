@@ -133,7 +133,10 @@ def test_ten_pictures_heal_and_three_are_too_few(pictures, tmp_path, capsys):
     write_pictures(tmp_path / "few", 3)
     assert run(*heal, "--overwrite", "--calibration", tmp_path / "few") == 2
     error = capsys.readouterr().err
-    assert "an eighth: 3 file(s) or line(s) of images are too few for two folds" in error
+    assert (
+        "an eighth can't be held out: 3 file(s) or line(s) of images are too few for two folds"
+        in error
+    )
     assert "hint: give more of them" in error and "seq-len" not in error
 
 

@@ -456,7 +456,7 @@ def test_what_cant_be_is_refused(pruned, corpus, llama_folder, tmp_path, capsys)
     refused(pruned, *one, "--checkpoint", pruned / "inside", said="must not lie")
     text = tmp_path / "short.txt"
     text.write_text("abc def " * 20)
-    refused(pruned, *one, "--calibration", text, said="an eighth can.t be held out")
+    refused(pruned, *one, "--calibration", text, said="an eighth can't be held out")
     report = json.loads((pruned / "liar/report.json").read_text())
     report["recipe"] |= {"model": None, "calibration": []}
     (pruned / "liar/report.json").write_text(json.dumps(report))
