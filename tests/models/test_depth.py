@@ -66,13 +66,15 @@ def test_every_family_loses_a_block_or_says_why_not(name: str, tmp_path: Path) -
     assert name not in BOUND
     dense = tiny(name)
     silence(stack_of(dense)[1][gone][1])
-    torch.testing.assert_close(outputs(model), outputs(dense), rtol=1e-5, atol=1e-6)
+    # The last bits of some kernels depend on where weights lie in memory.
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(outputs(model), outputs(dense), **close)
     save_pruned(model, tmp_path / "one", plan)
     stock = type(model).from_pretrained(tmp_path / "one").eval()
-    assert torch.equal(outputs(stock), outputs(model))
-    loaded = load_pruned(tmp_path / "one")
-    save_pruned(loaded, tmp_path / "two", plan)
-    assert torch.equal(outputs(load_pruned(tmp_path / "two")), outputs(model))
+    save_pruned(load_pruned(tmp_path / "one"), tmp_path / "two", plan)
+    for loaded in (stock, load_pruned(tmp_path / "two")):
+        assert same_weights(loaded, model)
+        torch.testing.assert_close(outputs(loaded), outputs(model), **close)
 
 
 def test_kinds_of_blocks_move_with_them(tmp_path: Path) -> None:
