@@ -347,8 +347,10 @@ def calibration_inputs(
     """
     shares = [samples // FOLDS, samples - samples // FOLDS, certify, judge]
     least = [1, 1, FOLDS * bool(certify), FOLDS * bool(judge)]
-    again = must_judge or not judge  # else the caller may do without
-    for first in ([0, 0], *[least[FOLDS:]] * again):
+    ways = [[0, 0]]
+    if must_judge or not judge:  # else the caller may do without
+        ways.append(least[FOLDS:])
+    for first in ways:
         parts = split_files(sources, shares, first, seed)
         if all(len(part) >= few for part, few in zip(parts, least, strict=True)):
             break

@@ -199,8 +199,7 @@ def _on_text(
         evaluation_sequences(documents, tokenizer, packed=False, **how)
         for _, tokenizer in (pruned, dense)
     )
-    same = len(pruned[1]) == len(dense[1]) and torch.equal(own.input_ids, other.input_ids)
-    if same:
+    if len(pruned[1]) == len(dense[1]) and torch.equal(own.input_ids, other.input_ids):
         batches = own.batches(options.batch_size)
         return encoder_similarity(pruned[0], dense[0], batches, progress=options.progress)
     judge = VocabularyQuality(*dense, documents, batch_size=options.batch_size, **how)

@@ -32,7 +32,7 @@ from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.errors import InputError
 from liar_ext.healing.losses import Teacher, mean_loss
-from liar_ext.job.sharing import TOO
+from liar_ext.job.sharing import SAME_VOCABULARY
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
 from liar_ext.report.reading import bench_file, read_report, report_digest, stored_bench
@@ -127,8 +127,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         as_before = in_place and not found["improved"]  # so is what was made of the folder
         old = _exports(options.folder, in_place and found["improved"])
         times = round(found["tokens"] / sum(map(count_tokens, batches)))
-        fewer = [TOO] if names and kept_tokens(Path(options.folder), "heal") is not None else []
-        found["notes"] = [*_notes(given.notes, times, options), *fewer, *before, *old]
+        fewer = kept_tokens(Path(options.folder), "heal") is not None
+        same = [SAME_VOCABULARY] * (fewer and bool(names))  # of both models
+        found["notes"] = [*_notes(given.notes, times, options), *same, *before, *old]
         report.heal = found
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})

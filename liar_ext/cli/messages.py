@@ -49,8 +49,8 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
             line = line.replace(name, option, 1) if option and name != "model" else line
     line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line))
     cause, _, hint = line.partition("; ")
-    hint = " ".join([*_near_paths(options, cause), *[hint] * bool(hint)])
-    lines = [("error", cause), *[("hint", hint)] * bool(hint)]
+    hint = " ".join(filter(None, [*_near_paths(options, cause), hint]))
+    lines = [("error", cause)] + ([("hint", hint)] if hint else [])
     return "\n".join(f"{_painted(word)} {one_line(said)}" for word, said in lines)
 
 

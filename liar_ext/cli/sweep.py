@@ -21,7 +21,7 @@ from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import StrPath, given_fields, paths_of, recipe_of
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
-from liar_ext.job.sharing import TOO, shares_budget
+from liar_ext.job.sharing import SAME_VOCABULARY, shares_budget
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import tokens_gone
 from liar_ext.job.sweeping import Sweep, sweep
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     notes = list(given.warnings)
     if given.vocabulary is not None and (facts := given.vocabulary.facts):
         fewer = facts["after"] < facts["before"]
-        notes += [TOO] * (fewer and bool(measured(dense))) + vocabulary_lines(facts)
+        notes += [SAME_VOCABULARY] * (fewer and bool(measured(dense))) + vocabulary_lines(facts)
     show(options, {"dense": dense, "budgets": rows}, to_text(table(dense, rows)), notes)
 
 

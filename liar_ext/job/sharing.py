@@ -31,7 +31,7 @@ from liar_ext.system.distributed import alone, broadcast, is_first
 from liar_ext.vocabulary.keep import STEP, Choice, Counted, keep_tokens, size_of
 
 HALVINGS = 2  # how often the steps around the best size are halved
-TOO = "The dense model's quality above was also measured with the smaller vocabulary."
+SAME_VOCABULARY = "The dense model's quality above was also measured with the smaller vocabulary."
 SPLIT = 1.05  # times as many tokens per byte as before, from which on a warning says so
 MORE = 0.02  # more of them on held-out text than on the text that chose
 
@@ -138,7 +138,7 @@ class SmallerVocabulary:
         if "pruned" in report.evaluation:  # encoders: from the model with all tokens
             report.evaluation["pruned"] = {**report.evaluation["pruned"], **measured(found)}
         if report.evaluation and ("certified" in report.evaluation or not measured(found)):
-            report.warnings.append(TOO)
+            report.warnings.append(SAME_VOCABULARY)
         report.warnings += split_warnings(facts["tokens_per_byte"], held_out)
 
 

@@ -65,6 +65,7 @@ def _key(arguments: Any) -> bytes:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            leaf = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        digest.update(leaf if hasattr(leaf, "tobytes") else repr(leaf).encode())
+            digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(repr(leaf).encode())
     return digest.digest()
