@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -50,7 +50,8 @@ class BlockStore:
 
     What lies outside of the blocks, embeddings and final norm, is always there; an output head with
     weights of its own is not, see :meth:`head`. Parameters that aren't in memory are on the meta
-    device. ``tokenizer`` may be None. ``prefetch`` reads the next block while one is in use, which
+    device. ``changes`` say, by names of parameters of blocks, what becomes of them when they are
+    read. ``tokenizer`` may be None. ``prefetch`` reads the next block while one is in use, which
     takes memory for two.
 
     Files may hold experts one by one, which the model has in one parameter of a layer. Such
@@ -70,6 +71,7 @@ class BlockStore:
         self.model, self._weights, self._paths, self._head = _loaded(name, dtype, device, room)
         self.tokenizer = load_tokenizer(Path(name), name, self.model)
         self.device, self.prefetch = torch.device(device), prefetch
+        self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
         self._next: tuple[int, Future] | None = None
         check_finite_tensors((n, p) for n, p in self.model.named_parameters() if not p.is_meta)
@@ -144,6 +146,8 @@ class BlockStore:
         leaves = (name for name, _ in self.model.get_submodule(path).named_parameters())
         tensors = {f"{path}.{leaf}": self._weights[f"{path}.{leaf}"] for leaf in leaves}
         check_finite_tensors(tensors.items())
+        for name in tensors.keys() & self.changes.keys():
+            tensors[name] = self.changes[name](tensors[name])
         return tensors
 
     def _install(self, tensors: dict[str, Tensor]) -> None:
@@ -199,6 +203,10 @@ def _loaded(
         maps = (hook.weights_map for hook in hooks if getattr(hook, "weights_map", None))
         weights = OpenWeights(next(maps).dataset.index)  # its files stay when their names go
     remove_hook_from_submodules(model)
+    for module in model.modules():  # accelerate leaves a forward of this very module, copies' too
+        own = module.__dict__.get("forward")
+        if getattr(own, "__func__", None) is type(module).forward:
+            del module.forward
     for tensor in chain(model.parameters(), model.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.clone()  # transformers maps it, and the file may change

@@ -15,17 +15,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.collect import Passes
+from liar_ext.calibration.collect import Passes, check_finite_weights
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
-from liar_ext.job.streamed import StreamedPasses
+from liar_ext.job.streamed import StreamedPasses, leave_out
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.hidden_size import Narrowing, narrow
 from liar_ext.reconstruction.solve import with_bias
-from liar_ext.reconstruction.streams import StreamedBatches
+from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk
 from liar_ext.selection.allocation import allocate
 from liar_ext.selection.criteria import score
 from liar_ext.selection.curve_allocation import (
@@ -103,8 +103,12 @@ class Decision:
     speed: Speed | None = None  # for a budget of latency
 
 
-def narrowed(job: Job) -> Base:
-    """Return the model to prune: the job's, or a copy with fewer blocks, features or experts."""
+def narrowed(job: Job, along: Sequence[StreamedBatches] = ()) -> Base:
+    """Return the model to prune: the job's, or a copy with fewer blocks, features or experts.
+
+    One that is read block by block loses its experts itself. ``along`` is text that passes its
+    blocks before.
+    """
     recipe, model = job.recipe, job.model
     settings = {"damp": recipe.damp, "mode": recipe.reconstruct, "progress": job.progress}
     narrowing = experts = blocks = None
@@ -115,9 +119,15 @@ def narrowed(job: Job) -> Base:
             model = _without(model, blocks.weights, blocks=blocks.plan)
     if recipe.keep_experts != 1.0:
         with job.clock("experts"):
-            settings["memory"] = job.room
-            experts = choose_experts(model, job.batches, recipe.keep_experts, **settings)
-            model = _without(model, experts.scales, experts=experts.plans)
+            if job.walk is None:
+                check_finite_weights(model)  # a store checks what it reads
+            walk = job.walk or Walk(InMemory(model), progress=job.progress)
+            how = {"mode": recipe.reconstruct, "damp": recipe.damp, "along": along}
+            experts = choose_experts(walk, job.batches, recipe.keep_experts, **how)
+            if job.walk is None:
+                model = _without(model, experts.scales, experts=experts.plans)
+            else:
+                leave_out(walk, experts)
     elif job.narrows:
         with job.clock("narrow"):
             settings |= {"tile": recipe.tile, "memory": recipe.memory}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from liar_ext.calibration.batches import Batches, read_batch
+from liar_ext.calibration.batches import FOLDS, Batches, read_batch, read_batches
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
@@ -31,6 +31,7 @@ from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.sections import latency_lines
 from liar_ext.report.tables import Table, to_text
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
+from liar_ext.selection.expert_scales import POWERS, of_fold
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
 
 PLAIN = "loads with plain"
@@ -67,6 +68,11 @@ def describe_streamed(job: Job, store: BlockStore) -> list[str]:
     shares, layerwise = job.shares, job.recipe.schedule == "layerwise"
     tokens = sum(map(tokens_of, job.batches))
     held = bytes_of_states(job.model, sites(job.model), tokens, layerwise=layerwise)
+    removing = job.recipe.keep_experts != 1.0
+    if removing:  # beside the text, sequences that judge models pass the blocks by each way
+        some = [each for fold in range(FOLDS) for each in of_fold(read_batches(job.batches), fold)]
+        tokens += (2 + len(POWERS)) * sum(map(tokens_of, some))
+        held = max(held, bytes_of_states(job.model, sites(job.model), tokens, layerwise=False))
     beyond, need = max(0, held - shares.states), sum(shares.need.values())
     size = sum(each.nbytes for each in store.model.parameters())
     again = "" if shares.keep_sums or layerwise else ", twice"
@@ -79,7 +85,8 @@ def describe_streamed(job: Job, store: BlockStore) -> list[str]:
         f"(GiB: {in_gib(shares.need)})",
         f"hidden states: {held / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
         "in the output folder",
-        f"weights: read twice and written once; calibration text summed{again}",
+        f"weights: read {'three times' if removing else 'twice'} and written once; "
+        f"calibration text summed{again}",
     ]
 
 

@@ -27,6 +27,7 @@ from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
 from liar_ext.selection.costs import total_cost
 from liar_ext.selection.criteria import get_criterion
+from liar_ext.selection.whole_experts import bytes_of_products, layers_of
 from liar_ext.system.environment import process_memory
 
 GIB = 2**30
@@ -250,6 +251,9 @@ def bytes_by_blocks(
         solved[site.block] += 8 * site.d_in * site.d_out
         if recipe.schedule == "layerwise":
             cross[site.team] += bytes_of_sums(site.d_in) + FOLDS * 8 * site.d_in * site.d_out
+    if recipe.keep_experts != 1.0:
+        given = sum(map(tokens_of, batches)), at[0].d_out
+        cross["products"] = bytes_of_products(layers_of(store.model)[0].experts, *given)
     widest = max(max(site.d_in, site.d_out) for site in at)
     tokens = max(map(tokens_of, batches), default=0)
     return {

@@ -199,11 +199,16 @@ def run(job: Job) -> Report:
     states = HiddenStates() if job.walk is None else job.walk.states
     with _timeline(job).shown(), features_once(job.model, states):
         evaluation = Evaluation(job) if job.walk is None else StreamedEvaluation(job)
-        base = narrowed(job)  # fewer hidden features or experts, on a copy
-        passes = passes_of(job, base, evaluation.along)
+        base = narrowed(job, evaluation.along)  # fewer hidden features or experts, on a copy
+        # The dense blocks of a walk are gone once their experts are chosen.
+        passed = job.walk is not None and base.experts is not None
+        if passed:
+            evaluation.see_dense()
+        passes = passes_of(job, base, () if passed else evaluation.along)
         decision = decide(job, passes)  # analyze, allocate
         solved = reconstruct(job, passes, decision.plan, evaluation)
-        evaluation.see_dense(passes)
+        if not passed:
+            evaluation.see_dense(passes)
         plan, rows = slice_modules(job, base, decision.plan, solved)
         decision = replace(decision, plan=plan)
         return report_of(job, base, decision, solved, rows, evaluation.result())
@@ -239,12 +244,14 @@ def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Pla
         with job.clock("rescale"):
             dense = Divergence(job.model, rescale_batches(job.batches), POSITIONS)
     full = base.in_full(plan)
-    whole = stock_config.from_dense(job.model, full)
+    whole, missing = stock_config.from_dense(job.model, full), base.weights
+    if base.model is job.model:  # it lacks nothing, or has lost its experts already
+        full, missing = plan, {}
     for index, weights, found in solved.blocks:
         rows |= found
         with job.clock("surgery"):
             some = None if index is None else [index]
-            apply_plan(job.model, full, {**base.weights, **weights}, blocks=some)
+            apply_plan(job.model, full, {**missing, **weights}, blocks=some)
             if job.out is not None:
                 job.out.add(index, job.shares.shard)
     with job.clock("surgery"):

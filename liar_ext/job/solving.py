@@ -14,6 +14,7 @@ from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
 from liar_ext.job.state import Job
+from liar_ext.job.streamed import unchanged
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site
@@ -85,22 +86,24 @@ class Solved:
 def reconstruct(job: Job, passes: Passes | None, plan: Plan, evaluation: Evaluation) -> Solved:
     """Solve the sites of a plan; block by block text to evaluate on passes the blocks, too."""
     recipe, walk = job.recipe, job.walk
-    if passes is None:
-        return Solved([(None, {}, {})], recipe.schedule, {})
     if walk is None:
-        return solve(job, passes, plan)
+        none = Solved([(None, {}, {})], recipe.schedule, {})
+        return none if passes is None else solve(job, passes, plan)
     facts = {"max_memory": job.limit}
 
     def blocks() -> Iterator[Block]:
         along, how = [job.out.fixed, *evaluation.along], (recipe.reconstruct, recipe.damp)
-        if recipe.schedule == "layerwise":
+        if passes is None:
+            yield from unchanged(walk, along)
+        elif recipe.schedule == "layerwise":
             yield from solve_layerwise(walk, plan, *how, job.batches, job.certify_on or (), along)
         else:
             yield from passes.solve(plan, along)
-        facts["calibrate_passes"] = passes.taken
+        facts["calibrate_passes"] = 0 if passes is None else passes.taken
         facts["hidden_states_on_disk"] = walk.states.most_on_disk
 
-    return Solved(job.clock.each("reconstruct", blocks()), recipe.schedule, passes.source, facts)
+    source = {} if passes is None else passes.source
+    return Solved(job.clock.each("reconstruct", blocks()), recipe.schedule, source, facts)
 
 
 def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
@@ -176,7 +179,7 @@ class Evaluation:
         with job.clock("evaluate"):
             return self.evaluator(job.model, job.evaluate_on, progress=job.progress)
 
-    def see_dense(self, passes: Passes | None) -> None:
+    def see_dense(self, passes: Passes | None = None) -> None:
         """Note what the dense model gives on fresh text, before it is sliced."""
         if self.job.certify_on is not None:
             with self.job.clock("certify"):
@@ -224,9 +227,10 @@ class StreamedEvaluation(Evaluation):
             with text.answering():
                 return self.evaluator(self.job.model, text.batches, progress=self.job.progress)
 
-    def see_dense(self, passes: Passes | None) -> None:
+    def see_dense(self, passes: Passes | None = None) -> None:
         """Note what the dense model gives, after its walk, and begin again for the other."""
-        passes.restore_along()
+        if passes is not None:
+            passes.restore_along()
         self.dense = self.quality()
         fresh = self.along[1]
         if fresh.batches:

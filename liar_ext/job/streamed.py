@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import count_tokens, one_of_each, read_batches
+from liar_ext.calibration.batches import count_tokens, read_batches
 from liar_ext.calibration.collect import Passes, check_not_padding, check_sums, counted, summing
 from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
@@ -23,16 +24,19 @@ from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
 from liar_ext.job.state import Job, Shares
 from liar_ext.models.depth import why_no_chain
+from liar_ext.models.experts import held_by_experts
 from liar_ext.models.registry import family_of, type_of
 from liar_ext.models.sites import Site, sites, teams_of
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.layerwise import Solved, solve_blocks
+from liar_ext.reconstruction.layerwise import Solved, check_block, solve_blocks
 from liar_ext.reconstruction.solve import reconstruct_shared
-from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams
+from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
 from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
 from liar_ext.selection.error_curves import energy_shares
 from liar_ext.selection.sensitivity import mean_divergences, pruned_site
+from liar_ext.selection.whole_experts import KeptExperts, layers_of
 from liar_ext.system.checkpoint_store import reading
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.progress import Bar, spare
@@ -79,6 +83,29 @@ def share_out(job: Job, keep_sums: bool | None = None) -> Job:
         keep_sums = all(gather(recipe.schedule == "one-pass" and sums <= left // 2))
     states = max(0, left - (sums if keep_sums else 0))
     return replace(job, shares=Shares(need, shard, states, keep_sums))
+
+
+def leave_out(walk: Walk, chosen: KeptExperts) -> None:
+    """Let the model of a walk lack experts: those of blocks that are read from now on, too."""
+    model, paths = walk.model, {module: path for path, module in walk.model.named_modules()}
+    for site in layers_of(model):
+        if site.team in chosen.plans:
+            kept, scales = torch.tensor(chosen.plans[site.team].kept), chosen.scales[site.team][0]
+            for each in held_by_experts(model, site):
+                change = partial(each.without, kept=kept, scales=scales)
+                walk.source.changes[f"{paths[each.owner]}.{each.name}"] = change
+    apply_plan(model, Plan(type_of(model), "auto", {}, experts=chosen.plans))
+    walk.refresh()
+
+
+def unchanged(walk: Walk, along: Sequence[StreamedBatches]) -> Iterator[Solved]:
+    """Yield the blocks as they are; text passes each."""
+    with walk.begun():
+        for index in Bar(range(len(walk.blocks)), desc="write", disable=not walk.progress):
+            with walk.source.block(index):
+                yield index, {}, {}
+                for each in along:
+                    each.advance(index)
 
 
 ALONG = "judged"  # the key of text that has passed the dense model
@@ -137,7 +164,8 @@ class StreamedPasses(Passes):
                     if known:
                         self.bank.moments = {site.name: self.kept.pop(site.name) for site in group}
                     else:
-                        self._check_chain(index)
+                        if index and self.text.hidden:
+                            check_block(self.walk, self.batches, index)
                         self.bank.moments = self._sums(index, group)
                     if self.keep and not known:
                         self.kept |= self.bank.moments
@@ -162,23 +190,6 @@ class StreamedPasses(Passes):
             return {} if self.keep else {"text": self.text.hidden}
 
         yield from solve_blocks(self.walk, "pruning", steps, streams, self.text.numbers, along)
-
-    def _check_chain(self, index: int) -> None:
-        """Raise InputError if a block reads more of other blocks than what the one before wrote."""
-        if index == 0 or not self.text.hidden:
-            return
-        blocks = self.walk.blocks
-        for one in one_of_each(self.batches):
-            inputs = one.to(self.walk.source.device).inputs
-            first, added = (blocks.enter(at, inputs)[0][0] for at in (0, index))
-            # All blocks before answer -first, so that what is read must be that and what is added.
-            with blocks.answering(dict.fromkeys(range(index), first.neg)):
-                here = blocks.enter(index, inputs)[0][0]
-            if not torch.equal(here, added - first):
-                raise InputError(
-                    f"prune: --max-memory is for blocks that read what the one before wrote, and "
-                    f"{type(self.model).__name__} changes it before block {index}; leave it out"
-                )
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
         taps = [tap_at(self.model, site) for site in group]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.family import Experts
-from liar_ext.models.residual_stream import narrow
+from liar_ext.models.residual_stream import fit, narrow, select
 from liar_ext.models.running import bias_name, layer_at, owner_of
 from liar_ext.models.sites import Site
 from liar_ext.plan import SitePlan
@@ -124,25 +124,45 @@ def _light_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
+class Held(NamedTuple):
+    """What a layer holds for each of its experts."""
+
+    owner: nn.Module
+    name: str  # of a parameter or buffer
+    dim: int  # that counts experts
+    scaled: bool  # whether it is of their consumers, and what an output is multiplied by goes there
+
+    def without(self, value: Tensor, kept: Tensor, scales: Tensor | None) -> Tensor:
+        """Return its value for the experts ``kept``, scaled."""
+        value = select(value, self.dim, kept)
+        if self.scaled and scales is not None:
+            value.mul_(scales.to(value).view(-1, *[1] * (value.dim() - 1)))
+        return value
+
+
+def held_by_experts(model: nn.Module, site: Site) -> list[Held]:
+    """Return all that the layer of an expert holds for its experts, if any: weights and router."""
+    (experts, consumer), router = owner_of(model, site.consumer), router_of(model, site)
+    both = consumer, bias_name(consumer)
+    found = [Held(experts, n, 0, n in both) for n, _ in experts.named_parameters(recurse=False)]
+    found += [Held(*each, False) for each in by_expert(router, site.experts)]
+    if choice_of(model, site):
+        path = f"{site.path}.{site.wiring.experts.choice}"
+        found.append(Held(*owner_of(model, path), 0, False))
+    return found
+
+
+@torch.no_grad()
 def keep_experts(model: nn.Module, site: Site, kept: Tensor, scales: Tensor | None) -> None:
     """Remove experts of a layer, and what the router has for them, in place.
 
     ``site`` is any expert of the layer, ``kept``, ascending, those that stay, and ``scales`` what
     their outputs are multiplied by, in their consumers; None: 1.
     """
-    (experts, consumer), router = owner_of(model, site.consumer), router_of(model, site)
-    for name, _ in list(experts.named_parameters(recurse=False)):
-        narrow(experts, name, 0, kept)
-    held = list(by_expert(router, site.experts))
-    if choice_of(model, site):
-        held.append((*owner_of(model, f"{site.path}.{site.wiring.experts.choice}"), 0))
-    for module, name, dim in held:
-        narrow(module, name, dim, kept)
-    if scales is not None:
-        for name in (consumer, bias_name(consumer)):
-            parameter = getattr(experts, name, None)
-            if parameter is not None:
-                parameter.mul_(scales.to(parameter).view(-1, *[1] * (parameter.dim() - 1)))
+    for each in held_by_experts(model, site):
+        value = each.without(getattr(each.owner, each.name), kept, scales)
+        setattr(each.owner, each.name, value)
+        fit(each.owner)
     # The model counts experts for the loss that balances them.
     if getattr(model, "num_experts", None) == site.experts:
         model.num_experts = len(kept)

@@ -95,7 +95,7 @@ def _entries(family: Family) -> dict[str, Entry]:
         "heads": _sites(attn, without.get("attn"), "its attention isn't described"),
         "kv_groups": groups,
         "channels": _sites(mlp, without.get("mlp"), "its MLP isn't described"),
-        "experts": Entry(YES if any(wiring.experts for wiring in mlp) else NONE),
+        "experts": _experts(family) if any(wiring.experts for wiring in mlp) else Entry(NONE),
         "hidden": _hidden(family),
         "biases": Entry(", ".join(flags)) if flags else Entry(NO, "no field gives all of them one"),
         "stock": _stock(family, {"heads": attn, "channels": mlp}),
@@ -113,6 +113,11 @@ def _hidden(family: Family) -> Entry:
         return Entry(NO, reason or "its residual stream isn't described")
     needs = {} if isinstance(row, tuple) else row.requires
     return Entry(YES, ": ".join(filter(None, (_only(needs.items()) if needs else "", reason))))
+
+
+def _experts(family: Family) -> Entry:
+    chain = _layerwise(family)  # they are chosen block by block
+    return Entry(YES) if chain.applies == YES else chain
 
 
 def _layerwise(family: Family) -> Entry:

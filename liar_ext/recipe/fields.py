@@ -209,6 +209,7 @@ class Fields:
         1.0,
         check.share("0.75 keeps 75 %"),
         "fraction of the experts per layer to keep; --keep counts the rest",
+        streamed=True,
     )
     keep_vocab: float | str = _words(
         1.0,

@@ -201,6 +201,26 @@ def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor
         )
 
 
+def check_block(walk: Walk, batches: Sequence[Batch], index: int) -> None:
+    """Raise InputError if a block reads more of other blocks than what the one before wrote.
+
+    The blocks before it are behind text on the walk.
+    """
+    blocks = walk.blocks
+    for one in one_of_each(batches):
+        inputs = one.to(walk.source.device).inputs
+        first, added = (blocks.enter(at, inputs)[0][0] for at in (0, index))
+        # All blocks before answer -first, so that what is read must be that and what is added.
+        with blocks.answering(dict.fromkeys(range(index), first.neg)):
+            here = blocks.enter(index, inputs)[0][0]
+        if not torch.equal(here, added - first.to(added)):
+            raise InputError(
+                "prune: --max-memory and --keep-experts are for blocks that read what the one "
+                f"before wrote, and {type(walk.model).__name__} changes it before block {index}; "
+                "leave them out"
+            )
+
+
 def check_mode(mode: str) -> None:
     """Raise InputError unless a layerwise walk can solve in this ``mode``."""
     if mode not in ("auto", "linear", "affine"):

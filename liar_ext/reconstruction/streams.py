@@ -159,8 +159,12 @@ class Walk:
         progress: bool = False,
     ) -> None:
         self.source, self.model, self.saved, self.progress = source, source.model, saved, progress
-        self.blocks = Blocks(source.model, sites(source.model, attn_unit=attn_unit))
-        self.states = HiddenStates()
+        self.attn_unit, self.states = attn_unit, HiddenStates()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the model anew, whose sites have changed."""
+        self.blocks = Blocks(self.model, sites(self.model, attn_unit=self.attn_unit))
 
     @contextmanager
     def begun(self) -> Iterator[None]:
@@ -220,7 +224,7 @@ class StreamedBatches:
             yield batch.to(device), held
 
     def _past(self, index: int, batch: Batch, held: Held) -> Tensor:
-        hidden = held.get().to(self.walk.source.device)
+        hidden = held.get().to(self.walk.blocks.device(index))
         return self.walk.blocks.run(index, batch.inputs, hidden).output
 
 

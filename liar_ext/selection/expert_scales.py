@@ -16,7 +16,7 @@ fitted on the tokens of one fold, and run on sequences of the other, without the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,9 @@ from liar_ext.models.experts import called_at, choice_of, reroute, router_of
 from liar_ext.models.sites import Site
 from liar_ext.reconstruction.ladder import least_held_out
 from liar_ext.reconstruction.ridge import damp_ladder, ratio
+from liar_ext.reconstruction.streams import StreamedBatches, Walk
 from liar_ext.selection.divergence import Divergence
+from liar_ext.system.distributed import rank, world_size
 
 # Ways to scale, the first of which is best if several are: by which power of β scales are divided.
 PLAIN = "as they are"
@@ -151,33 +153,58 @@ def lost(a: Tensor, c: Tensor, scales: Tensor) -> Tensor:
     return scales @ a @ scales - 2 * scales @ c
 
 
-@torch.no_grad()
-def decide(
-    model: nn.Module, batches: Sequence[Batch], layers: Sequence[Chosen]
-) -> tuple[str, dict[str, float]]:
-    """Return the way of the least divergence of the whole model, and that of each per row.
+class Judge:
+    """Sequences on their way past the blocks: of the dense model, and of it by each way.
 
     Scales are those of the fold that a sequence is not in; up to ``JUDGED`` sequences of each fold
-    are run. A way whose outputs overflow is not taken.
+    are run.
     """
-    names = list(layers[0].ways)
-    if len(names) == 1:
-        return names[0], {}
-    total, rows = dict.fromkeys(names, 0.0), 0
-    for fold in range(FOLDS):
-        dense = Divergence(model, list(_of_fold(batches, fold)))
-        for name in names:
-            with without_experts(model, layers, name, FOLDS - 1 - fold):
-                found = dense.of(model)
-            total[name] += found["divergence"] * found["rows"]
-        rows += found["rows"]
-    mean = {name: value / rows for name, value in total.items()}
-    order = {name: value if math.isfinite(value) else math.inf for name, value in mean.items()}
-    return min(order, key=order.get), mean
+
+    def __init__(self, walk: Walk, batches: Sequence[Batch]) -> None:
+        self.walk = walk
+        self.texts = [list(of_fold(batches, fold)) for fold in range(FOLDS)]
+        mine = slice(rank(), None, world_size())
+        self.dense = [StreamedBatches("judged", walk, text[mine]) for text in self.texts]
+        self.ways: dict[str, list[StreamedBatches]] = {}  # by fold; empty before the first experts
+
+    def advance(self, index: int, chosen: Chosen | None = None) -> None:
+        """Take all past a block, which is in memory, without the experts that leave it."""
+        for name in self.ways if chosen is None else chosen.ways:
+            own = self.ways.setdefault(name, [])
+            for fold, dense in enumerate(self.dense):
+                with ExitStack() as stack:
+                    if chosen is not None:
+                        given = self.walk.model, [chosen], name, FOLDS - 1 - fold
+                        stack.enter_context(without_experts(*given))
+                    if fold == len(own):
+                        own.append(dense.branch("judged", index))
+                    else:
+                        own[fold].advance(index)
+        for dense in self.dense:
+            dense.advance(index)
+
+    def decide(self) -> tuple[str, dict[str, float]]:
+        """Return the way of the least divergence of the whole model, and that of each per row.
+
+        A way whose outputs overflow is not taken.
+        """
+        model, total, rows = self.walk.model, dict.fromkeys(self.ways, 0.0), 0
+        for fold, text in enumerate(self.texts):
+            with self.dense[fold].answering():
+                dense = Divergence(model, text)
+            for name, streams in self.ways.items():
+                with streams[fold].answering():
+                    found = dense.of(model)
+                total[name] += found["divergence"] * found["rows"]
+            rows += found["rows"]
+        mean = {name: value / rows for name, value in total.items()}
+        order = {name: value if math.isfinite(value) else math.inf for name, value in mean.items()}
+        return min(order, key=order.get), mean
 
 
-def _of_fold(batches: Sequence[Batch], fold: int) -> Iterator[Batch]:
-    """Yield sequences of a fold, evenly spread."""
+def of_fold(batches: Iterable[Batch], fold: int) -> Iterator[Batch]:
+    """Yield the sequences of a fold that ways are judged on, evenly spread."""
+    batches = list(batches)
     count = sum(int((batch.fold == fold).sum()) for batch in batches)
     seen, every = 0, max(1, count // JUDGED)
     for batch in batches:

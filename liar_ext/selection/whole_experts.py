@@ -16,28 +16,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, count_tokens, read_batches
-from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.calibration.saved_sums import room_for_sums, split
-from liar_ext.calibration.taps import Ended, watched
+from liar_ext.calibration.taps import watched
 from liar_ext.errors import InputError
+from liar_ext.models.depth import why_lent
 from liar_ext.models.experts import called_at, choice_of, gated, router_of
-from liar_ext.models.running import body_of, device_of, evaluating
+from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites, teams_of
 from liar_ext.plan import SitePlan
+from liar_ext.reconstruction.layerwise import check_block
 from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.reconstruction.streams import StreamedBatches, Walk
 from liar_ext.selection.error_curves import CURVE_DAMP
 from liar_ext.selection.expert_scales import (
+    PLAIN,
     Chosen,
+    Judge,
     LayerTokens,
-    decide,
     fit_ways,
     least_squares,
     lost,
@@ -50,29 +52,42 @@ MOST_TOKENS = 4096
 CHUNK = 64  # tokens whose outputs of all experts are held at a time
 
 
-class _Collector:
-    """Collects what one layer does with the tokens of a batch, at two hooks."""
+class Collector:
+    """Collects what a layer of experts does with tokens that pass it, every ``stride``-th one."""
 
-    def __init__(self, model: nn.Module, first: Site, last: bool) -> None:
-        self.model, self.first, self.last = model, first, last
-        mlps = sites(model, ("mlp",))
-        self.experts = [each for each in mlps if each.team == first.team]
+    def __init__(self, model: nn.Module, first: Site, stride: int = 1) -> None:
+        self.model, self.first, self.stride, self.seen = model, first, stride, 0
+        self.experts = [each for each in sites(model, ("mlp",)) if each.team == first.team]
         self.parts: list[tuple[Tensor, ...]] = []
         self.used = self.fold = self.logits = torch.empty(0)  # of the batch that is run
 
-    def chose(self, _: tuple, output: tuple) -> None:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect of all batches that :meth:`begin` is told of."""
+        module = self.model.get_submodule(called_at(self.first))
+        with watched(router_of(self.model, self.first), self._chose), watched(module, self._ran):
+            yield
+
+    def begin(self, batch: Batch) -> None:
+        """Note which tokens of a batch are taken; padding isn't."""
+        width = next(iter(batch.inputs.values())).shape[1]
+        counts = batch.counting(len(batch) * width, torch.device("cpu"))
+        order = counts.cumsum(0) - 1 + self.seen
+        self.used = (counts & (order % self.stride == 0)).nonzero().flatten()
+        self.fold = batch.fold.repeat_interleave(width)
+        self.seen += count_tokens(batch)
+
+    def _chose(self, _: tuple, output: tuple) -> None:
         self.logits = output[0]
 
-    def ran(self, arguments: tuple, _: object) -> None:
-        """Note what the experts got and gave; end the pass behind the last layer."""
+    def _ran(self, arguments: tuple, _: object) -> None:
+        """Note what the experts got and gave."""
         hidden, chosen, weights = arguments[:3]
         used, fold = self.used.to(hidden.device), self.fold.to(hidden.device)
         whole = weights.new_zeros(len(hidden), self.first.experts, dtype=torch.float64)
         whole.scatter_(1, chosen, weights.double())
         products = _products(self.model, self.experts, hidden[used])
         self.parts.append((self.logits[used], whole[used], products, fold[used]))
-        if self.last:
-            raise Ended
 
     def tokens(self) -> LayerTokens:
         """Return what was collected of all batches, whose memory is free afterwards."""
@@ -87,30 +102,10 @@ class _Collector:
         return tokens
 
 
-@torch.no_grad()
-def collect_tokens(
-    model: nn.Module, batches: Sequence[Batch], layers: Sequence[Site], stride: int = 1
-) -> list[LayerTokens]:
-    """Return what some layers do with every ``stride``-th token that isn't padding."""
-    collectors = [_Collector(model, site, site is layers[-1]) for site in layers]
-    device, seen = device_of(model), 0
-    with ExitStack() as stack:
-        for each in collectors:
-            module = model.get_submodule(called_at(each.first))
-            stack.enter_context(watched(router_of(model, each.first), each.chose))
-            stack.enter_context(watched(module, each.ran))
-        stack.enter_context(evaluating(model))
-        for batch in batches:
-            width = next(iter(batch.inputs.values())).shape[1]
-            counts = batch.counting(len(batch) * width, torch.device("cpu"))
-            order = counts.cumsum(0) - 1 + seen
-            for each in collectors:
-                each.used = (counts & (order % stride == 0)).nonzero().flatten()
-                each.fold = batch.fold.repeat_interleave(width)
-            seen += count_tokens(batch)
-            with suppress(Ended):
-                body_of(model)(**batch.to(device).inputs)
-    return [each.tokens() for each in collectors]
+def bytes_of_products(experts: int, tokens: int, hidden: int) -> int:
+    """Return the bytes that the products of a layer's experts take at most while it is judged."""
+    joined, chunk = 2 * min(tokens, MOST_TOKENS) * experts**2, 2 * CHUNK * experts * hidden
+    return 8 * (joined + chunk)
 
 
 def _products(model: nn.Module, experts: Sequence[Site], hidden: Tensor) -> Tensor:
@@ -134,7 +129,7 @@ class KeptExperts:
     plans: dict[str, SitePlan]  # for Plan.experts
     scales: dict[str, tuple[Tensor, None]]  # (kept,) float64, what their outputs are multiplied by
     rows: list[SiteRow]  # errors of the layers' outputs
-    source: dict[str, int]  # sequences and tokens of the text, and the passes over it
+    source: dict[str, int]  # sequences and tokens of the text
     # Of the whole model by each way to scale, on sequences that it wasn't fitted on; empty if no
     # other way was tried.
     divergences: dict[str, float]
@@ -142,14 +137,13 @@ class KeptExperts:
 
 @torch.no_grad()
 def choose_experts(
-    model: nn.Module,
+    walk: Walk,
     batches: Batches,
     keep: float,
     *,
     mode: str = "auto",
     damp: float | str = "auto",
-    memory: int | None = None,
-    progress: bool = False,
+    along: Sequence[StreamedBatches] = (),
 ) -> KeptExperts:
     """Choose the experts that stay, equally many in each layer; the model stays as it is.
 
@@ -158,33 +152,51 @@ def choose_experts(
 
     ``keep`` is the fraction of the experts that stays. How the others are scaled, if at all, the
     whole model decides (:mod:`liar_ext.selection.expert_scales`); ``damp`` is its λ, or "auto", the
-    one of least held-out error; modes ``none`` and ``bias`` scale nothing. ``memory`` are the bytes
-    that the products of experts may take at a time, those of one layer at least. InputError is
-    raised if the model has no experts, fewer would stay than a token is sent to, or a fold gets no
+    one of least held-out error; modes ``none`` and ``bias`` scale nothing. ``along`` is other text
+    that passes the blocks of the dense model. InputError is raised if the model has no experts, its
+    blocks can't be run one by one, fewer would stay than a token is sent to, or a fold gets no
     token.
     """
-    mode = "none" if mode == "bias" else mode
-    layers = layers_of(model)
+    mode, model = "none" if mode == "bias" else mode, walk.model
     count = count_experts_kept(model, keep)
-    check_finite_weights(model)
+    losing = [site for site in layers_of(model) if site.experts > count]
+    layers = {walk.blocks.index_of(site): site for site in losing}
     read = list(read_batches(batches))
     total = sum(map(count_tokens, read))
-    each = 8 * min(total, MOST_TOKENS) * layers[0].experts ** 2
-    groups = split(layers, [each] * len(layers), room_for_sums(model, memory))
-    chosen: list[Chosen] = []
-    for group in Bar(groups, desc="experts", disable=not progress):
-        for tokens in collect_tokens(model, read, group, max(1, total // MOST_TOKENS)):
-            start, kept = time.perf_counter(), choose(tokens, count)
-            ways = fit_ways(tokens, kept, mode, damp)
-            chosen.append(Chosen(tokens.site, kept, ways, time.perf_counter() - start))
-    way, divergences = decide(model, read, chosen)
+    text, judge = StreamedBatches("experts", walk, read), Judge(walk, read)
+    found: list[Chosen] = []
+    with walk.begun():
+        for index in Bar(range(len(walk.blocks)), desc="experts", disable=not walk.progress):
+            with walk.source.block(index):
+                if index:
+                    check_block(walk, read, index)
+                chosen = None
+                if index in layers:
+                    each = Collector(model, layers[index], max(1, total // MOST_TOKENS))
+                    with each.watching():
+                        text.advance(index, each.begin)
+                    chosen = _chosen(each.tokens(), count, mode, damp)
+                    found.append(chosen)
+                else:
+                    text.advance(index)
+                if not found or len(found[0].ways) > 1:
+                    judge.advance(index, chosen)
+                for each in along:
+                    each.advance(index)
+    way, divergences = judge.decide() if judge.ways else (PLAIN, {})
     plans, scales, rows = {}, {}, []
-    for each in chosen:
+    for each in found:
         plans[each.site.team] = SitePlan(each.site.experts, tuple(each.kept.tolist()))
         scales[each.site.team] = each.ways[way].both, None
         rows.append(_row(model, each, way))
-    source = {"sequences": sum(map(len, read)), "tokens": total, "passes": len(groups)}
+    source = {"sequences": sum(map(len, read)), "tokens": total}
     return KeptExperts(plans, scales, rows, source, divergences)
+
+
+def _chosen(tokens: LayerTokens, count: int, mode: str, damp: float | str) -> Chosen:
+    start, kept = time.perf_counter(), choose(tokens, count)
+    ways = fit_ways(tokens, kept, mode, damp)
+    return Chosen(tokens.site, kept, ways, time.perf_counter() - start)
 
 
 def layers_of(model: nn.Module) -> list[Site]:
@@ -200,9 +212,14 @@ def layers_of(model: nn.Module) -> list[Site]:
 def count_experts_kept(model: nn.Module, keep: float) -> int:
     """Return how many experts stay in each layer: at most the fraction ``keep``.
 
-    InputError is raised if a token is sent to more.
+    InputError is raised if a token is sent to more, or blocks can't be run one by one.
     """
-    site = layers_of(model)[0]
+    site, family = layers_of(model)[0], family_of(model)
+    if reason := family.without.get("layerwise") or why_lent(model):
+        raise InputError(
+            f"experts: they are chosen block by block, and of this {family.name!r} {reason}; leave "
+            "keep_experts out"
+        )
     if (groups := getattr(router_of(model, site), "num_group", None) or 1) > 1:
         raise InputError(
             f"experts: the router chooses among {groups} groups of equally many experts, which "

@@ -101,6 +101,45 @@ def test_plan_weights_and_report_are_those_of_the_job_in_memory(family, job, tmp
     assert verify_pruned(tmp_path / "pruned")["agrees"]
 
 
+@pytest.mark.parametrize(
+    ("family", "choices"),
+    [
+        ("mixtral", {"keep": 1.0}),
+        ("qwen3_moe", {"schedule": "one-pass"}),
+        ("gpt_oss", {"schedule": "layerwise"}),
+        ("deepseek_v3", {"schedule": "layerwise", "reconstruct": "none", "allocation": "uniform"}),
+        ("lfm2_moe", {"keep": 1.0, "reconstruct": "none"}),
+    ],
+)
+def test_experts_leave_a_model_in_files_as_one_in_memory(family, choices, tmp_path):
+    """Biases of the choice of experts are buffers, which aren't read with the blocks."""
+    folder = tmp_path / "dense"
+    model, data = dense(family, folder)
+    if choices.get("reconstruct") == "none":
+        choices = {**choices, "schedule": "one-pass"}
+    choices = {"keep": 0.6, "tile": 1, **choices, "keep_experts": 0.75}
+    whole, texts = copy_of(model), {"evaluate_on": data[1:2]}
+    if choices.get("schedule") != "one-pass":
+        texts["certify_on"] = data[2:]
+    expected = prune(whole, data, **choices, **texts)
+    store = BlockStore(folder)
+    job = Job(store.model, data, Recipe(**choices), limit=4 * GIB, **texts)
+    assert "read three times and written once" in describe_streamed(job, store)[-1]
+    report = prune_folder(store, job, tmp_path / "pruned")
+    assert report.plan == expected.plan and report.plan.experts
+    pruned = load_pruned(tmp_path / "pruned")
+    assert same_weights(pruned, whole)
+    assert torch.equal(outputs(pruned), outputs(whole))
+    assert report.settings.get("expert_scales") == expected.settings.get("expert_scales")
+    for ours, theirs in zip(report.sites, expected.sites, strict=True):
+        assert (ours.name, ours.damp, ours.error) == (theirs.name, theirs.damp, theirs.error)
+    assert report.params == expected.params
+    assert report.evaluation.keys() == expected.evaluation.keys()
+    for name, measured in expected.evaluation.items():
+        assert report.evaluation[name] == pytest.approx(measured, rel=1e-5), name
+    assert verify_pruned(tmp_path / "pruned")["agrees"]
+
+
 def test_equal_layers_load_without_code(llama, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -258,7 +297,7 @@ def test_models_that_are_no_single_chain_are_refused(name, reason, tmp_path):
 def test_what_comes_between_two_blocks_is_seen(llama, tmp_path):
     store = BlockStore(llama)
     store.model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
-    with pytest.raises(InputError, match="changes it before block 1; leave it out"):
+    with pytest.raises(InputError, match="changes it before block 1; leave them out"):
         data, recipe = batches(store.model, 3), Recipe(keep=0.6)
         prune_folder(store, Job(store.model, data, recipe, limit=4 * GIB), tmp_path / "pruned")
     assert list(tmp_path.iterdir()) == []

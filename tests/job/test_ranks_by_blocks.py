@@ -32,15 +32,17 @@ JOBS = {
     "default": ({}, False),
     "one-pass": (ONE_PASS, False),
     "one-pass-tight": (ONE_PASS, True),
+    "fewer experts": ({**ONE_PASS, "keep_experts": 0.75}, False),
     "attention": ({**ONE_PASS, "kinds": ("attn",), "criterion": "random"}, False),
 }
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense") / "llama"
-    model = tiny("llama", dtype=torch.float64, tie_word_embeddings=False)
-    model.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("dense")
+    for family in ("llama", "mixtral"):
+        model = tiny(family, dtype=torch.float64, tie_word_embeddings=False)
+        model.save_pretrained(folder / family)
     return folder, batches(model, 7)
 
 
@@ -65,6 +67,7 @@ def run(dense, out, name: str, saved: Checkpoint | None = None):
     if not choices:
         texts["certify_on"] = data[6:]
     recipe = Recipe(keep=0.6, tile=1, **choices)
+    folder = folder / ("llama" if recipe.keep_experts == 1.0 else "mixtral")
     store, given = BlockStore(folder, "float64"), {"limit": 8 << 30, "saved": saved, **texts}
     return prune_folder(store, Job(store.model, data[:5], recipe, **given), out)
 

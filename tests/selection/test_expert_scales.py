@@ -8,36 +8,52 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_whole_experts import alone, eager, layer_outputs, pruned_outputs, text
+from test_whole_experts import (
+    alone,
+    chosen_of,
+    collected,
+    eager,
+    layer_outputs,
+    pruned_outputs,
+    text,
+)
 from tiny import MOE, outputs, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.reconstruction.streams import InMemory, Walk
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.expert_scales import (
     PLAIN,
     POWERS,
     Chosen,
-    decide,
+    Judge,
     fit_scales,
     fit_ways,
     without_experts,
 )
-from liar_ext.selection.whole_experts import (
-    KeptExperts,
-    choose_experts,
-    collect_tokens,
-    layers_of,
-)
+from liar_ext.selection.whole_experts import KeptExperts, layers_of
 
 
-def collected(model: nn.Module, kept: Tensor, batches: list[dict]) -> list[Chosen]:
+def fitted(model: nn.Module, kept: Tensor, batches: list[dict]) -> list[Chosen]:
     """Return all layers with the same experts kept, and their scales by each way."""
-    found = collect_tokens(model, list(read_batches(batches)), layers_of(model))
+    found = collected(model, batches)
     ways = [fit_ways(tokens, kept, "linear", "auto") for tokens in found]
     return [Chosen(t.site, kept, each, 0.0) for t, each in zip(found, ways, strict=True)]
+
+
+@torch.no_grad()
+def decide(model: nn.Module, batches: list[dict], layers: list[Chosen]) -> tuple[str, dict]:
+    """Return what the whole model decides once its sequences have passed all blocks."""
+    walk = Walk(InMemory(model))
+    judge = Judge(walk, list(read_batches(batches)))
+    by_block = {walk.blocks.index_of(layer.site): layer for layer in layers}
+    with walk.begun():
+        for index in range(len(walk.blocks)):
+            judge.advance(index, by_block.get(index))
+    return judge.decide()
 
 
 def sliced(name: str, kept: tuple[int, ...], scales: list[Tensor]) -> nn.Module:
@@ -52,7 +68,7 @@ def sliced(name: str, kept: tuple[int, ...], scales: list[Tensor]) -> nn.Module:
 @pytest.mark.parametrize("name", MOE)
 def test_scales_are_least_squares(name: str) -> None:
     model, kept = eager(name), (0, 2, 3)
-    (tokens,) = collect_tokens(model, list(read_batches(text(model))), layers_of(model)[:1])
+    tokens = collected(model, text(model))[0]
     scales = fit_scales(tokens.energy, tokens.sums(torch.tensor(kept)), 1e-13)
     wanted = layer_outputs(model, text(model)).flatten()
     columns = alone(name, kept)
@@ -68,7 +84,7 @@ def test_scales_are_least_squares(name: str) -> None:
 def test_scales_are_divided_by_a_power_of_the_slope(power: float) -> None:
     """Unbiased, the error is uncorrelated with the output; with half of it, about as long."""
     model, kept = eager("mixtral"), (0, 2, 3)
-    (tokens,) = collect_tokens(model, list(read_batches(text(model))), layers_of(model)[:1])
+    tokens = collected(model, text(model))[0]
     given = tokens.energy, tokens.sums(torch.tensor(kept)), 1e-13
     least, found = (fit_scales(*given, each) for each in (0.0, power))
     y = layer_outputs(model, text(model)).flatten()
@@ -89,7 +105,7 @@ def test_scales_are_divided_by_a_power_of_the_slope(power: float) -> None:
 def test_each_fold_has_scales_of_its_own() -> None:
     model, kept = eager("mixtral"), torch.tensor([0, 2, 3])
     batches = text(model)
-    (tokens,) = collect_tokens(model, list(read_batches(batches)), layers_of(model)[:1])
+    tokens = collected(model, batches)[0]
     a, c = tokens.sums(kept)
     found = fit_scales(tokens.energy, (a, c), 0.1)
     unseen = 0.0
@@ -133,8 +149,8 @@ def test_the_way_of_the_least_divergence_of_sliced_models_is_taken() -> None:
     """On each fold with the scales of the other."""
     model, kept = eager("mixtral"), (0, 2, 3)
     batches = text(model)
-    layers = collected(model, torch.tensor(kept), batches)
-    way, found = decide(model, list(read_batches(batches)), layers)
+    layers = fitted(model, torch.tensor(kept), batches)
+    way, found = decide(model, batches, layers)
     assert list(found) == [PLAIN, *POWERS] and way == min(found, key=found.get)
     for name, value in found.items():
         expected, rows = 0.0, 0
@@ -146,6 +162,23 @@ def test_the_way_of_the_least_divergence_of_sliced_models_is_taken() -> None:
             expected += judged["divergence"] * judged["rows"]
             rows += judged["rows"]
         assert value == pytest.approx(expected / rows, rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "qwen2_moe", "lfm2_moe"])
+def test_models_are_judged_past_all_blocks(name: str) -> None:
+    """Of some the first layers have no experts, or the layers between."""
+    model, total, rows = tiny(name), 0.0, 0
+    batches = text(model)
+    chosen = chosen_of(model, batches, 0.75)
+    fewer = copy.deepcopy(model)
+    apply_plan(fewer, Plan(model.config.model_type, "auto", {}, experts=chosen.plans))
+    for fold in range(2):
+        mine = [
+            each.select((each.fold == fold).nonzero().flatten()) for each in read_batches(batches)
+        ]
+        judged = Divergence(model, mine).of(fewer)
+        total, rows = total + judged["divergence"] * judged["rows"], rows + judged["rows"]
+    assert chosen.divergences[PLAIN] == pytest.approx(total / rows, rel=1e-3)
 
 
 def same_experts(**fields) -> nn.Module:
@@ -172,14 +205,14 @@ def without(model: nn.Module, chosen: KeptExperts) -> nn.Module:
 def test_scales_that_restore_the_output_are_taken() -> None:
     """A softmax over half of the experts gives each twice the weight."""
     model = same_experts()
-    chosen = choose_experts(model, text(model), 0.5)
+    chosen = chosen_of(model, text(model), 0.5)
     assert chosen.rows[0].path in POWERS
     (scales, _) = chosen.scales["0.mlp"]
     torch.testing.assert_close(scales.mean(), torch.tensor(0.5, dtype=torch.float64))
     fewer = without(model, chosen)
     inputs = tiny_inputs(model)
     torch.testing.assert_close(outputs(fewer, inputs), outputs(model, inputs))
-    plain = choose_experts(model, text(model), 0.5, mode="none")
+    plain = chosen_of(model, text(model), 0.5, mode="none")
     assert plain.rows[0].path == PLAIN and not plain.divergences
     assert not torch.allclose(outputs(without(model, plain), inputs), outputs(model, inputs))
 
@@ -195,25 +228,25 @@ def test_scales_that_only_serve_what_the_head_ignores_are_not_taken() -> None:
         experts.down_proj[:, 8:] *= 5
         model.lm_head.weight[:, 8:] = 0
     batches = [tiny_inputs(model, 8, 24, seed) for seed in range(4)]
-    chosen = choose_experts(model, batches, 0.5)
-    layers = collected(model, torch.tensor(chosen.plans["0.mlp"].kept), batches)
+    chosen = chosen_of(model, batches, 0.5)
+    layers = fitted(model, torch.tensor(chosen.plans["0.mlp"].kept), batches)
     plain, scaled = (layers[0].ways[name].facts for name in (PLAIN, "scaled"))
     assert scaled["error"] < 0.95 * plain["error"]  # by the layer's output they would be
     assert scaled["holdout_error"] < 0.95 * plain["holdout_error"]
     found, way = chosen.divergences, chosen.rows[0].path
     assert found["scaled"] > 1.2 * found[PLAIN] and found[way] == min(found.values())
     ways = {name: layers[0].ways[name] for name in (PLAIN, "scaled")}
-    assert decide(model, list(read_batches(batches)), [replace(layers[0], ways=ways)])[0] == PLAIN
+    assert decide(model, batches, [replace(layers[0], ways=ways)])[0] == PLAIN
 
 
 def test_a_way_whose_outputs_overflow_is_not_taken() -> None:
     model, kept = eager("mixtral"), torch.tensor([0, 2, 3])
     batches = text(model)
-    layers = collected(model, kept, batches)
+    layers = fitted(model, kept, batches)
     for index, layer in enumerate(layers):
         wrong = layer.ways["scaled"]
         wrong = replace(wrong, by_fold=tuple(each * math.nan for each in wrong.by_fold))
         ways = {PLAIN: layer.ways[PLAIN], "scaled": wrong}
         layers[index] = replace(layer, ways=ways)
-    way, found = decide(model, list(read_batches(batches)), layers)
+    way, found = decide(model, batches, layers)
     assert way == PLAIN and not math.isfinite(found["scaled"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from tiny import MOE, outputs, tiny, tiny_inputs
@@ -15,7 +17,15 @@ from liar_ext.models.experts import reroute, router_of
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.selection.whole_experts import choose, choose_experts, collect_tokens, layers_of
+from liar_ext.reconstruction.streams import InMemory, Walk
+from liar_ext.selection.expert_scales import LayerTokens
+from liar_ext.selection.whole_experts import (
+    Collector,
+    KeptExperts,
+    choose,
+    choose_experts,
+    layers_of,
+)
 
 EXPERTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
 
@@ -44,6 +54,24 @@ def layer_outputs(model: nn.Module, batches: list[dict]) -> Tensor:
     return torch.cat([output[mask] for output, mask in zip(found, masks, strict=True)])
 
 
+def chosen_of(model: nn.Module, batches: list[dict], keep: float, **how) -> KeptExperts:
+    return choose_experts(Walk(InMemory(model)), batches, keep, **how)
+
+
+@torch.no_grad()
+def collected(model: nn.Module, batches: list[dict], stride: int = 1) -> list[LayerTokens]:
+    """Return what all layers of experts do with a text."""
+    found = [Collector(model, site, stride) for site in layers_of(model)]
+    with ExitStack() as stack:
+        for each in found:
+            stack.enter_context(each.watching())
+        for batch in read_batches(batches):
+            for each in found:
+                each.begin(batch)
+            model(**batch.inputs)
+    return [each.tokens() for each in found]
+
+
 def first_layer(name: str, kept: tuple[int, ...]) -> Plan:
     return Plan(name, "auto", {}, experts={"0.mlp": SitePlan(5, kept)})
 
@@ -70,7 +98,7 @@ def test_the_error_is_that_of_the_sliced_layer(name: str) -> None:
     """Tokens of removed experts go elsewhere, as the router's own code sends them."""
     model = eager(name)
     dense = layer_outputs(model, text(model))
-    chosen = choose_experts(model, text(model), 0.6)
+    chosen = chosen_of(model, text(model), 0.6)
     row, plan = chosen.rows[0], chosen.plans["0.mlp"]
     assert (row.name, row.units_before, row.units_after) == ("0.experts", 5, 3)
     scales = chosen.scales["0.mlp"][0]
@@ -81,7 +109,7 @@ def test_the_error_is_that_of_the_sliced_layer(name: str) -> None:
 
 def test_the_first_expert_to_go_is_the_one_least_missed() -> None:
     model = eager("mixtral")
-    (tokens,) = collect_tokens(model, list(read_batches(text(model))), layers_of(model)[:1])
+    tokens = collected(model, text(model))[0]
     wanted, errors = layer_outputs(model, text(model)).flatten(), []
     for gone in range(5):
         columns = alone("mixtral", tuple(each for each in range(5) if each != gone))
@@ -141,20 +169,26 @@ def test_plans_of_experts_are_stored_and_composed() -> None:
 
 def test_every_so_many_tokens_are_taken() -> None:
     model = eager("mixtral")
-    read, layers = list(read_batches(text(model))), layers_of(model)[:1]
-    (every,), (some,) = (collect_tokens(model, read, layers, stride) for stride in (1, 3))
+    every, some = (collected(model, text(model), stride)[0] for stride in (1, 3))
     assert torch.equal(some.logits, every.logits[::3])
     torch.testing.assert_close(some.products, every.products[::3])
+
+
+def test_blocks_that_can_not_be_run_one_by_one_are_refused() -> None:
+    model = tiny("mixtral")
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    with pytest.raises(InputError, match="changes it before block 1; leave them out"):
+        chosen_of(model, text(model), 0.75)
 
 
 def test_what_experts_can_not_be_is_refused() -> None:
     model = tiny("mixtral")
     with pytest.raises(InputError, match="0.25 of 4 experts is less than the 2"):
-        choose_experts(model, text(model), 0.25)
+        chosen_of(model, text(model), 0.25)
     with pytest.raises(InputError, match="has no experts to remove"):
-        choose_experts(tiny("llama"), text(model), 0.5)
+        chosen_of(tiny("llama"), text(model), 0.5)
     with pytest.raises(InputError, match="each of the 2 folds needs tokens"):
-        choose_experts(model, [tiny_inputs(model, 1, 8)], 0.5)
+        chosen_of(model, [tiny_inputs(model, 1, 8)], 0.5)
     layers = {"0.mlp": SitePlan(4, (0,))}
     with pytest.raises(InputError, match="sends every token to 2 experts, the plan keeps 1"):
         apply_plan(model, Plan("mixtral", "auto", {}, experts=layers))
