@@ -128,35 +128,39 @@ def split_documents(
 
 
 def split_files(
-    sources: Sequence[Any], shares: Sequence[int], first: Sequence[int], seed: int
+    sources: Sequence[Any], shares: Sequence[int], first: Sequence[int], seed: int, *, pooled: bool
 ) -> list[Part]:
     """Split recordings or pictures, each with its source, into two folds and parts kept apart.
 
-    Each source contributes evenly. ``first`` is the least of each part kept apart, which gets that
-    before the rest is shared.
+    Each source contributes evenly, or as it comes if they are ``pooled``. ``first`` is the least of
+    each part kept apart, which gets that before the rest is shared.
     """
     parts: list[Part] = [[] for _ in shares]
     generator = torch.Generator().manual_seed(seed)
-    for place, files in enumerate(sources):
-        alike: dict[str, list[Any]] = {}  # copies of a file go to one part
-        for digest, item in zip(files, files.items, strict=True):
+    pools = [
+        [(digest, (item, place)) for digest, item in zip(files, files.items, strict=True)]
+        for place, files in enumerate(sources)
+    ]
+    for pool in [[each for some in pools for each in some]] if pooled else pools:
+        alike: dict[str, Part] = {}  # copies of a file go to one part
+        for digest, item in pool:
             alike.setdefault(digest, []).append(item)
-        groups = list(alike.values())
+        groups, count = list(alike.values()), 1 if pooled else len(pools)
         order = torch.randperm(len(groups), generator=generator).tolist()
-        wanted = [-(-share // len(sources)) for share in shares]
-        if sum(wanted) > len(files):  # as many of each part as there are
-            wanted = [share * len(files) // sum(wanted) for share in wanted]
+        wanted = [-(-share // count) for share in shares]
+        if sum(wanted) > len(pool):  # as many of each part as there are
+            wanted = [share * len(pool) // sum(wanted) for share in wanted]
         if any(first):
-            few = [-(-each // len(sources)) for each in first]
+            few = [-(-each // count) for each in first]
             apart = [max(pair) for pair in zip(few, wanted[FOLDS:], strict=True)]
-            most = max(len(files) - sum(apart), 0) // FOLDS
+            most = max(len(pool) - sum(apart), 0) // FOLDS
             wanted = [*(min(share, most) for share in wanted[:FOLDS]), *apart]
         pairs = [*zip(parts, wanted, strict=True)]
         for part, share in reversed(pairs) if any(first) else pairs:
-            taken: list[Any] = []
+            taken: Part = []
             while order and len(taken) < share:
                 taken += groups[order.pop(0)]
-            part += [(item, place) for item in taken[:share]]
+            part += taken[:share]
     return parts
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -350,8 +351,8 @@ def calibration_inputs(
     ways = [[0, 0]]
     if must_judge or not judge:  # else the caller may do without
         ways.append(least[FOLDS:])
-    for first in ways:
-        parts = split_files(sources, shares, first, seed)
+    for pooled, first in product((False, True), ways):
+        parts = split_files(sources, shares, first, seed, pooled=pooled)
         if all(len(part) >= few for part, few in zip(parts, least, strict=True)):
             break
     else:

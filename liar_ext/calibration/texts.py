@@ -197,10 +197,7 @@ def evaluation_sequences(
         if samples is not None:
             rows = rows[:: len(rows) // samples or 1][:samples]
     else:
-        if len(documents) == 1:
-            documents = cut_pieces(documents[0], seq_len * CHARACTERS)
-        if samples is not None:
-            documents = documents[:: len(documents) // samples or 1][:samples]
+        documents = unpacked(documents, seq_len, samples)
         prefix, most = [], len(documents) * seq_len
         rows = _single_sequences(iter(documents), tokenizer, seq_len, most)
     if not rows:
@@ -211,6 +208,15 @@ def evaluation_sequences(
     bos = tokenizer.decode(prefix) if prefix else ""
     ids = padded(rows, tokenizer.pad_token_id)
     return Sequences(ids, torch.zeros(len(rows), dtype=torch.long), bos=bos, notes=notes)
+
+
+def unpacked(documents: Sequence[str], seq_len: int, samples: int | None) -> Sequence[str]:
+    """Return the documents that are a sequence each, or pieces of a lone one: every n-th."""
+    if len(documents) == 1:
+        documents = cut_pieces(documents[0], seq_len * CHARACTERS)
+    if samples is None:
+        return documents
+    return documents[:: len(documents) // samples or 1][:samples]
 
 
 def document_prefix(tokenizer) -> list[int]:

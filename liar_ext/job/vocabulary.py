@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.folds import cut_pieces
-from liar_ext.calibration.texts import evaluation_sequences
+from liar_ext.calibration.texts import evaluation_sequences, unpacked
 from liar_ext.errors import InputError
 from liar_ext.measure.embeddings import DenseEncoder
 from liar_ext.measure.evaluation import perplexity
@@ -73,7 +73,8 @@ class VocabularyQuality:
         if self.causal:
             length = min(seq_len // 2, PIECE) or 1
             self.texts, self.samples = pieces_of(backend, texts, length, samples), None
-        self.rate = tokens_per_byte(backend, self.texts)
+        read = self.texts if self.causal else unpacked(texts, seq_len, samples)
+        self.read, self.rate = read, tokens_per_byte(backend, read)
         if self.causal:
             self.bits = self._bits_per_byte(model, tokenizer)
             return
@@ -98,7 +99,7 @@ class VocabularyQuality:
 
     def compare(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         """Return tokens per byte, and bits per byte (each with all tokens first) or likeness."""
-        rate = tokens_per_byte(plain(json.dumps(spec_of(tokenizer))), self.texts)
+        rate = tokens_per_byte(plain(json.dumps(spec_of(tokenizer))), self.read)
         found: dict[str, Any] = {"tokens_per_byte": [self.rate, rate]}
         if self.causal:
             return found | {"bits_per_byte": [self.bits, self._bits_per_byte(model, tokenizer)]}

@@ -200,6 +200,20 @@ def test_of_few_pictures_two_are_kept_apart_first(tmp_path, sources, each):
     assert drawn.fold.tolist() == [0, 1] and len(drawn.judging) == 2
 
 
+@pytest.mark.parametrize("each", [1, 2])
+def test_few_pictures_in_several_folders_are_as_many_in_one(tmp_path, each):
+    write_pictures(tmp_path, 6)
+    items = read_files(tmp_path, IMAGES).items
+    sources = [Files(items[at : at + each]) for at in range(0, 6, each)]
+    whole, parts = (
+        calibration_inputs(some, images(), samples=16, judge=2, must_judge=True)
+        for some in ([Files(items)], sources)
+    )
+    assert parts.fold.tolist() == whole.fold.tolist() == [0, 0, 1, 1]
+    assert len(parts.judging) == len(whole.judging) == 2
+    assert len(set(parts.source.tolist())) > 1
+
+
 def test_a_decoder_reads_what_is_said_or_what_the_model_hears(tmp_path, tokenizer):
     write_recordings(tmp_path / "said", 2, said="abc")
     write_recordings(tmp_path / "unsaid", 1, seed=1)

@@ -93,6 +93,9 @@ def test_encoders_and_classifiers_read_the_new_tokens(tokenizer, texts):
         assert quality.loss(same) == pytest.approx(0, abs=1e-5)
         found = quality.compare(*cut(model, tokenizer, some[:1]))
         assert found[judged_by] <= 1 and found["tokens_per_byte"][1] > found["tokens_per_byte"][0]
+        few = VocabularyQuality(model, tokenizer, [*some[:1], "~" * 50], samples=1, **HOW)
+        alone = VocabularyQuality(model, tokenizer, 2 * some[:1], **HOW)
+        assert few.rate == alone.rate == few.compare(model, tokenizer)["tokens_per_byte"][1]
 
 
 @pytest.mark.parametrize(
