@@ -3,12 +3,13 @@
     make split-experts WIKITEXT=FOLDER
 
 No weights of a real mixture of experts are at hand, so the mixture is artificial: the MLPs of
-SmolLM2-135M are split into eight experts of 192 channels that are active together, with a router
-that predicts how large each expert's output is. With all eight active its logits differ by 0.1 %.
-It is not a mixture that anybody trained, and says how ways to remove experts compare, no more.
+SmolLM2-135M are split into experts, eight by default, of channels that are active together, with a
+router that predicts how large each expert's output is. With all of eight active its logits differ
+by 0.1 %. It is not a mixture that anybody trained, and says how ways to remove experts compare, no
+more.
 
 A layer gives ``y_t = Σ_e r_te W_e x_te``. Of the experts K that stay, merging solves all consumers
-at once, on the tokens as they are sent to K, towards the output of all eight::
+at once, on the tokens as they are sent to K, towards the output of all::
 
     min Σ_t |y_t − Σ_{e∈K} r'_te (W_e + D_e) x_te|² + λ Σ_e |D_e|²
 
@@ -32,10 +33,11 @@ from bench.quality.models import load
 from bench.quality.record import write_whole
 from bench.quality.texts import Texts, choose_texts, write_texts
 from bench.quality.windows import HeldOut
+from liar_ext import prune
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "split_experts"
-EXPERTS, SEED, SEQ_LEN, SAMPLES, WINDOWS = 8, 0, 256, 24, 3
+SEED, SEQ_LEN, SAMPLES, WINDOWS = 0, 256, 24, 3
 SMALL = 1e-4  # logits so small that the weights of active experts are alike
 LADDER = (1e-3, 1e-2, 1e-1, math.inf)
 SPLIT_TOKENS, ROUNDS = 2048, 3
@@ -46,16 +48,16 @@ class Layer:
 
     def __init__(self, moe: nn.Module) -> None:
         self.moe, self.up, self.down = moe, moe.experts.gate_up_proj, moe.experts.down_proj
-        self.top_k = moe.gate.top_k
+        self.top_k, self.experts = moe.gate.top_k, len(moe.gate.weight)
 
     def routed(self, h: Tensor, kept: Tensor) -> Tensor:
         """Return the weights r' of all experts, (tokens, experts), of which ``kept`` are left."""
-        logits = torch.full((len(h), EXPERTS), -math.inf)
+        logits = torch.full((len(h), self.experts), -math.inf)
         logits[:, kept] = h @ self.moe.gate.weight[kept].T
         chosen = logits.topk(self.top_k, -1).indices
         weight = logits.softmax(-1).gather(1, chosen)
         weight = weight / weight.sum(-1, keepdim=True)
-        return torch.zeros(len(h), EXPERTS).scatter_(1, chosen, weight)
+        return torch.zeros(len(h), self.experts).scatter_(1, chosen, weight)
 
     def read(self, h: Tensor) -> Tensor:
         """Return what the consumers read, (experts, tokens, width)."""
@@ -64,7 +66,7 @@ class Layer:
 
     def output(self, h: Tensor, kept: Tensor | None = None) -> Tensor:
         """Return y, of all experts or of some."""
-        r, x = self.routed(h, torch.arange(EXPERTS) if kept is None else kept), self.read(h)
+        r, x = self.routed(h, torch.arange(self.experts) if kept is None else kept), self.read(h)
         return torch.einsum("te,eti,eoi->to", r, x, self.down)
 
 
@@ -96,27 +98,27 @@ def with_active(whole: nn.Module, ids: Tensor, active: int) -> nn.Module:
 
     Its consumers are solved layer by layer for that, towards the output of all experts.
     """
-    model = copy.deepcopy(whole)
+    model, experts = copy.deepcopy(whole), whole.config.num_local_experts
     model.config.num_experts_per_tok = active
     for layer in model.model.layers:
         layer.mlp.gate.top_k = layer.mlp.top_k = active
-        layer.mlp.experts.down_proj.data.mul_(active / EXPERTS)
-    every = torch.arange(EXPERTS)
-    for at, moe, h in inputs_of(model, ids) if active < EXPERTS else ():
+        layer.mlp.experts.down_proj.data.mul_(active / experts)
+    every = torch.arange(experts)
+    for at, moe, h in inputs_of(model, ids) if active < experts else ():
         target = Layer(whole.model.layers[at].mlp).output(h)
         moe.experts.down_proj.copy_(merged(Layer(moe), h, every, target)[0])
     return model
 
 
 @torch.no_grad()
-def split(dense: nn.Module, ids: Tensor) -> nn.Module:
+def split(dense: nn.Module, ids: Tensor, experts: int) -> nn.Module:
     """Return the mixture, with all experts active for a token."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     old, skipped = dense.config, ("model_type", "architectures", "intermediate_size")
     fields = {name: value for name, value in old.to_dict().items() if name not in skipped}
-    width = old.intermediate_size // EXPERTS
-    more = {"num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS, "sliding_window": None}
+    width = old.intermediate_size // experts
+    more = {"num_local_experts": experts, "num_experts_per_tok": experts, "sliding_window": None}
     config = MixtralConfig(**fields, intermediate_size=width, **more)
     model = MixtralForCausalLM(config).eval()
     model.load_state_dict(dense.state_dict(), strict=False)
@@ -131,7 +133,7 @@ def split(dense: nn.Module, ids: Tensor) -> nn.Module:
         gram = h.T @ h + 1e-3 * (h.square().sum() / h.shape[1]) * torch.eye(h.shape[1])
         moe.gate.weight.copy_(SMALL * torch.linalg.solve(gram, h.T @ (share - 1)).T)
         moe.experts.gate_up_proj.copy_(torch.stack([torch.cat([gate[g], up[g]]) for g in groups]))
-        moe.experts.down_proj.copy_(EXPERTS * torch.stack([down[:, g] for g in groups]))
+        moe.experts.down_proj.copy_(experts * torch.stack([down[:, g] for g in groups]))
     return model
 
 
@@ -159,22 +161,23 @@ def inputs_of(model: nn.Module, ids: Tensor) -> Iterator[tuple[int, nn.Module, T
 
 def reap(layer: Layer, h: Tensor, count: int) -> Tensor:
     """Return the experts of the largest mean of r |f(h)| over the tokens sent to each (REAP)."""
-    r, x = layer.routed(h, torch.arange(EXPERTS)), layer.read(h)
-    size = torch.stack([(x[e] @ layer.down[e].T).norm(dim=1) for e in range(EXPERTS)], 1)
+    every = torch.arange(layer.experts)
+    r, x = layer.routed(h, every), layer.read(h)
+    size = torch.stack([(x[e] @ layer.down[e].T).norm(dim=1) for e in every], 1)
     score = (r * size).sum(0) / (r > 0).sum(0).clamp(min=1)
     return score.topk(count).indices.sort().values
 
 
 def frequency(layer: Layer, h: Tensor, count: int) -> Tensor:
     """Return the experts that most tokens are sent to."""
-    used = (layer.routed(h, torch.arange(EXPERTS)) > 0).sum(0)
+    used = (layer.routed(h, torch.arange(layer.experts)) > 0).sum(0)
     return used.topk(count).indices.sort().values
 
 
 def greedy(layer: Layer, h: Tensor, count: int) -> Tensor:
     """Return the experts that are left when they go one by one, by the error of the output."""
     some = h[:: max(1, len(h) // SPLIT_TOKENS)]
-    kept, y, x = torch.arange(EXPERTS), layer.output(some), layer.read(some)
+    kept, y, x = torch.arange(layer.experts), layer.output(some), layer.read(some)
     given = torch.einsum("eti,eoi->teo", x, layer.down)
     while len(kept) > count:
         left = [torch.cat([kept[:at], kept[at + 1 :]]) for at in range(len(kept))]
@@ -268,12 +271,21 @@ def removed(
     return model, sum(errors) / len(errors)
 
 
+def by_command(mixture: nn.Module, ids: Tensor, count: int) -> tuple[nn.Module, str]:
+    """Return the mixture as ``liar prune --keep 1 --keep-experts`` leaves it, and its way."""
+    model = copy.deepcopy(mixture)
+    keep = count / mixture.config.num_local_experts
+    report = prune(model, [{"input_ids": part} for part in ids.split(8)], 1.0, keep_experts=keep)
+    return model, report.sites[0].path
+
+
 def main() -> None:
     """Split, remove, measure; print and keep a row at a time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wikitext", type=Path, required=True, help="folder of WikiText-2")
+    parser.add_argument("--experts", type=int, default=8, help="experts of a layer")
     parser.add_argument("--active", type=int, default=4, help="experts of each token")
-    parser.add_argument("--keep", type=int, default=6, help="experts that stay of eight")
+    parser.add_argument("--keep", type=int, default=6, help="experts that stay")
     parser.add_argument("--ways", nargs="+", default=WAYS)
     parser.add_argument("--choices", nargs="+", default=list(CHOICES))
     options = parser.parse_args()
@@ -283,14 +295,19 @@ def main() -> None:
     how = {"samples": SAMPLES, "seq_len": SEQ_LEN, "seed": SEED, "lone": "blocks"}
     ids = texts.draw(dense, tokenizer, **how, self_text=0.0, random_tokens=0.0).input_ids
     windows = texts.windows(tokenizer, seq_len=SEQ_LEN, samples=WINDOWS)
-    whole = split(dense, ids)
+    whole = split(dense, ids, options.experts)
     off = largest_difference(whole, dense, ids[:1])
     print(f"with all experts active logits are off by {off:.1e} of their largest", flush=True)
     first = judged(dense, windows)
     mixture = with_active(whole, ids, options.active)
     given = {at: h for at, _, h in inputs_of(mixture, ids)}
     base = judged(mixture, windows)
-    rows = [row_of("dense", first, {}), row_of(f"{options.active} of 8 active", base, first)]
+    rows = [row_of("dense", first, {}), row_of("mixture", base, first)]
+    start = time.process_time()
+    model, way = by_command(mixture, ids, options.keep)
+    row = row_of(f"--keep-experts, {way}", judged(model, windows), base)
+    rows.append(row | {"seconds": round(time.process_time() - start)})
+    print(json.dumps(rows), flush=True)
     for choice in options.choices:
         for way in options.ways:
             start = time.process_time()
@@ -299,7 +316,8 @@ def main() -> None:
             row |= {"error": round(error, 4), "seconds": round(time.process_time() - start)}
             rows.append(row)
             print(json.dumps(row), flush=True)
-            write_whole(OUT / "rows.json", json.dumps(rows, indent=1) + "\n")
+            name = f"{options.keep} of {options.experts}, {options.active} active.json"
+            write_whole(OUT / name, json.dumps(rows, indent=1) + "\n")
 
 
 @torch.no_grad()
