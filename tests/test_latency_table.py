@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from tiny import tiny
 
 from liar_ext import Budget, Costs, InputError, LatencyTable, sites
 from liar_ext.selection.costs import SizeRow
@@ -37,8 +38,6 @@ def test_sizes_between_lie_on_a_line():
 
 
 def test_the_model_takes_its_sites_and_the_rest(tmp_path):
-    from tiny import tiny
-
     at = sites(tiny("llama"))
     one = table()
     assert one.total == pytest.approx(7e-3 + 3 * 3e-3 + 3 * 8e-3)
@@ -120,3 +119,13 @@ def test_files_that_hold_no_table(tmp_path):
     for name in ("a.json", "b.json", "missing.json", "."):
         with pytest.raises(InputError, match="latency: "):
             LatencyTable.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("kinds", [("attn", "mlp"), ("mlp",)])
+def test_a_table_of_a_model_with_other_layers_is_refused(kinds):
+    every, some = sites(tiny("llama")), sites(tiny("llama"), kinds)
+    table().check_sites(some, every)
+    more = sites(tiny("llama", num_hidden_layers=5), kinds)
+    with pytest.raises(InputError, match="the table is of 3 layers with .*, and the model has 5"):
+        table().check_sites(more, sites(tiny("llama", num_hidden_layers=5)))
+    table().check_sites(some[:2], every)  # of which the budget counts a part

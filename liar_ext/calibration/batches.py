@@ -141,6 +141,7 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
             "batches: input_ids must be whole numbers of shape (sequences, tokens), got "
             f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
         )
+    _check_mask(inputs.get("attention_mask"), ids)
     fold, source, weight = (inputs.pop(name, None) for name in FACTS)
     labels = {name: inputs.pop(name) for name in LABELS if name in inputs}
     first = next((value for name, value in inputs.items() if name not in WHOLE), None)
@@ -166,6 +167,19 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
             )
     mask = _padding(inputs.get("attention_mask"))
     return Batch(inputs, fold.long(), mask, labels, source, weight)
+
+
+def _check_mask(mask: Tensor | None, ids: Tensor | None) -> None:
+    """Raise InputError for a mask of padding that isn't of the tokens, or that isn't 0 and 1."""
+    if mask is None or mask.dim() != 2:
+        return
+    if ids is not None and mask.shape != ids.shape:
+        raise InputError(
+            f"batches: attention_mask must have the shape of input_ids, {tuple(ids.shape)}, got "
+            f"{tuple(mask.shape)}"
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("batches: attention_mask must be 1 for tokens that count, and else 0")
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:

@@ -150,11 +150,15 @@ def _undecoded(rows: Any) -> Any:
 
 
 def decode_image(item: Item) -> Any:
-    """Return a picture in RGB."""
+    """Return a picture in RGB, turned as its EXIF orientation says."""
     with _decoding(item, "an image", "images are read by the package pillow", "vision"):
-        from PIL import Image
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
-        return Image.open(io.BytesIO(item.read())).convert("RGB")
+        try:
+            opened = Image.open(io.BytesIO(item.read()))
+        except UnidentifiedImageError:  # which names the bytes by their place in memory
+            raise ValueError("it is of no format that pillow knows") from None
+        return ImageOps.exif_transpose(opened).convert("RGB")
 
 
 def decode_audio(item: Item, rate: int) -> Any:

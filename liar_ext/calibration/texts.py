@@ -127,6 +127,11 @@ def calibration_sequences(
             "calibration: a source is a list of documents, got text; give a list of sources, such "
             "as [documents]"
         )
+    if not callable(tokenizer):
+        raise InputError(
+            f"calibration: needs the tokenizer of the model, got {tokenizer!r}; load_model of "
+            "liar_ext.checkpoint gives it beside the model"
+        )
     text = replace(text or Text(), **choices)
     shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
     prefix = document_prefix(tokenizer) if text.packed else []

@@ -31,7 +31,7 @@ from liar_ext.checkpoint.loading import (
     read_dense,
 )
 from liar_ext.checkpoint.placing import beside, clean_leftovers
-from liar_ext.checkpoint.reading import reading, stock_class
+from liar_ext.checkpoint.reading import bare_class, reading, stock_class
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.configs import skeleton
 from liar_ext.models.registry import family_of
@@ -72,6 +72,12 @@ class BlockStore:
         self.tokenizer = load_tokenizer(Path(name), name, self.model)
         self.device, self.prefetch = torch.device(device), prefetch
         self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
+        for path, parameter in self.model.named_parameters():
+            if parameter.is_meta and (shape := self._weights.shape(path)) != parameter.shape:
+                raise InputError(
+                    f"load_model: {name} has {path} with shape {tuple(shape)}, its config or plan "
+                    f"says {tuple(parameter.shape)}; copy it again"
+                )
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
         self._next: tuple[int, Future] | None = None
         check_finite_tensors((n, p) for n, p in self.model.named_parameters() if not p.is_meta)
@@ -219,13 +225,15 @@ def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str,
     """Return the paths of blocks and head, and a map that puts them on disk, and all else here."""
     from transformers import AutoConfig
 
+    bare = None
     if Path(name).is_dir():
-        inspect_folder(Path(name), "load_model")
+        found = inspect_folder(Path(name), "load_model")
+        bare = bare_class(found, stock_class(found.config, "load_model"))
     else:
         reach_hub(name)
     with quiet(), reading(name, "load_model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        model = skeleton(stock_class(config.to_dict(), "load_model"), config)
+        model = skeleton(bare or stock_class(config.to_dict(), "load_model"), config)
     blocks = [path for path, _ in blocks_of(model, family_of(model))]
     tied = {key for pair in (model.all_tied_weights_keys or {}).items() for key in pair}
     head = [
@@ -262,6 +270,12 @@ class OpenWeights:
         paths = {info["safetensors_file"] for info in index.values()}
         self._files = {path: _File(path) for path in paths}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, by the header of its file."""
+        info = self._index[name]
+        said = self._files[info["safetensors_file"]].header[info.get("weight_name", name)]
+        return tuple(said["shape"])
+
     def __getitem__(self, name: str) -> Tensor:
         what = f"prune: can't read {name} from its file"
         with refusing(what, "copy the folder again", Exception):
@@ -283,10 +297,10 @@ class _File:
         self.close, self._state = self._file.close, self._seen()
         (length,) = struct.unpack("<Q", self._read(8, 0))
         self._start = 8 + length
-        self._header = json.loads(bytes(self._read(length, 8)))
+        self.header = json.loads(bytes(self._read(length, 8)))
 
     def read(self, name: str) -> Tensor:
-        said = self._header[name]
+        said = self.header[name]
         begin, end = said["data_offsets"]
         data = torch.from_numpy(self._read(end - begin, self._start + begin))
         return data.view(DTYPES[said["dtype"]]).view(said["shape"])

@@ -128,8 +128,14 @@ def load_model(
     InputError
         If it can't be loaded, or there is no such device.
     """
-    spread = placement(device)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(
+            f"load_model: the model must be a folder, a hub id or a GGUF file, got {name!r}"
+        )
+    spread, given = placement(device), dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"load_model: dtype must be one of torch, such as float32, got {given!r}")
     with refusing(f"load_model: {os.fspath(name)!r} can't be read", "", OSError, ValueError):
         path = Path(name)
         there = path.exists()

@@ -83,6 +83,8 @@ def save_pruned(
         If the folder exists or holds anything else, the plan isn't the one that pruned this model,
         the model's outputs aren't finite, or writing fails (a full disk, for one).
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"save_pruned: needs the pruned model first, got {type(model).__name__}")
     plan = getattr(report, "plan", None) if plan is None else plan
     if plan is None:
         raise InputError("save_pruned: needs the plan that was applied; give it, or a report of it")

@@ -241,6 +241,9 @@ class PrintCompletion(argparse.Action):
 def paths_of(text: StrPath | Sequence[StrPath]) -> tuple[str, ...]:
     """Return the names of one path, or of several."""
     texts = [text] if isinstance(text, str | os.PathLike) else text
+    kinds = isinstance(texts, Sequence) and {isinstance(e, str | os.PathLike) for e in texts}
+    if kinds != {True}:
+        raise InputError(f"compress: text must be a path, or a list of paths, got {text!r}")
     return tuple(os.fspath(each) for each in texts)
 
 

@@ -73,6 +73,7 @@ def prepare(job: Job) -> Job:
             "prune: of latency times the model, which all ranks would at once, and "
             f"{world_size()} ranks share the job; leave it out, or run the job in one process"
         )
+    _check_plain(model, at)
     earlier = stock_config.history_of(model.config)
     _warn_of_what_stays(model, recipe.prunable_kinds, at)
     if is_diffusion(model):
@@ -103,6 +104,24 @@ def prepare(job: Job) -> Job:
     room = room_for_sums(model, recipe.memory)
     job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
     return job if job.walk is None else share_out(job)
+
+
+def _check_plain(model: nn.Module, at: Sequence[Site]) -> None:
+    """Refuse layers that can't be sliced: with adapters or masks, and those of several sites."""
+    owner: dict[nn.Module, str] = {}
+    for site in (each for each in at if each.expert is None and not each.shared):
+        for path in (*site.producers, site.consumer):
+            layer = model.get_submodule(path)
+            if layer._parameters.get("weight") is None:
+                raise InputError(
+                    f"prune: the weight of {path} is made of other parameters, as of an adapter, a "
+                    "parametrization or a mask; merge or remove that first"
+                )
+            if (other := owner.setdefault(layer, path)) != path:
+                raise InputError(
+                    f"prune: {path} and {other} are one module, which can't lose different units; "
+                    "give each layer its own"
+                )
 
 
 def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:

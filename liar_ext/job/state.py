@@ -319,6 +319,8 @@ class Job:
         with self.clock("time"):
             given = self.recipe.latency_table
             table = None if given is None else LatencyTable.load(given)
+            if table is not None and self.recipe.keep_blocks == 1.0:  # else it may be of fewer
+                table.check_sites(at, sites(model, attn_unit=self.recipe.attn_unit))
             speed = Speed(model, at, budget, table, progress=self.progress)
             check_budget(at, budget, costs=speed.costs)
             if budget.keep < 1.0 and not speed.given:

@@ -307,7 +307,7 @@ def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | Expe
 def out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
     """Return how many features a linear layer writes, and how many it reads."""
     weight = getattr(layer, "weight", None)
-    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise InputError(
             f"sites: {path} of {site} must be a linear layer with floating-point weights, got "
             f"{type(layer).__name__}; load the model dequantised"

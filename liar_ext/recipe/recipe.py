@@ -73,6 +73,9 @@ class Recipe(Fields):
             if "kinds" in choices:
                 raise InputError("recipe: sites and kinds are the same choice; leave one out")
             choices["kinds"] = check.read_sites(choices.pop("sites"))
+            if isinstance(choices["kinds"], str):
+                known = "all, attn, mlp, encoder or decoder"
+                raise check.wrong("sites", f"be {known}", choices["kinds"])
         if "preset" in choices:
             name = check.one_of(tuple(PRESETS))("preset", choices.pop("preset"))
             if start is not None:

@@ -113,6 +113,16 @@ class LatencyTable:
                 f"{', '.join(map(str, asked))}; ask for what it has, or measure again"
             )
 
+    def check_sites(self, *several: Sequence[Site]) -> None:
+        """Raise InputError unless the table counts sites as one of several sets has them."""
+        for row in self.rows:
+            counts = [sum(site.shape == row.shape for site in some) for some in several]
+            if any(counts) and row.sites not in counts:
+                raise InputError(
+                    f"latency: the table is of {row.sites} layers with {row.units} "
+                    f"{row.unit}s, and the model has {max(counts)}; measure this model"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON has it."""
         return json.loads(json.dumps({"version": VERSION, **asdict(self)}, allow_nan=False))

@@ -131,3 +131,19 @@ def test_every_source_is_probed():
 def test_a_source_is_a_whole_number_for_each_sequence():
     with pytest.raises(InputError, match="source must be a whole number for each of 2"):
         read_batch({"input_ids": IDS, "source": torch.tensor([0.5, 1])})
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (torch.ones(2, 3), r"must have the shape of input_ids, \(2, 6\), got \(2, 3\)"),
+        (torch.ones(1, 6), "must have the shape of input_ids"),
+        (torch.full((2, 6), torch.nan), "must be 1 for tokens that count"),
+        (torch.full((2, 6), 5), "must be 1 for tokens that count"),
+    ],
+)
+def test_a_mask_that_is_none_is_refused(mask, said):
+    """One of ones, whatever its width, was once left out."""
+    ids = torch.ones(2, 6, dtype=torch.long)
+    with pytest.raises(InputError, match=said):
+        list(read_batches([{"input_ids": ids, "attention_mask": mask}]))

@@ -317,3 +317,24 @@ def test_a_reader_refuses_what_files_do_not_hold(tokenizer):
         images(tiny("clip"))
     with pytest.raises(InputError, match="has no tokenizer for what is said"):
         Reader(AUDIO, tiny("whisper"), extractor())
+
+
+def test_a_picture_is_turned_as_the_camera_says(tmp_path):
+    """As transformers and processors of chats read it."""
+    from transformers.image_utils import load_image
+
+    (pixels,) = write_pictures(tmp_path, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.fromarray(pixels).save(tmp_path / "00.png", exif=exif)
+    (item,) = read_files(tmp_path, IMAGES).items
+    found = decode_image(item)
+    assert found.size == (10, 12)
+    assert np.array_equal(np.asarray(found), np.asarray(load_image(str(tmp_path / "00.png"))))
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path):
+    (tmp_path / "no.png").write_bytes(b"")
+    (item,) = read_files(tmp_path, IMAGES).items
+    with pytest.raises(InputError, match=r"no.png can't be read as an image: it is of no format"):
+        decode_image(item)

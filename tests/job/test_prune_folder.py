@@ -140,6 +140,25 @@ def test_experts_leave_a_model_in_files_as_one_in_memory(family, choices, tmp_pa
     assert verify_pruned(tmp_path / "pruned")["agrees"]
 
 
+def test_weights_of_another_shape_are_refused_before_a_block_is_read(tmp_path):
+    model = tiny("llama")
+    model.model.layers[1].mlp.down_proj.weight.data = torch.zeros(40, 20)
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(InputError, match=r"down_proj.weight with shape \(40, 20\), its config"):
+        BlockStore(tmp_path / "dense")
+
+
+def test_a_model_without_its_head_is_read_as_in_memory(tmp_path):
+    """Its config names the class with one."""
+    model = tiny("llama", tie_word_embeddings=False)
+    model.model.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    by_blocks(tmp_path / "dense", batches(model, 2), tmp_path / "pruned", schedule="one-pass")
+    assert type(load_pruned(tmp_path / "pruned")).__name__ == "LlamaModel"
+
+
 def test_equal_layers_load_without_code(llama, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -42,7 +42,7 @@ def test_a_recipe_is_built_from_a_preset_and_sites():
         (
             None,
             {"sites": "ffn"},
-            "must be a list of some of attn, mlp, .*, got 'ffn'",
+            "sites must be all, attn, mlp, .*, got 'ffn'",
         ),
         (None, {"preset": ["fast"]}, "preset must be one of fast, .*got list"),
     ],

@@ -1,0 +1,85 @@
+"""Models whose layers are no plain ones, and arguments of another kind, are refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import batches, outputs, tiny
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as masks
+
+from liar_ext import InputError, Recipe, compress, prune, save_pruned, sweep
+from liar_ext.calibration.texts import calibration_sequences
+from liar_ext.checkpoint.loading import load_model
+
+
+def with_adapter(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules=["down_proj"])).base_model.model
+
+
+def with_mask(model: nn.Module) -> nn.Module:
+    masks.random_unstructured(model.model.layers[1].mlp.down_proj, "weight", 0.5)
+    return model
+
+
+def with_norm(model: nn.Module) -> nn.Module:
+    parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+    return model
+
+
+def with_one_mlp(model: nn.Module) -> nn.Module:
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    return model
+
+
+def in_int8(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
+
+
+MERGE = "is made of other parameters, as of an adapter, a parametrization or a mask; merge"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_adapter, MERGE),
+        (with_mask, MERGE),
+        (with_norm, MERGE),
+        (with_one_mlp, r"layers.2.mlp.* and .*layers.0.mlp.* are one module"),
+        (in_int8, "must be a linear layer with floating-point weights, got Linear"),
+    ],
+)
+def test_layers_that_can_not_be_sliced_are_refused(change, said):
+    model = change(tiny("llama"))
+    before = outputs(model)
+    with pytest.raises(InputError, match=said):
+        prune(model, batches(tiny("llama"), 2), keep=0.6, preset="fast")
+    assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: load_model(3), "must be a folder, a hub id or a GGUF file, got 3"),
+        (lambda: load_model("m", dtype="float3"), "dtype must be one of torch, .*, got 'float3'"),
+        (lambda: compress("m", text=3, out="o"), "text must be a path, or a list of paths, got 3"),
+        (lambda: compress("m", text=["a", 3], out="o"), "text must be a path, or a list of paths"),
+        (lambda: calibration_sequences([["a"]], None), "needs the tokenizer of the model, got"),
+        (lambda: save_pruned("m", "o"), "needs the pruned model first, got str"),
+        (lambda: Recipe.build(None, sites="atn"), "sites must be all, attn, mlp, .*, got 'atn'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, said):
+    with pytest.raises(InputError, match=said):
+        call()
+
+
+def test_one_budget_is_a_sweep_too():
+    model = tiny("llama")
+    (point,) = sweep(model, batches(model, 2), keep=0.9, preset="fast")
+    assert point.plan.sites
