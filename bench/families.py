@@ -102,6 +102,11 @@ REFUSED = {
         "Their rows describe one attention in each block. U-Nets are in no row of the table. See "
         "[diffusion transformers](howto/diffusion.md#limits)."
     ),
+    "Llama 4 with pictures (llama4)": (
+        "transformers 5.24 can't run it: its forward asks the text model for outputs that it "
+        "lacks. Its text model, llama4_text, is pruned: load the folder by `AutoModelForCausalLM`, "
+        "save it, and prune what was saved."
+    ),
     "speech models with another attention, such as WavLM and Conformers": (
         "Their attention gets relative positions for each head, which no row describes yet."
     ),

@@ -32,6 +32,12 @@ _LINEAR = {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
 
+# Attention to chunks of the text, or to all of it without positions, and every other block with
+# experts.
+_LLAMA4 = {
+    **{**_SIZES, "num_local_experts": 4, "intermediate_size_mlp": 32, "num_hidden_layers": 4},
+    **{"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": 8},
+}
 _VISION = {
     **{"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1},
     **{"hidden_size": 16, "out_hidden_size": 40, "intermediate_size": 16},
@@ -180,6 +186,7 @@ MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
             "projection_hidden_size": 16,
         },
     ),
+    "llama4_text": ("Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4),
     "glm4v_moe": (
         "Glm4vMoeForConditionalGeneration",
         "Glm4vMoeConfig",

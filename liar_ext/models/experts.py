@@ -75,12 +75,33 @@ def routed_input(model: nn.Module, site: Site, args: tuple) -> Routed:
     """Return what an expert's consumer reads of the tokens that the router sends there.
 
     ``args`` is what the module that holds the experts is called with: tokens ``(tokens, hidden)``,
-    chosen experts ``(tokens, top_k)`` and their weights, likewise.
+    chosen experts ``(tokens, top_k)`` and their weights, likewise. Where the router scales what an
+    expert reads, nothing scales what it gives: r = 1.
     """
+    if site.wiring.experts.scales_input:
+        own = _by_expert(site, args[0])[site.expert]
+        token = own.any(-1).nonzero().flatten()
+        return Routed(gated(model, site, own[token]), token, own.new_ones(len(token)), len(own))
     hidden, chosen, weights = args[:3]
     token, place = torch.where(chosen == site.expert)
     x = gated(model, site, hidden[token])
     return Routed(x, token, weights[token, place], len(hidden))
+
+
+def routed_weights(site: Site, args: tuple) -> Tensor:
+    """Return the weights r of the experts that each token is sent to, a row of them per token."""
+    if site.wiring.experts.scales_input:
+        return _by_expert(site, args[0]).any(-1).T
+    return args[2]
+
+
+def routed_output(site: Site, output: Tensor) -> Tensor:
+    """Return what all experts give a token together, ``(tokens, hidden)``."""
+    return _by_expert(site, output).sum(0) if site.wiring.experts.scales_input else output
+
+
+def _by_expert(site: Site, rows: Tensor) -> Tensor:
+    return rows.view(site.experts, -1, rows.shape[-1])
 
 
 def gated(model: nn.Module, site: Site, hidden: Tensor) -> Tensor:
@@ -88,8 +109,11 @@ def gated(model: nn.Module, site: Site, hidden: Tensor) -> Tensor:
     (path,) = site.producers
     layer = layer_at(model, path, site.expert)
     out = hidden @ (layer.weight if site.wiring.transposed else layer.weight.T)
-    gate = layer.owner._apply_gate if layer.owner.has_gate else layer.owner.act_fn
-    return gate(out if layer.bias is None else out + layer.bias)
+    out = out if layer.bias is None else out + layer.bias
+    if site.wiring.experts.scales_input:  # Llama 4's experts have no method for it
+        gate, up = out.chunk(2, -1)
+        return layer.owner.act_fn(gate) * up
+    return (layer.owner._apply_gate if layer.owner.has_gate else layer.owner.act_fn)(out)
 
 
 @torch.no_grad()

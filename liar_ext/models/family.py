@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from liar_ext.errors import InputError
 
 CODE_WIDTH = 88  # of a row as code
-WITHOUT = ("attn", "kv_group", "mlp", "hidden", "stock", "layerwise")
+WITHOUT = ("attn", "kv_group", "mlp", "experts", "hidden", "stock", "layerwise")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ class Experts:
     # Buffer outside of the router, a number per expert, that it is called with beside the tokens;
     # empty if there is none. A model may lack it.
     choice: str = ""
+    # Whether the module is called with r h alone, of all tokens for one expert after another, and
+    # gives each expert's output likewise; r = 0 where a token isn't sent.
+    scales_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,8 +237,9 @@ class Family:
     # None if the hidden size can't be pruned.
     stream: Stream | tuple[Stream, ...] | None = None
     # What can't be done, and why, in a few words: attn and mlp can't be pruned, kv_group not as
-    # whole groups, the hidden size not (beside a stream: not of models that it isn't of), no stock
-    # config says the sizes, no job is layerwise, as blocks can't be run one by one.
+    # whole groups, whole experts not, the hidden size not (beside a stream: not of models that it
+    # isn't of), no stock config says the sizes, no job is layerwise, as blocks can't be run one by
+    # one.
     without: Mapping[str, str] = field(default_factory=dict)
     repeats: bool = False  # blocks run several times in one forward pass, with the same weights
     # Config field: unless it is 0, blocks read keys and values of earlier ones, too.

@@ -116,6 +116,8 @@ def _hidden(family: Family) -> Entry:
 
 
 def _experts(family: Family) -> Entry:
+    if "experts" in family.without:
+        return Entry(NO, family.without["experts"])
     chain = _layerwise(family)  # they are chosen block by block
     return Entry(YES) if chain.applies == YES else chain
 
@@ -148,7 +150,7 @@ def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
     fields = [size for w in mixture or wirings["channels"] for size in (w.config or {}).values()]
     said = ["heads"] * any(wiring.config is not None for wiring in wirings["heads"])
     said += ["channels"] * ("features" in fields)
-    said += ["experts"] * ("experts" in fields)
+    said += ["experts"] * ("experts" in fields and "experts" not in family.without)
     lacking = [what for what, each in wirings.items() if each and what not in said]
     reason = family.without.get("stock", "")
     if lacking and not reason:

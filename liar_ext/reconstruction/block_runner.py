@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import Batch
 from liar_ext.calibration.taps import Ended, is_relative, relative_weights, replaced, watched
 from liar_ext.errors import InputError
-from liar_ext.models.experts import called_at, routed_input
+from liar_ext.models.experts import called_at, routed_input, routed_output, routed_weights
 from liar_ext.models.family import HeadInput
 from liar_ext.models.running import body_of, device_of
 from liar_ext.models.sites import Site, teams_of
@@ -146,8 +147,7 @@ class Blocks:
                 consumer = self._model.get_submodule(called_at(layer[0]))
                 if consumers and name in consumers:
                     stack.enter_context(replaced(consumer, consumers[name]))
-                norm, reads = self.norms.get(name), slice(3) if layer[0].expert is not None else 0
-                keep = lambda args, output, reads=reads: (args[reads], output)  # noqa: E731
+                norm, keep = self.norms.get(name), partial(_called, layer[0])
                 note = _note(run.seen, name, keep, ends=norm is None and name == end)
                 stack.enter_context(watched(consumer, note))
                 if norm is not None:
@@ -325,6 +325,13 @@ def _is_sum(total: Tensor, one: Tensor, other: Tensor, *terms: Tensor) -> bool:
     return not bool(((total - one - other).abs() > tolerance).any())
 
 
+def _called(site: Site, args: tuple, output: Tensor) -> tuple[Tensor | tuple, Tensor]:
+    """Return what a consumer, or the module of all experts, reads, and what it gives."""
+    if site.expert is None:
+        return args[0], output
+    return args[:3], routed_output(site, output)
+
+
 def _note(seen: dict, name: str, keep: Callable, *, ends: bool = False) -> Callable:
     """Return a callback that keeps something of a module's arguments and output, and may end it."""
 
@@ -339,21 +346,20 @@ def _note(seen: dict, name: str, keep: Callable, *, ends: bool = False) -> Calla
 def rows_of(
     model: nn.Module,
     layer: Sequence[Site],
-    read: Tensor | tuple[Tensor, Tensor, Tensor],
+    read: Tensor | tuple[Tensor, ...],
     residual: Tensor,
     used: Tensor,
 ) -> Iterator[Tokens]:
     """Yield the rows of each site of a layer: of one site, or of all experts.
 
-    ``read`` is what the consumer reads, or what the module of all experts is called with: tokens,
-    chosen experts and their weights. ``residual`` is of the layer's output, asked of all experts
-    alike. ``used`` is what each counts, see :func:`counted`.
+    ``read`` is what the consumer reads, or what the module of all experts is called with, see
+    :func:`liar_ext.models.experts.routed_input`. ``residual`` is of the layer's output, asked of
+    all experts alike. ``used`` is what each counts, see :func:`counted`.
     """
     if layer[0].expert is None:
         yield read.flatten(0, -2), residual, used
         return
-    _, _, given = read
-    residual = residual / given.sum(-1, keepdim=True).to(residual)
+    residual = residual / routed_weights(layer[0], read).sum(-1, keepdim=True).to(residual)
     for site in layer:
         routed = routed_input(model, site, read)
         counts = used[routed.token]
@@ -383,6 +389,7 @@ def layer_forward(model: nn.Module, layer: Sequence[Site], new: Mapping[str, For
         return new[layer[0].name]
 
     def experts(*args: Tensor) -> Tensor:
+        # Where there are rows for each expert, the first has them all: the layer adds them up.
         total = torch.zeros_like(args[0])
         for site in layer:
             routed = routed_input(model, site, args)

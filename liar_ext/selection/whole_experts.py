@@ -215,6 +215,8 @@ def count_experts_kept(model: nn.Module, keep: float) -> int:
     InputError is raised if a token is sent to more, or blocks can't be run one by one.
     """
     site, family = layers_of(model)[0], family_of(model)
+    if reason := family.without.get("experts"):
+        raise InputError(f"experts: {family.name} keeps all: {reason}; leave keep_experts out")
     if reason := family.without.get("layerwise") or why_lent(model):
         raise InputError(
             f"experts: they are chosen block by block, and of this {family.name!r} {reason}; leave "

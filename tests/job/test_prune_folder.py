@@ -38,7 +38,8 @@ GIB = 2**30
 # has otherwise, an input for all heads, images, features of images that are added between blocks,
 # experts one by one or together in the file.
 FAMILIES = (
-    "llama qwen2 gpt2 bert gpt_neox gemma3 mpnet vit qwen3_vl mixtral qwen3_moe gpt_oss".split()
+    "llama qwen2 gpt2 bert gpt_neox gemma3 mpnet vit qwen3_vl mixtral qwen3_moe gpt_oss "
+    "llama4_text".split()
 )
 JOBS = {
     "uniform": {"allocation": "uniform", "schedule": "one-pass"},

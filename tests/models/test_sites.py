@@ -152,6 +152,15 @@ def test_an_unknown_architecture_is_told_how_to_register() -> None:
         FAMILIES.pop("my_llama", None)
 
 
+def test_a_number_that_the_blocks_lack_is_refused(monkeypatch) -> None:
+    """Written by a wrong name it would be another number, which nothing reads."""
+    row = FAMILIES["llama"]
+    wrong = replace(row.attn, numbers={"num_key_value_groups": "group_size"})
+    monkeypatch.setitem(FAMILIES, "llama", replace(row, attn=wrong))
+    with pytest.raises(InputError, match="0.attn has no number 'num_key_value_groups'"):
+        sites(tiny("llama"))
+
+
 def test_the_advice_in_the_error_gives_a_family_that_works() -> None:
     model = tiny("llama")
     expected = [site.name for site in sites(model)]

@@ -63,7 +63,7 @@ _AFTER = with_block(
     *(Step("take", MLP.layers[:-1]), "write mlp.down_proj"),
     "branch_norm post_feedforward_layernorm",
 )
-_COUNTED = attention("self_attn", QKVO, numbers=counts("num_attention_heads"), config=HEADS)
+ATTN_COUNTED = attention("self_attn", QKVO, numbers=counts("num_attention_heads"), config=HEADS)
 _OLMO2 = replace(
     ROW,
     name="olmo2",
@@ -86,7 +86,7 @@ LLAMA_ROWS = (
     replace(ROW, name="granite_swa", attn=replace(ROW.attn, **SINKS)),
     replace(ROW, name="cwm", attn=ATTN),
     replace(ROW, name="hunyuan_v1_dense", mlp=MLP),
-    replace(ROW, name="seed_oss", attn=_COUNTED),
+    replace(ROW, name="seed_oss", attn=ATTN_COUNTED),
     replace(ROW, name="ernie4_5", attn=replace(ATTN, **_BIAS), mlp=replace(MLP, **_BIAS)),
     # o_proj of its stock class is square.
     replace(
@@ -98,7 +98,7 @@ LLAMA_ROWS = (
     replace(
         ROW,
         name="exaone4",
-        attn=replace(_COUNTED, output_norm=_ATTN_AFTER.output_norm),
+        attn=replace(ATTN_COUNTED, output_norm=_ATTN_AFTER.output_norm),
         mlp=_MLP_AFTER,
         stream=_AFTER,
     ),

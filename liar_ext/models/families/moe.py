@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from liar_ext.models.families.decoders import ATTN, MLP, ROW, SINKS, counts, in_pictures
+from liar_ext.models.families.decoders import ATTN, ATTN_COUNTED, MLP, ROW, SINKS, in_pictures
 from liar_ext.models.family import (
     GATE_UP,
     JOINT,
@@ -23,7 +23,7 @@ def experts(
     module: str = "mlp.experts",
     router: str = "mlp.gate",
     width: str = "intermediate_dim",
-    **more: str,
+    **more: str | bool,
 ) -> Wiring:
     """Return the wiring of experts in a module, with rows of all gates, then of all ups."""
     producer = f"{module}.gate_up_proj"
@@ -113,6 +113,23 @@ def mixture(
     return Family(name, "layers", attn, mlp, shared_mlp, without=without)
 
 
+_LLAMA4_EXPERTS = experts(
+    {"num_local_experts": "experts"},
+    *("feed_forward.experts", "feed_forward.router", "expert_dim"),
+    scales_input=True,
+)
+_FEED_FORWARD = "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj"
+_LLAMA4 = replace(
+    mixture(
+        "llama4_text",
+        replace(ATTN_COUNTED, bias_flag="attention_bias"),
+        # Where a block has no experts, its MLP has a width of its own.
+        (replace(_LLAMA4_EXPERTS, transposed=True), mlp(_FEED_FORWARD, "intermediate_size_mlp")),
+        replace(shared("feed_forward.shared_expert"), numbers={}),
+        {**_BESIDE, "experts": "its router scales what an expert reads, not what it gives"},
+    ),
+    blocks="model.layers",  # transformers takes the model with its head for its own base model
+)
 _GLM4 = mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE)
 _DEEPSEEK = mixture("deepseek_v3", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE)
 ROWS = (
@@ -153,7 +170,7 @@ ROWS = (
     mixture("cohere2_moe", ROW.attn, (_COUNTED, _PREFIX), _SUMMED, _BESIDE),
     mixture(
         "exaone_moe",
-        replace(ATTN, numbers=counts("num_attention_heads")),
+        ATTN_COUNTED,
         (_COUNTED, MLP),
         _SUMMED,
         _BESIDE,
@@ -175,6 +192,7 @@ ROWS = (
         *(_LATENT, (_ROUTED, MLP), _SUMMED),
         {**_BESIDE, "layerwise": "some layers attend to the tokens that an earlier one chose"},
     ),
+    _LLAMA4,
     mixture("flex_olmo", None, _OLMOE, without=_JOINT),
     mixture("minimax_m2", None, experts(LOCAL, choice=_CHOICE), without=_JOINT),
 )
