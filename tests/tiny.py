@@ -178,6 +178,27 @@ def seen_at(model: PreTrainedModel, paths: list[str], inputs: dict) -> dict[str,
     return seen
 
 
+def routes(model: PreTrainedModel, args: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what each expert reads of each token, ``(tokens, experts, hidden)``, and the routes.
+
+    These are the experts that tokens are sent to, and what their outputs are multiplied by,
+    ``(tokens, top_k)``. ``args`` is what the module of all experts is called with.
+    """
+    if model.config.model_type != "llama4_text":
+        hidden, chosen, weights = args[:3]
+        return hidden[:, None].expand(-1, model.config.num_local_experts, -1), chosen, weights
+    read = args[0].unflatten(0, (model.config.num_local_experts, -1)).transpose(0, 1)
+    chosen = read.any(-1).int().topk(model.config.num_experts_per_tok).indices
+    return read, chosen, torch.ones(chosen.shape, dtype=read.dtype)
+
+
+def given(model: PreTrainedModel, output: Tensor) -> Tensor:
+    """Return what all experts give a token together, of what their module does."""
+    if model.config.model_type != "llama4_text":
+        return output
+    return output.unflatten(0, (model.config.num_local_experts, -1)).sum(0)
+
+
 def batches(model: PreTrainedModel, count: int = 6) -> list[dict]:
     """Return batches of random inputs."""
     return [tiny_inputs(model, batch=8, tokens=16, seed=seed) for seed in range(count)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from folders import check_sliced
-from tiny import MOE, eager, experts_of, outputs, tiny, tiny_inputs
+from tiny import MOE, eager, experts_of, given, outputs, routes, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext.calibration.bank import MomentBank
@@ -19,6 +19,7 @@ from liar_ext.ops.reference import symmetric
 from liar_ext.plan import Plan, SitePlan
 
 NAMES = list(MOE)
+ALL = [*MOE, "llama4_text"]  # where routers scale what experts give, and what they read
 
 
 def padded(model: nn.Module, batch: int = 4, tokens: int = 9) -> dict:
@@ -29,18 +30,18 @@ def padded(model: nn.Module, batch: int = 4, tokens: int = 9) -> dict:
 
 
 def calls(model: nn.Module, inputs: dict) -> dict[str, tuple]:
-    """Return what every module of experts is called with, and what it gives, by path."""
+    """Return the routes of every module of experts, and what it gives, by path."""
     seen: dict[str, tuple] = {}
     paths = {site.consumer.rpartition(".")[0] for site in experts_of(model)}
 
     def note(path: str):
-        return lambda args, output: seen.update({path: (*args[:3], output)})
+        return lambda args, out: seen.update({path: (*routes(model, args), given(model, out))})
 
-    given = {name: value for name, value in inputs.items() if name != "fold"}
+    whole = {name: value for name, value in inputs.items() if name != "fold"}
     contexts = [watched(model.get_submodule(path), note(path)) for path in paths]
     for context in contexts:
         context.__enter__()
-    outputs(model, given)
+    outputs(model, whole)
     for context in contexts:
         context.__exit__(None, None, None)
     return seen
@@ -49,6 +50,9 @@ def calls(model: nn.Module, inputs: dict) -> dict[str, tuple]:
 def read_by_hand(model: nn.Module, site, h: torch.Tensor) -> torch.Tensor:
     """Return what an expert's consumer reads of one token, spelled out for the family."""
     module = model.get_submodule(site.consumer.rpartition(".")[0])
+    if model.config.model_type == "llama4_text":
+        gate, up = (h @ module.gate_up_proj[site.expert]).chunk(2)
+        return up * nn.functional.silu(gate)
     if model.config.model_type != "gpt_oss":
         rows = module.gate_up_proj[site.expert] @ h
         gate, up = rows[: site.units], rows[site.units :]
@@ -58,7 +62,7 @@ def read_by_hand(model: nn.Module, site, h: torch.Tensor) -> torch.Tensor:
     return (up + 1) * gate * torch.sigmoid(module.alpha * gate)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_moments_of_an_expert_are_those_of_its_tokens(name: str) -> None:
     model = eager(name)
     inputs = padded(model)
@@ -66,14 +70,15 @@ def test_the_moments_of_an_expert_are_those_of_its_tokens(name: str) -> None:
     seen, used = calls(model, inputs), inputs["attention_mask"].flatten().bool()
     fold = inputs["fold"].repeat_interleave(9)
     for site in experts_of(model):
-        hidden, chosen, weights, _ = seen[site.consumer.rpartition(".")[0]]
+        read, chosen, weights, _ = seen[site.consumer.rpartition(".")[0]]
         gram = torch.zeros(2, site.d_in, site.d_in, dtype=torch.float64)
         total, count = torch.zeros(2, site.d_in, dtype=torch.float64), torch.zeros(2)
         routed = [0, 0]
-        for token in range(len(hidden)):
+        for token in range(len(read)):
             for place in range(chosen.shape[1]):
                 if used[token] and chosen[token, place] == site.expert:
-                    x, r = read_by_hand(model, site, hidden[token]), weights[token, place].double()
+                    h, r = read[token, site.expert], weights[token, place].double()
+                    x = read_by_hand(model, site, h)
                     gram[fold[token]] += r**2 * torch.outer(x, x)
                     total[fold[token]] += r**2 * x
                     count[fold[token]] += r**2
@@ -86,17 +91,18 @@ def test_the_moments_of_an_expert_are_those_of_its_tokens(name: str) -> None:
     assert bank.source["tokens"] == int(used.sum())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_consumers_of_a_layer_add_up_to_its_output(name: str) -> None:
     model = eager(name)
     inputs = tiny_inputs(model)
     for team in teams_of(experts_of(model)).values():
-        hidden, chosen, weights, output = calls(model, inputs)[team[0].consumer.rpartition(".")[0]]
+        read, chosen, weights, output = calls(model, inputs)[team[0].consumer.rpartition(".")[0]]
         total = torch.zeros_like(output)
         for site in team:
             bias = get_consumer_bias(model, site)
             for token, place in (chosen == site.expert).nonzero().tolist():
-                y = get_consumer_weight(model, site) @ read_by_hand(model, site, hidden[token])
+                x = read_by_hand(model, site, read[token, site.expert])
+                y = get_consumer_weight(model, site) @ x
                 total[token] += weights[token, place] * (y if bias is None else y + bias)
         torch.testing.assert_close(output, total)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import plan_of_experts
-from tiny import MOE, eager, outputs, seen_at, tiny, tiny_inputs
+from tiny import MOE, eager, given, outputs, routes, seen_at, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext import apply_plan, prune, reconstruct_layerwise, sites
@@ -25,7 +25,7 @@ def padded(model: nn.Module) -> list[dict]:
 
 
 @pytest.mark.parametrize("target", ["branch", "stream"])
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("name", [*MOE, "llama4_text"])
 @torch.no_grad()
 def test_experts_share_what_their_layer_falls_short_by(name: str, target: str, monkeypatch) -> None:
     """Least squares by hand, of the tokens of each expert in the model pruned up to its layer."""
@@ -46,13 +46,16 @@ def test_experts_share_what_their_layer_falls_short_by(name: str, target: str, m
     found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {site.expert: [] for site in layer}
     for inputs in data:
         ends = [seen_at(each, [block, experts], inputs) for each in (model, half)]
-        where = experts if target == "branch" else block
-        short = (ends[0][where][1] - ends[1][where][1]).reshape(-1, layer[0].d_out)
-        (hidden, chosen, given), _ = ends[1][experts]
+        if target == "branch":
+            dense, ours = (given(model, each[experts][1]) for each in ends)
+        else:
+            dense, ours = (each[block][1] for each in ends)
+        short = (dense - ours).reshape(-1, layer[0].d_out)
+        read, chosen, weight = routes(model, ends[1][experts][0])
         for token in inputs["attention_mask"].flatten().nonzero().flatten().tolist():
             for place, expert in enumerate(chosen[token].tolist()):
-                x = gated(half, layer[expert], hidden[token : token + 1])[0]
-                found[expert].append((x, short[token] / given[token].sum(), given[token, place]))
+                x = gated(half, layer[expert], read[token, expert][None])[0]
+                found[expert].append((x, short[token] / weight[token].sum(), weight[token, place]))
     shifted = 0
     for site in layer:
         x, r, weight = (torch.stack(each) for each in zip(*found[site.expert], strict=True))
@@ -103,7 +106,7 @@ def test_an_expert_of_every_token_makes_up_for_what_the_layer_falls_short_by(
     assert ("branch, as the stream is not a plain sum here" in row.path) != plain
 
 
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("name", [*MOE, "llama4_text"])
 @torch.no_grad()
 def test_removing_nothing_changes_nothing(name: str) -> None:
     model = eager(name)
@@ -118,7 +121,7 @@ def test_removing_nothing_changes_nothing(name: str) -> None:
     assert all(row.error == 0 for row in rows)
 
 
-@pytest.mark.parametrize("name", [*MOE, "ernie4_5_moe", "qwen2_moe"])
+@pytest.mark.parametrize("name", [*MOE, "ernie4_5_moe", "llama4_text", "qwen2_moe"])
 def test_a_walk_comes_nearer_to_the_dense_model_than_one_pass(name: str) -> None:
     model = tiny(name)
     data = [tiny_inputs(model, batch=16, tokens=16, seed=seed) for seed in range(4)]
