@@ -16,11 +16,11 @@ from torch import nn
 
 from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
 from liar_ext.errors import InputError
-from liar_ext.models.configs import copy_of, put_config, skeleton
+from liar_ext.models.configs import config_parts, copy_of, put_config, skeleton
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.registry import FAMILIES, is_diffusion
 from liar_ext.models.residual_stream import stream_of
-from liar_ext.models.running import config_parts, saved_tensors
+from liar_ext.models.running import saved_tensors
 from liar_ext.models.sites import (
     Part,
     Site,

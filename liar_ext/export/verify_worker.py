@@ -129,15 +129,18 @@ def _saved(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Tensor], Tens
 
 @torch.no_grad()
 def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return logits, the last hidden state, or embeddings of towers side by side, on the CPU."""
+    """Return what a model puts out, as :func:`liar_ext.models.running.output_of`, on the CPU."""
     given = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
     result = model(**given)
-    names = [name for name in ("logits", "last_hidden_state") if result.get(name) is not None]
-    names = names[:1] or [name for name in ("image_embeds", "text_embeds") if name in result]
-    found = torch.cat([result[name] for name in names])
+    if result.get("start_logits") is not None:
+        found = torch.stack([result["start_logits"], result["end_logits"]], 1)
+    else:
+        names = [name for name in ("logits", "last_hidden_state") if result.get(name) is not None]
+        names = names[:1] or [name for name in ("image_embeds", "text_embeds") if name in result]
+        found = torch.cat([result[name] for name in names])
     return found.cpu() if found.dtype == torch.float64 else found.float().cpu()
 
 

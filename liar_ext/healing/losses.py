@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from liar_ext.calibration.batches import Batch, completed
 from liar_ext.errors import InputError
-from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, output_of
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, LOGITS, device_of, output_of
 from liar_ext.system.distributed import all_reduce, local_world_size, rank, world_size
 from liar_ext.system.environment import available_memory
 
@@ -44,9 +44,10 @@ class Teacher:
             return self.known[id(batch)][1]
         read = completed(self.model, batch)
         name, value = _run(self.model, read)
-        mask = read.mask_of(DECODER_MASK if DECODER_IDS in read.inputs else "attention_mask")
-        if mask is not None and (value.dim() != 3 or mask.shape != value.shape[:2]):
-            mask = None  # one output for each sequence
+        mask = _mask_of(read)
+        alike = mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]
+        if name == "spans" or not alike:
+            mask = None  # outputs are of each sequence
         found = Target(read, name, value, mask)
         if value.nbytes <= self.room:
             self.room -= value.nbytes
@@ -63,6 +64,7 @@ def losses(student: nn.Module, target: Target) -> Tensor:
     ============== ================================================== ================
     logits         ``KL(p ‖ q) = Σ p (log p − log q)``                token, or
                                                                       sequence
+    spans          the same over the tokens of a sequence             start, and end
     a single logit ``(z − z')²``                                      sequence
     hidden states  ``1 − cos(m, m') + mean (h − h')²``, where m is    sequence
                    the mean of h over the tokens
@@ -80,7 +82,7 @@ def losses(student: nn.Module, target: Target) -> Tensor:
             "teacher"
         )
     mask = None if mask is None else mask.to(value.device)
-    if target.name != "logits":
+    if target.name not in LOGITS:
         return _of_states(value.float(), dense.float(), mask)
     if mask is not None:
         value, dense = value[mask], dense[mask]
@@ -105,7 +107,12 @@ def mean_loss(student: nn.Module, teacher: Teacher, batches: Sequence[Batch]) ->
 
 
 def _run(model: nn.Module, batch: Batch) -> tuple[str, Tensor]:
-    return output_of(model, model(**batch.to(device_of(model)).inputs))
+    outputs = model(**batch.to(device_of(model)).inputs)
+    return output_of(model, outputs, _mask_of(batch))
+
+
+def _mask_of(batch: Batch) -> Tensor | None:
+    return batch.mask_of(DECODER_MASK if DECODER_IDS in batch.inputs else "attention_mask")
 
 
 class KLDivergence(torch.autograd.Function):

@@ -58,6 +58,11 @@ def prepare(job: Job) -> Job:
     for mark, why in WRAPPED.items():
         if hasattr(job.model, mark):
             raise InputError(f"prune: the model {why}")
+    if type(job.model).__name__.endswith("ForMultipleChoice"):
+        raise InputError(
+            f"prune: {type(job.model).__name__} reads several texts at once, which no calibration "
+            "text gives; prune its base model"
+        )
     model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
     job = replace(job, asked=job.recipe, recipe=job.recipe.settled())
     job = replace(job, known=job.known or Known.of_bank(job.bank))

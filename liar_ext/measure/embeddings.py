@@ -21,6 +21,7 @@ from liar_ext.checkpoint.sentence import Pooling, Sentence, read_sentence
 from liar_ext.errors import InputError
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.running import (
+    LOGITS,
     complete_inputs,
     device_of,
     evaluating,
@@ -244,7 +245,7 @@ def _pooled(
     name, states = "", outputs.get("encoder_last_hidden_state")
     if states is None:
         name, states = output_of(model, outputs)
-    if name == "logits":
+    if name in LOGITS:
         raise InputError(
             f"evaluation: {type(model).__name__} gives predictions and no embeddings; give its "
             "base model"

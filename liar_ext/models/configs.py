@@ -25,6 +25,12 @@ class Fields(SimpleNamespace):
         return copy.deepcopy(vars(self))
 
 
+def config_parts(config: Any) -> list[Any]:
+    """Return a config, and those of its parts that are configs and there."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(part for part in parts if part is not None)]
+
+
 def copy_of(config: Any) -> Any:
     """Return a copy of a config that can be changed."""
     return Fields.from_dict(config) if isinstance(config, Mapping) else copy.deepcopy(config)

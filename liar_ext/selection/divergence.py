@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
 from liar_ext.errors import InputError
-from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, output_of
+from liar_ext.models.running import (
+    DECODER_IDS,
+    DECODER_MASK,
+    LOGITS,
+    device_of,
+    evaluating,
+    output_of,
+)
 from liar_ext.system.distributed import gather, rank, world_size
 
 # Logits that are compared at once: 16 rows of 50,000 stay in a processor's caches.
@@ -115,7 +122,9 @@ class DenseOutputs:
         if at is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
             extra["logits_to_keep"] = at.to(device)
         outputs = model(**batch.inputs, **extra)
-        name, value = output_of(model, outputs)
+        name, value = output_of(model, outputs, mask)
+        if name == "spans":  # two of a sequence
+            at = mask = None
         if at is not None and value.dim() == 3:
             value = value if value.shape[1] == len(at) else value[:, at]
             mask = None if mask is None else mask[:, at]
@@ -123,7 +132,7 @@ class DenseOutputs:
             value = value[mask.to(value.device)]
         rows = value.flatten(0, -2)
         rows = rows if self._usable is None else rows[self._usable.to(rows.device)]
-        return name == "logits", rows
+        return name in LOGITS, rows
 
 
 class Divergence:

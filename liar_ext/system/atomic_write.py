@@ -55,10 +55,10 @@ def atomic_write(
             file.flush()
             os.fsync(file.fileno())
             (take or os.replace)(name, path)
-        _sync_folder(path.parent)
     finally:
         with suppress(OSError):
-            os.unlink(name)  # gone already, unless something failed
+            os.unlink(name)  # gone already, unless something failed, or ``take`` made a link
+    _sync_folder(path.parent)
 
 
 @contextmanager

@@ -6,14 +6,27 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny import batches, outputs, tiny
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as masks
 
-from liar_ext import InputError, Recipe, compress, prune, save_pruned, sweep
+from liar_ext import (
+    InputError,
+    Recipe,
+    compress,
+    heal,
+    prune,
+    save_pruned,
+    sweep,
+    verify_pruned,
+)
 from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint.loading import load_model
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"intermediate_size": 24}
 
 
 def with_adapter(model: nn.Module) -> nn.Module:
@@ -60,6 +73,27 @@ def test_layers_that_can_not_be_sliced_are_refused(change, said):
     with pytest.raises(InputError, match=said):
         prune(model, batches(tiny("llama"), 2), keep=0.6, preset="fast")
     assert torch.equal(outputs(model), before)
+
+
+def test_models_of_several_texts_are_refused():
+    config = transformers.BertConfig(vocab_size=61, **SMALL)
+    model = transformers.BertForMultipleChoice(config)
+    with pytest.raises(InputError, match="BertForMultipleChoice reads several texts at once"):
+        prune(model, batches(tiny("bert"), 2), keep=0.6)
+
+
+def test_a_head_for_answers_goes_through_a_whole_job(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=61, initializer_range=0.3, **SMALL)
+    model = transformers.BertForQuestionAnswering(config)
+    dense, data = copy.deepcopy(model.eval()), batches(tiny("bert"), 3)
+    data[0]["attention_mask"][0, 5:] = 0
+    report = prune(model, data, keep=0.6, tile=1, certify_on=data[:1])
+    assert report.evaluation["certified"]["divergence"] > 0
+    save_pruned(model, tmp_path / "pruned", report=report)
+    assert verify_pruned(tmp_path / "pruned")["agrees"]
+    found = heal(model, dense, data, held_out=data, budget={"steps": 30}, lr=1e-2)
+    assert found["after"] < found["before"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import torch
 from tiny import outputs, tiny, tiny_inputs
 from torch import Tensor, nn
 
+from liar_ext.calibration.batches import read_batch
+from liar_ext.healing.losses import Teacher, losses
 from liar_ext.selection.divergence import DenseOutputs, _spread
 
 
@@ -50,6 +52,31 @@ def test_padding_and_labels_do_not_count():
     assert len(dense) == 2
     got = dense.divergence(Fixed(logits(0.9, 0.25, 0.9)))
     assert got == pytest.approx(kl(0.5, 0.25), rel=1e-5)
+
+
+def test_spans_are_two_distributions_over_the_tokens_that_are_read():
+    """Of a start and of an end; a token of padding is none of their classes."""
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    dense, pruned = torch.randn(2, 2, 2, 3, dtype=torch.float64)
+
+    def model(spans: Tensor) -> Fixed:
+        made = Fixed(spans[:, 0], "start_logits")
+        made.outputs["end_logits"] = spans[:, 1]
+        return made
+
+    outputs = DenseOutputs(model(dense), {"input_ids": ids, "attention_mask": mask}, positions=1)
+    assert len(outputs) == 4 and outputs.has_logits
+    wanted = 0.0
+    for sequence, read in enumerate([3, 2]):
+        for which in range(2):
+            p = dense[sequence, which, :read].softmax(0)
+            q = pruned[sequence, which, :read].softmax(0)
+            wanted += float((p * (p / q).log()).sum())
+    assert outputs.divergence(model(pruned)) == pytest.approx(wanted, rel=1e-5)
+    target = Teacher(model(dense))(read_batch({"input_ids": ids, "attention_mask": mask}))
+    rows = losses(model(pruned), target)
+    assert len(rows) == 4
+    assert float(rows.sum()) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_hidden_states_are_compared_relative_to_their_energy():
