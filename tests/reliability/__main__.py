@@ -30,7 +30,8 @@ COLUMNS = ("traceback", "crash", "wrong answer", "hang", "code run", "data lost"
 INTRODUCTION = """# Reliability: attacks, and what came of them
 
 See here which faults the package was attacked with, before you trust it with your models. No attack
-led to a wrong answer, lost data, or foreign code that ran, unless the last column says so.
+led to lost data, or foreign code that ran, unless the last column says so. `load_pruned` takes
+weights as they are in the file, as transformers does: `liar verify` tells whether bytes changed.
 `make reliability` runs all attacks, in some twenty minutes of an idle core, and writes this page.
 This run took {minutes:.0f} minutes. `make test-all` runs a few of each, `make test` of the short
 ones.
@@ -54,8 +55,8 @@ A saved folder is damaged:
 - foreign code, or pickles in place of weights.
 
 `load_pruned`, `verify_pruned` and `load_model` read each folder, and `liar verify` every sixth.
-Each call must refuse in one line or do its work, and must run none of the code. It may take 60
-seconds and 12 GiB of address space. The command may take 240 seconds.
+Each call must refuse in one line, or load or judge what is there, and must run none of the code. It
+may take 60 seconds and 12 GiB of address space. The command may take 240 seconds.
 
 ### Files of strangers
 
