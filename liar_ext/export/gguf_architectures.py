@@ -229,8 +229,8 @@ def _first_that_fits(
     if unequal and not best.per_layer:
         raise _refusal(
             f"{best.name} gives all layers the same sizes, those of this {kind} differ, and deci, "
-            f"which takes any, has no {LACKS[kind]}; export it with --to uniform first, or prune "
-            "with --uniform-layers"
+            f"which takes any, has no {LACKS[kind]}; prune with --uniform-layers, or, without "
+            "experts, export it with --to uniform first"
         )
     if best.square and not square:
         raise _refusal(

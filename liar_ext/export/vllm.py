@@ -34,7 +34,7 @@ def export(folder: Path, out: Path, *, progress: bool = True) -> Exported:
     if kind not in SERVED:
         raise InputError(
             f"export: --to vllm: unequal layers are built for {', '.join(SERVED)}, not for {kind}; "
-            "export it with --to uniform, or prune with --uniform-layers"
+            "prune with --uniform-layers, or, without experts, export it with --to uniform"
         )
     notes = [f"Nothing to write: the plug-in of liar_ext builds the unequal layers: {command}."]
     if not any(each.value.startswith("liar_ext") for each in entry_points(group=GROUP)):

@@ -53,7 +53,7 @@ def test_llama_cpp_computes_what_the_folder_does(name, layers, tmp_path):
         apply_plan(model, plan)
     folder = save(model, tmp_path / "model", plan)
     if layers == "unequal" and name not in UNEQUAL:
-        with pytest.raises(InputError, match="has no .*; export it with --to uniform first"):
+        with pytest.raises(InputError, match="has no .*; prune with --uniform-layers"):
             export(folder, "gguf")
         return
     done = export(folder, "gguf")
@@ -84,7 +84,7 @@ def test_consumer_biases_are_written_where_the_architecture_has_them(name, plan_
     assert all(get_consumer_bias(model, site) is not None for site in sites(model))
     folder = save(model, tmp_path / "model", plan)
     if name == "qwen3":
-        with pytest.raises(InputError, match="has no bias in|export it with --to uniform first"):
+        with pytest.raises(InputError, match="has no bias in|prune with --uniform-layers"):
             export(folder, "gguf")
         return
     done = export(folder, "gguf")

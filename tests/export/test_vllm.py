@@ -36,5 +36,5 @@ def test_unequal_layers_of_a_llama_like_model(name, tmp_path):
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_others_are_refused(name, tmp_path):
     folder = saved(name, make_plan, tmp_path / "model")
-    with pytest.raises(InputError, match="not for .*; export it with --to uniform"):
+    with pytest.raises(InputError, match="not for .*; prune with --uniform-layers"):
         export(folder, "vllm")
