@@ -171,7 +171,7 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
 
 def _check_mask(mask: Tensor | None, ids: Tensor | None) -> None:
     """Raise InputError for a mask of padding that isn't of the tokens, or that isn't 0 and 1."""
-    if mask is None or mask.dim() != 2:
+    if mask is None or mask.dim() > 2:
         return
     if ids is not None and mask.shape != ids.shape:
         raise InputError(

@@ -70,7 +70,7 @@ class BlockStore:
     ) -> None:
         self.model, self._weights, self._paths, self._head = _loaded(name, dtype, device, room)
         self.tokenizer = load_tokenizer(Path(name), name, self.model)
-        self.device, self.prefetch = torch.device(device), prefetch
+        self.device, self.prefetch, self._heads = torch.device(device), prefetch, 0
         self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
         for path, parameter in self.model.named_parameters():
             if parameter.is_meta and (shape := self._weights.shape(path)) != parameter.shape:
@@ -109,13 +109,15 @@ class BlockStore:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Have the output head in memory for as long as the context is open."""
-        for path in self._head:
-            self._install(self._read_below(path))
+        """Have the output head in memory for as long as the outermost such context is open."""
+        self._heads += 1
         try:
+            for path in self._head if self._heads == 1 else ():
+                self._install(self._read_below(path))
             yield
         finally:
-            for path in self._head:
+            self._heads -= 1
+            for path in self._head if not self._heads else ():
                 self._drop(path)
 
     def tensors(self, index: int | None = None) -> dict[str, Tensor]:

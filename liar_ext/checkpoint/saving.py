@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,12 @@ def fill_folder(
     tokenizer: Any = None,
     source: str | os.PathLike[str] | None = None,
     shards: Shards | None = None,
+    running: AbstractContextManager | None = None,
 ) -> None:
-    """Write all that :func:`save_pruned` writes; ``shards`` have the weights already, if given."""
+    """Write all that :func:`save_pruned` writes; ``shards`` have the weights already, if given.
+
+    ``running`` is what lets the model run where its weights aren't in memory.
+    """
     start = time.perf_counter()
     with quiet():
         config = described(model)
@@ -140,7 +144,8 @@ def fill_folder(
     plan.save(path / saved.PLAN_FILE)
     _take_along(model, source, path, report, tokenizer is not None)
     if not is_diffusion(model):
-        write_fingerprint(model, path)
+        with running or nullcontext():
+            write_fingerprint(model, path)
     _write_report(report, path, start)
     # As the umask says; safetensors writes 0600.
     mode = (path / saved.MARKER_FILE).stat().st_mode & 0o777

@@ -68,7 +68,7 @@ def describe_streamed(job: Job, store: BlockStore) -> list[str]:
     shares, layerwise = job.shares, job.recipe.schedule == "layerwise"
     tokens = sum(map(tokens_of, job.batches))
     held = bytes_of_states(job.model, sites(job.model), tokens, layerwise=layerwise)
-    removing = job.recipe.keep_experts != 1.0
+    removing, solving = job.recipe.keep_experts != 1.0, job.recipe.prunes_sites
     if removing:  # beside the text, sequences that judge models pass the blocks by each way
         some = [each for fold in range(FOLDS) for each in of_fold(read_batches(job.batches), fold)]
         tokens += (2 + len(POWERS)) * sum(map(tokens_of, some))
@@ -85,8 +85,8 @@ def describe_streamed(job: Job, store: BlockStore) -> list[str]:
         f"(GiB: {in_gib(shares.need)})",
         f"hidden states: {held / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
         "in the output folder",
-        f"weights: read {'three times' if removing else 'twice'} and written once; "
-        f"calibration text summed{again}",
+        f"weights: read {'three times' if removing and solving else 'twice'} and written once"
+        + (f"; calibration text summed{again}" if solving else ""),
     ]
 
 

@@ -18,6 +18,7 @@ from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
 from liar_ext.job.state import SENSITIVITY, Job, score_key, sensitivity_key
 from liar_ext.models.depth import count_blocks_kept
+from liar_ext.models.experts import held_by_experts
 from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites
@@ -246,23 +247,32 @@ def bytes_by_blocks(
     steps = steps_of(recipe, _has_biases(store.model, at))
     sums, solved = Counter(), Counter()  # solved: new weights, in float64 until a block is sliced
     cross = Counter()  # of all experts of a layer together
-    for site in at:
+    for site in at if recipe.prunes_sites else ():
         sums[site.block] += bytes_of_sums(site.d_in)
         solved[site.block] += 8 * site.d_in * site.d_out
         if recipe.schedule == "layerwise":
             cross[site.team] += bytes_of_sums(site.d_in) + FOLDS * 8 * site.d_in * site.d_out
+    fewer = 0
     if recipe.keep_experts != 1.0:
         given = sum(map(tokens_of, batches)), at[0].d_out
-        cross["products"] = bytes_of_products(layers_of(store.model)[0].experts, *given)
+        layer = layers_of(store.model)[0]
+        cross["products"] = bytes_of_products(layer.experts, *given)
+        held = held_by_experts(store.model, layer)  # of which one is taken without some, at a time
+        fewer = max(getattr(each.owner, each.name).nbytes for each in held)
     widest = max(max(site.d_in, site.d_out) for site in at)
     tokens = max(map(tokens_of, batches), default=0)
     return {
         "outside of the blocks": process_memory(),
-        "blocks": store.block_bytes * (1 + store.prefetch),  # the one that is read ahead, too
+        # The one that is read ahead, too.
+        "blocks": store.block_bytes * (1 + store.prefetch) + fewer,
         "sums of a block": max(*sums.values(), *cross.values(), 0),
         "their solve": max(
-            bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - 8 * s.d_in * s.d_out
-            for s in at
+            (
+                bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - 8 * s.d_in * s.d_out
+                for s in at
+                if recipe.prunes_sites
+            ),
+            default=0,
         ),
         # Without attention scores: the default kernels make none.
         "a batch": max(widest * ACTIVATIONS * tokens * 4, store.head_bytes),

@@ -266,8 +266,7 @@ class Folder:
     def complete(self, model: nn.Module, report: Report, tokenizer: Any) -> None:
         """Write all else that a folder has."""
         given = {"report": report, "tokenizer": tokenizer, "shards": self.shards}
-        with self.fixed.answering():
-            fill_folder(model, self.path, report.plan, **given)
+        fill_folder(model, self.path, report.plan, running=self.fixed.answering(), **given)
 
 
 @dataclass(frozen=True)

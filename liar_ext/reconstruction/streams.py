@@ -160,11 +160,13 @@ class Walk:
     ) -> None:
         self.source, self.model, self.saved, self.progress = source, source.model, saved, progress
         self.attn_unit, self.states = attn_unit, HiddenStates()
-        self.refresh()
+        self.blocks = Blocks(self.model, sites(self.model, attn_unit=attn_unit))
 
     def refresh(self) -> None:
         """Look at the model anew, whose sites have changed."""
+        returned = self.blocks.beside
         self.blocks = Blocks(self.model, sites(self.model, attn_unit=self.attn_unit))
+        self.blocks.beside = returned
 
     @contextmanager
     def begun(self) -> Iterator[None]:

@@ -189,14 +189,16 @@ class Judge:
         A way whose outputs overflow is not taken.
         """
         model, total, rows = self.walk.model, dict.fromkeys(self.ways, 0.0), 0
-        for fold, text in enumerate(self.texts):
-            with self.dense[fold].answering():
-                dense = Divergence(model, text)
-            for name, streams in self.ways.items():
-                with streams[fold].answering():
-                    found = dense.of(model)
-                total[name] += found["divergence"] * found["rows"]
-            rows += found["rows"]
+        with self.walk.source.head():  # read once for all
+            for fold, text in enumerate(self.texts):
+                with self.dense[fold].answering():
+                    dense = Divergence(model, text)
+                for name, streams in self.ways.items():
+                    with streams[fold].answering():
+                        found = dense.of(model)
+                    total[name] += found["divergence"] * found["rows"]
+                rows += found["rows"]
+                del dense  # before that of the next fold is there
         mean = {name: value / rows for name, value in total.items()}
         order = {name: value if math.isfinite(value) else math.inf for name, value in mean.items()}
         return min(order, key=order.get), mean

@@ -46,8 +46,8 @@ from liar_ext.selection.expert_scales import (
 )
 from liar_ext.system.progress import Bar
 
-# Tokens, evenly spread over the text, that experts are judged by: of each there are experts²
-# products, 512 MiB in a layer of 128 experts.
+# Tokens, evenly spread over the text, that experts are judged by, or up to twice as many: of each
+# there are experts² products, 512 MiB in a layer of 128 experts.
 MOST_TOKENS = 4096
 CHUNK = 64  # tokens whose outputs of all experts are held at a time
 
@@ -102,9 +102,15 @@ class Collector:
         return tokens
 
 
+def stride_of(tokens: int) -> int:
+    """Return which of so many tokens judge experts: every first, second, ..."""
+    return max(1, tokens // MOST_TOKENS)
+
+
 def bytes_of_products(experts: int, tokens: int, hidden: int) -> int:
     """Return the bytes that the products of a layer's experts take at most while it is judged."""
-    joined, chunk = 2 * min(tokens, MOST_TOKENS) * experts**2, 2 * CHUNK * experts * hidden
+    taken = -(-tokens // stride_of(tokens))
+    joined, chunk = 2 * taken * experts**2, 2 * CHUNK * experts * hidden
     return 8 * (joined + chunk)
 
 
@@ -172,7 +178,7 @@ def choose_experts(
                     check_block(walk, read, index)
                 chosen = None
                 if index in layers:
-                    each = Collector(model, layers[index], max(1, total // MOST_TOKENS))
+                    each = Collector(model, layers[index], stride_of(total))
                     with each.watching():
                         text.advance(index, each.begin)
                     chosen = _chosen(each.tokens(), count, mode, damp)

@@ -138,6 +138,7 @@ def test_a_source_is_a_whole_number_for_each_sequence():
     [
         (torch.ones(2, 3), r"must have the shape of input_ids, \(2, 6\), got \(2, 3\)"),
         (torch.ones(1, 6), "must have the shape of input_ids"),
+        (torch.ones(2), "must have the shape of input_ids"),
         (torch.full((2, 6), torch.nan), "must be 1 for tokens that count"),
         (torch.full((2, 6), 5), "must be 1 for tokens that count"),
     ],
