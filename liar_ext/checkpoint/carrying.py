@@ -237,28 +237,19 @@ def _leave_larger(source: Path, folder: Path) -> list[str]:
     return [said] * bool(lists)
 
 
-def read_vocabulary(folder: Path, operation: str) -> dict[str, Any] | None:
-    """Return what :func:`write_vocabulary` wrote into a folder; None if it has all tokens."""
-    path = folder / VOCABULARY_FILE
-    if not path.is_file():
-        return None
-    facts = read_object(path, operation)[0]
-    checks = [mapping(each) for each in listing(facts.get("checks"))]
-    if not all(isinstance(each.get("text"), str) for each in checks):
-        raise InputError(f"{operation}: {path} is damaged; copy the folder again")
-    return {**facts, "checks": checks}
-
-
 def compare_tokenization(folder: Path) -> bool | None:
     """Tell whether a folder's tokenizer reads the stored texts as it did; None without any."""
-    facts = read_vocabulary(folder, "verify")
-    if facts is None:
+    if not (folder / VOCABULARY_FILE).is_file():
         return None
+    facts = read_object(folder / VOCABULARY_FILE, "verify")[0]
+    checks = [mapping(each) for each in listing(facts.get("checks"))]
+    if not all(isinstance(each.get("text"), str) for each in checks):
+        raise InputError(f"verify: {folder / VOCABULARY_FILE} is damaged; copy the folder again")
     from transformers import AutoTokenizer
 
     with refusing("verify: the tokenizer can't be loaded", "", Exception), quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return _agrees(tokenizer, facts["checks"])
+    return _agrees(tokenizer, checks)
 
 
 def _agrees(tokenizer: Any, checks: list[Mapping[str, Any]]) -> bool:

@@ -8,6 +8,7 @@ price is parameters and time.
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.carrying import compare_tokenization, read_vocabulary
 from liar_ext.checkpoint.folder import (
     PLAN_FILE,
     RECIPE_YAML,
     REPORT_JSON,
+    VOCABULARY_FILE,
     count_params,
     run_on,
 )
@@ -97,13 +98,9 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     report = read_json(folder / REPORT_JSON, "export") if (folder / REPORT_JSON).is_file() else {}
     report |= {"uniform": {"source": folder.name, "params": counts}}
     report |= {"loading": how_to_load(padded, wide)}
-    if compare_tokenization(folder) is False:
-        raise InputError(
-            f"export: --to uniform: the tokenizer of {folder} reads text otherwise than when its "
-            "tokens were removed; use the version of tokenizers that wrote it"
-        )
-    padded.liar_vocabulary = read_vocabulary(folder, "export")
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
+    if (folder / VOCABULARY_FILE).is_file():
+        shutil.copyfile(folder / VOCABULARY_FILE, out / VOCABULARY_FILE)
     return Exported("uniform", (out,), _notes(folder, plan, wide, counts, difference))
 
 
