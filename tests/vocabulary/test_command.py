@@ -25,6 +25,7 @@ from liar_ext import (
     save_pruned,
 )
 from liar_ext.checkpoint.carrying import compare_tokenization
+from liar_ext.export import export
 from liar_ext.export.verify import verify_everywhere
 from liar_ext.job.sharing import shares_budget, split_warnings
 from liar_ext.job.vocabulary import LOSSES
@@ -143,6 +144,16 @@ def test_verify_compares_tokenization(alone, tmp_path):
     (other / "liar/vocabulary.json").write_text('{"checks": [{}]}')
     with pytest.raises(InputError, match="damaged"):
         compare_tokenization(other)
+
+
+def test_a_uniform_export_has_the_list_of_tokens_among_its_files(folder, corpus, tmp_path):
+    small, out = tmp_path / "small", tmp_path / "uniform"
+    how = ["--keep-vocab", str(KEPT), "--keep", "0.6", "--schedule", "one-pass", "--tile", "1"]
+    assert run(folder, corpus, small, *how) == 0
+    export(small, "uniform", out, progress=False)
+    lists = [json.loads((each / "liar/vocabulary.json").read_text()) for each in (small, out)]
+    assert lists[0] == lists[1]
+    assert "liar/vocabulary.json" in (out / "liar/manifest.json").read_text()
 
 
 def test_it_goes_with_heads_and_channels(folder, corpus, tmp_path):
