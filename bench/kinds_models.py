@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from demo.assets import made_once
+from bench.assets import made_once
 
 ASSETS = Path(__file__).parents[1] / ".cache" / "assets"
 # Width and layers of each stack, the token that ends a text, and the folders of the files.

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from liar_ext import Recipe, prune
+from liar_ext import Budget, Recipe, prune
 from liar_ext.calibration.batches import FACTS
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import calibration_sequences
@@ -26,7 +26,6 @@ from liar_ext.checkpoint import load_model
 from liar_ext.job import pruning
 from liar_ext.job.estimate import RATE
 from liar_ext.models.sites import sites
-from liar_ext.plan import Budget
 from liar_ext.selection.costs import total_cost
 from liar_ext.system.progress import Bar, Timeline
 

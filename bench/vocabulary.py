@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.assets import PACKAGES
 from bench.encoder_tasks import News, Similarity, news_apart, read_sts
 from bench.quality.models import gemma
-from demo.assets import PACKAGES
 from liar_ext import compress, load_model
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import document_prefix
@@ -250,7 +250,7 @@ def parse() -> argparse.Namespace:
     for name, what in (
         ("news", "BBC news articles, by class"),
         ("stsb", "sts-train.csv and sts-test.csv"),
-        ("texts", "web, news, held_out_news and code.jsonl of demo/assets.py"),
+        ("texts", "web, news, held_out_news and code.jsonl of bench/assets.py"),
         ("wikitext", "wiki.test.raw, optional"),
     ):
         parser.add_argument(f"--{name}", type=Path, help=f"folder with {what}")

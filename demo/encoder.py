@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from assets import title_and_body
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -26,7 +25,8 @@ def compare(models: Mapping[str, tuple[nn.Module, Any]], articles: Sequence[str]
     articles : sequence of str
         Held-out articles, no two with one title or body.
     """
-    titles, bodies = zip(*map(title_and_body, articles), strict=True)
+    parts = (each.strip().partition("\n") for each in articles)
+    titles, bodies = zip(*((title.strip(), body.strip()) for title, _, body in parts), strict=True)
     found = {
         name: nearest_is_own(
             embed(*model, titles, f"embed titles, {name}"),

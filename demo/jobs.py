@@ -16,7 +16,6 @@ import shlex
 import time
 from pathlib import Path
 
-import assets
 import decoder
 import encoder
 import tables
@@ -78,20 +77,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--encoder", required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--texts", type=Path, required=True, help="what bench/assets.py wrote")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    out = parser.parse_args().out
+    options = parser.parse_args()
+    out, texts = options.out, {path.stem: path for path in options.texts.glob("*.jsonl")}
     be_quiet()
     print(
         f"Two jobs with {torch.get_num_threads()} threads, some "
         f"{tables.minutes(sum(STAGES.values()))} on two idle cores. All results go to {out}/."
     )
-    texts = assets.write_texts(out / "texts")
-    assets.smollm2()
     stages = Stages(STAGES)
     articles = read_documents(str(texts["held_out_news"]))
     results = {
-        "encoder": run_encoder(out, texts, articles, stages),
-        "decoder": run_decoder(out, texts, articles, stages),
+        "encoder": run_encoder(options.encoder, out, texts, articles, stages),
+        "decoder": run_decoder(options.model, out, texts, articles, stages),
     }
     stages.end()
     results |= {"seconds": stages.seconds, "threads": torch.get_num_threads()}
@@ -101,11 +102,13 @@ def main() -> None:
     print(f"\n{report}\nAll of this: {out / 'results.md'}; numbers: {out / 'results.json'}")
 
 
-def run_encoder(out: Path, texts: dict[str, Path], articles: list[str], stages: Stages) -> dict:
+def run_encoder(
+    source: str, out: Path, texts: dict[str, Path], articles: list[str], stages: Stages
+) -> dict:
     """Prune the encoder to half, tokens too, and compare it with the dense one."""
     folder = out / "MiniLM-half"
     lines = [
-        f"liar prune {assets.minilm()} \\\n    --calibration {texts['news']} \\\n"
+        f"liar prune {source} \\\n    --calibration {texts['news']} \\\n"
         f"    --samples 128 --seq-len 128 --keep 0.5 --keep-vocab 16k --out {folder} --overwrite",
         ">>> from liar_ext import load_pruned",
         f'>>> encoder = load_pruned("{folder}")',
@@ -113,13 +116,15 @@ def run_encoder(out: Path, texts: dict[str, Path], articles: list[str], stages: 
     stages.next()
     liar(lines[0])
     stages.next()
-    models = {"dense": load_model(assets.minilm()), "half": load_model(folder)}
+    models = {"dense": load_model(source), "half": load_model(folder)}
     return {"lines": lines, "models": encoder.compare(models, articles)}
 
 
-def run_decoder(out: Path, texts: dict[str, Path], articles: list[str], stages: Stages) -> dict:
+def run_decoder(
+    source: str, out: Path, texts: dict[str, Path], articles: list[str], stages: Stages
+) -> dict:
     """Prune the language model to 90 % by two presets, and compare all three."""
-    source, folders, lines = assets.smollm2(), {}, []
+    folders, lines = {}, []
     for preset in ("fast", "balanced"):
         folder = folders[f"90 %, {preset}"] = out / f"SmolLM2-90-{preset}"
         lines.append(

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from liar_ext.checkpoint.saving import save_pruned as save_pruned
     from liar_ext.cli.prune import compress as compress
     from liar_ext.cli.sweep import compare_methods as compare_methods
-    from liar_ext.errors import InputError as InputError
     from liar_ext.export.verify import verify_pruned as verify_pruned
     from liar_ext.healing.heal import heal as heal
     from liar_ext.job.pruning import prune as prune
@@ -29,11 +28,13 @@ if TYPE_CHECKING:
     from liar_ext.measure.evaluation import kl_divergence as kl_divergence
     from liar_ext.measure.evaluation import perplexity as perplexity
     from liar_ext.measure.latency import measure_latency as measure_latency
+    from liar_ext.measure.latency_table import LatencyTable as LatencyTable
+    from liar_ext.models.plan import Budget as Budget
+    from liar_ext.models.plan import Plan as Plan
+    from liar_ext.models.plan import SitePlan as SitePlan
     from liar_ext.models.registry import register_family as register_family
     from liar_ext.models.sites import sites as sites
     from liar_ext.models.slicing import apply_plan as apply_plan
-    from liar_ext.plan import Budget as Budget
-    from liar_ext.plan import Plan as Plan
     from liar_ext.recipe import Recipe as Recipe
     from liar_ext.reconstruction.hidden_size import narrow as narrow
     from liar_ext.reconstruction.layerwise import reconstruct_layerwise as reconstruct_layerwise
@@ -41,28 +42,29 @@ if TYPE_CHECKING:
     from liar_ext.report.report import Report as Report
     from liar_ext.selection.allocation import allocate as allocate
     from liar_ext.selection.costs import Costs as Costs
-    from liar_ext.selection.costs import LatencyTable as LatencyTable
     from liar_ext.selection.criteria import criterion as criterion
     from liar_ext.selection.criteria import score as score
     from liar_ext.selection.error_curves import error_curves as error_curves
     from liar_ext.selection.sensitivity import site_divergences as site_divergences
     from liar_ext.suggest.suggest import suggest_family as suggest_family
     from liar_ext.system import distributed as distributed
+    from liar_ext.system.errors import InputError as InputError
     from liar_ext.vocabulary.keep import choose_tokens as choose_tokens
     from liar_ext.vocabulary.keep import keep_tokens as keep_tokens
 
 __version__: str
 
 _MODULES = {  # of the public names, imported when one is first asked for
-    "Budget": "plan",
+    "Budget": "models.plan",
     "Costs": "selection.costs",
-    "InputError": "errors",
-    "LatencyTable": "selection.costs",
+    "InputError": "system.errors",
+    "LatencyTable": "measure.latency_table",
     "MomentBank": "calibration.bank",
     "Moments": "calibration.moments",
-    "Plan": "plan",
+    "Plan": "models.plan",
     "Recipe": "recipe",
     "Report": "report.report",
+    "SitePlan": "models.plan",
     "allocate": "selection.allocation",
     "apply_plan": "models.slicing",
     "calibrate": "calibration.collect",

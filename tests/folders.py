@@ -12,9 +12,9 @@ import transformers
 from tiny import outputs, tiny
 from torch import nn
 
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 
 
 def keep_some(site: Site, seed: int = 0, bias: bool = False) -> SitePlan:

@@ -17,6 +17,7 @@ import pytest
 import liar_ext
 from liar_ext.cli.main import parser
 from liar_ext.models.registry import FAMILIES
+from liar_ext.recipe.checks import CRITERIA
 from liar_ext.selection.criteria import _CRITERIA
 
 ROOT = Path(__file__).parent.parent
@@ -227,9 +228,10 @@ def test_sections_that_are_cited_exist():
 @pytest.fixture
 def tables():
     """Registries as they were, whatever a page registers."""
-    before = dict(_CRITERIA), dict(FAMILIES)
+    tables = _CRITERIA, CRITERIA, FAMILIES
+    before = [dict(table) for table in tables]
     yield
-    for table, entries in zip((_CRITERIA, FAMILIES), before, strict=True):
+    for table, entries in zip(tables, before, strict=True):
         table.clear()
         table.update(entries)
 

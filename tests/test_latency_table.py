@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny
 
 from liar_ext import Budget, Costs, InputError, LatencyTable, sites
-from liar_ext.selection.costs import SizeRow
+from liar_ext.measure.latency_table import SizeRow
 
 ATTN = SizeRow("attn", "kv_group", 4, 8, 1, 40, 3, (1, 2, 4), (1e-3, 2e-3, 3e-3), (1e-5,) * 3)
 MLP = SizeRow("mlp", "channel", 24, 1, 1, 40, 3, (8, 16, 24), (2e-3, 2e-3, 8e-3), (1e-4,) * 3)

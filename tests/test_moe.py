@@ -13,12 +13,12 @@ from tiny import MOE, batches, outputs, tiny, tiny_inputs
 
 from liar_ext import load_pruned, prune, save_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
-from liar_ext.errors import InputError
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 from liar_ext.report.pictures import KINDS, kept
 from liar_ext.report.report import Report
+from liar_ext.system.errors import InputError
 
 SIZE = {"qwen3_moe": "moe_intermediate_size"}
 

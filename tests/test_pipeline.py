@@ -9,7 +9,7 @@ from covers import cover
 from tiny import batches, outputs, tiny, tiny_inputs
 
 from liar_ext import Budget, InputError, Plan, apply_plan, kl_divergence, prune, save_pruned, sites
-from liar_ext.plan import SitePlan
+from liar_ext.models.plan import SitePlan
 from liar_ext.report.report import Report
 
 

@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from liar_ext import Budget, InputError, Plan
-from liar_ext.plan import SitePlan
+from liar_ext.models.plan import SitePlan
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, float("nan")])

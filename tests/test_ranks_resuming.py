@@ -16,10 +16,10 @@ from tiny import tiny, tiny_inputs
 
 import liar_ext
 from liar_ext import InputError, MomentBank, distributed
+from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.taps import InFlight
 from liar_ext.cli.main import main
 from liar_ext.reconstruction.walk import LayerwiseSolver
-from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.system.distributed import RankLost
 
 STAGES = {

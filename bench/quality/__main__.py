@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.quality.options import parse
 from bench.quality.run import run
-from liar_ext.errors import InputError
+from liar_ext import InputError
 
 if __name__ == "__main__":
     try:

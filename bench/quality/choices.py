@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.quality.windows import head_of, hidden_states, log_probabilities
+from liar_ext import InputError
 from liar_ext.calibration.texts import document_prefix
-from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 
 BATCH = 16  # questions at a time

@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from liar_ext import Recipe
-from liar_ext.errors import InputError
+from liar_ext import InputError, Recipe
 
 # What a method costs or is judged by is the same for all rows, and chosen by options.
 OF_THE_RUN = (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
+from bench import assets
 from bench.quality.texts import digest_of
-from demo import assets
+from liar_ext import InputError
 from liar_ext.checkpoint import load_model
-from liar_ext.errors import InputError
 
 GEMMA = "gemma-3-270m"
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"

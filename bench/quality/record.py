@@ -10,8 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from liar_ext import Recipe
-from liar_ext.errors import InputError
+from liar_ext import InputError, Recipe
 from liar_ext.recipe.recipe import REMOVED
 from liar_ext.system.atomic_write import atomic_write
 

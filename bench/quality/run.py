@@ -19,10 +19,9 @@ from bench.quality.record import Record, alone_in, write_whole
 from bench.quality.report import markdown
 from bench.quality.sharing import Case
 from bench.quality.texts import Texts, choose_texts, digest_of, write_texts
-from liar_ext import Recipe, sites
-from liar_ext.errors import InputError
+from liar_ext import InputError, Recipe, sites
 from liar_ext.job.preparing import settled_for
-from liar_ext.plan import sites_left
+from liar_ext.models.plan import sites_left
 
 # CPU seconds of a row beside others of its seed, by what the method has to do; where there are such
 # rows already, what they took. One core of an AMD EPYC with AVX-512, taken from single steps.

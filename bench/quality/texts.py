@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from bench import assets
 from bench.quality.windows import HeldOut
-from demo import assets
+from liar_ext import InputError
 from liar_ext.calibration.documents import Documents, check_apart, read_documents
 from liar_ext.calibration.folds import Sequences, count_beside, fraction_of, seed_of
 from liar_ext.calibration.generated import SELF, enough_documents, write_documents, write_sequences
 from liar_ext.calibration.texts import calibration_sequences, document_prefix, evaluation_sequences
-from liar_ext.errors import InputError
 
 PROMPT_TOKENS = 32
 # Of 50 articles of an encyclopaedia seven are held out, of 2,225 news articles every eighth.

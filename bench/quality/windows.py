@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from liar_ext.errors import InputError
+from liar_ext import InputError
 from liar_ext.models.running import evaluating
 
 # Rows of logits at a time: 64 × 262,144 in float32 are 67 MB.

@@ -33,9 +33,9 @@ from torch import Tensor
 from liar_ext.calibration.bank_source import Text, check_source, combine, pack, renumbered, unpack
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments, all_finite
-from liar_ext.errors import InputError, refusing
 from liar_ext.system.atomic_write import SEAL, Held, is_sealed, write_tensors
 from liar_ext.system.environment import available_memory
+from liar_ext.system.errors import InputError, refusing
 
 BANK_VERSION = 2
 PARTS = ("gram", "total", "count")

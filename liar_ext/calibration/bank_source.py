@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
-from liar_ext.errors import InputError
 from liar_ext.system import untrusted
+from liar_ext.system.errors import InputError
 
 NAMES = ("input_ids", "attention_mask")
 MOST_ID = 2**31 - 1

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from liar_ext.errors import InputError
 from liar_ext.models.running import complete_inputs
+from liar_ext.system.errors import InputError
 
 FOLDS = 2
 

@@ -25,12 +25,12 @@ from liar_ext.calibration.batches import (
 from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
 from liar_ext.calibration.saved_sums import SavedSums, group_sites, room_for_sums
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
-from liar_ext.errors import InputError
 from liar_ext.models.registry import type_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, sites
 from liar_ext.system import distributed
 from liar_ext.system.checkpoint_store import Checkpoint, opened
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar, spare
 
 

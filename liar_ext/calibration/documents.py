@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError, asking_hub
+from liar_ext.system.errors import InputError, asking_hub
 
 JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (".json", ".csv", ".tsv")  # read as they are

@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 # A lone text is cut into blocks of this many sequences or more, at most so many for each part; of
 # a block an eighth at most is left out, so that neighbours in different folds do not touch.
 BLOCK_SEQUENCES, MOST_BLOCKS, GAP = 16, 8, 8
 CHARACTERS = 4  # per token, about, in English
-MOST_BESIDE = 0.9  # nine sequences for each of text
 NO_TEXT = -1  # the source of what comes beside, where texts count from 0
 RANDOM_TOKENS = 0.25  # of all sequences; docs/quality.md shows the effect
 Part = list[tuple[Any, int]]  # files, and the source of each
@@ -218,15 +217,6 @@ def cut_pieces(text: str, characters: int) -> list[str]:
         pieces.append(text[start:end].strip())
         start = end
     return [piece for piece in pieces if piece]
-
-
-def check_fraction(operation: str, name: str, fraction: float) -> None:
-    """Raise InputError unless a fraction of all sequences can come beside those of text."""
-    if not 0.0 <= fraction <= MOST_BESIDE:
-        raise InputError(
-            f"{operation}: {name} must be in [0, {MOST_BESIDE}], got {fraction}; 0.25 is a third "
-            "as many as there are of text, and 0 none"
-        )
 
 
 def count_beside(sequences: int, fraction: float) -> int:

@@ -13,7 +13,6 @@ from liar_ext.calibration.documents import Documents
 from liar_ext.calibration.folds import Sequences, of_no_text
 from liar_ext.calibration.taps import replaced
 from liar_ext.calibration.texts import document_prefix
-from liar_ext.errors import InputError
 from liar_ext.models.running import (
     computes_bfloat16,
     device_of,
@@ -21,6 +20,7 @@ from liar_ext.models.running import (
     predicts_next_token,
 )
 from liar_ext.system.environment import available_memory
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
 SELF = "self"  # the source that stands for it

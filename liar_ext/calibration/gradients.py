@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from liar_ext.calibration.batches import LABELS, Batch, Batches, read_batch, read_batches
 from liar_ext.calibration.taps import watched
-from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.running import IGNORED, complete_inputs, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
 

@@ -27,8 +27,8 @@ from liar_ext.calibration.media import (
     read_files,
     spread,
 )
-from liar_ext.errors import InputError, refusing
 from liar_ext.models.running import positions_of
+from liar_ext.system.errors import InputError, refusing
 
 EXAMPLE = '{"image": "a.png", "text": "..."}'
 KEYS = ("image", "images", "messages")  # of a line, one of which says that it may hold images

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.documents import Documents, read_text, rows_of_dataset
 from liar_ext.calibration.folds import Part, Sequences, in_turns, padded, split_files
-from liar_ext.errors import InputError, install, refusing
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, inputs_read
 from liar_ext.system.environment import errors_alone
+from liar_ext.system.errors import InputError, install, refusing
 
 AUDIO, IMAGES, IMAGES_WITH_TEXT = "audio", "images", "images with text"
 SUFFIXES = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 
 @dataclass

@@ -12,11 +12,11 @@ from liar_ext.calibration.bank import PARTS, Triangles, unpacked
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments
-from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.system.checkpoint_store import Checkpoint, reading
 from liar_ext.system.distributed import broadcast, gather, is_first, local_world_size
 from liar_ext.system.environment import available_memory
+from liar_ext.system.errors import InputError
 
 SUMS = "calibration"
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.

@@ -17,15 +17,15 @@ from liar_ext.calibration.folds import (
     CHARACTERS,
     NO_TEXT,
     Sequences,
-    check_fraction,
     cut_pieces,
     in_turns,
     padded,
     random_sequences,
     split_documents,
 )
-from liar_ext.errors import InputError
+from liar_ext.models.plan import check_fraction
 from liar_ext.models.running import positions_of
+from liar_ext.system.errors import InputError
 
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
 ENOUGH, TIMES = 1 << 22, 16

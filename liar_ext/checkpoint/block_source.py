@@ -32,11 +32,11 @@ from liar_ext.checkpoint.loading import (
 )
 from liar_ext.checkpoint.placing import beside, clean_leftovers
 from liar_ext.checkpoint.reading import bare_class, reading, stock_class
-from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.configs import skeleton
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import blocks_of, body_of
 from liar_ext.system.atomic_write import WORDS
+from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import quiet
 
 DTYPES = {word: dtype for dtype, word in WORDS.items()}

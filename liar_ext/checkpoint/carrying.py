@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.folder import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
-from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.sites import sites
+from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import quiet
 from liar_ext.system.untrusted import UNREADABLE, listing, mapping, read_object, read_value
 

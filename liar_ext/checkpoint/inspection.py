@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from liar_ext.checkpoint.folder import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
 from liar_ext.checkpoint.stock_config import auto_names, model_class
-from liar_ext.errors import InputError, refusing
+from liar_ext.system.errors import InputError, refusing
 from liar_ext.system.untrusted import UNREADABLE, read_value
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

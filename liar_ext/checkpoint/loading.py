@@ -38,10 +38,10 @@ from liar_ext.checkpoint.reading import (
     stock_class,
 )
 from liar_ext.checkpoint.stock_config import dense_config, wear
-from liar_ext.errors import InputError, asking_hub, one_line, refusing
 from liar_ext.models.liar_loader import resize
+from liar_ext.models.plan import Plan
 from liar_ext.models.running import DECODER_IDS, inputs_read, known_tokens
-from liar_ext.plan import Plan
+from liar_ext.system.errors import InputError, asking_hub, one_line, refusing
 from liar_ext.system.progress import obedient_bar, quiet
 
 # Arguments that would have transformers run code of the folder, or read other files of it.

@@ -25,8 +25,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
-from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.system.atomic_write import made_folders
+from liar_ext.system.errors import InputError, one_line, refusing
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.
 RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100

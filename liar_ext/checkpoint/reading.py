@@ -18,11 +18,11 @@ from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.folder import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.inspection import CLASS_NAME, LARGEST, Folder, read_config
 from liar_ext.checkpoint.stock_config import describe, model_class
-from liar_ext.errors import InputError, one_line
 from liar_ext.models.configs import config_parts, skeleton
 from liar_ext.models.liar_loader import pruned_class, resize
+from liar_ext.models.plan import Plan
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan
+from liar_ext.system.errors import InputError, one_line
 from liar_ext.system.progress import quiet
 
 SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}

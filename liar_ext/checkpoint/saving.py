@@ -31,12 +31,12 @@ from liar_ext.checkpoint.folder import write_fingerprint, write_manifest
 from liar_ext.checkpoint.inspection import INDEX, WEIGHTS
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.stock_config import described, wear
-from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.configs import put_config, source_of
+from liar_ext.models.plan import Plan
 from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
-from liar_ext.plan import Plan
+from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import no_bars, quiet
 
 SHARD_BYTES = 2 << 30  # a shard is held in memory until it is written

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.inspection import WEIGHTS, read_json
-from liar_ext.errors import InputError, one_line, refusing
+from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.untrusted import UNREADABLE, read_value
 
 # Settings of the whole chain: the longest text, prompts, which similarity is meant.

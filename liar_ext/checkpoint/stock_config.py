@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
-from liar_ext.errors import InputError
 from liar_ext.models.configs import config_parts, copy_of, put_config, skeleton
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
+from liar_ext.models.plan import Plan
 from liar_ext.models.registry import FAMILIES, is_diffusion
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import saved_tensors
@@ -30,7 +30,7 @@ from liar_ext.models.sites import (
     sites,
     why_whole,
 )
-from liar_ext.plan import Plan
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import quiet
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")

@@ -24,7 +24,6 @@ from liar_ext.cli.inputs import Given, let_write, load
 from liar_ext.cli.options import check_complete, recipe_of
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.errors import InputError, one_line
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import sites
@@ -32,6 +31,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES, option_of, recipe_fields
 from liar_ext.system.checkpoint_store import RESULT
 from liar_ext.system.distributed import is_first
+from liar_ext.system.errors import InputError, one_line
 
 UNCHECKED = (
     "The bank has no digests of its documents: nobody has looked whether the evaluation text "

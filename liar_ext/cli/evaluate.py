@@ -23,7 +23,6 @@ from liar_ext.checkpoint.placing import check_place
 from liar_ext.checkpoint.reading import stock_class
 from liar_ext.cli.inputs import load_with_tokenizer, read_source
 from liar_ext.cli.output import show
-from liar_ext.errors import InputError
 from liar_ext.export.verify import table, verify_everywhere
 from liar_ext.job.vocabulary import VocabularyQuality
 from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
@@ -35,6 +34,7 @@ from liar_ext.report.report import Report, versions
 from liar_ext.report.sections import speed
 from liar_ext.report.tables import MEASURES, measured, measured_on, quality, to_text
 from liar_ext.system.atomic_write import begins_with, write_whole
+from liar_ext.system.errors import InputError
 
 PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
 SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext import heal, load_pruned
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
+from liar_ext.checkpoint import load_pruned
 from liar_ext.checkpoint.carrying import kept_tokens
 from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON, VOCABULARY_FILE
 from liar_ext.checkpoint.loading import load_tokenizer, placement, read_plan
@@ -30,7 +30,7 @@ from liar_ext.cli.main import parse
 from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.errors import InputError
+from liar_ext.healing.heal import heal
 from liar_ext.healing.losses import Teacher, mean_loss
 from liar_ext.job.sharing import SAME_VOCABULARY
 from liar_ext.measure.embeddings import Evaluator
@@ -42,6 +42,7 @@ from liar_ext.report.tables import measured
 from liar_ext.system.atomic_write import write_whole
 from liar_ext.system.checkpoint_store import RESULT
 from liar_ext.system.distributed import broadcast, is_first, world_size
+from liar_ext.system.errors import InputError
 from liar_ext.vocabulary.keep import SAMPLES, keep_tokens
 
 LEAST_SAMPLES, MOST_SAMPLES, IN_MINUTES = 16, 1 << 16, 1 << 12

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import torch
 
-import liar_ext
+from liar_ext import ops
 from liar_ext.cli.output import show
-from liar_ext.errors import install, one_line
 from liar_ext.export import export
 from liar_ext.models.registry import COLUMNS, FAMILIES, Entry, overview
-from liar_ext.recipe.fields import CRITERIA
+from liar_ext.recipe.checks import CRITERIA
 from liar_ext.report.page import write_comparison, write_page
 from liar_ext.report.report import versions
 from liar_ext.report.tables import Table, to_text
 from liar_ext.system.environment import available_memory, version_of
+from liar_ext.system.errors import install, one_line
 
-PLACE = str(Path(liar_ext.__file__).parent)
+PLACE = str(Path(__file__).parents[1])
 OPTIONAL = {
     "gguf": "GGUF files",
     "llama_cpp_py_sync": "GGUF files quantised",
@@ -36,9 +36,9 @@ OPTIONAL = {
 def run(options: argparse.Namespace) -> None:
     """Print versions, kernels in use, criteria, families and optional packages."""
     there = {package: find_spec(package) is not None for package in OPTIONAL}
-    facts = {"versions": versions(), "criteria": list(CRITERIA), "families": list(FAMILIES)}
+    facts = {"versions": versions(), "criteria": sorted(CRITERIA), "families": list(FAMILIES)}
     facts |= {"optional": there, "extension": PLACE}
-    rows = {**facts["versions"], "criteria": ", ".join(CRITERIA)}
+    rows = {**facts["versions"], "criteria": ", ".join(facts["criteria"])}
     for package, what in OPTIONAL.items():
         rows[what] = "available" if there[package] else f"pip install {package}"
     rows |= {"families": ", ".join(FAMILIES), "extension": PLACE}
@@ -99,7 +99,7 @@ def self_check(device: str) -> float | str:
     gram, total, count = (torch.zeros(size, dtype=torch.float64) for size in ((64, 64), 64, 2))
     try:
         gram, total, count, x = (each.to(device) for each in (gram, total, count, x))
-        liar_ext.ops.gram_update_(gram, total, count, x)
+        ops.gram_update_(gram, total, count, x)
         return float((gram.cpu().tril() - exact).abs().max() / exact.abs().max())
     except RuntimeError as error:  # of the driver, or no kernel for this device
         return one_line(error)

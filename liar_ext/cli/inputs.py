@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext import LatencyTable, checkpoint
 from liar_ext.calibration import generated, texts
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import read_batches
@@ -35,17 +34,19 @@ from liar_ext.calibration.media import (
     evaluation_inputs,
     read_files,
 )
+from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.cli.output import check_device
-from liar_ext.errors import InputError
 from liar_ext.job.sharing import SmallerVocabulary, shares_budget
 from liar_ext.job.solving import LEAST
+from liar_ext.measure.latency_table import LatencyTable
 from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.system.checkpoint_store import Checkpoint, Stored
 from liar_ext.system.distributed import broadcast, is_first
+from liar_ext.system.errors import InputError
 
 SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
 WRITTEN = "written"  # key of generated text in a checkpoint
@@ -93,7 +94,7 @@ class Given:
 
 def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
     """Return a model and its tokenizer; None of one that reads recordings or pictures."""
-    model, tokenizer = checkpoint.load_model(name, dtype, device)
+    model, tokenizer = load_model(name, dtype, device)
     check_tokenizer(name, tokenizer)
     return model, tokenizer
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from liar_ext.cli import commands
 from liar_ext.cli.messages import error_lines, shown, silence_of_others
 from liar_ext.cli.options import Parser, PrintCompletion
-from liar_ext.errors import InputError, did_you_mean, is_out_of_memory, one_line
+from liar_ext.system.errors import InputError, did_you_mean, is_out_of_memory, one_line
 
 # What another command calls an option.
 ALIASES = {"--text": "--calibration"}

@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.errors import did_you_mean, one_line, printable
 from liar_ext.recipe.fields import option_of, recipe_fields
 from liar_ext.system.environment import launched
+from liar_ext.system.errors import did_you_mean, one_line, printable
 
 if TYPE_CHECKING:
     from liar_ext.report.report import Report

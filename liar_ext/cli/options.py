@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, NoReturn
 
 from liar_ext.cli.messages import error_lines
-from liar_ext.errors import InputError, did_you_mean
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import check_printable, shown
-from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of, recipe_fields
+from liar_ext.recipe.checks import CRITERIA, check_printable, shown
+from liar_ext.recipe.fields import GROUPS, option_of, recipe_fields
+from liar_ext.system.errors import InputError, did_you_mean
 
 StrPath = str | os.PathLike[str]
 NUMBERS = {"int": int, "float": float}  # types that fields begin with
@@ -51,7 +51,7 @@ def add_field(
     facts, default, name = each.metadata, each.default, option_of(each)
     names, help = getattr(facts["check"], "names", None), facts["help"]
     if each.name == "criterion":
-        help += ": " + ", ".join(CRITERIA)
+        help += ": " + ", ".join(sorted(CRITERIA))
     if shows_default and default not in (None, ()) and not isinstance(default, bool):
         help += f" (default: {'all' if isinstance(default, tuple) else default})"
     add = partial(group.add_argument, default=argparse.SUPPRESS, help=help.replace("%", "%%"))

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 
 from liar_ext.cli.messages import is_other, log
-from liar_ext.errors import InputError, typed
 from liar_ext.report.report import Report
 from liar_ext.report.tables import BYTES
 from liar_ext.system.checkpoint_store import difference
@@ -25,6 +24,7 @@ from liar_ext.system.distributed import (
     world_size,
 )
 from liar_ext.system.environment import errors_alone
+from liar_ext.system.errors import InputError, typed
 
 HEALED = ("before", "after", "tokens", "seconds")  # what JSON says of training
 

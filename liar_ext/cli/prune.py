@@ -41,7 +41,6 @@ from liar_ext.cli.options import (
 )
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.errors import InputError, naming_memory, one_line
 from liar_ext.healing import MINUTES
 from liar_ext.job.dry_run import describe, describe_streamed
 from liar_ext.job.pruning import check_resumable, prune_folder
@@ -52,6 +51,7 @@ from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.report.report import Report
 from liar_ext.report.sections import vocabulary_lines
 from liar_ext.system.distributed import alone, is_first
+from liar_ext.system.errors import InputError, naming_memory, one_line
 from liar_ext.system.progress import OnProgress, no_bars, told
 
 CALIBRATION_SELF = "--calibration self has the model write text, for which it must be in memory"

@@ -14,12 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from liar_ext import Plan
 from liar_ext.calibration.bank import read_bank
 from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.cli.inputs import WRITTEN
 from liar_ext.cli.output import check_shared, show
-from liar_ext.errors import InputError, one_line, refusing, typed
+from liar_ext.models.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable
 from liar_ext.system.checkpoint_store import (
@@ -37,6 +36,7 @@ from liar_ext.system.checkpoint_store import (
     remove,
 )
 from liar_ext.system.distributed import broadcast, is_first
+from liar_ext.system.errors import InputError, one_line, refusing, typed
 
 JOB_FILE = f"{JOB}{SUFFIX}"
 NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{SUFFIX}"}  # files that are there before any step

@@ -20,7 +20,6 @@ from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import StrPath, given_fields, paths_of, recipe_of
 from liar_ext.cli.output import show
-from liar_ext.errors import InputError
 from liar_ext.job.sharing import SAME_VOCABULARY, shares_budget
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import tokens_gone
@@ -32,6 +31,7 @@ from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
 from liar_ext.report.sections import vocabulary_lines
 from liar_ext.report.tables import Table, figure, measured, quality, to_text
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import no_bars
 
 

@@ -33,9 +33,9 @@ from liar_ext.checkpoint.placing import (
     clean_leftovers,
     put_in_place,
 )
-from liar_ext.errors import InputError, install, one_line, refusing
 from liar_ext.export import FORMATS, Exported, Format
 from liar_ext.system.atomic_write import atomic_write
+from liar_ext.system.errors import InputError, install, one_line, refusing
 
 
 def export(

@@ -15,7 +15,6 @@ from torch import nn
 
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.inspection import read_config
-from liar_ext.errors import InputError
 from liar_ext.export import Exported, stored_dtype
 from liar_ext.export.gguf_architectures import (
     Architecture,
@@ -29,6 +28,7 @@ from liar_ext.export.gguf_architectures import (
 from liar_ext.export.gguf_tensors import BYTES, tensors_of
 from liar_ext.export.gguf_tokenizer import add_tokenizer
 from liar_ext.export.llama_cpp import LIBRARY, check_type, quantize_file, run_file
+from liar_ext.system.errors import InputError
 
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 TOLERANCE = 1e-2  # in nats, of float32 files: sums in another order, Gemma's GELU from a table

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from torch import nn
 
 from liar_ext.checkpoint.stock_config import auto_classes
-from liar_ext.errors import InputError
 from liar_ext.models.experts import layer_at, router_of
 from liar_ext.models.running import block_config, predicts_next_token
 from liar_ext.models.sites import SHARED, Site, family_of, sites
+from liar_ext.system.errors import InputError
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liar_ext.errors import InputError
 from liar_ext.export.gguf_architectures import Architecture, Layers, rope_parameters
 from liar_ext.models.experts import router_of
 from liar_ext.models.running import get_path
 from liar_ext.models.sites import sites
+from liar_ext.system.errors import InputError
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 LARGEST_F16 = 65504.0

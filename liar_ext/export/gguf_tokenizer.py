@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 WORDS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

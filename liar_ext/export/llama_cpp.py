@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from liar_ext.errors import InputError
 from liar_ext.export.gguf_tensors import ROUTER
 from liar_ext.system.environment import child
+from liar_ext.system.errors import InputError
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 PROGRAM, LIBRARY = "llama-quantize", "llama_cpp_py_sync"

@@ -27,9 +27,9 @@ from liar_ext.checkpoint.loading import load_model
 from liar_ext.checkpoint.saving import save_tokenizer
 from liar_ext.checkpoint.sentence import Sentence, read_inside, read_sentence
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
-from liar_ext.errors import InputError, refusing
 from liar_ext.export import Exported
 from liar_ext.models.running import draw_inputs, inputs_read, positions_of, predicts_next_token
+from liar_ext.system.errors import InputError, refusing
 
 FILE = Path("onnx", "model.onnx")
 PREPROCESSOR = PROCESSOR_FILES[0]

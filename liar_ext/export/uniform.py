@@ -29,15 +29,15 @@ from liar_ext.checkpoint.inspection import read_config, read_json
 from liar_ext.checkpoint.loading import read_plan
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import dense_config, equal_config, how_to_load
-from liar_ext.errors import InputError, typed
 from liar_ext.export import Exported, is_unequal, stored_dtype
 from liar_ext.models.configs import skeleton
 from liar_ext.models.experts import refuse_experts
+from liar_ext.models.plan import Plan, SitePlan, kind_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import draw_inputs
 from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan, unit_rows
-from liar_ext.plan import Plan, SitePlan, kind_of
+from liar_ext.system.errors import InputError, typed
 
 
 def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int = 1) -> Exported:

@@ -30,11 +30,11 @@ from liar_ext.checkpoint.inspection import (
 )
 from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
-from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.export import verify_worker
 from liar_ext.export.exporting import read_record
 from liar_ext.export.verify_worker import TOKENS, median_seconds, timed_text
 from liar_ext.system.environment import child
+from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import quiet
 
 WORKER = Path(verify_worker.__file__)

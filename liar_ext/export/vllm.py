@@ -10,8 +10,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from liar_ext.checkpoint.inspection import inspect_folder
-from liar_ext.errors import InputError
 from liar_ext.export import Exported, is_unequal
+from liar_ext.system.errors import InputError
 
 GROUP = "vllm.general_plugins"
 # Model types whose unequal layers the plug-in builds, with a bias in any consumer.

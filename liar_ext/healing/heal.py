@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
 from liar_ext.calibration.collect import check_not_padding
-from liar_ext.errors import InputError
 from liar_ext.healing.losses import Teacher, losses, mean_loss
 from liar_ext.healing.training import (
     State,
@@ -39,6 +38,7 @@ from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
 from liar_ext.system.checkpoint_store import Checkpoint, opened
 from liar_ext.system.distributed import all_reduce, broadcast, exchanging, rank, world_size
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
 WARM_UP = 0.3  # of the budget: AdamW's first steps are equally long for all weights, and do harm

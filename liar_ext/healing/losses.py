@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liar_ext.calibration.batches import Batch, completed
-from liar_ext.errors import InputError
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, LOGITS, device_of, output_of
 from liar_ext.system.distributed import all_reduce, local_world_size, rank, world_size
 from liar_ext.system.environment import available_memory
+from liar_ext.system.errors import InputError
 
 AT_ONCE = 1 << 19  # logits whose softmax is taken at once: ten rows of 50,000 stay in caches
 OF_FREE = 0.1  # of the free memory that outputs of the dense model may take

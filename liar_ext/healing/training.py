@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.calibration.taps import replaced
-from liar_ext.errors import InputError
 from liar_ext.healing import OF_SIZE, RATE, TRAIN
 from liar_ext.models.running import computes_bfloat16, device_of, predicts_next_token
 from liar_ext.system.distributed import local_world_size, world_size
 from liar_ext.system.environment import available_memory
+from liar_ext.system.errors import InputError
 
 BUDGETS = ("tokens", "minutes", "steps")
 LORA_RANK = 16

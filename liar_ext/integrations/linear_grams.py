@@ -12,17 +12,17 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from liar_ext import Plan
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.saved_sums import bytes_of_sums, room_for_sums
 from liar_ext.calibration.taps import tap_at
-from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
+from liar_ext.models.plan import Plan
 from liar_ext.models.running import body_of
 from liar_ext.models.sites import CROSS, Site
 from liar_ext.ops.reference import symmetric
+from liar_ext.system.errors import InputError
 
 
 def calibrate_linears(

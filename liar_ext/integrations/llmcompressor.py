@@ -20,12 +20,16 @@ import torch
 from pydantic import PrivateAttr, create_model, model_validator
 from torch import Tensor, nn
 
-from liar_ext import Budget, InputError, Recipe, Report, prune, sites
 from liar_ext.calibration.batches import FACTS, LABELS, Batch, read_batch
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
-from liar_ext.models.sites import Site
+from liar_ext.job.pruning import prune
+from liar_ext.models.plan import Budget
+from liar_ext.models.sites import Site, sites
+from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.recipe.recipe import plain
+from liar_ext.report.report import Report
+from liar_ext.system.errors import InputError
 
 try:
     from compressed_tensors.offload import is_distributed

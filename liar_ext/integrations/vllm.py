@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.errors import InputError, one_line
+from liar_ext.system.errors import InputError, one_line
 
 MODELS = "vllm.model_executor.models"
 CONSUMERS = ("self_attn.o_proj", "mlp.down_proj")

@@ -19,10 +19,10 @@ from liar_ext.calibration.collect import Passes, check_finite_weights
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
 from liar_ext.job.streamed import StreamedPasses, leave_out
+from liar_ext.models.plan import Plan
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan
 from liar_ext.reconstruction.hidden_size import Narrowing, narrow
 from liar_ext.reconstruction.solve import with_bias
 from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk

@@ -18,19 +18,19 @@ from liar_ext.job.preparing import prepare
 from liar_ext.job.state import Job
 from liar_ext.models.configs import skeleton
 from liar_ext.models.depth import count_blocks_kept, stack_of
+from liar_ext.models.plan import Plan, SitePlan, sites_left
 from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan, sites_left
+from liar_ext.models.slicing import allowed_counts, apply_plan, site_step
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.solve import with_bias
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.sections import latency_lines
 from liar_ext.report.tables import Table, to_text
-from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
+from liar_ext.selection.allocation import even_plan
 from liar_ext.selection.expert_scales import POWERS, of_fold
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
 

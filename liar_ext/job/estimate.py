@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batches
 from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.errors import InputError
 from liar_ext.job.rescaling import rescale_batches
 from liar_ext.job.state import SENSITIVITY, Job, score_key, sensitivity_key
 from liar_ext.models.depth import count_blocks_kept
 from liar_ext.models.experts import held_by_experts
+from liar_ext.models.plan import Budget
 from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites
-from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
@@ -30,6 +29,7 @@ from liar_ext.selection.costs import total_cost
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.whole_experts import bytes_of_products, layers_of
 from liar_ext.system.environment import process_memory
+from liar_ext.system.errors import InputError
 
 GIB = 2**30
 # Work is in operations of a product in float32, such as a forward pass is made of. The factors are

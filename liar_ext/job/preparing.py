@@ -13,30 +13,30 @@ from torch import nn
 from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batches, check_batches, read_batches
 from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights
+from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.media import INPUTS
 from liar_ext.calibration.saved_sums import room_for_sums
 from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.folder import count_params
-from liar_ext.errors import InputError
 from liar_ext.job.solving import hold_out
 from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
 from liar_ext.models.depth import check_block_count
+from liar_ext.models.plan import KINDS
 from liar_ext.models.registry import is_diffusion, type_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating, inputs_read
 from liar_ext.models.sites import Site, why_whole
-from liar_ext.plan import KINDS
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.layerwise import check_walk
 from liar_ext.selection.allocation import check_budget
 from liar_ext.selection.criteria import get_criterion
-from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.selection.whole_experts import count_experts_kept
 from liar_ext.system.distributed import world_size
+from liar_ext.system.errors import InputError
 
 NO_GAIN = (
     "a norm reads what each gives, and there a walk gains nothing; "

@@ -16,12 +16,12 @@ from typing_extensions import Unpack
 
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.divergence import Divergence
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import fill_folder, writing
-from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
 from liar_ext.job.preparing import prepare, recorded
@@ -29,9 +29,9 @@ from liar_ext.job.rescaling import rescale, rescale_batches
 from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
 from liar_ext.job.state import Folder, Job
 from liar_ext.models.configs import source_of
+from liar_ext.models.plan import Budget, Plan
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import PruneOptions, TextOptions, check_keywords
 from liar_ext.recipe.fields import DTYPES, recipe_fields
@@ -39,10 +39,10 @@ from liar_ext.reconstruction.features import features_once
 from liar_ext.reconstruction.rows import SiteRow, what_to_know
 from liar_ext.reconstruction.streams import HiddenStates, Walk
 from liar_ext.report.report import Report, versions
-from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import POSITIONS
 from liar_ext.system.checkpoint_store import RESULT, Checkpoint, opened
 from liar_ext.system.distributed import is_first
+from liar_ext.system.errors import InputError, naming_memory
 from liar_ext.system.progress import OnProgress, Stage, Timeline, told
 
 # What the command does around prune, and what does it in Python.

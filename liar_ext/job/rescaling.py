@@ -10,7 +10,7 @@ divergence is to second order
 
 with J by forward differences. So ``s = −(H + μ I)⁻¹ g``, and μ has the least held-out divergence:
 fitted on all batches but one, and judged on that. Without logits the divergence is that of
-:class:`liar_ext.selection.divergence.DenseOutputs`, and q and p are states.
+:class:`liar_ext.calibration.divergence.DenseOutputs`, and q and p are states.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batches, probe_batches
+from liar_ext.calibration.divergence import DenseOutputs, Divergence
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import base_path, evaluating
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.selection.divergence import DenseOutputs, Divergence
 from liar_ext.selection.sensitivity import blocks_before, recorded, replayed
 from liar_ext.system.distributed import broadcast, gather
 from liar_ext.system.progress import Bar

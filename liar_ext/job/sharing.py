@@ -12,7 +12,6 @@ from torch import nn
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.generated import SELF
 from liar_ext.checkpoint.folder import count_params
-from liar_ext.errors import InputError
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.job.vocabulary import (
     JUDGED_DOCUMENTS,
@@ -28,6 +27,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.report.tables import measured
 from liar_ext.system.distributed import alone, broadcast, is_first
+from liar_ext.system.errors import InputError
 from liar_ext.vocabulary.keep import STEP, Choice, Counted, keep_tokens, size_of
 
 HALVINGS = 2  # how often the steps around the best size are halved

@@ -13,19 +13,19 @@ from torch import nn
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
+from liar_ext.calibration.divergence import Divergence
 from liar_ext.job.state import Job
 from liar_ext.job.streamed import unchanged
 from liar_ext.measure.embeddings import Evaluator
+from liar_ext.models.plan import Plan
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site
-from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved as Block
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise, solve_layerwise
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import certified_errors, reconstruct_shared
 from liar_ext.reconstruction.streams import StreamedBatches, Weights
-from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
 from liar_ext.system.distributed import alone, is_first
 

@@ -17,20 +17,21 @@ from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, read_batch
 from liar_ext.checkpoint.folder import fixed_inputs
 from liar_ext.checkpoint.saving import Shards, fill_folder
-from liar_ext.errors import InputError
 from liar_ext.measure.latency import measure_latency, plan_of, ratios, sliced, where
+from liar_ext.measure.latency_table import LatencyTable
 from liar_ext.measure.speed import Quartiles
+from liar_ext.models.plan import Budget, Plan
 from liar_ext.models.sites import Site, get_consumer_bias, sites
-from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.reconstruction.ridge import form_at
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
 from liar_ext.report.report import Report
 from liar_ext.selection.allocation import check_budget, even_plan
-from liar_ext.selection.costs import Costs, LatencyTable, total_cost
+from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.system.checkpoint_store import Checkpoint
 from liar_ext.system.distributed import is_first
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Clock
 
 SENSITIVITY = "sensitivity"

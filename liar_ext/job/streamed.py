@@ -20,15 +20,14 @@ from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
 from liar_ext.calibration.taps import is_relative, tap_at
 from liar_ext.checkpoint.saving import SHARD_BYTES
-from liar_ext.errors import InputError
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
 from liar_ext.job.state import Job, Shares
 from liar_ext.models.depth import why_no_chain
 from liar_ext.models.experts import held_by_experts
+from liar_ext.models.plan import Plan
 from liar_ext.models.registry import family_of, type_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved, check_block, solve_blocks
 from liar_ext.reconstruction.solve import reconstruct_shared
@@ -39,6 +38,7 @@ from liar_ext.selection.sensitivity import mean_divergences, pruned_site
 from liar_ext.selection.whole_experts import KeptExperts, layers_of
 from liar_ext.system.checkpoint_store import reading
 from liar_ext.system.distributed import gather, rank, world_size
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar, spare
 
 SHARD_PART = 8  # a shard may take this part of the memory

@@ -15,21 +15,21 @@ from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.folder import count_params
-from liar_ext.errors import InputError
 from liar_ext.job.analysis import decide_anew, narrowed, passes_of
 from liar_ext.job.preparing import changes_all, prepare, why_textless
 from liar_ext.job.pruning import run
 from liar_ext.job.state import Job, Known
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.configs import skeleton
+from liar_ext.models.plan import Budget, Plan
 from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.report.tables import measured
 from liar_ext.selection.costs import total_cost
 from liar_ext.system.checkpoint_store import Checkpoint
+from liar_ext.system.errors import InputError
 
 # At this fraction of each site, the default budget's, sensitivities are measured for all budgets.
 PROBE_KEEP = 0.8

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.folds import cut_pieces
 from liar_ext.calibration.texts import evaluation_sequences, unpacked
-from liar_ext.errors import InputError
 from liar_ext.measure.embeddings import DenseEncoder
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.measure.latency import light_copy
@@ -29,6 +28,7 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
+from liar_ext.system.errors import InputError
 from liar_ext.vocabulary.keep import (
     STEP,
     Choice,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
+from liar_ext.calibration.divergence import MOST_ROWS, DenseOutputs
 from liar_ext.calibration.documents import JSON_LINES, checked, read_lines
 from liar_ext.calibration.taps import watched
 from liar_ext.checkpoint.carrying import source_folder
 from liar_ext.checkpoint.sentence import Pooling, Sentence, read_sentence
-from liar_ext.errors import InputError
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.running import (
     LOGITS,
@@ -28,7 +28,7 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
-from liar_ext.selection.divergence import MOST_ROWS, DenseOutputs
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
 NEIGHBOURS = 10

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
-from liar_ext.errors import InputError, did_you_mean, install, one_line, refusing
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
-from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.system.errors import InputError, did_you_mean, install, one_line, refusing
 from liar_ext.system.progress import Bar
 
 MOST_EXPONENT = 709  # of exp in float64
@@ -102,7 +102,7 @@ def kl_divergence(
 
     It says how much of the dense model's behaviour is lost, whatever the text, where perplexity
     says how well a text is predicted. Models without logits are compared by their last hidden
-    state; see :class:`liar_ext.selection.divergence.DenseOutputs`.
+    state; see :class:`liar_ext.calibration.divergence.DenseOutputs`.
 
     Parameters
     ----------

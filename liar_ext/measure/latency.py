@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext.errors import InputError
+from liar_ext.measure.latency_table import LatencyTable, SizeRow
 from liar_ext.measure.speed import (
     SEED,
     Clock,
@@ -38,13 +38,12 @@ from liar_ext.measure.speed import (
     step_of,
 )
 from liar_ext.models.experts import refuse_experts
+from liar_ext.models.plan import Budget, Plan, SitePlan
 from liar_ext.models.registry import type_of
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, attn_unit_of, sites
-from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Budget, Plan, SitePlan
-from liar_ext.selection.allocation import allowed_counts
-from liar_ext.selection.costs import LatencyTable, SizeRow
+from liar_ext.models.slicing import allowed_counts, apply_plan
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
 SIZES = 7  # of one shape, at most: seconds lie between on a line

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.loading import placement
-from liar_ext.errors import InputError, one_line
 from liar_ext.models.running import (
     device_of,
     draw_inputs,
@@ -35,6 +34,7 @@ from liar_ext.models.running import (
     predicts_next_token,
 )
 from liar_ext.system.environment import child, process_memory
+from liar_ext.system.errors import InputError, one_line
 from liar_ext.system.progress import Bar
 
 BENCH_VERSION = 1

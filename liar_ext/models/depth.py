@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.errors import InputError, one_line
 from liar_ext.models.configs import skeleton
 from liar_ext.models.experts import check_count
 from liar_ext.models.family import BORROWED, Part
+from liar_ext.models.plan import SitePlan
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import Block, block_config, parts_of, saved_tensors
 from liar_ext.models.sites import sites
-from liar_ext.plan import SitePlan
+from liar_ext.system.errors import InputError, one_line
 
 PLAIN = bool | int | float | str | tuple | None
 SHAPE = "shape of "

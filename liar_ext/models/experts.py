@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from liar_ext.errors import InputError
 from liar_ext.models.family import Experts
+from liar_ext.models.plan import SitePlan
 from liar_ext.models.residual_stream import fit, narrow, select
 from liar_ext.models.running import bias_name, layer_at, owner_of
 from liar_ext.models.sites import Site
-from liar_ext.plan import SitePlan
+from liar_ext.system.errors import InputError
 
 
 class Routed(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 CODE_WIDTH = 88  # of a row as code
 WITHOUT = ("attn", "kv_group", "mlp", "experts", "hidden", "stock", "layerwise")

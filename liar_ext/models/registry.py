@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from liar_ext.errors import InputError
 from liar_ext.models.families import bert, decoders, diffusion, gpt, hybrid, moe, t5, vit
 from liar_ext.models.family import Family, Wiring
+from liar_ext.system.errors import InputError
 
 # One row a family, checked against the source of transformers 5.24 and by a test that slicing
 # equals zeroing.

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from liar_ext.errors import InputError
 from liar_ext.models.family import Family, Step, Stream
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import base_path, block_config, blocks_of, owner_of
+from liar_ext.system.errors import InputError
 
 Shared = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and dimension: whole, sliced
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]  # new ones, with the bias, by site or path

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.errors import InputError
 from liar_ext.models.family import Family, Part, Wiring
 from liar_ext.models.registry import FAMILIES, is_diffusion, type_of
+from liar_ext.system.errors import InputError
 
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 IGNORED = -100  # a label that no loss asks for

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.errors import InputError
 from liar_ext.models.family import Part, Wiring
+from liar_ext.models.plan import ATTN_UNITS, KINDS, PARTS
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import (
     Block,
@@ -39,7 +39,7 @@ from liar_ext.models.running import (
     out_in,
     parts_of,
 )
-from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
+from liar_ext.system.errors import InputError
 
 CROSS, SHARED = "cross_attn", "shared_mlp"
 # By what a row calls it.

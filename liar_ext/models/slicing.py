@@ -12,6 +12,7 @@ The experts of a layer are sliced together, each to channels of its own. The hea
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -19,16 +20,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from liar_ext.errors import InputError
 from liar_ext.models.depth import check_kept_blocks, keep_blocks
 from liar_ext.models.experts import check_count, check_kept_experts, keep_experts
 from liar_ext.models.liar_loader import select_heads, set_config_number
+from liar_ext.models.plan import Budget, Plan, SitePlan, sites_left
 from liar_ext.models.registry import type_of
 from liar_ext.models.residual_stream import Weights, hidden_of, narrow, slice_hidden, weight_of
 from liar_ext.models.running import bias_name, layer_at, layer_of, owner_of
 from liar_ext.models.sites import CROSS, Site, get_consumer_bias, head_axis, sites, teams_of
-from liar_ext.plan import Plan, SitePlan, sites_left
+from liar_ext.system.errors import InputError
 
+# transformers multiplies all experts of a layer at once, by a kernel that takes rows of a multiple
+# of 16 bytes only: 8 channels of two bytes.
+GROUPED_STEP = 8
 DENSE = "dense."  # before the name of a site: as it is called before blocks go
 
 
@@ -366,3 +370,20 @@ def _patch_numbers(model: nn.Module, site: Site) -> None:
             setattr(*owner_of(block, path), site.sizes[size])
         elif getattr((module := block.get_submodule(owner)).config, name) != site.sizes[size]:
             set_config_number(module, name, site.sizes[size])
+
+
+def site_step(site: Site, budget: Budget) -> int:
+    """Return the units between two counts that a site may keep: channels come in tiles.
+
+    Those of experts come in eights, where the dense model's do, whatever the tile is.
+    """
+    if site.unit != "channel":
+        return site.groups
+    base = 1 if site.expert is None else math.gcd(site.units, GROUPED_STEP)
+    return budget.step(site.units, base)
+
+
+def allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
+    """Return the unit counts that a site may keep, ascending: its grid, and all of its units."""
+    step = site_step(site, budget)
+    return (*range(step, site.units, step), site.units)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from liar_ext.errors import InputError, one_line
 from liar_ext.system.environment import version_of
+from liar_ext.system.errors import InputError, one_line
 
 RUNS = 3
 Backend = Callable[..., object]

@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from liar_ext.errors import one_line
 from liar_ext.ops import curve, reference
+from liar_ext.system.errors import one_line
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SUMS = FLOATS[2:]

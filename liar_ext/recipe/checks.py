@@ -12,11 +12,14 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from liar_ext.errors import InputError, did_you_mean
-from liar_ext.plan import KINDS, PARTS, Budget
+from liar_ext.models.plan import KINDS, PARTS, Budget
+from liar_ext.system.errors import InputError, did_you_mean
 
 # What a check is: name and value in, the value in its own type out, or InputError.
 Check = Callable[[str, Any], Any]
+# What a criterion is computed from beside weights, by its name; @liar_ext.criterion adds others.
+CRITERIA = dict.fromkeys(("magnitude", "obs", "random", "wanda", "wifv"), "moments")
+CRITERIA |= dict.fromkeys(("fisher", "snip", "taylor"), "gradient")
 THOUSAND = 1024  # 32k is 32,768 tokens, as vocabularies are counted
 MOST = 2**63 - 1  # what torch's generators, sizes and JSON readers take
 
@@ -62,6 +65,15 @@ digests = checked(
     ),
     dict,
 )
+
+
+def criterion(name: str, value: Any) -> str:
+    """Check the name of a criterion."""
+    if text(name, value) not in CRITERIA:
+        known = f"known: {', '.join(sorted(CRITERIA))}; @liar_ext.criterion adds one in Python"
+        hint = did_you_mean(value, CRITERIA, known)
+        raise InputError(f"score: unknown criterion {value!r}; {hint}")
+    return value
 
 
 def optional(check: Check) -> Check:

@@ -7,14 +7,24 @@ from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from liar_ext.errors import InputError
-from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PARTS, PHASES, Budget, check_tile
+from liar_ext.models.plan import (
+    ATTN_UNITS,
+    BUDGET_UNITS,
+    KINDS,
+    MODES,
+    PARTS,
+    PHASES,
+    Budget,
+    check_fraction,
+    check_mode,
+    check_tile,
+)
 from liar_ext.recipe import checks as check
+from liar_ext.system.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULES = ("auto", "one-pass", "layerwise")
 ALLOCATIONS = ("uniform", "global", "curve")
-CRITERIA = ("fisher", "magnitude", "obs", "random", "snip", "taylor", "wanda", "wifv")  # built in
 SELF_TEXT = 0.25  # of all sequences; docs/quality.md shows its effect
 _WANDA = {"criterion": "wanda", "allocation": "uniform", "reconstruct": "none"}
 _TEXT_ALONE = {"self_text": 0.0, "random_tokens": 0.0, "tile": 1}
@@ -93,9 +103,7 @@ _report = partial(_field, group="evaluation", affects="report")
 
 
 def _without_gradients(criterion: str) -> bool:
-    from liar_ext.selection.criteria import get_criterion
-
-    return get_criterion(criterion).needs != "gradient"
+    return check.CRITERIA[criterion] != "gradient"
 
 
 @dataclass(frozen=True)
@@ -250,7 +258,7 @@ class Fields:
     )
     criterion: str = _field(
         "wifv",
-        check.text,
+        check.criterion,
         "importance score",
         group="selection",
         affects="scores",
@@ -315,11 +323,6 @@ class Fields:
     )
 
     def __post_init__(self) -> None:
-        # They import torch, which the command needs no sooner than a job.
-        from liar_ext.calibration.folds import check_fraction
-        from liar_ext.reconstruction.layerwise import check_mode
-        from liar_ext.selection.criteria import get_criterion
-
         for each in fields(self):
             value = each.metadata["check"](each.name, getattr(self, each.name))
             object.__setattr__(self, each.name, value)
@@ -356,7 +359,6 @@ class Fields:
         ):
             if broken:
                 raise InputError(f"recipe: {rule}")
-        get_criterion(self.criterion)
         if self.schedule == "layerwise":
             check_mode(self.reconstruct)
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from liar_ext.errors import InputError, did_you_mean, refusing
-from liar_ext.plan import Budget
+from liar_ext.models.plan import Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.fields import GROUPS, PRESETS, Fields, recipe_fields
+from liar_ext.system.errors import InputError, did_you_mean, refusing
 
 VERSION = 1
 # Fields that recipes had once, with the values that changed nothing.

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.calibration.taps import Ended, is_relative, relative_weights, replaced, watched
-from liar_ext.errors import InputError
 from liar_ext.models.experts import called_at, routed_input, routed_output, routed_weights
 from liar_ext.models.family import HeadInput
 from liar_ext.models.running import body_of, device_of
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.reconstruction.ridge import Tokens
+from liar_ext.system.errors import InputError
 
 Forward = Callable[..., Tensor]
 

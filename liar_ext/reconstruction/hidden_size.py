@@ -30,7 +30,7 @@ from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.moments import Moments, Squares
 from liar_ext.calibration.saved_sums import room_for_sums, split
 from liar_ext.calibration.taps import Tap
-from liar_ext.errors import InputError
+from liar_ext.models.plan import Budget, SitePlan
 from liar_ext.models.registry import family_of
 from liar_ext.models.residual_stream import (
     Hidden,
@@ -42,10 +42,10 @@ from liar_ext.models.residual_stream import (
 )
 from liar_ext.models.running import body_of, device_of
 from liar_ext.ops.reference import symmetric
-from liar_ext.plan import Budget, SitePlan
 from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import Solution, solve
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, one_of_each, read_batches
-from liar_ext.errors import InputError
 from liar_ext.models.depth import why_lent
+from liar_ext.models.plan import Plan, check_mode
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
-from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import is_chain
 from liar_ext.reconstruction.ridge import check_settings
 from liar_ext.reconstruction.rows import SiteRow
@@ -28,6 +27,7 @@ from liar_ext.reconstruction.streams import (
 )
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.system.checkpoint_store import Checkpoint
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar, spare
 
 # A block that is solved and still as it was, new weights, and rows of its sites.
@@ -219,12 +219,3 @@ def check_block(walk: Walk, batches: Sequence[Batch], index: int) -> None:
                 f"before wrote, and {type(walk.model).__name__} changes it before block {index}; "
                 "leave them out"
             )
-
-
-def check_mode(mode: str) -> None:
-    """Raise InputError unless a layerwise walk can solve in this ``mode``."""
-    if mode not in ("auto", "linear", "affine"):
-        raise InputError(
-            f"layerwise: reconstruct must be auto, linear or affine, got {mode!r}, which solves "
-            'for no target; use schedule="one-pass"'
-        )

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from liar_ext.calibration.moments import Moments
-from liar_ext.errors import is_out_of_memory, one_line
 from liar_ext.ops.reference import NOT_FINITE, symmetric
 from liar_ext.reconstruction import ridge
 from liar_ext.reconstruction.ladder import Choice, Equations, Fit, Rows, half_product, slices
 from liar_ext.reconstruction.ridge import BOTH
+from liar_ext.system.errors import is_out_of_memory, one_line
 
 OUTPUTS = 256  # solved at a time
 Done = TypeVar("Done")

@@ -12,11 +12,11 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments, all_finite, centre
-from liar_ext.errors import InputError
+from liar_ext.models.plan import MODES
 from liar_ext.models.sites import Site
 from liar_ext.ops.reference import symmetric
-from liar_ext.plan import MODES
 from liar_ext.reconstruction.ladder import Choice, Equations, Fit, choose, least_held_out, rows_of
+from liar_ext.system.errors import InputError
 
 WITH_BIAS = ("bias", "affine")
 DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1, 1.0, math.inf)

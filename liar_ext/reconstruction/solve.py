@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import Moments, check_finite, check_folds
-from liar_ext.errors import InputError, naming_memory
+from liar_ext.models.plan import Plan
 from liar_ext.models.residual_stream import Weights
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.ops.reference import NOT_FINITE, symmetric
-from liar_ext.plan import Plan
 from liar_ext.reconstruction import low_memory, ridge
 from liar_ext.reconstruction.ladder import slices
 from liar_ext.reconstruction.ridge import BOTH, WITH_BIAS, Residual, check_settings, ratio
 from liar_ext.reconstruction.rows import BY_BLOCKS, ON_HOST, SiteRow
 from liar_ext.system.distributed import share
+from liar_ext.system.errors import InputError, naming_memory
 from liar_ext.system.progress import Bar
 
 

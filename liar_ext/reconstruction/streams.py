@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch
-from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.system.checkpoint_store import Checkpoint, reading
 from liar_ext.system.distributed import broadcast, is_first
+from liar_ext.system.errors import InputError
 
 MOST_AT_ONCE = 1 << 30  # bytes of one call; Linux moves at most 2 GiB
 

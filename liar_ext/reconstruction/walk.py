@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, completed, read_batches
-from liar_ext.errors import InputError, naming_memory
+from liar_ext.models.plan import Plan
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
-from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Forward, Run, counted, layer_forward, rows_of
 from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_of_expert
 from liar_ext.reconstruction.rows import SiteRow
@@ -31,6 +30,7 @@ from liar_ext.system.distributed import (
     share,
     world_size,
 )
+from liar_ext.system.errors import InputError, naming_memory
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
 

@@ -18,7 +18,6 @@ from markupsafe import Markup, escape
 
 from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.checkpoint.placing import check_place
-from liar_ext.errors import InputError, typed
 from liar_ext.measure.speed import Benchmark, Rate
 from liar_ext.report import pictures, sections, tables
 from liar_ext.report.pictures import Point, scatter
@@ -26,6 +25,7 @@ from liar_ext.report.reading import stored_bench
 from liar_ext.report.report import Report
 from liar_ext.report.tables import Table, magnitude, quality, render
 from liar_ext.system.atomic_write import begins_with, write_whole
+from liar_ext.system.errors import InputError, typed
 from liar_ext.system.untrusted import text
 
 # The first line of every page, by which it may be overwritten.

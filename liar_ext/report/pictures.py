@@ -21,9 +21,9 @@ from statistics import fmean
 from typing import Any
 
 from liar_ext.checkpoint.placing import check_place
-from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.system.atomic_write import atomic_write, made_folders
+from liar_ext.system.errors import InputError, one_line, refusing
 
 # On white, and what the page's style calls it.
 COLOURS = {

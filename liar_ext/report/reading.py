@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.checkpoint.folder import REPORT_JSON
-from liar_ext.errors import InputError, refusing
+from liar_ext.measure.latency_table import LatencyTable
 from liar_ext.measure.speed import BENCH_VERSION, Benchmark, ModelFacts, Quartiles, Rate
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report.sections import LIKENESS, PAIRS
 from liar_ext.report.tables import MEASURES
-from liar_ext.selection.costs import LatencyTable
+from liar_ext.system.errors import InputError, refusing
 from liar_ext.system.untrusted import (
     count,
     listing,

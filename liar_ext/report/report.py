@@ -17,13 +17,13 @@ import yaml
 
 from liar_ext import ops
 from liar_ext.checkpoint.folder import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
-from liar_ext.errors import InputError
-from liar_ext.plan import Plan, kind_of
+from liar_ext.models.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report import reading, sections, tables
 from liar_ext.report.tables import Table, figure, plain, render
 from liar_ext.system.environment import version_of
+from liar_ext.system.errors import InputError
 from liar_ext.system.untrusted import count, listing, text
 
 MOST_SITES = 4096
@@ -54,7 +54,7 @@ class Report:
     latency : dict
         For a budget of latency: ``dense_seconds``; the fraction of them that the plan takes,
         ``predicted`` and ``measured``, the latter with quartiles, before reconstruction and
-        saving; ``table``, which :class:`liar_ext.selection.costs.LatencyTable` loads.
+        saving; ``table``, which :class:`liar_ext.measure.latency_table.LatencyTable` loads.
     evaluation : dict
         ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
     heal : dict

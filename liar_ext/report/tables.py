@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from liar_ext.errors import printable
+from liar_ext.system.errors import printable
 
 MOST_ROWS = 512  # of a table in HTML
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

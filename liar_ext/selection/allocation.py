@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import bisect
 import heapq
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from liar_ext.errors import InputError
+from liar_ext.models.plan import Budget, Plan, SitePlan
 from liar_ext.models.sites import Site, attn_unit_of, teams_of
-from liar_ext.plan import Budget, Plan, SitePlan
+from liar_ext.models.slicing import allowed_counts
 from liar_ext.selection.costs import Costs, choose
 from liar_ext.selection.error_curves import removal_order
-
-# transformers multiplies all experts of a layer at once, by a kernel that takes rows of a multiple
-# of 16 bytes only: 8 channels of two bytes.
-GROUPED_STEP = 8
+from liar_ext.system.errors import InputError
 
 
 def allocate(
@@ -129,23 +125,6 @@ def check_budget(
 def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
     """Return the ``count`` best units, equally many of each group, in ascending order."""
     return tuple(sorted(removal_order(scores, groups)[len(scores) - count :].tolist()))
-
-
-def site_step(site: Site, budget: Budget) -> int:
-    """Return the units between two counts that a site may keep: channels come in tiles.
-
-    Those of experts come in eights, where the dense model's do, whatever the tile is.
-    """
-    if site.unit != "channel":
-        return site.groups
-    base = 1 if site.expert is None else math.gcd(site.units, GROUPED_STEP)
-    return budget.step(site.units, base)
-
-
-def allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
-    """Return the unit counts that a site may keep, ascending: its grid, and all of its units."""
-    step = site_step(site, budget)
-    return (*range(step, site.units, step), site.units)
 
 
 @dataclass(frozen=True)

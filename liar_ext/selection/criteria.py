@@ -13,8 +13,10 @@ from liar_ext import ops
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.gradients import SiteGradients, collect_gradients
 from liar_ext.calibration.moments import Moments
-from liar_ext.errors import InputError, did_you_mean
 from liar_ext.models.sites import Site, get_consumer_weight
+from liar_ext.recipe.checks import CRITERIA
+from liar_ext.recipe.checks import criterion as check_criterion
+from liar_ext.system.errors import InputError
 
 # The choice of units hardly depends on λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
 OBS_DAMP = 1e-2
@@ -74,6 +76,7 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
         raise InputError(f"criterion: needs must be one of {', '.join(NEEDS)}, got {needs!r}")
 
     def register(function: Callable[[SiteStatistics], Tensor]) -> Callable:
+        CRITERIA[name] = needs
         _CRITERIA[name] = Criterion(name, needs, source, function)
         return function
 
@@ -82,11 +85,7 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
 
 def get_criterion(name: str) -> Criterion:
     """Return a registered criterion; raise InputError with the known names if there is none."""
-    if name not in _CRITERIA:
-        known = f"known: {', '.join(sorted(_CRITERIA))}; @liar_ext.criterion adds one in Python"
-        hint = did_you_mean(name, _CRITERIA, known)
-        raise InputError(f"score: unknown criterion {name!r}; {hint}")
-    return _CRITERIA[name]
+    return _CRITERIA[check_criterion("criterion", name)]
 
 
 def score(

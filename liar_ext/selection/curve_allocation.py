@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import Batches, completed, probe_batches, read_batches
+from liar_ext.models.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site, teams_of
-from liar_ext.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
+from liar_ext.models.slicing import allowed_counts, site_step
 from liar_ext.reconstruction.solve import reconstruct_shared, with_bias
-from liar_ext.selection.allocation import allocate, allowed_counts, probe_plan, site_step
+from liar_ext.selection.allocation import allocate, probe_plan
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares
 from liar_ext.selection.sensitivity import Measured, site_divergences

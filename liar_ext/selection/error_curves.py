@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments
-from liar_ext.errors import InputError, naming_memory
 from liar_ext.models.sites import Site, get_consumer_weight, teams_of
 from liar_ext.ops.reference import symmetric
 from liar_ext.reconstruction.ladder import factor_with_damp, slices
 from liar_ext.reconstruction.low_memory import in_file, oom_fallback
 from liar_ext.system.distributed import gather
+from liar_ext.system.errors import InputError, naming_memory
 from liar_ext.system.progress import Bar
 
 # The curves hardly depend on λ; 1e-2 is where most held-out choices end with some 50,000 tokens.

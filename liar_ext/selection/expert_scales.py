@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch
+from liar_ext.calibration.divergence import Divergence
 from liar_ext.calibration.taps import watched
 from liar_ext.models.experts import called_at, choice_of, reroute, router_of
 from liar_ext.models.sites import Site
 from liar_ext.reconstruction.ladder import least_held_out
 from liar_ext.reconstruction.ridge import damp_ladder, ratio
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
-from liar_ext.selection.divergence import Divergence
 from liar_ext.system.distributed import rank, world_size
 
 # Ways to scale, the first of which is best if several are: by which power of β scales are divided.

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, read_batches
+from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.taps import replaced, watched
-from liar_ext.errors import InputError
 from liar_ext.models.depth import why_lent
+from liar_ext.models.plan import Plan
 from liar_ext.models.residual_stream import Weights
 from liar_ext.models.running import evaluating, layer_of
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.plan import Plan
-from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.system.checkpoint_store import Checkpoint, reading
 from liar_ext.system.distributed import gather, rank, world_size
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar, spare
 
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batches, count_tokens, read_batches
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.errors import InputError
+from liar_ext.calibration.divergence import Divergence
 from liar_ext.models.depth import attending_blocks, count_blocks_kept, stack_of
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import attn_unit_of, sites
 from liar_ext.models.slicing import DENSE
-from liar_ext.plan import Plan, SitePlan
 from liar_ext.reconstruction.layerwise import check_walk, solve_layerwise
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk
 from liar_ext.selection.curve_allocation import probes_of
-from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import POSITIONS
 from liar_ext.system.distributed import rank, world_size
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
 SAME = 1e-4  # how far a divergence may be from that of the same model, run in another way

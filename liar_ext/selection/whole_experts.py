@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, count_tokens, read_batches
 from liar_ext.calibration.taps import watched
-from liar_ext.errors import InputError
 from liar_ext.models.depth import why_lent
 from liar_ext.models.experts import called_at, choice_of, gated, router_of
+from liar_ext.models.plan import SitePlan
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites, teams_of
-from liar_ext.plan import SitePlan
 from liar_ext.reconstruction.layerwise import check_block
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
@@ -44,6 +43,7 @@ from liar_ext.selection.expert_scales import (
     least_squares,
     lost,
 )
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
 # Tokens, evenly spread over the text, that experts are judged by, or up to twice as many: of each

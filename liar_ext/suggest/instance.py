@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.stock_config import shapes_of
-from liar_ext.errors import one_line
 from liar_ext.models.configs import config_parts
 from liar_ext.models.running import base_path, evaluating
 from liar_ext.suggest.small_config import CANDIDATES, SECONDS, TOKEN, TRIED, is_deep, shrink
+from liar_ext.system.errors import one_line
 from liar_ext.system.progress import quiet
 
 MOST_NUMBERS, MOST_MODULES = 20_000_000, 5_000  # 160 MB of float64; a second to build

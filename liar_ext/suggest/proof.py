@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from liar_ext.checkpoint.loading import load_pruned
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import is_stock
-from liar_ext.errors import one_line
 from liar_ext.models.family import Family
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.instance import Instance, Refused, attempt, make_plain, outputs
+from liar_ext.system.errors import one_line
 from liar_ext.system.progress import quiet
 
 KINDS = {"attn": "heads", "mlp": "channels"}  # of sites, and their units

@@ -15,7 +15,6 @@ from torch import nn
 
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.reading import reading
-from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, Part, as_code
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of
@@ -33,6 +32,7 @@ from liar_ext.suggest.sizes import (
 from liar_ext.suggest.small_config import MOST_DEPTH, bound_layers, check_sizes, most_layers
 from liar_ext.suggest.trace import Trace
 from liar_ext.suggest.wiring import Found, find_sites
+from liar_ext.system.errors import InputError, one_line
 from liar_ext.system.progress import no_bars
 
 # What a pruned or quantised folder says beside the sizes of its dense model.

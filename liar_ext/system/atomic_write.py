@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from liar_ext.errors import refusing
+from liar_ext.system.errors import refusing
 
 MOST_OF_NAME = 200  # bytes; a name has at most 255
 SEAL, SEAL_BYTES, CHUNK = "file/digest", 16, 1 << 22

@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from liar_ext.errors import InputError, one_line, refusing, typed
 from liar_ext.system.atomic_write import (
     SEAL,
     Held,
@@ -32,6 +31,7 @@ from liar_ext.system.atomic_write import (
     write_tensors,
 )
 from liar_ext.system.distributed import broadcast, gather, is_first, rank
+from liar_ext.system.errors import InputError, one_line, refusing, typed
 
 VERSION = 7  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"

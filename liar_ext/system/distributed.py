@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from liar_ext.errors import InputError, one_line
 from liar_ext.system.environment import TORCHRUN, launched
+from liar_ext.system.errors import InputError, one_line
 
 MEETING = timedelta(minutes=10)  # ranks meet before they load anything
 AT_HAND = timedelta(seconds=15)  # torchrun's store is there before; by IPv6 and IPv4 in turn

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError, printable, refusing
+from liar_ext.system.errors import InputError, printable, refusing
 
 MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB, an index of 10⁵ tensors less
 MOST_TEXT = 400  # characters of one value

@@ -16,8 +16,8 @@ from torch import nn
 
 from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint.folder import count_params
-from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating, positions_of, predicts_next_token
+from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 from liar_ext.vocabulary.pieces import Pieces, read_pieces
 from liar_ext.vocabulary.slicing import (

@@ -16,7 +16,7 @@ from typing import Any
 
 import regex
 
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as byte fallback spells them
 PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))

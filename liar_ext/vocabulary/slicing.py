@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from liar_ext.checkpoint.stock_config import dense_config, stock_of
-from liar_ext.errors import InputError, one_line
 from liar_ext.models.configs import config_parts, skeleton
 from liar_ext.models.residual_stream import narrow
 from liar_ext.models.running import owner_of
+from liar_ext.system.errors import InputError, one_line
 
 MORE = 64  # tokens of the second model
 TOKEN = re.compile(r"(^|_)token_(ids?|index)$")

@@ -15,6 +15,7 @@ from torch.nn import functional
 from liar_ext import InputError, MomentBank, calibrate, criterion, prune, score, sites
 from liar_ext.calibration import collect as calibration
 from liar_ext.calibration.gradients import collect_gradients
+from liar_ext.recipe.checks import CRITERIA
 from liar_ext.selection.criteria import _CRITERIA
 
 STEP = 0.02  # norms of a float64 model round to float32 in some families
@@ -289,7 +290,7 @@ def test_users_register_their_own():
         assert scores["0.mlp"].shape == (24,) and (scores["0.mlp"] > 0).all()
         prune(model, batches, 0.7, criterion="consumer_taylor")
     finally:
-        del _CRITERIA["consumer_taylor"]
+        del _CRITERIA["consumer_taylor"], CRITERIA["consumer_taylor"]
 
 
 @pytest.mark.parametrize(

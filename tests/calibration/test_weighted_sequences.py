@@ -7,8 +7,8 @@ import torch
 from tiny import batches, eager, tiny
 
 from liar_ext import calibrate, reconstruct_layerwise
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import sites
-from liar_ext.plan import Plan, SitePlan
 
 
 def model_of(name: str):

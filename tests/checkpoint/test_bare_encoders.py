@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from liar_ext import cli, load_pruned, prune, save_pruned
 from liar_ext.checkpoint import load_model
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 HEADS = {
     "bert": "BertForMaskedLM",

@@ -14,9 +14,9 @@ from tiny import NARROWABLE, outputs, tiny, tiny_inputs
 
 from liar_ext import load_pruned, save_pruned, verify_pruned
 from liar_ext.checkpoint.stock_config import auto_classes, how_to_load
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 
 # For each folder a line: what is wrong, or nothing.
 PLAIN = """

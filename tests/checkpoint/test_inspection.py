@@ -20,7 +20,7 @@ from tiny import tiny
 
 from liar_ext import verify_pruned
 from liar_ext.checkpoint import inspection, load_model, load_pruned, save_pruned
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from liar_ext import verify_pruned
 from liar_ext.checkpoint import load_model, load_pruned
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import auto_classes, how_to_load
-from liar_ext.errors import InputError
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.system.errors import InputError
 
 # Families whose stock class can be built with fewer attention units.
 EQUAL_ATTENTION = set(GROUPED) | {"vit", "dinov2", "dinov2_swiglu"}

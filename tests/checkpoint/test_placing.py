@@ -15,7 +15,7 @@ from folders import equal_plan, make_plan, pruned
 from liar_ext.checkpoint import load_model, load_pruned, placing, save_pruned, saving
 from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
 from liar_ext.checkpoint.placing import check_folder
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from tiny import outputs, tiny
 from liar_ext.checkpoint import load_pruned, placing, saving
 from liar_ext.checkpoint.saving import check_folder, save_pruned
 from liar_ext.checkpoint.stock_config import auto_classes, how_to_load
-from liar_ext.errors import InputError
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.system.errors import InputError
 
 
 def test_config_says_the_size_of_each_layer(tmp_path: Path) -> None:

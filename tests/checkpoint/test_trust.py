@@ -15,7 +15,7 @@ from tiny import outputs, tiny
 from liar_ext import verify_pruned
 from liar_ext.checkpoint import load_model, load_pruned, save_pruned
 from liar_ext.checkpoint.folder import LOADER_CODE
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_a_wrong_kernel_is_told(room, monkeypatch, capsys):
     def wrong(gram, *_):
         gram += 1
 
-    monkeypatch.setattr(info.liar_ext.ops, "gram_update_", wrong)
+    monkeypatch.setattr(info.ops, "gram_update_", wrong)
     assert cli.main(["doctor"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert "the Gram operator fails on cpu: its error is" in last
@@ -77,7 +77,7 @@ def test_an_error_of_the_operator_is_quoted(monkeypatch):
     def fails(*_):
         raise RuntimeError("no kernel\nimage")
 
-    monkeypatch.setattr(info.liar_ext.ops, "gram_update_", fails)
+    monkeypatch.setattr(info.ops, "gram_update_", fails)
     assert info.self_check("cpu") == "no kernel image"
 
 

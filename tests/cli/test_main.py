@@ -196,7 +196,7 @@ def test_verify_and_eval_the_result(pruned, corpus, capsys):
 
 def test_an_encoder_is_refused_before_it_is_loaded(tmp_path, capsys, monkeypatch):
     tiny("bert").save_pretrained(tmp_path / "bert")
-    monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("liar_ext.cli.inputs.load_model", lambda *_: pytest.fail("loaded"))
     assert run("eval", tmp_path / "bert", "--tasks", "piqa") == 2
     assert "--tasks needs a causal language model, got Bert" in capsys.readouterr().err
 
@@ -204,7 +204,7 @@ def test_an_encoder_is_refused_before_it_is_loaded(tmp_path, capsys, monkeypatch
 def test_what_is_missing_is_told_before_the_model_is_loaded(
     llama_folder, corpus, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("liar_ext.cli.inputs.load_model", lambda *_: pytest.fail("loaded"))
     command = ("prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out")
     assert run(*command, "--of", "latency", "--latency-table", tmp_path / "no.json") == 2
     assert f"there is no file {tmp_path / 'no.json'}" in capsys.readouterr().err

@@ -14,11 +14,11 @@ from stopping import stop_at
 from liar_ext import load_pruned
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import InFlight
+from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.checkpoint import saving
 from liar_ext.cli import inputs, resume
 from liar_ext.job import pruning
 from liar_ext.reconstruction.walk import LayerwiseSolver
-from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.system.checkpoint_store import VERSION, Checkpoint
 
 pytestmark = pytest.mark.usefixtures("always_saving")

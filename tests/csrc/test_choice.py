@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from liar_ext import ops
 from dataclasses import replace
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 from liar_ext.ops import backends, choice, curve, reference
 from liar_ext.ops.backends import gram_kind
 from liar_ext.ops.choice import Kind

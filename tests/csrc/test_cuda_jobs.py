@@ -29,6 +29,7 @@ from liar_ext import (
     sites,
     verify_pruned,
 )
+from liar_ext.recipe.checks import CRITERIA
 from liar_ext.reconstruction.low_memory import in_file
 from liar_ext.reconstruction.rows import BY_BLOCKS, ON_HOST
 from liar_ext.selection import error_curves as curves_module
@@ -189,7 +190,7 @@ def test_a_criterion_may_weigh_gradients_by_moments_that_were_loaded():
         for site in at:
             torch.testing.assert_close(got[site.name], want[site.name], rtol=1e-3, atol=1e-9)
     finally:
-        del _CRITERIA["mixed"]
+        del _CRITERIA["mixed"], CRITERIA["mixed"]
 
 
 def test_sums_take_half_of_what_is_free(monkeypatch):

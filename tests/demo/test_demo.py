@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,21 +47,6 @@ ARTICLES = [
     f"{word} title\n\nThe {word} body has enough {word} words to be read. It ends here, " * 3
     for word in ("apple", "banana", "cherry", "date", "elder", "fig", "grape", "hazel")
 ]
-
-
-def test_a_held_out_article_shares_neither_title_nor_body_with_the_others():
-    import assets
-
-    articles = ["T1\n\nb1", "T2\n\nb2", "T1\n\nb3", "T4\n\nb4", "T5\n\nb5", "T6\n\nb4", "T7\n\nb7"]
-    others, held_out = assets.hold_out(articles, 3)
-    assert held_out == ["T1\n\nb1", "T4\n\nb4", "T7\n\nb7"]
-    assert others == ["T2\n\nb2", "T5\n\nb5"]  # T1 by its title, b4 by its body
-
-
-def test_articles_of_one_title_or_body_are_held_out_once():
-    import assets
-
-    assert assets.distinct(["T\n\na", " T\n\nb", "U\n\na", "V\n\nc\n"]) == ["T\n\na", "V\n\nc"]
 
 
 def test_recall_by_hand():
@@ -211,17 +195,6 @@ def test_a_printed_command_is_the_one_that_runs(monkeypatch, capsys):
         jobs.liar("liar prune model")
 
 
-def test_missing_packages_say_what_to_do(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "demo" / "assets.py", "texts"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.endswith("is missing; run: make demo\n")
-
-
 @pytest.mark.parametrize("target", ["demo", "test"])
 @pytest.mark.parametrize("given", [None, "active"])
 def test_make_lets_idle_threads_wait_without_spinning(target, given, tmp_path):
@@ -236,16 +209,4 @@ def test_make_lets_idle_threads_wait_without_spinning(target, given, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.stdout == f"policy: {given or 'passive'}\n", done.stderr
-
-
-def test_of_two_jobs_that_make_a_model_the_first_one_stays(tmp_path):
-    from assets import made_once
-
-    folder = tmp_path / "assets" / "model"
-    with made_once(folder) as late:
-        (late / "config.json").write_text("late")
-        with made_once(folder) as first:
-            (first / "config.json").write_text("first")
-    assert (folder / "config.json").read_text() == "first"
-    assert list(folder.parent.iterdir()) == [folder]
+    assert set(done.stdout.splitlines()) == {f"policy: {given or 'passive'}"}, done.stderr

@@ -14,9 +14,9 @@ from folders import equal_plan
 
 from liar_ext import InputError, cli
 from liar_ext.checkpoint.folder import EXPORTS_FILE, strangers
-from liar_ext.errors import install
 from liar_ext.export import FORMATS, Exported, Format, export
 from liar_ext.export.exporting import read_record
+from liar_ext.system.errors import install
 
 
 @pytest.fixture

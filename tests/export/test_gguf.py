@@ -23,9 +23,9 @@ from liar_ext.export import export as export_checked
 from liar_ext.export import llama_cpp
 from liar_ext.export.gguf_tensors import interleave
 from liar_ext.export.llama_cpp import run_file
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 export = partial(export_checked, check=False)  # which these tests do themselves

@@ -20,9 +20,9 @@ from torch import nn
 from liar_ext import InputError
 from liar_ext.export import export as export_checked
 from liar_ext.export import gguf_tensors
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import SHARED, sites, teams_of
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 export = partial(export_checked, check=False)  # which these tests do themselves

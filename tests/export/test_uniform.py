@@ -15,9 +15,9 @@ from tiny import TINY, outputs, tiny
 from liar_ext import InputError, cli, load_pruned, save_pruned, verify_pruned
 from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.export import export
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 
 
 def exported(model, plan, tmp_path, **options):

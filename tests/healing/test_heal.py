@@ -15,13 +15,13 @@ from tiny import VOCAB, tiny
 
 from liar_ext import heal
 from liar_ext.calibration.batches import read_batch, read_batches
-from liar_ext.errors import InputError
 from liar_ext.healing import heal as run
 from liar_ext.healing.losses import KLDivergence, Teacher, losses, mean_loss
 from liar_ext.healing.training import Training, activation_bytes, choose, rates
 from liar_ext.models.running import computes_bfloat16
 from liar_ext.models.slicing import apply_plan
 from liar_ext.report.sections import healing_lines
+from liar_ext.system.errors import InputError
 
 STEPS = {"budget": {"steps": 12}, "lr": 1e-2, "bfloat16": False}
 

@@ -114,7 +114,7 @@ def make_tiny(out: Path) -> None:
 def even_plan(model: Any) -> Any:
     """Keep 2, 4 and 2 KV groups and 48, 80 and 64 channels, which two ranks can share."""
     from liar_ext import Plan, sites
-    from liar_ext.plan import SitePlan
+    from liar_ext.models.plan import SitePlan
 
     kept = {"attn": ((0, 1), range(4), (1, 3)), "mlp": (range(48), range(80), range(64))}
     plans = {s.name: SitePlan(s.units, tuple(kept[s.kind][s.block])) for s in sites(model)}

@@ -12,7 +12,6 @@ from tiny import GROUPED, TINY
 from transformers import AutoConfig
 
 from liar_ext import save_pruned
-from liar_ext.errors import InputError
 from liar_ext.integrations.vllm import (
     PROJECTION,
     check_shapes,
@@ -20,6 +19,7 @@ from liar_ext.integrations.vllm import (
     expected_shape,
     is_pruned,
 )
+from liar_ext.system.errors import InputError
 
 
 def config_of(folder):

@@ -12,6 +12,7 @@ from tiny import batches, tiny, tiny_inputs
 
 from liar_ext import prune, sites
 from liar_ext.calibration.batches import probe_batches
+from liar_ext.calibration.divergence import DenseOutputs, Divergence
 from liar_ext.job.rescaling import (
     LADDER,
     NUDGE,
@@ -25,7 +26,6 @@ from liar_ext.job.rescaling import (
     rescale,
     rescale_batches,
 )
-from liar_ext.selection.divergence import DenseOutputs, Divergence
 from liar_ext.selection.sensitivity import POSITIONS, blocks_before
 
 # Norms of branches and offsets, biases, transposed weights, norms after sums, no logits.

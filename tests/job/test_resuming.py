@@ -13,9 +13,9 @@ from torch import nn
 
 from liar_ext import InputError, calibrate, prune
 from liar_ext.calibration.collect import InFlight
+from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.job import solving
 from liar_ext.reconstruction.walk import LayerwiseSolver
-from liar_ext.selection.divergence import DenseOutputs
 
 pytestmark = pytest.mark.usefixtures("always_saving")
 

@@ -11,9 +11,9 @@ from tiny import same_weights, tiny, tiny_inputs
 
 from liar_ext import Recipe, prune
 from liar_ext.calibration.batches import read_batches
+from liar_ext.calibration.divergence import Divergence
 from liar_ext.job import solving
 from liar_ext.job.solving import hold_out, sequences_to_judge
-from liar_ext.selection.divergence import Divergence
 
 
 def batches(model, count, first=0):

@@ -26,10 +26,10 @@ from tiny_decoders import DECODERS
 from liar_ext import InputError, Plan, apply_plan, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.stock_config import describe, how_to_load
 from liar_ext.models.depth import why_lent
+from liar_ext.models.plan import SitePlan
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_bias, sites, why_whole
-from liar_ext.plan import SitePlan
 
 CONFIGS = {name: getattr(transformers, each) for name, (_, each, _) in DECODERS.items()}
 STREAMS = [name for name, config in CONFIGS.items() if FAMILIES[config.model_type].stream]

@@ -11,12 +11,12 @@ from torch import nn
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.taps import watched
-from liar_ext.errors import InputError
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.running import layer_at
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites, teams_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.ops.reference import symmetric
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.system.errors import InputError
 
 NAMES = list(MOE)
 ALL = [*MOE, "llama4_text"]  # where routers scale what experts give, and what they read

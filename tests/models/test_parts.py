@@ -38,9 +38,9 @@ from liar_ext.export import uniform
 from liar_ext.integrations.linear_grams import calibrate_linears
 from liar_ext.measure.latency import measure_latency
 from liar_ext.measure.speed import Settings, run_once
+from liar_ext.models.plan import SitePlan
 from liar_ext.models.running import complete_inputs
 from liar_ext.models.sites import sites
-from liar_ext.plan import SitePlan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.report.page import write_page
 from liar_ext.report.pictures import KINDS, kept

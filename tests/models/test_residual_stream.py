@@ -11,10 +11,10 @@ from tiny import MORE, NARROWABLE, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import InputError, Plan
+from liar_ext.models.plan import SitePlan
 from liar_ext.models.residual_stream import hidden_of, slice_hidden
 from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import SitePlan
 
 USUAL = (
     "ForSequenceClassification",

@@ -11,12 +11,12 @@ from tiny import GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from liar_ext.errors import InputError
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.registry import FAMILIES, family_of, register_family
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.suggest import suggest_family
+from liar_ext.system.errors import InputError
 
 
 def drop_one(model: nn.Module, name: str, attn_unit: str = "auto") -> None:

@@ -12,13 +12,13 @@ from folders import check_sliced, make_plan, zero_removed
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
-from liar_ext.errors import InputError
 from liar_ext.models.family import Family, Stack, Wiring
+from liar_ext.models.plan import Budget, Plan, SitePlan
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan, unit_rows
-from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.selection.costs import total_cost
+from liar_ext.system.errors import InputError
 
 
 @pytest.mark.parametrize("kinds", [("attn",), ("mlp",), ("attn", "mlp")])

@@ -16,8 +16,8 @@ from bench.quality import choices, continuation, windows
 from bench.quality.choices import Question, Questions, read_questions, tokens_of
 from bench.quality.continuation import Continuations, greedy, settled
 from bench.quality.windows import HeldOut, head_of
-from liar_ext.errors import InputError
 from liar_ext.measure.evaluation import perplexity
+from liar_ext.system.errors import InputError
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,9 +17,9 @@ from bench.quality.record import Record, alone_in, write_whole
 from bench.quality.report import markdown
 from bench.quality.sharing import Case
 from liar_ext import Recipe, prune, sites
-from liar_ext.errors import InputError
 from liar_ext.job import analysis
 from liar_ext.job.preparing import settled_for
+from liar_ext.system.errors import InputError
 
 
 def test_names_of_methods():

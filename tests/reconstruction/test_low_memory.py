@@ -13,12 +13,12 @@ import torch
 from tiny import batches, tiny
 
 from liar_ext import InputError, Moments, ops, prune
-from liar_ext.errors import is_out_of_memory
 from liar_ext.reconstruction import low_memory, ridge
 from liar_ext.reconstruction.ladder import ROW_BLOCK
 from liar_ext.reconstruction.ridge import Residual
 from liar_ext.reconstruction.rows import BY_BLOCKS
 from liar_ext.reconstruction.solve import solution_of, solve
+from liar_ext.system.errors import is_out_of_memory
 
 D_IN, D_OUT = ROW_BLOCK + 90, low_memory.OUTPUTS + 30
 KEPT = torch.tensor([i for i in range(D_IN) if i % 7])  # more than a block of rows

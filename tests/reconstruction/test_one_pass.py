@@ -7,7 +7,7 @@ import torch
 from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, Moments, calibrate, reconstruct, sites
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.reconstruction.ridge import DAMP_LADDER, Residual, ratio
 from liar_ext.reconstruction.solve import solve
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import liar_ext
 from liar_ext import cli
 from liar_ext.checkpoint import load_model
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 from reliability.outcome import LIMIT, Outcome, in_child
 from reliability.tampering import tampered
 

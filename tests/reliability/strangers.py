@@ -144,7 +144,7 @@ def _exports(own: Path, room: Path, draw: random.Random):
 def _gguf(own: Path, room: Path, draw: random.Random):
     """A GGUF file with code and an adapter beside it, or that lacks a weight, or is damaged."""
     from liar_ext.checkpoint import load_model
-    from liar_ext.errors import InputError
+    from liar_ext.system.errors import InputError
 
     path = room / "model.gguf"
     shutil.copy(own / path.name, path)

@@ -12,8 +12,9 @@ import torch
 from tiny import tiny
 
 from liar_ext import Budget, Costs, InputError, allocate, prune, sites
-from liar_ext.plan import BUDGET_UNITS
-from liar_ext.selection.allocation import allowed_counts, check_budget, even_plan
+from liar_ext.models.plan import BUDGET_UNITS
+from liar_ext.models.slicing import allowed_counts
+from liar_ext.selection.allocation import check_budget, even_plan
 from liar_ext.selection.costs import MAX_GRAINS, choose, total_cost
 
 METHODS = ("uniform", "global", "curve")

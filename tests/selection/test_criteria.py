@@ -6,6 +6,7 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, calibrate, criterion, ops, score, sites
 from liar_ext.models.sites import get_consumer_weight
+from liar_ext.recipe.checks import CRITERIA
 from liar_ext.selection.allocation import select
 from liar_ext.selection.criteria import _CRITERIA
 
@@ -106,7 +107,7 @@ def test_users_register_their_own(job):
         assert score(model, bank, at, "last")["0.attn"].tolist() == [0, 1, 2, 3]
         assert score(model, bank, at, "last_feature")["0.attn"].tolist() == [28, 92, 156, 220]
     finally:
-        del _CRITERIA["last"], _CRITERIA["last_feature"]
+        del _CRITERIA["last"], _CRITERIA["last_feature"], CRITERIA["last"], CRITERIA["last_feature"]
 
 
 def test_unknown_and_broken_criteria(job):
@@ -124,7 +125,7 @@ def test_unknown_and_broken_criteria(job):
         with pytest.raises(InputError, match="give 4 finite scores at 0.attn, or 32 by feature"):
             score(model, bank, at, "nan")
     finally:
-        del _CRITERIA["nan"]
+        del _CRITERIA["nan"], CRITERIA["nan"]
 
 
 @pytest.mark.parametrize("attn_unit", ["kv_group", "head"])

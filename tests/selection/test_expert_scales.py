@@ -21,10 +21,10 @@ from tiny import MOE, outputs, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
+from liar_ext.calibration.divergence import Divergence
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 from liar_ext.reconstruction.streams import InMemory, Walk
-from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.expert_scales import (
     PLAIN,
     POWERS,

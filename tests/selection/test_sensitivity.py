@@ -21,9 +21,9 @@ from liar_ext import (
     site_divergences,
     sites,
 )
+from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.reconstruction.solve import with_bias
 from liar_ext.selection.allocation import probe_plan
-from liar_ext.selection.divergence import DenseOutputs
 
 
 def job(family, mode="linear"):

@@ -9,16 +9,17 @@ from tiny import batches, tiny
 
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.saved_sums import group_sites
-from liar_ext.errors import InputError
+from liar_ext.models.plan import Budget
 from liar_ext.models.sites import get_consumer_weight, sites, teams_of
+from liar_ext.models.slicing import allowed_counts
 from liar_ext.ops.reference import symmetric
-from liar_ext.plan import Budget
 from liar_ext.reconstruction.solve import reconstruct
-from liar_ext.selection.allocation import allocate, allowed_counts, probe_plan
+from liar_ext.selection.allocation import allocate, probe_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import score
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import site_divergences
+from liar_ext.system.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from liar_ext import Budget, InputError, allocate, sites
-from liar_ext.plan import AUTO_TILE, LEAST_STEPS
-from liar_ext.selection.allocation import allowed_counts, check_budget, probe_plan, site_step
+from liar_ext.models.plan import AUTO_TILE, LEAST_STEPS
+from liar_ext.models.slicing import allowed_counts, site_step
+from liar_ext.selection.allocation import check_budget, probe_plan
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.curve_allocation import predict_divergence, rounding
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.taps import watched
-from liar_ext.errors import InputError
 from liar_ext.models.experts import reroute, router_of
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.plan import Plan, SitePlan
 from liar_ext.reconstruction.streams import InMemory, Walk
 from liar_ext.selection.expert_scales import LayerTokens
 from liar_ext.selection.whole_experts import (
@@ -26,6 +25,7 @@ from liar_ext.selection.whole_experts import (
     choose_experts,
     layers_of,
 )
+from liar_ext.system.errors import InputError
 
 EXPERTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
 

@@ -13,9 +13,9 @@ from tiny import tiny
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, Mamba2Config, Olmo2Config
 
-from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
 from liar_ext.suggest.suggest import suggest_family, suggest_for
+from liar_ext.system.errors import InputError
 
 SMALL = {"vocab_size": 40, "num_hidden_layers": 2}
 

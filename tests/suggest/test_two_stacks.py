@@ -15,13 +15,13 @@ from tiny import outputs
 from transformers import AutoConfig
 
 import liar_ext
-from liar_ext.errors import InputError
 from liar_ext.models.family import Stack, Wiring
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
-from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.proof import registered
 from liar_ext.suggest.suggest import suggest_family
+from liar_ext.system.errors import InputError
 
 KINDS = ("attn", "cross_attn", "mlp")
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import KINDS, bpe, load, spec, texts, tokenizers
 
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 from liar_ext.vocabulary.keep import choose, counts_of, edited, order_of, size_of
 from liar_ext.vocabulary.pieces import BYTES, byte_alphabet, read_pieces
 

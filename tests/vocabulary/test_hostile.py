@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from small_tokenizers import LETTERS, bpe, spec
 
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 from liar_ext.vocabulary.keep import edited
 from liar_ext.vocabulary.pieces import BYTES, byte_alphabet, read_pieces
 

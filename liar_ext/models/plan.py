@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from liar_ext.errors import InputError
+from liar_ext.system.errors import InputError
 
 PLAN_VERSION = 2
 # Of a plan that removes whole experts, or blocks, which a reader of an earlier one would keep.
@@ -24,6 +24,7 @@ ATTN_UNITS = ("auto", "kv_group", "head")
 MODES = ("auto", "none", "bias", "linear", "affine")  # of reconstruction
 BUDGET_UNITS = ("prunable", "params", "flops", "kv_cache", "latency")
 PHASES = ("prefill", "decode", "both")
+MOST_BESIDE = 0.9  # of all sequences: nine for each of text
 # The default tile, the smallest group of common weight quantisers. It is halved for a size that
 # has fewer steps of it than these, where one step would be more than an eighth of a layer.
 AUTO_TILE, LEAST_STEPS = 32, 8
@@ -41,6 +42,24 @@ def check_tile(operation: str, value: Any) -> int | str:
     raise InputError(
         f'{operation}: tile must be an integer of at least 1 or "auto", got {came}; 32 is one'
     )
+
+
+def check_fraction(operation: str, name: str, fraction: float) -> None:
+    """Raise InputError unless a fraction of all sequences can come beside those of text."""
+    if not 0.0 <= fraction <= MOST_BESIDE:
+        raise InputError(
+            f"{operation}: {name} must be in [0, {MOST_BESIDE}], got {fraction}; 0.25 is a third "
+            "as many as there are of text, and 0 none"
+        )
+
+
+def check_mode(mode: str) -> None:
+    """Raise InputError unless a layerwise walk can solve in this ``mode``."""
+    if mode not in ("auto", "linear", "affine"):
+        raise InputError(
+            f"layerwise: reconstruct must be auto, linear or affine, got {mode!r}, which solves "
+            'for no target; use schedule="one-pass"'
+        )
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from tiny import outputs, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batch
+from liar_ext.calibration.divergence import DenseOutputs, _spread
 from liar_ext.healing.losses import Teacher, losses
-from liar_ext.selection.divergence import DenseOutputs, _spread
 
 
 class Fixed(nn.Module):
