@@ -30,6 +30,9 @@ from liar_ext.system.errors import InputError
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
 ENOUGH, TIMES = 1 << 22, 16
 LONE = ("blocks", "halves")  # how a lone document is cut
+# Of what encoders read, every so many tokens are in documents joined to whole sequences, and as
+# many in pieces of SHORT tokens. docs/quality.md shows what an encoder loses that saw one length.
+OTHER_LENGTHS, SHORT = 16, 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Text:
     packed : bool
         True (causal models): documents of a fold are joined and cut into full windows, each of
         which begins as the tokenizer begins a document. False (encoders): one sequence per
-        document, with special tokens, truncated and padded.
+        document, with special tokens, truncated and padded; and an eighth of the tokens is in
+        sequences of other lengths.
     certify, judge : int
         Sequences of documents that no other sequence comes from, returned as
         :attr:`Sequences.certification` and :attr:`Sequences.judging`.
@@ -286,8 +290,27 @@ def _queue(
         order = torch.randperm(len(windows), generator=generator).tolist()
         return [windows[i] for i in order[:share]]
     order = torch.randperm(len(pieces), generator=generator).tolist()
-    chosen = (pieces[i] for i in order)
-    return _single_sequences(chosen, tokenizer, text.seq_len, share * text.seq_len)
+    chosen, tokens = (pieces[i] for i in order), share * text.seq_len
+    reach = min(tokens, sum(map(len, pieces)) // CHARACTERS)
+    some, rows = round(reach / OTHER_LENGTHS / text.seq_len) * text.seq_len, []
+    if some:
+        mean = sum(map(len, pieces)) / len(pieces) / CHARACTERS  # tokens, about
+        if mean < text.seq_len:
+            long = _joined(chosen, text.seq_len)
+            rows += _single_sequences(long, tokenizer, text.seq_len, some)
+        if mean > 2 * SHORT:
+            short = (piece for each in chosen for piece in cut_pieces(each, SHORT * CHARACTERS))
+            rows += _single_sequences(short, tokenizer, min(SHORT, text.seq_len), some)
+    rows += _single_sequences(chosen, tokenizer, text.seq_len, tokens - sum(map(len, rows)))
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator)] if some else rows
+
+
+def _joined(documents: Iterator[str], seq_len: int) -> Iterator[str]:
+    """Yield documents one after another in texts of ``seq_len`` tokens, which are cut then."""
+    for document in documents:
+        while len(document) < 2 * seq_len * CHARACTERS and (more := next(documents, None)):
+            document = f"{document}\n{more}"
+        yield document
 
 
 def _packed_windows(

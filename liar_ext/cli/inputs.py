@@ -136,9 +136,9 @@ def load(
             "prune: --dry-run can't tell how --keep-vocab auto shares a budget of params, which it "
             "measures on pruned models; give a number of tokens, or leave --dry-run out"
         )
-    texts_read = {"read": read, "held_out": held_out}
-    asked = {"progress": progress, "sketch": sketch, "judge": judge, "must_judge": must_judge}
-    draw = partial(_draw, recipe, model, **texts_read, **asked)
+    write = partial(_written, recipe, model, progress=progress, sketch=sketch)
+    asked = {"write": write, "judge": judge, "must_judge": must_judge}
+    draw = partial(_draw, recipe, model, read=read, held_out=held_out, **asked)
     vocabulary = SmallerVocabulary(
         *(recipe, model, tokenizer, read, held_out),
         draw=lambda: draw(tokenizer)["calibration"],
@@ -196,11 +196,10 @@ def _draw(
     recipe: Recipe,
     model: nn.Module,
     reads: Any,
+    *,
     read: dict[str, Sequence[str]],
     held_out: Sequence[str] | None,
-    *,
-    progress: bool,
-    sketch: bool,
+    write: Callable[[Any, int], tuple[Sequence[str], dict[str, float]]],
     judge: int,
     must_judge: bool,
 ) -> dict[str, Any]:
@@ -209,8 +208,8 @@ def _draw(
     named, causal = SELF in recipe.calibration, predicts_next_token(model)
     if named:
         size = recipe.samples + recipe.certify + judge
-        read[SELF], seconds = _written(model, reads, recipe, size, progress, sketch)
-        facts |= {"writing": seconds} if sketch else {}
+        read[SELF], seconds = write(reads, size)
+        facts |= seconds
     asked = {"samples": recipe.samples, "seed": recipe.seed, "certify": recipe.certify}
     if isinstance(reads, Reader):
         draw, asked["must_judge"] = calibration_inputs, must_judge
@@ -266,18 +265,20 @@ def evaluation_batches(
 
 
 def _written(
-    model: nn.Module, tokenizer: Any, recipe: Recipe, size: int, progress: bool, sketch: bool
-) -> tuple[Sequence[str], float]:
-    """Return the model's own share of ``size`` sequences, and the seconds to write it."""
+    recipe: Recipe, model: nn.Module, tokenizer: Any, size: int, *, progress: bool, sketch: bool
+) -> tuple[Sequence[str], dict[str, float]]:
+    """Return the model's own share of ``size`` sequences, and of a sketch what all would take."""
     start = time.perf_counter()
     share = generated.enough_documents(-(-size // len(recipe.calibration)))
     tokens = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
     how = {"documents": share, "tokens": tokens, "seed": recipe.seed, "progress": progress}
     written = generated.write_documents(model, tokenizer, **how)
+    if not sketch:
+        return written, {}
     times = -(-recipe.seq_len // tokens)
-    if sketch:  # once more, as what is read again may be fewer tokens
-        written = [(times + 1) * text for text in written]
-    return written, times * (time.perf_counter() - start)
+    # Once more, as what is read again may be fewer tokens.
+    again = [(times + 1) * text for text in written]
+    return again, {"writing": times * (time.perf_counter() - start)}
 
 
 def writes(recipe: Recipe, model: nn.Module) -> bool:

@@ -69,8 +69,8 @@ def test_blocks_of_a_text_without_paragraphs_have_gaps_too(text):
 
 def test_a_lone_document_gives_an_encoder_many_sequences(tokenizer):
     words = " ".join(f"{index:04}" for index in range(400))
-    drawn = draw([[words]], tokenizer, samples=20, seq_len=24, packed=False)
-    assert len(drawn) == 20 and len({tuple(row) for row in drawn.input_ids.tolist()}) == 20
+    drawn = draw([[words]], tokenizer, samples=16, seq_len=24, packed=False)
+    assert len(drawn) == 16 and len({tuple(row) for row in drawn.input_ids.tolist()}) == 16
     assert cut_pieces("aa bb ccccccc d", 5) == ["aa bb", "cccc", "ccc d"]
     assert cut_pieces(words, 99) != [words] and " ".join(cut_pieces(words, 99)) == words
 
@@ -233,8 +233,52 @@ def test_short_documents_count_by_their_tokens(tokenizer):
     firsts = drawn.input_ids[:, 0] == drawn.input_ids[0, 0]
     assert 0 < firsts.sum() <= len(firsts)
     long = [str(index) * 500 for index in range(1, 9)] * 3
-    few = draw([long], tokenizer, samples=20, seq_len=40, packed=False)
-    assert few.tokens == 800 and len(few) == 20
+    few = draw([long], tokenizer, samples=16, seq_len=40, packed=False)
+    assert few.tokens == 640 and len(few) == 16
+
+
+LETTERS = string.ascii_lowercase
+
+
+def lengths_by_fold(drawn: Sequences) -> list[list[int]]:
+    lengths = drawn.attention_mask.sum(1)
+    return [sorted(lengths[drawn.fold == fold].tolist()) for fold in (0, 1)]
+
+
+def test_a_sixteenth_of_the_tokens_of_short_documents_fills_whole_sequences(tokenizer):
+    """Else an encoder that is given sentences never sees the positions that pages have."""
+    short = [4 * letter for letter in LETTERS for _ in range(400)]
+    drawn = draw([short], tokenizer, samples=64, seq_len=32, packed=False)
+    for own in lengths_by_fold(drawn):
+        assert own == 240 * [4] + 2 * [32], "64 of 1,024 tokens"
+    long = drawn.input_ids[drawn.attention_mask.sum(1) == 32]
+    ends = tokenizer("\n")["input_ids"][0]
+    for row in long:  # six documents and a half, one after another
+        assert (row == ends).nonzero().flatten().tolist() == [4, 9, 14, 19, 24, 29]
+    firsts = drawn.attention_mask[drawn.fold == 0].sum(1).tolist()
+    assert firsts[:2] != [32, 32], "they are mixed in, as several texts are drawn from in turn"
+
+
+def test_a_sixteenth_of_the_tokens_of_long_documents_is_in_short_pieces(tokenizer):
+    pages = [200 * f"{letter}{letter}{letter} " for letter in LETTERS for _ in range(4)]
+    drawn = draw([pages], tokenizer, samples=64, seq_len=64, packed=False)
+    for own in lengths_by_fold(drawn):
+        assert sum(own[:-30]) >= 128 and set(own[:-30]) <= {15, 16} and own[-30:] == 30 * [64]
+
+
+@pytest.mark.parametrize(("size", "seq_len"), [(300, 24), (100, 32)])
+def test_other_lengths_split_no_document_between_the_folds(tokenizer, size, seq_len):
+    documents = [letter * size for letter in LETTERS]
+    drawn = draw([documents], tokenizer, samples=64, seq_len=seq_len, packed=False)
+    own = [set(drawn.input_ids[drawn.fold == fold].flatten().tolist()) for fold in (0, 1)]
+    assert not own[0] & own[1] & set(tokenizer(LETTERS)["input_ids"])
+
+
+def test_little_text_has_no_sequences_of_other_lengths(tokenizer):
+    """A lone sequence would be much of it."""
+    words = [4 * letter for letter in LETTERS]
+    drawn = draw([words], tokenizer, samples=64, seq_len=32, packed=False)
+    assert len(drawn) == 26 and drawn.attention_mask.sum(1).eq(4).all()
 
 
 def test_sequences_of_like_length_share_a_batch_without_more_padding_than_they_need(tokenizer):
