@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import accumulate, islice, zip_longest
+from itertools import accumulate, cycle, islice, zip_longest
 from typing import Any
 
 import torch
@@ -299,10 +299,18 @@ def _queue(
             long = _joined(chosen, text.seq_len)
             rows += _single_sequences(long, tokenizer, text.seq_len, some)
         if mean > 2 * SHORT:
-            short = (piece for each in chosen for piece in cut_pieces(each, SHORT * CHARACTERS))
+            others = islice(cycle(reversed(order)), some)  # not those that are read next
+            short = _pieces(pieces[i] for i in others)
             rows += _single_sequences(short, tokenizer, min(SHORT, text.seq_len), some)
     rows += _single_sequences(chosen, tokenizer, text.seq_len, tokens - sum(map(len, rows)))
     return [rows[i] for i in torch.randperm(len(rows), generator=generator)] if some else rows
+
+
+def _pieces(documents: Iterable[str]) -> Iterator[str]:
+    """Yield one piece of SHORT tokens of each document, from another place in each."""
+    for number, document in enumerate(documents):
+        if cut := cut_pieces(document, SHORT * CHARACTERS):  # nothing of a blank one
+            yield cut[number % len(cut)]
 
 
 def _joined(documents: Iterator[str], seq_len: int) -> Iterator[str]:

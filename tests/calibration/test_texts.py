@@ -264,6 +264,15 @@ def test_a_sixteenth_of_the_tokens_of_long_documents_is_in_short_pieces(tokenize
     drawn = draw([pages], tokenizer, samples=64, seq_len=64, packed=False)
     for own in lengths_by_fold(drawn):
         assert sum(own[:-30]) >= 128 and set(own[:-30]) <= {15, 16} and own[-30:] == 30 * [64]
+    pieces = drawn.input_ids[drawn.attention_mask.sum(1) < 64, 0].tolist()
+    assert len(set(pieces)) > len(pieces) / 2, "each is of another document"
+
+
+def test_blank_documents_have_no_pieces(tokenizer):
+    """They would be cut for ever."""
+    blank = [*LETTERS, *(900 * " " for _ in LETTERS)]
+    drawn = draw([blank], tokenizer, samples=64, seq_len=64, packed=False)
+    assert drawn.attention_mask.sum(1).unique().tolist() == [1, 64]
 
 
 @pytest.mark.parametrize(("size", "seq_len"), [(300, 24), (100, 32)])
