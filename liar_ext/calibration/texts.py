@@ -300,7 +300,7 @@ def _queue(
             rows += _single_sequences(long, tokenizer, text.seq_len, some)
         if mean > 2 * SHORT:
             others = islice(cycle(reversed(order)), some)  # not those that are read next
-            short = _pieces(pieces[i] for i in others)
+            short = _pieces(pieces[i][: text.seq_len * CHARACTERS] for i in others)
             rows += _single_sequences(short, tokenizer, min(SHORT, text.seq_len), some)
     rows += _single_sequences(chosen, tokenizer, text.seq_len, tokens - sum(map(len, rows)))
     return [rows[i] for i in torch.randperm(len(rows), generator=generator)] if some else rows
