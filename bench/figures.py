@@ -132,7 +132,7 @@ def encoders(figure) -> None:
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, label=encoder)
         axes.axhline(100, color="#7b8794", linewidth=1, linestyle=":")
         axes.set(
-            title=title, xticks=[25, 35, 50], ylim=(86, 101), xlabel="% of heads and channels kept"
+            title=title, xticks=[25, 35, 50], ylim=(86, 102), xlabel="% of heads and channels kept"
         )
     figure.axes[0].set_ylabel("% of the dense score")
     figure.axes[0].legend(loc="lower right")
