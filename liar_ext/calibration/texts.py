@@ -285,6 +285,11 @@ def _queue(
     prefix: list[int],
     generator: torch.Generator,
 ) -> list[list[int]]:
+    """Return token rows of one source for one part, at random: enough for all of the part.
+
+    Not packed, some are of joined documents or of short pieces, where the documents' mean length
+    is another.
+    """
     if text.packed:
         windows = _packed_windows(pieces, tokenizer, text.seq_len, prefix)
         order = torch.randperm(len(windows), generator=generator).tolist()
