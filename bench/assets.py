@@ -93,7 +93,7 @@ def distinct(articles: list[str]) -> list[str]:
     return found
 
 
-def write_texts(folder: Path) -> dict[str, Path]:
+def write_texts(folder: Path) -> None:
     """Write calibration and held-out texts as JSON lines; they share no document."""
     folder.mkdir(parents=True, exist_ok=True)
     news, held_out = hold_out(news_documents(), HELD_OUT_EVERY)
@@ -103,12 +103,9 @@ def write_texts(folder: Path) -> dict[str, Path]:
         "held_out_news": held_out,
         "code": collected_documents("codeparrot/github-code"),
     }
-    paths = {}
     for name, documents in texts.items():
-        paths[name] = folder / f"{name}.jsonl"
         lines = (json.dumps({"text": text}) for text in documents)
-        paths[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return paths
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

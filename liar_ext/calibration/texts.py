@@ -51,7 +51,7 @@ class Text:
     packed : bool
         True (causal models): documents of a fold are joined and cut into full windows, each of
         which begins as the tokenizer begins a document. False (encoders): one sequence per
-        document, with special tokens, truncated and padded; and an eighth of the tokens is in
+        document, with special tokens, truncated and padded; up to an eighth of the tokens is in
         sequences of other lengths.
     certify, judge : int
         Sequences of documents that no other sequence comes from, returned as
@@ -296,10 +296,11 @@ def _queue(
         return [windows[i] for i in order[:share]]
     order = torch.randperm(len(pieces), generator=generator).tolist()
     chosen, tokens = (pieces[i] for i in order), share * text.seq_len
-    reach = min(tokens, sum(map(len, pieces)) // CHARACTERS)
-    some, rows = round(reach / OTHER_LENGTHS / text.seq_len) * text.seq_len, []
+    size, rows = sum(map(len, pieces)), []
+    reach = min(tokens, size // CHARACTERS)
+    some = round(reach / OTHER_LENGTHS / text.seq_len) * text.seq_len
     if some:
-        mean = sum(map(len, pieces)) / len(pieces) / CHARACTERS  # tokens, about
+        mean = size / len(pieces) / CHARACTERS  # tokens, about
         if mean < text.seq_len:
             long = _joined(chosen, text.seq_len)
             rows += _single_sequences(long, tokenizer, text.seq_len, some)
