@@ -71,9 +71,10 @@ stay unchanged.
 
 ### Kills in the save phase
 
-SIGKILL, SIGINT and SIGTERM arrive at file operations of a save and at random times, also when an
-older folder is replaced and the system cannot exchange two folders. The folder must be absent, the
-old one or the new one. The next run must find it or restore it, and leave nothing else behind.
+SIGKILL, SIGINT and SIGTERM arrive at file operations of a save and at random times. An older folder
+to replace may be there, and the system may lack the exchange of two folders. The folder must be
+absent, the old one or the new one. The next run must find it or restore it, and leave nothing else
+behind.
 
 ### Jobs that are stopped
 
@@ -104,9 +105,9 @@ The requirements are those above, but weights must agree within rounding. All ra
 Each job must do its work, or say in one line what is wrong. Out of memory, it must name the site.
 It may leave nothing behind but its checkpoint, and with room again must end in the same bytes.
 
-A solve that does not fit the memory of the CPU must use a file, and say so in the report, with the
-same weights up to rounding; or the job must end in that line. One that does not fit a GPU must run
-on the CPU (in the tests of a GPU).
+A solve that does not fit the memory of the CPU must use a file, and the report must say so. Weights
+must be the same up to rounding. Otherwise the job must end in that line. One that does not fit a GPU
+must run on the CPU (in the tests of a GPU).
 
 ### Bad command lines
 
