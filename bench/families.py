@@ -1,4 +1,4 @@
-"""Write the tables of families from their rows: docs/families.md, README.md and docs/index.md."""
+"""Write the tables of families from their rows: docs/families.md and README.md."""
 
 from __future__ import annotations
 
@@ -177,9 +177,8 @@ def main() -> None:
     """Write the three pages."""
     table = overview()
     (ROOT / "docs" / "families.md").write_text(markdown(table), encoding="utf-8")
-    for name in ("README.md", "docs/index.md"):
-        path = ROOT / name
-        path.write_text(placed(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+    path = ROOT / "README.md"
+    path.write_text(placed(path.read_text(encoding="utf-8"), table), encoding="utf-8")
 
 
 if __name__ == "__main__":
