@@ -105,9 +105,9 @@ The requirements are those above, but weights must agree within rounding. All ra
 Each job must do its work, or say in one line what is wrong. Out of memory, it must name the site.
 It may leave nothing behind but its checkpoint, and with room again must end in the same bytes.
 
-A solve that does not fit the memory of the CPU must use a file, and the report must say so. Weights
-must be the same up to rounding. Otherwise the job must end in that line. One that does not fit a GPU
-must run on the CPU (in the tests of a GPU).
+A solve that does not fit the memory of the CPU must use a file, and the report must say so.
+Weights must be the same up to rounding. Otherwise the job must end in that line. One that does not
+fit a GPU must run on the CPU (in the tests of a GPU).
 
 ### Bad command lines
 
