@@ -299,7 +299,7 @@ check-readme: setup
 	$(README_VENV)/bin/python -m pip install -q "$$(echo $(README_VENV)/wheel/*.whl)[report]"
 	$(README_VENV)/bin/python -I tests/readme.py $(README_VENV)/run
 
-# The tables of families, from their rows: docs/families.md, README.md and docs/index.md.
+# The tables of families, from their rows: docs/families.md and README.md.
 families: setup
 	$(BIN)/python bench/families.py
 

@@ -1,4 +1,4 @@
-"""Write the tables of families from their rows: docs/families.md, README.md and docs/index.md."""
+"""Write the tables of families from their rows: docs/families.md and README.md."""
 
 from __future__ import annotations
 
@@ -52,29 +52,24 @@ def summary(table: Mapping[str, Mapping[str, Entry]]) -> str:
 
 REFUSED = {
     "dimensions of queries and keys, apart from those of values (as CORP does)": (
-        "The classes of transformers reshape queries, keys and values by one head size. Fewer "
-        "dimensions of queries and keys alone need a forward pass of their own, which no class and "
-        "no runtime here loads. Under rotary positions they also go in pairs."
+        "The classes of transformers reshape queries, keys and values by one head size. No class "
+        "and no runtime here loads another forward pass."
     ),
     "the image encoder of an image-text model": (
-        "The rows of these models describe the language model alone. CLIP and SigLIP have "
-        "rows of their own."
+        "The rows of these models describe the language model. CLIP and SigLIP have their own."
     ),
     "videos, and images by their address, for [calibration](howto/image_text.md)": (
         "Only files below the folder of the `.jsonl` file are read."
     ),
     "[experts](moe.md#other-numbers-of-experts-in-each-layer), other numbers in each layer": (
-        "The config of each family has one number for all layers, which transformers and vLLM "
-        "read, and a GGUF file as well. vLLM reads counts by layer for Nemotron-H alone."
+        "The config of each family, and a GGUF file, has one number for all layers."
     ),
     "experts in multiples, for expert parallelism": (
         "No option. Choose `--keep-experts` so that the number left is a multiple."
     ),
     "[mixtures of experts as GGUF](export.md#mixtures-of-experts)": (
-        "mixtral, qwen2_moe, qwen3_moe, olmoe, granitemoe, glm4_moe, ernie4_5_moe, dots1 and "
-        "hunyuan_v1_moe with equal layers are written. llama.cpp gives all layers the same sizes, "
-        "and computes phimoe and gpt_oss otherwise; the other families have no table of tensors "
-        "yet."
+        "Nine families with equal layers are written. llama.cpp computes phimoe and gpt_oss "
+        "otherwise; the other families have no table of tensors yet."
     ),
     "single heads of Mamba-2 (nemotron_h, bamba, granitemoehybrid)": (
         "Its gated norm runs over all heads of a group, so removing one changes the others. Whole "
@@ -89,23 +84,22 @@ REFUSED = {
         "They write fewer features than the residual stream has, and a projection follows."
     ),
     "pure Mamba models (mamba, mamba2, falcon_mamba)": (
-        "Their blocks are in no row of the table. Channels of Mamba-1 meet in `x_proj`, which "
-        "makes the time steps of all of them."
+        "No row describes their blocks. Channels of Mamba-1 meet in `x_proj`, which makes the time "
+        "steps of all of them."
     ),
     "single attention or MLP layers, and blocks of encoder-decoders": (
-        "`--keep-blocks` removes whole blocks of models with one stack of them. Blocks of "
-        "Whisper, and attention layers alone, [lose more](experiments.md#depth) than narrower "
-        "layers that are as fast. Where a config can't say which blocks stay, as with layers that "
-        "are listed by number, it is refused."
+        "`--keep-blocks` removes whole blocks of models with one stack of them, if the config can "
+        "say which blocks stay. Blocks of Whisper, and attention layers alone, "
+        "[lose more](experiments.md#depth) than narrower layers that are as fast."
     ),
     "the second attention of SD3.5's first blocks, and diffusion models that are no transformers": (
-        "Their rows describe one attention in each block. U-Nets are in no row of the table. See "
-        "[diffusion transformers](howto/diffusion.md#limits)."
+        "Their rows describe one attention in each block, and none a U-Net "
+        "([limits](howto/diffusion.md#limits))."
     ),
     "Llama 4 with pictures (llama4)": (
         "transformers 5.24 can't run it: its forward asks the text model for outputs that it "
-        "lacks. Its text model, llama4_text, is pruned: load the folder by `AutoModelForCausalLM`, "
-        "save it, and prune what was saved."
+        "lacks. Prune its text model, llama4_text: load the folder by `AutoModelForCausalLM`, "
+        "save it, and prune that."
     ),
     "speech models with another attention, such as WavLM and Conformers": (
         "Their attention gets relative positions for each head, which no row describes yet."
@@ -124,8 +118,8 @@ def markdown(table: Mapping[str, Mapping[str, Entry]]) -> str:
         "# Families that you can prune",
         "",
         "Find out what can be removed from your model, and whether the result needs a loader. If",
-        "your family is missing, run `liar families --suggest MODEL`: it proposes and checks a row",
-        "for it ([extending](extend.md#a-model-family)). `make families` writes this page.",
+        "your family is missing, [run](extend.md#a-model-family) `liar families --suggest MODEL`.",
+        "`make families` writes this page.",
         "",
         BEGIN,
         "",
@@ -183,9 +177,8 @@ def main() -> None:
     """Write the three pages."""
     table = overview()
     (ROOT / "docs" / "families.md").write_text(markdown(table), encoding="utf-8")
-    for name in ("README.md", "docs/index.md"):
-        path = ROOT / name
-        path.write_text(placed(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+    path = ROOT / "README.md"
+    path.write_text(placed(path.read_text(encoding="utf-8"), table), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ CHECKS = (
 COLUMNS = ("traceback", "crash", "wrong answer", "hang", "code run", "data lost", "left behind")
 INTRODUCTION = """# Reliability: attacks, and what came of them
 
-See here which faults the package was attacked with, before you trust it with your models. No attack
-led to lost data, or foreign code that ran, unless the last column says so. `load_pruned` takes
-weights as they are in the file, as transformers does: `liar verify` tells whether bytes changed.
-`make reliability` runs all attacks, in some twenty minutes of an idle core, and writes this page.
+See here which faults the package was attacked with. No attack led to lost data, or foreign code
+that ran, unless the last column says so. `load_pruned` takes weights as they are in the file, as
+transformers does: `liar verify` tells whether bytes changed. `make reliability` runs all attacks,
+in some twenty minutes of an idle core, and writes this page.
 This run took {minutes:.0f} minutes. `make test-all` runs a few of each, `make test` of the short
 ones.
 
@@ -55,8 +55,8 @@ A saved folder is damaged:
 - foreign code, or pickles in place of weights.
 
 `load_pruned`, `verify_pruned` and `load_model` read each folder, and `liar verify` every sixth.
-Each call must refuse in one line, or load or judge what is there, and must run none of the code. It
-may take 60 seconds and 12 GiB of address space. The command may take 240 seconds.
+Each call must refuse in one line, or load or judge what is there. It must run none of the code. It
+may take 60 seconds (the command 240) and 12 GiB of address space.
 
 ### Files of strangers
 
@@ -66,8 +66,8 @@ may take 60 seconds and 12 GiB of address space. The command may take 240 second
 - a result and a checkpoint in one place; a standard output that is closed or full;
 - files in the current folder with names of modules.
 
-Nothing may wait or show a traceback, and none of the code may run. The models and banks of the user
-must stay unchanged.
+Nothing may wait or show a traceback. None of the code may run. Models and banks of the user must
+stay unchanged.
 
 ### Kills in the save phase
 
@@ -80,8 +80,8 @@ behind.
 
 SIGKILL, SIGINT and SIGTERM arrive at random times. The jobs are `liar calibrate` (with
 sensitivities), `liar merge`, and `liar prune` in one pass, layerwise, by blocks and from a bank.
-Each is stopped fifty times, with a checkpoint that is written as often as possible. The next
-process continues by `liar resume` and is stopped again.
+Each is stopped fifty times, with a checkpoint that is written as often as possible, and continued
+by `liar resume`.
 
 After every stop the output must be absent or whole, and each file of the checkpoint whole. In the
 end bank, weights and plan must have the bytes of an uninterrupted job.
@@ -89,11 +89,11 @@ end bank, weights and plan must have the bytes of an uninterrupted job.
 ### Ranks that are stopped
 
 `liar calibrate` and `liar prune` run with two ranks of torchrun's launcher and a checkpoint.
-SIGKILL arrives at a rank. SIGKILL, SIGTERM and SIGINT arrive at the launcher. Then 1, 2 or 3 ranks
+SIGKILL arrives at a rank; SIGKILL, SIGTERM and SIGINT arrive at the launcher. Then 1, 2 or 3 ranks
 continue, are stopped again, and finish.
 
-The requirements are those above, but weights must agree within rounding. In addition all ranks must
-end within 60 seconds, with one line at most and never a traceback.
+The requirements are those above, but weights must agree within rounding. All ranks must end within
+60 seconds, with one line at most and never a traceback.
 
 ### Faults of disks, files and memory
 
@@ -105,19 +105,18 @@ end within 60 seconds, with one line at most and never a traceback.
 Each job must do its work, or say in one line what is wrong. Out of memory, it must name the site.
 It may leave nothing behind but its checkpoint, and with room again must end in the same bytes.
 
-What does not fit the memory of the CPU must use a file, and say so in the report. Its weights must
-be the same up to rounding. Otherwise the job must end in that line. What does not fit a GPU must
-run on the CPU (in the tests of a GPU).
+A solve that does not fit the memory of the CPU must use a file, and the report must say so.
+Weights must be the same up to rounding. Otherwise the job must end in that line. One that does not
+fit a GPU must run on the CPU (in the tests of a GPU).
 
 ### Bad command lines
 
-`liar` gets arguments and input that it cannot use. It must say so in one line, exit with 2 and
-write nothing.
+`liar` gets unusable arguments and input. It must say so in one line, exit with 2 and write nothing.
 
 ### Operator calls
 
-Every operator gets shapes, strides, types and values of every kind. Each call must agree with the
-float64 oracle or, if it was spoilt on purpose, be refused by name.
+Every operator gets shapes, strides, types and values of every kind. Calls must agree with the
+float64 oracle or, if spoilt on purpose, be refused by name.
 """
 
 
