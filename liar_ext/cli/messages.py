@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,9 +115,9 @@ def _near_paths(options: argparse.Namespace | None, cause: str) -> Iterator[str]
     for value in (getattr(options, name, None) for name in PATHS):
         for text in value if isinstance(value, list | tuple) else (value,):
             if isinstance(text, str) and named(text) and not os.path.lexists(text):
-                path = Path(text)
-                beside = os.listdir(path.parent) if path.parent.is_dir() else ()
-                near = did_you_mean(path.name, beside)
+                path, near = Path(text), ""
+                with suppress(OSError):  # no such folder, or none that can be read
+                    near = did_you_mean(path.name, os.listdir(path.parent))
                 if near:
                     yield near.replace("mean ", f"mean {path.parent}/") if "/" in text else near
                     return
