@@ -88,6 +88,12 @@ def job(value: Any) -> dict[str, Any]:
     return {"budget": named(mapping(value).get("budget")), **known}
 
 
+def settings(value: Any) -> dict[str, Any]:
+    """Read how the job was done, with the divergences that decided its schedule."""
+    schedules = named(mapping(value).get("schedules"))
+    return named(value) | ({"schedules": schedules} if schedules else {})
+
+
 def grid(value: Any) -> dict[str, Any]:
     """Read the steps of sizes; empty if there are none."""
     facts, hidden_size = mapping(value), ("units", "step", "kept", "kept_at_tile_1")
@@ -276,7 +282,8 @@ def _model(value: Any) -> ModelFacts:
 
 PARTS: dict[str, Callable[[Any], Any]] = {  # of a report, but for its sites
     "model": lambda value: text(value, 200),
-    **dict.fromkeys(("budget", "settings", "versions"), named),
+    **dict.fromkeys(("budget", "versions"), named),
+    "settings": settings,
     "earlier": lambda value: [job(each) for each in listing(value)],
     "grid": grid,
     "params": numbers,
