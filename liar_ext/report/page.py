@@ -23,7 +23,7 @@ from liar_ext.report import pictures, sections, tables
 from liar_ext.report.pictures import Point, scatter
 from liar_ext.report.reading import stored_bench
 from liar_ext.report.report import Report
-from liar_ext.report.tables import Table, magnitude, quality, render
+from liar_ext.report.tables import Table, magnitude, quality, ratio, render
 from liar_ext.system.atomic_write import begins_with, write_whole
 from liar_ext.system.errors import InputError, typed
 from liar_ext.system.untrusted import text
@@ -110,11 +110,6 @@ def picture(title: str, svg: str | None, caption: str, missing: str = "") -> dic
     return {"title": title, "svg": svg, "caption": caption, "missing": missing}
 
 
-def change(before: float, after: float) -> str:
-    """Return the ratio of two numbers as text."""
-    return f"×\u00a0{after / before:.3f}" if before else ""
-
-
 def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str, float | None]]:
     """Return numbers to be seen first: title, value, what stands under it, and the part kept."""
     tiles, found = [], report.evaluation
@@ -126,7 +121,8 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
             whole, left = (tables.megabytes(count, report.dtype) for count in (before, after))
             tiles.append(("weights", left, f"{whole} before, {report.dtype}", None))
     for name, dense, pruned in tables.measures(found):
-        value = change(dense, pruned) if name == "perplexity" else quality(pruned)
+        change = f"×\u00a0{ratio(dense, pruned)}"
+        value = change if name == "perplexity" else quality(pruned)
         tiles.append((name, value, f"{quality(dense)} → {quality(pruned)}", None))
     if "certified" in found:
         outputs = tables.figure(found["certified"].get("rows"), ",")
@@ -361,8 +357,8 @@ def _row(run: Run, what: What, measures: Sequence[str]) -> list[str]:
 
 def _measure(run: Run, measure: str) -> str:
     dense, pruned = (run.quality(of, measure) for of in ("dense", "pruned"))
-    beside = f" ({change(dense, pruned)})" if pruned and dense not in (None, 1) else ""
-    return quality(pruned) + beside
+    change = ratio(dense, pruned) if pruned and dense != 1 else ""
+    return quality(pruned) + (f" (×\u00a0{change})" if change else "")
 
 
 def _some(names: Sequence[str]) -> str:
