@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,16 +57,6 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
 def is_other() -> bool:
     """Tell whether torchrun started this process as another rank than the first."""
     return launched() and os.environ["RANK"] != "0"
-
-
-@contextmanager
-def silence_of_others() -> Iterator[None]:
-    """Let the first rank alone say what all would say alike."""
-    if not is_other():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        yield
 
 
 @contextmanager

@@ -41,17 +41,15 @@ from liar_ext.system.errors import InputError, one_line, refusing, typed
 JOB_FILE = f"{JOB}{SUFFIX}"
 NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{SUFFIX}"}  # files that are there before any step
 TEXT, NONE = (str,), type(None)
+NUMBER = (int, float, NONE)
 # Options of the commands that are no fields of a recipe, and their types.
 OWN: dict[str, dict[str, tuple[type, ...]]] = {
     "calibrate": {"bank": TEXT, "no_text": (bool,), "sensitivities": (bool,)},
-    "prune": {
-        **{"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE)},
-        "heal": (int, float, NONE),
-    },
+    "prune": {"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE), "heal": NUMBER},
     "heal": {
         **dict.fromkeys(("folder", "out", "train"), TEXT),
         **{"lr": (float, NONE), "grad_accumulation": (int,)},
-        **dict.fromkeys(("tokens", "minutes", "steps"), (int, float, NONE)),
+        **dict.fromkeys(("tokens", "minutes", "steps"), NUMBER),
     },
 }
 
