@@ -147,7 +147,6 @@ class Fields:
         "auto",
         check.number_or_auto,
         "fraction of random tokens; auto: 0.25 for language models that generate no text, else 0",
-        metavar="F",
         unsaid=0.0,
     )
     seq_len: int = _text(512, check.whole(1), "tokens per sequence")
@@ -198,7 +197,6 @@ class Fields:
         "auto",
         lambda _, value: check_tile("recipe", value),
         "keep a multiple of N MLP channels per layer; auto: 32, less for narrow layers",
-        metavar="N",
     )
     uniform_layers: bool = _budget(
         False, check.flag, "keep the same number of units in all layers, for standard loaders"
@@ -223,7 +221,6 @@ class Fields:
         1.0,
         check.vocabulary,
         "fraction of the tokens to keep, a number such as 32k, or auto; --of params counts them",
-        metavar="F",
         read=check.read_tokens,
         in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
     )
