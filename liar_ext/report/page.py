@@ -32,12 +32,6 @@ from liar_ext.system.untrusted import text
 MARK = "<!DOCTYPE html><!-- liar report -->\n"
 
 
-def page_file(folder: str | os.PathLike[str]) -> Path:
-    """Return where the page of a folder goes: beside it, for the folder itself is sealed."""
-    path = Path(os.path.realpath(folder))
-    return path.with_name(f"{path.name}.html")
-
-
 def name_of(folder: str | os.PathLike[str]) -> str:
     """Return the name of a folder as a page shows it."""
     return text(Path(os.path.realpath(folder)).name or str(folder), 100)
@@ -50,9 +44,12 @@ def write_page(
 ) -> list[Path]:
     """Write the page of a saved folder, and its pictures as PNG into ``png``; return the files.
 
-    The page goes to ``DIR.html`` beside the folder by default.
+    The page goes to ``DIR.html`` by default: beside the folder, which itself is sealed.
     """
-    target = page_file(folder) if file is None else Path(file)
+    if file is None:
+        place = Path(os.path.realpath(folder))
+        file = place.with_name(f"{place.name}.html")
+    target = Path(file)
     check_place(target, "report", "-o", begins_with(MARK))
     report, name = Report.load(folder), name_of(folder)
     bench, notes = stored_bench(folder)
@@ -305,13 +302,12 @@ def is_low(measure: str) -> bool:
 
 def quality_points(runs: Sequence[Run], measure: str) -> list[Point]:
     """Return the numbers of a measure, those of the dense models once each."""
-    points = []
-    for run in runs:
-        for of, when, number in (("pruned", "after", run.number), ("dense", "before", None)):
-            params, value = run.report.params.get(when), run.quality(of, measure)
-            known = params and value is not None
-            points += [Point(params, value, run.report.model, number)] if known else []
-    return list(dict.fromkeys(points))
+    points = [
+        Point(run.report.params.get(when), run.quality(of, measure), run.report.model, number)
+        for run in runs
+        for of, when, number in (("pruned", "after", run.number), ("dense", "before", None))
+    ]
+    return [each for each in dict.fromkeys(points) if each.params and each.value is not None]
 
 
 def speed_points(runs: Sequence[Run], what: What) -> list[Point]:
