@@ -235,12 +235,12 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def paths_of(text: StrPath | Sequence[StrPath]) -> tuple[str, ...]:
+def paths_of(operation: str, text: StrPath | Sequence[StrPath]) -> tuple[str, ...]:
     """Return the names of one path, or of several."""
     texts = [text] if isinstance(text, str | os.PathLike) else text
     kinds = isinstance(texts, Sequence) and {isinstance(e, str | os.PathLike) for e in texts}
     if kinds != {True}:
-        raise InputError(f"compress: text must be a path, or a list of paths, got {text!r}")
+        raise InputError(f"{operation}: text must be a path, or a list of paths, got {text!r}")
     return tuple(os.fspath(each) for each in texts)
 
 

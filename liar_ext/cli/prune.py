@@ -304,7 +304,7 @@ def compress(
     minutes = options.pop("heal", None)
     given = dict(options, model=os.fspath(model))
     if text is not None:
-        given["calibration"] = paths_of(text)
+        given["calibration"] = paths_of("compress", text)
     start = Recipe.load(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     built = Recipe.build(start, **given)
     if not built.calibration and bank is None:
