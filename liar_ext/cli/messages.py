@@ -31,8 +31,8 @@ PATHS = (  # options that name something to read
     *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
     *("folder", "folders", "against"),
 )
-OF_A_RECIPE = ("recipe: ", "Budget: ")
-OPTIONS = {each.name: option_of(each) for each in recipe_fields()}
+FIELD = re.compile(r"^(?:recipe|Budget): (\w+)")  # of a recipe, where an error begins
+OPTIONS = {each.name: option_of(each) for each in recipe_fields() if each.name != "model"}
 
 
 def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
@@ -42,11 +42,7 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
     become options. For a file or folder of the options that isn't there, a near name is shown.
     """
     line = _as_options(" ".join(str(message).split()))
-    for begin in OF_A_RECIPE:
-        if line.startswith(begin):
-            name = line.removeprefix(begin).partition(" ")[0]
-            option = OPTIONS.get(name)
-            line = line.replace(name, option, 1) if option and name != "model" else line
+    line = FIELD.sub(lambda found: f"recipe: {OPTIONS.get(found[1], found[1])}", line)
     line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line))
     cause, _, hint = line.partition("; ")
     hint = " ".join(filter(None, [*_near_paths(options, cause), hint]))
