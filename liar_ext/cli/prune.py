@@ -20,16 +20,10 @@ from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import check_folder
 from liar_ext.cli import inputs
+from liar_ext.cli import options as kinds
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.heal import train_pruned
-from liar_ext.cli.options import (
-    StrPath,
-    check_complete,
-    paths_of,
-    read_minutes,
-    read_size,
-    recipe_of,
-)
+from liar_ext.cli.options import StrPath, check_complete, paths_of, recipe_of
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.healing import MINUTES
@@ -307,8 +301,8 @@ def compress(
         **{name: each if each is None else os.fspath(each) for name, each in places.items()},
         command="prune",
         preset=options.get("preset"),
-        max_memory=_read(read_size, "max_memory", max_memory),
-        heal=_read(read_minutes, "heal", minutes),
+        max_memory=_read(kinds.read_size, "max_memory", max_memory),
+        heal=_read(kinds.read_minutes, "heal", minutes),
         overwrite=overwrite,
         progress=bool(progress),
         quiet=True,
