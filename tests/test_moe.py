@@ -125,6 +125,8 @@ def test_experts_leave_alone(tmp_path) -> None:
     model = tiny("mixtral")
     report = prune(model, batches(model, 2), 1.0, keep_experts=0.75)
     assert not report.plan.sites and len(report.plan.experts) == 2
+    counted = tiny("mixtral")
+    assert prune(counted, batches(counted, 2), 1.0, keep_experts=3).plan == report.plan
     assert "plain" in report.loading
     again = prune(model, batches(model, 2), 1.0, keep_experts=0.67)
     assert [layer.units for layer in again.plan.experts.values()] == [4, 4]
@@ -173,6 +175,7 @@ def test_a_pruned_model_is_pruned_again() -> None:
         ({"criterion": "taylor"}, "gradients.*0.mlp.0, an expert"),
         ({"keep_hidden": 0.5}, "hidden"),
         ({"keep_experts": 0.25}, "less than the 2 that every token is sent to"),
+        ({"keep_experts": 4}, "a layer has 4 experts, and keep_experts 4 removes none"),
     ],
 )
 def test_what_experts_lack_is_refused_before_any_text_is_read(choices: dict, match: str) -> None:

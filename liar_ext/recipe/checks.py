@@ -105,16 +105,27 @@ def share(example: str) -> Check:
     return check
 
 
+def share_or_count(must: str) -> Check:
+    """Return the check of a fraction in (0, 1], or of an integer above 1 that counts."""
+
+    def check(name: str, value: Any) -> float | int:
+        if is_number(value) and 0 < value <= 1:
+            return float(value)
+        if is_number(value, numbers.Integral) and 1 < value <= MOST:
+            return int(value)
+        raise wrong(name, must, value)
+
+    return check
+
+
+experts = share_or_count("be a fraction in (0, 1], or a number of experts such as 48")
+
+
 def vocabulary(name: str, value: Any) -> float | int | str:
     """Check a fraction in (0, 1], a number of tokens, which may be text as 32k, or "auto"."""
     found = read_tokens(value) if isinstance(value, str) else value
-    if found == "auto":
-        return found
-    if is_number(found) and 0 < found <= 1:
-        return float(found)
-    if is_number(found, numbers.Integral) and 1 < found <= MOST:
-        return int(found)
-    raise wrong(name, 'be a fraction in (0, 1], a number of tokens such as 32k, or "auto"', value)
+    must = 'be a fraction in (0, 1], a number of tokens such as 32k, or "auto"'
+    return found if found == "auto" else share_or_count(must)(name, found)
 
 
 def scripts(name: str, value: Any) -> tuple[str, ...]:
@@ -135,6 +146,11 @@ def read_tokens(text: str) -> float | int | str:
     """Read a fraction, a number of tokens, or thousands of them; other text is returned."""
     if found := re.fullmatch(r"(\d{1,9})\s*[kK]", text.strip()):
         return int(found[1]) * THOUSAND
+    return read_number(text)
+
+
+def read_number(text: str) -> float | int | str:
+    """Read an integer or a fraction; other text is returned."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
@@ -247,7 +263,7 @@ class JobOptions(TypedDict, total=False):
     uniform_layers: bool
     keep_hidden: float
     keep_blocks: float
-    keep_experts: float
+    keep_experts: float | int
     kinds: Sequence[str]
     attn_unit: str
     criterion: str

@@ -200,10 +200,11 @@ class Fields:
         check.share("0.75 keeps 75 %"),
         "fraction of the blocks to keep; --keep counts the rest",
     )
-    keep_experts: float = _whole(
+    keep_experts: float | int = _whole(
         1.0,
-        check.share("0.75 keeps 75 %"),
-        "fraction of the experts per layer to keep; --keep counts the rest",
+        check.experts,
+        "fraction of the experts per layer to keep, or a number such as 48; --keep counts the rest",
+        read=check.read_number,
         streamed=True,
     )
     keep_vocab: float | str = _words(

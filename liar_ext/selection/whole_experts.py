@@ -215,10 +215,11 @@ def layers_of(model: nn.Module) -> list[Site]:
     return [team[0] for team in teams_of(at).values()]
 
 
-def count_experts_kept(model: nn.Module, keep: float) -> int:
-    """Return how many experts stay in each layer: at most the fraction ``keep``.
+def count_experts_kept(model: nn.Module, keep: float | int) -> int:
+    """Return how many experts stay in each layer: ``keep``, or at most that fraction of them.
 
-    InputError is raised if a token is sent to more, or blocks can't be run one by one.
+    InputError is raised if a token is sent to more, if a layer has no more, or if blocks can't be
+    run one by one.
     """
     site, family = layers_of(model)[0], family_of(model)
     if reason := family.without.get("experts"):
@@ -233,7 +234,13 @@ def count_experts_kept(model: nn.Module, keep: float) -> int:
             f"experts: the router chooses among {groups} groups of equally many experts, which "
             "must stay so; leave keep_experts out"
         )
-    count, least = math.floor(keep * site.experts + 1e-9), router_of(model, site).top_k
+    count = int(keep) if keep > 1 else math.floor(keep * site.experts + 1e-9)
+    least = router_of(model, site).top_k
+    if count >= site.experts:
+        raise InputError(
+            f"experts: a layer has {site.experts} experts, and keep_experts {keep} removes none; "
+            "leave it out, or give less"
+        )
     if count < least:
         raise InputError(
             f"experts: {keep:.4g} of {site.experts} experts is less than the {least} that every "

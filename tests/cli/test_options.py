@@ -46,7 +46,7 @@ GIVEN = {
     "uniform_layers": (None, True),
     "keep_hidden": ("0.9", 0.9),
     "keep_blocks": ("0.75", 0.75),
-    "keep_experts": ("0.75", 0.75),
+    "keep_experts": ("48", 48),
     "keep_vocab": ("32k", 32768),
     "kinds": ("mlp", ("mlp",)),
     "attn_unit": ("head", "head"),

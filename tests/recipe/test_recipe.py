@@ -53,7 +53,7 @@ def recipes(draw) -> Recipe:
         uniform_layers=draw(st.booleans()),
         keep_hidden=draw(fraction),
         keep_blocks=draw(fraction),
-        keep_experts=draw(fraction),
+        keep_experts=draw(fraction | st.integers(2, 256)),
         keep_vocab=draw(st.floats(0, 1, exclude_min=True, exclude_max=True) | st.integers(2, BIG)),
         vocab_text=tuple(draw(st.lists(NAMES, max_size=2))),
         vocab_scripts=draw(st.sampled_from([(), ("latin",), ("Han", "cyrillic")])),
@@ -156,7 +156,7 @@ WRONG = {
     "uniform_layers": [1, "yes", None],
     "keep_hidden": [0.0, 1.01, math.nan, "all"],
     "keep_blocks": [0.0, 1.01, math.nan, "all"],
-    "keep_experts": [0.0, 1.01, math.nan, "all"],
+    "keep_experts": [0.0, 1.01, -2, 2.0, math.nan, "all", "48", True, None, 2**63],
     "keep_vocab": [0.0, 1.5, -1, math.nan, math.inf, "all", "k", "1.5k", True, None, 2**63],
     "vocab_text": ["a.txt", [""], [7], ["a.txt"]],  # the last: where all tokens stay
     "vocab_scripts": ["latin", [7], ["klingon"], ["common"], ["a}|b"], ["latin"]],  # as above
