@@ -124,15 +124,13 @@ def _added(paths: list[str], load: Callable[[str], MomentBank]) -> MomentBank:
     """Return the sum of banks; an error says which one can't be added."""
     total = load(paths[0])
     for at, path in enumerate(paths[1:], 1):
+        bank = load(path)
         try:
-            total.merge(load(path))
+            total.merge(bank)
         except InputError as error:
-            said = str(error)
-            if not said.startswith("MomentBank.merge: "):
-                raise
-            why = said.removeprefix("MomentBank.merge: ")
-            done = ", ".join(paths[:at])
+            done, why = ", ".join(paths[:at]), str(error).removeprefix("MomentBank.merge: ")
             raise InputError(f"merge: {path} can't be added to {done}: {why}") from None
+        del bank  # before the next one is there
     return total
 
 

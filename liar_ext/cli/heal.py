@@ -51,6 +51,7 @@ TEACHER = "name the model that was pruned with --teacher"
 TRAINED = 7  # sequences for each that is held out: an eighth of the documents is held out
 SHORT = re.compile(r" gave \d+ of \d+ (sequences|files)")  # in a note of the draw
 MEASURED = 16  # held-out sequences, at most
+OUTDATED = "Files that liar export made of {} have the weights before healing: repeat it."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -126,7 +127,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         before = [line for line in report.heal.get("notes", ()) if line.startswith(HEALED_BEFORE)]
         before += [f"{HEALED_BEFORE}{line}" for line in healing_lines(report.heal)[:1]]
         as_before = in_place and not found["improved"]  # so is what was made of the folder
-        old = _exports(options.folder, in_place and found["improved"])
+        outdated = in_place and found["improved"] and Path(options.folder, EXPORTS_FILE).is_file()
+        old = [OUTDATED.format(options.folder)] * outdated
         times = round(found["tokens"] / sum(map(count_tokens, batches)))
         fewer = kept_tokens(Path(options.folder), "heal") is not None
         same = [SAME_VOCABULARY] * (fewer and bool(names))  # of both models
@@ -154,13 +156,6 @@ def _notes(drawn: Sequence[str], times: int, options: argparse.Namespace) -> lis
     (unit,) = _budget(options)
     again = f"The text is read {times} times: give more text or fewer {unit}."
     return [*found, *([again] if times > 1 else ())]
-
-
-def _exports(folder: str, in_place: bool) -> list[str]:
-    """Return a note on files that were made of a folder which is replaced."""
-    if not in_place or not Path(folder, EXPORTS_FILE).is_file():
-        return []
-    return [f"Files that liar export made of {folder} have the weights before healing: repeat it."]
 
 
 def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:

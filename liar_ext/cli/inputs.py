@@ -12,28 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration import generated, texts
+from liar_ext.calibration import documents as docs
+from liar_ext.calibration import generated, media, texts
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.calibration.documents import (
-    Documents,
-    check_apart,
-    check_unchanged,
-    document_digests,
-    read_documents,
-    text_digest,
-)
 from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
 from liar_ext.calibration.generated import SELF, write_sequences
 from liar_ext.calibration.image_text import read_examples
-from liar_ext.calibration.media import (
-    IMAGES_WITH_TEXT,
-    Reader,
-    calibration_inputs,
-    evaluation_inputs,
-    read_files,
-)
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
@@ -162,11 +148,11 @@ def check_unloaded(recipe: Recipe) -> None:
         LatencyTable.load(recipe.latency_table)
 
 
-def read_source(source: str, kind: str | None) -> Documents:
+def read_source(source: str, kind: str | None) -> docs.Documents:
     """Return the documents, recordings or pictures of a source, as the model reads them."""
-    if kind == IMAGES_WITH_TEXT:
+    if kind == media.IMAGES_WITH_TEXT:
         return read_examples(source)
-    return read_documents(source) if kind is None else read_files(source, kind)
+    return docs.read_documents(source) if kind is None else media.read_files(source, kind)
 
 
 def _documents(
@@ -186,9 +172,9 @@ def _documents(
     sources = dict.fromkeys([*recipe.calibration, *recipe.vocab_text])
     read = {source: read_source(source, kind) for source in sources if source != SELF}
     held_out = read_source(recipe.eval, kind) if recipe.eval else None
-    check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
+    docs.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
-        check_apart([text for documents in read.values() for text in documents], held_out)
+        docs.check_apart([text for documents in read.values() for text in documents], held_out)
     return read, held_out
 
 
@@ -211,8 +197,8 @@ def _draw(
         read[SELF], seconds = write(reads, size)
         facts |= seconds
     asked = {"samples": recipe.samples, "seed": recipe.seed, "certify": recipe.certify}
-    if isinstance(reads, Reader):
-        draw, asked["must_judge"] = calibration_inputs, must_judge
+    if isinstance(reads, media.Reader):
+        draw, asked["must_judge"] = media.calibration_inputs, must_judge
     else:
         draw = texts.calibration_sequences
         asked |= {"seq_len": recipe.seq_len, "packed": causal}
@@ -239,8 +225,8 @@ def _draw(
         "facts": facts,
         "warnings": [*drawn.notes, *short, *kinds],
         "notes": drawn.notes,
-        "documents": torch.tensor(sorted(document_digests(every))),
-        "text_digests": {n: text_digest(e) for n, e in whole.items() if e and n != SELF},
+        "documents": torch.tensor(sorted(docs.document_digests(every))),
+        "text_digests": {n: docs.text_digest(e) for n, e in whole.items() if e and n != SELF},
         **{n: None if e is None else e.batches(recipe.batch_size) for n, e in parts.items()},
     }
 
@@ -257,10 +243,11 @@ def evaluation_batches(
     """Return the batches of the held-out text or files, if there are some."""
     if held_out is None:
         return None
-    if isinstance(reads, Reader):
-        return evaluation_inputs(held_out, reads, recipe.eval_samples).batches(recipe.batch_size)
-    how = {"samples": recipe.eval_samples, "packed": predicts_next_token(model)}
-    sequences = texts.evaluation_sequences(held_out, reads, seq_len=recipe.seq_len, **how)
+    if isinstance(reads, media.Reader):
+        sequences = media.evaluation_inputs(held_out, reads, recipe.eval_samples)
+    else:
+        how = {"samples": recipe.eval_samples, "packed": predicts_next_token(model)}
+        sequences = texts.evaluation_sequences(held_out, reads, seq_len=recipe.seq_len, **how)
     return sequences.batches(recipe.batch_size)
 
 

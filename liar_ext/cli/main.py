@@ -9,13 +9,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 
 from liar_ext.cli import commands
-from liar_ext.cli.messages import error_lines, shown, silence_of_others
+from liar_ext.cli.messages import error_lines, is_other, shown
 from liar_ext.cli.options import Parser, PrintCompletion
 from liar_ext.system.errors import InputError, did_you_mean, is_out_of_memory, one_line
 
@@ -103,8 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output, such as ``head``, has enough of it.
     """
     _open_streams()
-    with silence_of_others():
-        options = parse(arguments)
+    with open(os.devnull, "w") as nowhere:  # the first rank alone says what all would say alike
+        with redirect_stderr(nowhere) if is_other() else nullcontext():
+            options = parse(arguments)
     wanted = getattr(options, "progress", None)  # None: a command that takes no time
     options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
     options.progress = wanted in ("auto", "plain") and not options.quiet

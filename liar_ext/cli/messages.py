@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +31,8 @@ PATHS = (  # options that name something to read
     *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
     *("folder", "folders", "against"),
 )
-OF_A_RECIPE = ("recipe: ", "Budget: ")
-OPTIONS = {each.name: option_of(each) for each in recipe_fields()}
+FIELD = re.compile(r"^(?:recipe|Budget): (\w+)")  # of a recipe, where an error begins
+OPTIONS = {each.name: option_of(each) for each in recipe_fields() if each.name != "model"}
 
 
 def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
@@ -42,11 +42,7 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
     become options. For a file or folder of the options that isn't there, a near name is shown.
     """
     line = _as_options(" ".join(str(message).split()))
-    for begin in OF_A_RECIPE:
-        if line.startswith(begin):
-            name = line.removeprefix(begin).partition(" ")[0]
-            option = OPTIONS.get(name)
-            line = line.replace(name, option, 1) if option and name != "model" else line
+    line = FIELD.sub(lambda found: f"recipe: {OPTIONS.get(found[1], found[1])}", line)
     line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line))
     cause, _, hint = line.partition("; ")
     hint = " ".join(filter(None, [*_near_paths(options, cause), hint]))
@@ -57,16 +53,6 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
 def is_other() -> bool:
     """Tell whether torchrun started this process as another rank than the first."""
     return launched() and os.environ["RANK"] != "0"
-
-
-@contextmanager
-def silence_of_others() -> Iterator[None]:
-    """Let the first rank alone say what all would say alike."""
-    if not is_other():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        yield
 
 
 @contextmanager
@@ -115,9 +101,9 @@ def _near_paths(options: argparse.Namespace | None, cause: str) -> Iterator[str]
     for value in (getattr(options, name, None) for name in PATHS):
         for text in value if isinstance(value, list | tuple) else (value,):
             if isinstance(text, str) and named(text) and not os.path.lexists(text):
-                path = Path(text)
-                beside = os.listdir(path.parent) if path.parent.is_dir() else ()
-                near = did_you_mean(path.name, beside)
+                path, near = Path(text), ""
+                with suppress(OSError):  # no such folder, or none that can be read
+                    near = did_you_mean(path.name, os.listdir(path.parent))
                 if near:
                     yield near.replace("mean ", f"mean {path.parent}/") if "/" in text else near
                     return

@@ -27,7 +27,8 @@ class HelpAll(argparse.Action):
 
     def __call__(self, parser: Any, *_: object) -> None:
         """Print, and end the command."""
-        parser.print_all()
+        parser.common = ()
+        parser.print_help()
         parser.exit()
 
 
@@ -185,7 +186,7 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """Print the common options, if the parser knows them, or all."""
         if not self.common:
-            return self.print_all(file)
+            return super().print_help(file)
         formatter, shown = self._get_formatter(), (*self.common, "help", "help_all")
         actions = [each for each in self._actions if each.dest in shown]
         formatter.add_usage(self.usage, self._actions, ())
@@ -195,10 +196,6 @@ class Parser(argparse.ArgumentParser):
         formatter.end_section()
         formatter.add_text(self.epilog)
         self._print_message(formatter.format_help(), file or sys.stdout)
-
-    def print_all(self, file: Any = None) -> None:
-        """Print all options."""
-        super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         """Print an error and a hint, and leave with exit code 2."""
@@ -238,12 +235,12 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def paths_of(text: StrPath | Sequence[StrPath]) -> tuple[str, ...]:
+def paths_of(operation: str, text: StrPath | Sequence[StrPath]) -> tuple[str, ...]:
     """Return the names of one path, or of several."""
     texts = [text] if isinstance(text, str | os.PathLike) else text
     kinds = isinstance(texts, Sequence) and {isinstance(e, str | os.PathLike) for e in texts}
     if kinds != {True}:
-        raise InputError(f"compress: text must be a path, or a list of paths, got {text!r}")
+        raise InputError(f"{operation}: text must be a path, or a list of paths, got {text!r}")
     return tuple(os.fspath(each) for each in texts)
 
 

@@ -14,15 +14,9 @@ import torch
 from liar_ext.cli.messages import is_other, log
 from liar_ext.report.report import Report
 from liar_ext.report.tables import BYTES
+from liar_ext.system import distributed
 from liar_ext.system.checkpoint_store import difference
-from liar_ext.system.distributed import (
-    RankLost,
-    broadcast,
-    join,
-    local_world_size,
-    rank,
-    world_size,
-)
+from liar_ext.system.distributed import RankLost, broadcast, local_world_size, world_size
 from liar_ext.system.environment import errors_alone
 from liar_ext.system.errors import InputError, typed
 
@@ -108,14 +102,14 @@ def quietened(options: argparse.Namespace) -> Iterator[None]:
 
 def meet(options: argparse.Namespace) -> None:
     """Meet the other ranks; raise InputError if a command can't be shared, or options differ."""
-    join()
+    distributed.join()
     check_shared(options.command)
     own = {name: each for name, each in vars(options).items() if name not in OWN}
     first = broadcast(own)
     if first != own:
         raise InputError(
             f"{options.command}: every rank must have the same options, and rank 0 has "
-            f"{difference('options', first, own)} at rank {rank()}"
+            f"{difference('options', first, own)} at rank {distributed.rank()}"
         )
 
 

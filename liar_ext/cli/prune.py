@@ -19,26 +19,11 @@ from liar_ext.calibration.generated import SELF
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import check_folder
+from liar_ext.cli import inputs
+from liar_ext.cli import options as kinds
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.heal import train_pruned
-from liar_ext.cli.inputs import (
-    OWN_SHARE,
-    SKETCHED,
-    Given,
-    TextAndOwn,
-    check_tokenizer,
-    let_write,
-    load,
-    writes,
-)
-from liar_ext.cli.options import (
-    StrPath,
-    check_complete,
-    paths_of,
-    read_minutes,
-    read_size,
-    recipe_of,
-)
+from liar_ext.cli.options import StrPath, check_complete, paths_of, recipe_of
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.healing import MINUTES
@@ -124,7 +109,7 @@ def _pruned(
         loaded = time.perf_counter() - start
 
         def annotate(report: Report) -> None:
-            own = isinstance(given.calibration, TextAndOwn)
+            own = isinstance(given.calibration, inputs.TextAndOwn)
             before = {"load": loaded, **({"write": given.calibration.seconds} if own else {})}
             # Those of saving are added where the report is written.
             report.seconds = {**before, **report.seconds, "save": 0.0}
@@ -136,7 +121,7 @@ def _pruned(
             early = given.notes if is_first() and not options.json else ()
             for note in early:
                 warnings.warn(note, stacklevel=2)
-            let_write(given, saved, progress=options.progress)
+            inputs.let_write(given, saved, progress=options.progress)
             job = Job(
                 given.model,
                 given.calibration,
@@ -172,16 +157,16 @@ def _settle_healing(model: str, options: argparse.Namespace) -> None:
         )
 
 
-def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -> Given:
+def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -> inputs.Given:
     if options.max_memory is not None:
         return load_blocks(recipe, options)
     if options.bank:
         return load_by_bank(recipe, options)
     judge = sequences_to_judge(recipe)
-    return load(recipe, progress=options.progress, sketch=sketch, judge=judge)
+    return inputs.load(recipe, progress=options.progress, sketch=sketch, judge=judge)
 
 
-def _sketched(given: Given, options: argparse.Namespace) -> list[str]:
+def _sketched(given: inputs.Given, options: argparse.Namespace) -> list[str]:
     """Return lines on what a command would do with what it has loaded, at the first rank."""
     if given.store is not None:
         known = {"certify_on": given.certification, "limit": options.max_memory}
@@ -190,18 +175,18 @@ def _sketched(given: Given, options: argparse.Namespace) -> list[str]:
     if not is_first():
         return []
     with alone():
-        let_write(given, sketch=True, progress=options.progress)
+        inputs.let_write(given, sketch=True, progress=options.progress)
         lines = describe(given.model, given.calibration, given.recipe, given.judging)
     lines += [f"vocabulary: {said}" for said in vocabulary_lines(given.vocabulary.facts)]
     seconds = given.facts.get("writing", 0.0)
-    if isinstance(given.calibration, TextAndOwn):
-        seconds = given.calibration.seconds * max(given.recipe.seq_len / SKETCHED, 1.0)
+    if isinstance(given.calibration, inputs.TextAndOwn):
+        seconds = given.calibration.seconds * max(given.recipe.seq_len / inputs.SKETCHED, 1.0)
     if seconds:
         lines.append(f"text of its own: about {seconds:.0f} seconds to write")
     return lines
 
 
-def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
+def load_blocks(recipe: Recipe, options: argparse.Namespace) -> inputs.Given:
     """Return what a recipe names, with a model that stays in its files."""
     for used, why in (
         (SELF in recipe.calibration, CALIBRATION_SELF),
@@ -215,14 +200,15 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
     def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
         room = nearest_folder(options.out) if options.out else None
         stores.append(BlockStore(name, dtype, device, room=room))
-        check_tokenizer(name, stores[0].tokenizer)
+        inputs.check_tokenizer(name, stores[0].tokenizer)
         return stores[0].model, stores[0].tokenizer
 
-    given = load(replace(recipe, self_text=0.0), loader=open_store, progress=options.progress)
+    read = replace(recipe, self_text=0.0)
+    given = inputs.load(read, loader=open_store, progress=options.progress)
     (given.store,) = stores
-    if writes(recipe, given.model):
+    if inputs.writes(recipe, given.model):
         given.warnings.append(NONE_WRITTEN)
-    given.warnings = [each.replace(OWN_SHARE, "") for each in given.warnings]
+    given.warnings = [each.replace(inputs.OWN_SHARE, "") for each in given.warnings]
     return given
 
 
@@ -304,7 +290,7 @@ def compress(
     minutes = options.pop("heal", None)
     given = dict(options, model=os.fspath(model))
     if text is not None:
-        given["calibration"] = paths_of(text)
+        given["calibration"] = paths_of("compress", text)
     start = Recipe.load(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     built = Recipe.build(start, **given)
     if not built.calibration and bank is None:
@@ -315,8 +301,8 @@ def compress(
         **{name: each if each is None else os.fspath(each) for name, each in places.items()},
         command="prune",
         preset=options.get("preset"),
-        max_memory=_read(read_size, "max_memory", max_memory),
-        heal=_read(read_minutes, "heal", minutes),
+        max_memory=_read(kinds.read_size, "max_memory", max_memory),
+        heal=_read(kinds.read_minutes, "heal", minutes),
         overwrite=overwrite,
         progress=bool(progress),
         quiet=True,

@@ -21,37 +21,22 @@ from liar_ext.cli.output import check_shared, show
 from liar_ext.models.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable
-from liar_ext.system.checkpoint_store import (
-    JOB,
-    OLDER,
-    RESULT,
-    SUFFIX,
-    VERSION,
-    Checkpoint,
-    facts_of,
-    is_new,
-    keys_in,
-    names_in,
-    of_other_version,
-    remove,
-)
+from liar_ext.system import checkpoint_store as store
 from liar_ext.system.distributed import broadcast, is_first
 from liar_ext.system.errors import InputError, one_line, refusing, typed
 
-JOB_FILE = f"{JOB}{SUFFIX}"
-NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{SUFFIX}"}  # files that are there before any step
+JOB_FILE = f"{store.JOB}{store.SUFFIX}"
+NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{store.SUFFIX}"}  # files that are there before any step
 TEXT, NONE = (str,), type(None)
+NUMBER = (int, float, NONE)
 # Options of the commands that are no fields of a recipe, and their types.
 OWN: dict[str, dict[str, tuple[type, ...]]] = {
     "calibrate": {"bank": TEXT, "no_text": (bool,), "sensitivities": (bool,)},
-    "prune": {
-        **{"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE)},
-        "heal": (int, float, NONE),
-    },
+    "prune": {"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE), "heal": NUMBER},
     "heal": {
         **dict.fromkeys(("folder", "out", "train"), TEXT),
         **{"lr": (float, NONE), "grad_accumulation": (int,)},
-        **dict.fromkeys(("tokens", "minutes", "steps"), (int, float, NONE)),
+        **dict.fromkeys(("tokens", "minutes", "steps"), NUMBER),
     },
 }
 
@@ -74,7 +59,7 @@ def run(options: argparse.Namespace) -> object:
         os.chdir(job["folder"])
     if broadcast(is_done(folder, result) if is_first() else None):
         if is_first():
-            remove(folder)
+            store.remove(folder)
         lines = [] if options.quiet else [f"{result}: was written already"]
         if minutes := job["options"].get("heal"):
             again = f"liar heal {typed(result)} --minutes {minutes:g}"
@@ -88,13 +73,13 @@ def run(options: argparse.Namespace) -> object:
 
 def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:
     """Return in words what a checkpoint holds, in the order in which it was saved."""
-    said = [facts_of(folder, key).get("said") for key in keys_in(folder)]
+    said = [store.facts_of(folder, key).get("said") for key in store.keys_in(folder)]
     return [each for each in said if isinstance(each, str)]
 
 
 def is_done(folder: str, result: str) -> bool:
     """Tell whether a bank or folder is the result that a checkpoint has recorded."""
-    facts, place = facts_of(folder, RESULT), Path(result)
+    facts, place = store.facts_of(folder, store.RESULT), Path(result)
     try:
         if facts is None or not place.exists():
             return False
@@ -122,11 +107,11 @@ def check_apart(options: argparse.Namespace) -> None:
                 "one in the other, as the checkpoint is removed in the end; name another folder"
             )
     if is_first():
-        is_new(folder)  # refused before anything is loaded
+        store.is_new(folder)  # refused before anything is loaded
 
 
 @contextmanager
-def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Checkpoint | None]:
+def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[store.Checkpoint | None]:
     """Open the checkpoint of a job, if there is to be one.
 
     Before a model is read, since only one process may work there. The first rank removes it when
@@ -136,33 +121,33 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Check
     if not folder:
         yield None
         return
-    new = first and is_new(folder)
-    with Checkpoint(folder) as saved:
+    new = first and store.is_new(folder)
+    with store.Checkpoint(folder) as saved:
         try:
             own = {name: getattr(options, name) for name in OWN[options.command]}
             job = {"command": options.command, "options": own, "recipe": recipe.to_dict()}
             saved.begin(job, folder=os.getcwd())
             yield saved
         except (InputError, OSError):
-            if new and names_in(folder) <= NOTHING_DONE:
-                remove(folder)
+            if new and store.names_in(folder) <= NOTHING_DONE:
+                store.remove(folder)
             raise
         if first:
-            remove(folder)
+            store.remove(folder)
 
 
 def read_job(folder: str) -> dict[str, Any]:
     """Return the job of a checkpoint; raise InputError if it has none of this version."""
     path = Path(folder, JOB_FILE)
     try:
-        if any(Path(folder, name).exists() for name in OLDER):
-            raise of_other_version(folder)
+        if any(Path(folder, name).exists() for name in store.OLDER):
+            raise store.of_other_version(folder)
         if not path.exists():
             raise InputError(
                 f"resume: {folder} has no {JOB_FILE}; give the DIR of --checkpoint DIR, which is "
                 "removed when its job is done"
             )
-        job = facts_of(folder, JOB)
+        job = store.facts_of(folder, store.JOB)
         _check(job)
         recipe = Recipe.from_dict(job["recipe"])
         if not recipe.model:
@@ -178,8 +163,8 @@ def read_job(folder: str) -> dict[str, Any]:
 
 
 def _check(job: Any) -> None:
-    if not isinstance(job, Mapping) or job.get("version") != VERSION:
-        raise ValueError(f"version must be {VERSION}")
+    if not isinstance(job, Mapping) or job.get("version") != store.VERSION:
+        raise ValueError(f"version must be {store.VERSION}")
     own, known = job.get("options"), OWN.get(str(job.get("command")))
     if known is None or not isinstance(job.get("folder"), str):
         raise ValueError(f"command must be one of {', '.join(OWN)}, folder a name")

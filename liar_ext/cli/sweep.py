@@ -185,7 +185,8 @@ def compare_methods(
     for name, given in {"methods": methods, "seeds": seeds}.items():
         if len(set(given)) < len(given):
             raise InputError(f"compare_methods: {name} must name each once, got {list(given)}")
-    shared = {**options, "model": os.fspath(model), "calibration": paths_of(text)}
+    calibration = paths_of("compare_methods", text)
+    shared = {**options, "model": os.fspath(model), "calibration": calibration}
     recipes = {
         (method, seed): Recipe.build(preset=METHODS.get(method, method), **{**shared, "seed": seed})
         for seed in seeds

@@ -7,18 +7,7 @@ from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from liar_ext.models.plan import (
-    ATTN_UNITS,
-    BUDGET_UNITS,
-    KINDS,
-    MODES,
-    PARTS,
-    PHASES,
-    Budget,
-    check_fraction,
-    check_mode,
-    check_tile,
-)
+from liar_ext.models import plan
 from liar_ext.recipe import checks as check
 from liar_ext.system.errors import InputError
 
@@ -147,7 +136,6 @@ class Fields:
         "auto",
         check.number_or_auto,
         "fraction of random tokens; auto: 0.25 for language models that generate no text, else 0",
-        metavar="F",
         unsaid=0.0,
     )
     seq_len: int = _text(512, check.whole(1), "tokens per sequence")
@@ -178,12 +166,12 @@ class Fields:
     keep: float = _budget(0.8, check.number, "fraction to keep, in (0, 1]", common=True)
     of: str = _budget(
         "prunable",
-        check.one_of(BUDGET_UNITS),
+        check.one_of(plan.BUDGET_UNITS),
         "unit of --keep",
         streamed=lambda unit: unit != "latency",
     )
     latency_phase: str = _latency(
-        "both", check.one_of(PHASES), "latency: time the prompt, the generated tokens, or both"
+        "both", check.one_of(plan.PHASES), "latency: time the prompt, the generated tokens, or both"
     )
     latency_batch: int = _latency(1, check.whole(1), "latency: sequences at a time")
     latency_prompt: int = _latency(128, check.whole(1), "latency: tokens of a prompt")
@@ -196,9 +184,8 @@ class Fields:
     )
     tile: int | str = _budget(
         "auto",
-        lambda _, value: check_tile("recipe", value),
+        lambda _, value: plan.check_tile("recipe", value),
         "keep a multiple of N MLP channels per layer; auto: 32, less for narrow layers",
-        metavar="N",
     )
     uniform_layers: bool = _budget(
         False, check.flag, "keep the same number of units in all layers, for standard loaders"
@@ -224,7 +211,6 @@ class Fields:
         1.0,
         check.vocabulary,
         "fraction of the tokens to keep, a number such as 32k, or auto; --of params counts them",
-        metavar="F",
         read=check.read_tokens,
         in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
     )
@@ -244,8 +230,8 @@ class Fields:
         in_python="liar_ext.choose_tokens takes the scripts",
     )
     kinds: tuple[str, ...] = _budget(
-        KINDS,
-        check.some_of((*KINDS, *PARTS)),
+        plan.KINDS,
+        check.some_of((*plan.KINDS, *plan.PARTS)),
         "layers that may be pruned; encoder, decoder: those of one part of a model that has both",
         option="--sites",
         metavar="{all,attn,mlp,encoder,decoder}",
@@ -253,7 +239,7 @@ class Fields:
     )
     attn_unit: str = _budget(
         "auto",
-        check.one_of(ATTN_UNITS),
+        check.one_of(plan.ATTN_UNITS),
         "attention unit; auto: KV groups if query heads share keys",
         in_bank="sensitivities",
     )
@@ -277,7 +263,7 @@ class Fields:
     )
     reconstruct: str = _solve(
         "auto",
-        check.one_of(MODES),
+        check.one_of(plan.MODES),
         "error compensation in the weights; auto: affine for layers with a bias, else linear",
         in_bank="sensitivities",
     )
@@ -330,7 +316,7 @@ class Fields:
         _ = self.budget
         for name in ("self_text", "random_tokens"):
             if getattr(self, name) != "auto":
-                check_fraction("recipe", name, getattr(self, name))
+                plan.check_fraction("recipe", name, getattr(self, name))
         table = self.latency_table is not None
         for broken, rule in (
             (
@@ -361,7 +347,7 @@ class Fields:
             if broken:
                 raise InputError(f"recipe: {rule}")
         if self.schedule == "layerwise":
-            check_mode(self.reconstruct)
+            plan.check_mode(self.reconstruct)
 
     @property
     def prunable_kinds(self) -> tuple[str, ...]:
@@ -375,9 +361,9 @@ class Fields:
         return self.keep < 1.0 or before == (1.0, 1.0, 1.0, 1.0)
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> plan.Budget:
         """The fields that a budget has."""
-        return Budget(**{each.name: getattr(self, each.name) for each in fields(Budget)})
+        return plan.Budget(**{each.name: getattr(self, each.name) for each in fields(plan.Budget)})
 
     def without(self, way: str) -> list[Field]:
         """Return the fields whose values do not work in a way; see :class:`Option`."""

@@ -284,8 +284,6 @@ def yaml_lines(facts: Mapping[str, Any]) -> str:
         parts = chain(*value.items()) if isinstance(value, Mapping) else value
         words = "".join(parts) if isinstance(value, list | Mapping) else str(value)
         style = {"Dumper": _Dumper, "allow_unicode": words.isprintable(), "width": math.inf}
-        if isinstance(value, list):
-            lines.append(f"{name}: {yaml.dump(value, default_flow_style=True, **style)}")
-        else:
-            lines.append(yaml.dump({name: value}, default_flow_style=False, **style))
+        flow = None if isinstance(value, list) else False  # None: brackets around what is inside
+        lines.append(yaml.dump({name: value}, default_flow_style=flow, **style))
     return "".join(lines)

@@ -23,19 +23,13 @@ from liar_ext.report import pictures, sections, tables
 from liar_ext.report.pictures import Point, scatter
 from liar_ext.report.reading import stored_bench
 from liar_ext.report.report import Report
-from liar_ext.report.tables import Table, magnitude, quality, render
+from liar_ext.report.tables import Table, magnitude, quality, ratio, render
 from liar_ext.system.atomic_write import begins_with, write_whole
 from liar_ext.system.errors import InputError, typed
 from liar_ext.system.untrusted import text
 
 # The first line of every page, by which it may be overwritten.
 MARK = "<!DOCTYPE html><!-- liar report -->\n"
-
-
-def page_file(folder: str | os.PathLike[str]) -> Path:
-    """Return where the page of a folder goes: beside it, for the folder itself is sealed."""
-    path = Path(os.path.realpath(folder))
-    return path.with_name(f"{path.name}.html")
 
 
 def name_of(folder: str | os.PathLike[str]) -> str:
@@ -50,9 +44,12 @@ def write_page(
 ) -> list[Path]:
     """Write the page of a saved folder, and its pictures as PNG into ``png``; return the files.
 
-    The page goes to ``DIR.html`` beside the folder by default.
+    The page goes to ``DIR.html`` by default: beside the folder, which itself is sealed.
     """
-    target = page_file(folder) if file is None else Path(file)
+    if file is None:
+        place = Path(os.path.realpath(folder))
+        file = place.with_name(f"{place.name}.html")
+    target = Path(file)
     check_place(target, "report", "-o", begins_with(MARK))
     report, name = Report.load(folder), name_of(folder)
     bench, notes = stored_bench(folder)
@@ -110,11 +107,6 @@ def picture(title: str, svg: str | None, caption: str, missing: str = "") -> dic
     return {"title": title, "svg": svg, "caption": caption, "missing": missing}
 
 
-def change(before: float, after: float) -> str:
-    """Return the ratio of two numbers as text."""
-    return f"×\u00a0{after / before:.3f}" if before else ""
-
-
 def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str, float | None]]:
     """Return numbers to be seen first: title, value, what stands under it, and the part kept."""
     tiles, found = [], report.evaluation
@@ -126,7 +118,8 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
             whole, left = (tables.megabytes(count, report.dtype) for count in (before, after))
             tiles.append(("weights", left, f"{whole} before, {report.dtype}", None))
     for name, dense, pruned in tables.measures(found):
-        value = change(dense, pruned) if name == "perplexity" else quality(pruned)
+        change = f"×\u00a0{ratio(dense, pruned)}"
+        value = change if name == "perplexity" else quality(pruned)
         tiles.append((name, value, f"{quality(dense)} → {quality(pruned)}", None))
     if "certified" in found:
         outputs = tables.figure(found["certified"].get("rows"), ",")
@@ -309,13 +302,12 @@ def is_low(measure: str) -> bool:
 
 def quality_points(runs: Sequence[Run], measure: str) -> list[Point]:
     """Return the numbers of a measure, those of the dense models once each."""
-    points = []
-    for run in runs:
-        for of, when, number in (("pruned", "after", run.number), ("dense", "before", None)):
-            params, value = run.report.params.get(when), run.quality(of, measure)
-            known = params and value is not None
-            points += [Point(params, value, run.report.model, number)] if known else []
-    return list(dict.fromkeys(points))
+    points = [
+        Point(run.report.params.get(when), run.quality(of, measure), run.report.model, number)
+        for run in runs
+        for of, when, number in (("pruned", "after", run.number), ("dense", "before", None))
+    ]
+    return [each for each in dict.fromkeys(points) if each.params and each.value is not None]
 
 
 def speed_points(runs: Sequence[Run], what: What) -> list[Point]:
@@ -361,8 +353,8 @@ def _row(run: Run, what: What, measures: Sequence[str]) -> list[str]:
 
 def _measure(run: Run, measure: str) -> str:
     dense, pruned = (run.quality(of, measure) for of in ("dense", "pruned"))
-    beside = f" ({change(dense, pruned)})" if pruned and dense not in (None, 1) else ""
-    return quality(pruned) + beside
+    change = ratio(dense, pruned) if pruned and dense != 1 else ""
+    return quality(pruned) + (f" (×\u00a0{change})" if change else "")
 
 
 def _some(names: Sequence[str]) -> str:

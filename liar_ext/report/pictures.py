@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from liar_ext.checkpoint.placing import check_place
+from liar_ext.models.plan import kind_of
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.system.atomic_write import atomic_write, made_folders
 from liar_ext.system.errors import InputError, one_line, refusing
@@ -59,9 +60,6 @@ MOST_MARKERS = 48  # beyond, they would hide the line
 MOST_STAGES = 12
 SMALLEST, GREATEST = 1e-9, 1e3  # of an error that is drawn
 KINDS = {"attn": "attention", "mlp": "MLP", "other": "other sites"}
-SITE_NAME = re.compile(
-    r"(?:(\w{1,20})\.)?(\d{1,6})\.(?:cross_|shared_)?([a-z]\w{0,19})(?:\.\d{1,6})?"
-)
 ERRORS = {  # by field: label, colour, marker
     "error": ("calibration", "faint", "o"),
     "holdout_error": ("held out", "orange", "D"),
@@ -257,8 +255,7 @@ def _svg(figure: Any, name: str) -> str:
     picture = re.sub(r' (?:width|height)="[\d.]+pt"', "", picture, count=2)
     groups = rf'<g id="{HOVER}([^"]*)">(.*?)(?=<g id="|$)'
     picture = re.sub(groups, _told, picture, flags=re.DOTALL)
-    used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', picture))
-    return re.sub(r"<[^!>][^>]*>", lambda tag: _restyled(tag[0], used), picture)
+    return re.sub(r"<[^!>][^>]*>", _restyled, picture)
 
 
 def _told(group: re.Match) -> str:
@@ -269,18 +266,13 @@ def _told(group: re.Match) -> str:
     return "<g>" + re.sub(r"(<use\b[^>]*)/>", lambda use: f"{use[1]}>{said.pop(0)}</use>", group[2])
 
 
-def _restyled(tag: str, used: set[str]) -> str:
-    """Return a tag of an SVG with the page's colours and fonts, without names nobody refers to."""
-    tag = re.sub(r' id="([^"]*)"', lambda name: name[0] if name[1] in used else "", tag)
-    style = re.search(r'style="([^"]*)"', tag)
-    if style is None:
-        return tag
-    said = style[1]
+def _restyled(found: re.Match) -> str:
+    """Return a tag of an SVG with the page's colours and fonts; nobody refers to groups by name."""
+    tag = re.sub('^<g id="[^"]*"', "<g", found[0])
     for name, colour in COLOURS.items():
-        said = said.replace(colour, f"var(--{name})")
-    said = re.sub("font-family:[^;]*;?", "", said)
-    said = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", said)
-    return tag.replace(style[0], f'style="{said}"')
+        tag = tag.replace(colour, f"var(--{name})")
+    tag = re.sub('font-family:[^;"]*;?', "", tag)
+    return re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1", tag)
 
 
 def _say(said: str, *artists: Any) -> None:
@@ -309,10 +301,11 @@ def _by_kind(
     from matplotlib.ticker import MaxNLocator
 
     groups: dict[str, list[tuple[int, SiteRow]]] = {}
-    names = [SITE_NAME.fullmatch(site.name) for site in sites]
-    for found, site in zip(names, sites, strict=True):
-        group = groups.setdefault(found[3] if found and found[3] in KINDS else "other", [])
-        group.append((int(found[2]) if found and found[1] is None else len(group), site))
+    layers = [re.match(r"(\d{1,6})\.", site.name) for site in sites]
+    for layer, site in zip(layers, sites, strict=True):
+        kind = kind_of(site.name)
+        group = groups.setdefault(kind if kind in KINDS else "other", [])
+        group.append((int(layer[1]) if layer else len(group), site))
     if not groups:
         return None
     figure = figures(figsize=(WIDTH, 0.6 + height * len(groups)), layout="constrained")
@@ -325,8 +318,7 @@ def _by_kind(
         panel.grid(axis="y", linewidth=0.6)
         panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=3)
-    in_layers = any(found and found[1] is None for found in names)
-    panels[-1].set_xlabel("layer" if in_layers else "site")
+    panels[-1].set_xlabel("layer" if any(layers) else "site")
     return figure
 
 

@@ -20,17 +20,9 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report.sections import LIKENESS, PAIRS
 from liar_ext.report.tables import MEASURES
+from liar_ext.system import untrusted
 from liar_ext.system.errors import InputError, refusing
-from liar_ext.system.untrusted import (
-    count,
-    listing,
-    mapping,
-    named,
-    number,
-    read_object,
-    record,
-    text,
-)
+from liar_ext.system.untrusted import count, listing, mapping, named, number, record, text
 
 MOST_LINES = 200  # of warnings, notes, and jobs
 MOST_POINTS = 1000  # of a curve
@@ -50,7 +42,7 @@ def read_report(folder: str | os.PathLike[str], operation: str) -> tuple[dict[st
             f"{operation}: {path} has no {REPORT_JSON}; give a folder that liar prune wrote, "
             "or save_pruned with report="
         )
-    return read_object(found, operation)
+    return untrusted.read_object(found, operation)
 
 
 def report_digest(folder: str | os.PathLike[str]) -> str:
@@ -86,6 +78,12 @@ def job(value: Any) -> dict[str, Any]:
     params = [count(each) for each in listing(mapping(value).get("params"))]
     known = {"params": params} if len(params) == 2 and None not in params else {}
     return {"budget": named(mapping(value).get("budget")), **known}
+
+
+def settings(value: Any) -> dict[str, Any]:
+    """Read how the job was done, with the divergences that decided its schedule."""
+    schedules = named(mapping(value).get("schedules"))
+    return named(value) | ({"schedules": schedules} if schedules else {})
 
 
 def grid(value: Any) -> dict[str, Any]:
@@ -219,7 +217,7 @@ def read_bench(path: Path, operation: str = "report") -> Benchmark:
 
     InputError if the file is none.
     """
-    fields, _ = read_object(path, operation)
+    fields, _ = untrusted.read_object(path, operation)
     if fields.get("version") != BENCH_VERSION or not isinstance(fields.get("rates"), list):
         raise InputError(
             f"{operation}: {path} is no benchmark of version {BENCH_VERSION}; write it by liar "
@@ -276,7 +274,8 @@ def _model(value: Any) -> ModelFacts:
 
 PARTS: dict[str, Callable[[Any], Any]] = {  # of a report, but for its sites
     "model": lambda value: text(value, 200),
-    **dict.fromkeys(("budget", "settings", "versions"), named),
+    **dict.fromkeys(("budget", "versions"), named),
+    "settings": settings,
     "earlier": lambda value: [job(each) for each in listing(value)],
     "grid": grid,
     "params": numbers,

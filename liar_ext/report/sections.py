@@ -8,20 +8,8 @@ from typing import Any
 
 from liar_ext.measure.speed import Benchmark
 from liar_ext.reconstruction.rows import SiteRow
-from liar_ext.report.tables import (
-    BYTES,
-    MEASURES,
-    Table,
-    arrow,
-    figure,
-    measured_on,
-    measures,
-    megabytes,
-    pair,
-    quality,
-    rate,
-    ratio,
-)
+from liar_ext.report import tables
+from liar_ext.report.tables import Table, arrow, figure, pair, quality, rate, ratio
 from liar_ext.system.untrusted import text
 
 MIB = 2**20
@@ -51,14 +39,14 @@ def sizes(params: Mapping, evaluation: Mapping, latency: Mapping, dtype: str = "
         before, after = params.get(f"{part}before"), params.get(f"{part}after")
         if before and after is not None:
             rows.append((title, f"{before:,}", f"{after:,}", ratio(before, after)))
-            if dtype in BYTES and not part:
-                weights = (megabytes(count, dtype) for count in (before, after))
+            if dtype in tables.BYTES and not part:
+                weights = (tables.megabytes(count, dtype) for count in (before, after))
                 rows.append((f"weights, {dtype}", *weights, ratio(before, after)))
     if latency and latency["measured"]:
         title = f"time of {timed(latency['table'])}, as measured before saving"
         rows.append((title, "", "", f"{latency['measured']['median']:.3f}"))
-    for name, before, after in measures(evaluation):
-        title = f"{MEASURES[name]}, {measured_on(evaluation['dense'])}"
+    for name, before, after in tables.measures(evaluation):
+        title = f"{tables.MEASURES[name]}, {tables.measured_on(evaluation['dense'])}"
         rows.append((title, quality(before), quality(after), ratio(before, after)))
     certified = evaluation.get("certified")
     if certified:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +56,7 @@ def to_markdown(table: Table) -> list[str]:
 
 def render(template: str, **parts: Any) -> str:
     """Return a template of this folder; one of HTML escapes all parts but SVG of our own."""
-    return _templates().get_template(template).render(**parts)
-
-
-@cache
-def _templates() -> Environment:
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: name.endswith(".html"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    made.filters["code"] = lambda value: Markup(
-        re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(value)))
-    )
-    made.filters["table"] = lambda table: "\n".join(to_markdown(table))
-    made.filters |= {"plain": plain, "in_markdown": in_markdown}
-    made.globals["most_rows"] = MOST_ROWS
-    return made
+    return TEMPLATES.get_template(template).render(**parts)
 
 
 def in_markdown(value: str) -> str:
@@ -86,6 +68,21 @@ def plain(value: str) -> str:
     """Return text of a stranger as one line of Markdown that shows it as it is."""
     line = printable(" ".join(value.split()))
     return re.sub(r"([\\`&#|\[\]])", r"\\\1", line).replace("<", "&lt;")
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=lambda name: name.endswith(".html"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+)
+TEMPLATES.globals["most_rows"] = MOST_ROWS
+TEMPLATES.filters |= {
+    "code": lambda value: Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(value)))),
+    "in_markdown": in_markdown,
+    "plain": plain,
+    "table": lambda table: "\n".join(to_markdown(table)),
+}
 
 
 def figure(value: float | None, form: str = ".3g") -> str:

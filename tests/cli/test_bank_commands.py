@@ -304,7 +304,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
 def test_a_bank_that_was_written_already_ends_its_job(llama_folder, texts, tmp_path, monkeypatch):
     """After a kill between writing the bank and removing the checkpoint."""
     start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--quiet")
-    monkeypatch.setattr(resume, "remove", lambda _: None)
+    monkeypatch.setattr(resume.store, "remove", lambda _: None)
     checkpoint = tmp_path / "c"
     assert run(*start, "--checkpoint", checkpoint, "--bank", tmp_path / "bank") == 0
     monkeypatch.undo()

@@ -100,3 +100,5 @@ def test_what_is_missing_is_named(llama_folder, capsys):
 def test_a_call_that_cannot_be_is_refused_before_anything_is_read(options, message):
     with pytest.raises(InputError, match=message):
         compare_methods("nowhere", "nowhere.txt", **options)
+    with pytest.raises(InputError, match="compare_methods: text must be a path"):
+        compare_methods("nowhere", 3, eval="b.txt")

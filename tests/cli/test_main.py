@@ -523,6 +523,7 @@ def refuse(llama_folder, corpus, tmp_path, capsys):
         ("prune m --keep lots", "error: --keep must be a number, got 'lots'"),
         ("verify pruend", "pruend doesn't exist\nhint: did you mean pruned?"),
         ("prune pruned.txt --calibration pruned --out o", "pruned.txt is a file, and no .gguf"),
+        (f"prune {'m' * 300}/m --calibration t --out o", "error: [Errno 36] File name too long"),
     ],
 )
 def test_an_error_says_what_is_wrong_and_what_to_type(line, said, tmp_path, monkeypatch, capsys):

@@ -100,7 +100,7 @@ def test_a_folder_that_was_written_already_ends_its_job(
     command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--schedule", "one-pass"]
     command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c", "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "remove", lambda _: None)
+        patch.setattr(resume.store, "remove", lambda _: None)
         assert run(*command) == 0
     before = (tmp_path / "pruned/config.json").stat().st_mtime_ns
     assert run("resume", tmp_path / "c") == 0

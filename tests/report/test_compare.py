@@ -50,6 +50,13 @@ def test_runs_stand_side_by_side(runs, tmp_path):
     assert len(re.findall("<svg", (tmp_path / "compare.html").read_text())) == 2
 
 
+def test_a_measure_that_is_zero_for_the_dense_model_has_no_ratio(tmp_path):
+    dense, pruned = {"divergence": 0.0, "agreement": 1.0}, {"divergence": 0.125, "agreement": 0.75}
+    encoder = ordinary(4, evaluation={"dense": dense, "pruned": pruned})
+    said = page([save(tmp_path / "encoder", encoder)], tmp_path).text
+    assert "0.125" in said and "()" not in said
+
+
 def test_numbers_are_drawn_against_parameters(runs):
     found, notes = read_runs(runs)
     assert notes == [] and [run.number for run in found] == [1, 2, 3]

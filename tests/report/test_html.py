@@ -33,7 +33,7 @@ from liar_ext.checkpoint.folder import REPORT_JSON, strangers, write_manifest
 from liar_ext.cli import main
 from liar_ext.cli.main import parser
 from liar_ext.report import pictures
-from liar_ext.report.page import MARK, commands, page_file, write_page
+from liar_ext.report.page import MARK, commands, write_page
 from liar_ext.report.report import MOST_SITES, Report
 from liar_ext.system import untrusted
 
@@ -261,14 +261,14 @@ def test_a_report_of_a_million_sites_gives_a_page_that_opens(tmp_path):
     rows = [{"name": f"{at}.mlp", "units_before": 9, "units_after": 4} for at in range(10**6)]
     page = written(tmp_path, {"sites": rows})
     assert f"Of 1,000,000 sites the first {MOST_SITES:,} are shown." in page.text
-    assert page_file(tmp_path / "run").stat().st_size < 2 << 20
+    assert (tmp_path / "run.html").stat().st_size < 2 << 20
 
 
 def test_a_report_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(untrusted, "MOST_BYTES", 1000)
     with pytest.raises(InputError, match="more than 1,000 bytes"):
         write_page(save(tmp_path / "run", ordinary()))
-    assert not page_file(tmp_path / "run").exists()
+    assert not (tmp_path / "run.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def test_a_hostile_benchmark_is_text(tmp_path):
     fields["pruned"]["peak"] = {NASTY: 5, "1": -3, "load": 2**70}
     tmp_path.joinpath("run.bench.json").write_text(json.dumps(fields))
     page = written(tmp_path, ordinary(2))
-    assert SCRIPT in page.text and page_file(folder).stat().st_size < 1 << 20
+    assert SCRIPT in page.text and (tmp_path / "run.html").stat().st_size < 1 << 20
 
 
 @pytest.mark.exhaustive

@@ -87,7 +87,9 @@ def test_the_summary_says_what_held_out_text_decided():
     expected = (
         "layer by layer; divergence on held-out text: 0.183 in one pass, 0.173 layer by layer"
     )
-    assert expected in report(settings=found).summary()
+    said = report(settings=found)
+    assert expected in said.summary()
+    assert Report.from_dict(said.to_dict()).summary() == said.summary()
     strange = (
         {"schedule": [], "schedules": {}},
         *(found | {"schedules": s} for s in ([1], {"a": 1})),
