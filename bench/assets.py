@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,8 +104,13 @@ def write_texts(folder: Path) -> None:
         "code": collected_documents("codeparrot/github-code"),
     }
     for name, documents in texts.items():
-        lines = (json.dumps({"text": text}) for text in documents)
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_documents(folder / f"{name}.jsonl", documents)
+
+
+def write_documents(path: Path, documents: Iterable[str]) -> None:
+    """Write documents as JSON lines."""
+    lines = (json.dumps({"text": text}) + "\n" for text in documents)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
