@@ -82,11 +82,11 @@ def parse() -> argparse.Namespace:
 
 def make_pruned(options: argparse.Namespace) -> Path:
     """Return the folder that `liar prune` writes, from an earlier run if there is one."""
-    folder, text = options.out / "pruned", options.out / "train.jsonl"
+    folder = options.out / "pruned"
     if not folder.exists():
         train = read_sts(options.stsb / "sts-train.csv")
         sentences = dict.fromkeys(text for _, *pair in train for text in pair)
-        write_documents(text, sentences)
+        (text,) = write_documents(options.out, {"train": sentences})
         choices = {"keep": options.keep, "samples": options.samples, "seq-len": 128}
         choices["batch-size"] = 64
         flags = [word for name, value in choices.items() for word in (f"--{name}", str(value))]

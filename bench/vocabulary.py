@@ -57,25 +57,9 @@ ENCODER_ROWS = (
 SHARED = 12e6
 PROSE, WORDS = "web and news", "web, news and words"
 WITH_WORDS = {"Gemma-3-270m": (81920, 65536)}
-# Vocabulary, and the part of heads and channels that stays.
-DECODER_ROWS = {
-    "SmolLM2-135M": (
-        (1.0, 1.0),
-        (32768, 1.0),
-        (24576, 1.0),
-        (16384, 1.0),
-        (1.0, 0.8),
-        (32768, 0.8),
-    ),
-    "Gemma-3-270m": (
-        (1.0, 1.0),
-        (131072, 1.0),
-        (81920, 1.0),
-        (65536, 1.0),
-        (1.0, 0.8),
-        (131072, 0.8),
-    ),
-}
+# Vocabularies beside the whole one. That and the first one also keep FEWER of heads and channels.
+DECODERS = {"SmolLM2-135M": (32768, 24576, 16384), "Gemma-3-270m": (131072, 81920, 65536)}
+FEWER = 0.8
 
 
 def main() -> None:
@@ -168,7 +152,8 @@ def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
         kinds["WikiText-2"] = pieces(
             [lines[at : at + CHARACTERS] for at in range(0, len(lines), 60_000)]
         )
-    rows = [(PROSE, *row) for row in DECODER_ROWS[name]]
+    sizes = (1.0, *DECODERS[name])
+    rows = [(PROSE, keep, 1.0) for keep in sizes] + [(PROSE, keep, FEWER) for keep in sizes[:2]]
     told = {PROSE: texts}
     if options.words:
         told[WORDS] = {**texts, "words": read_documents(options.words)}
@@ -194,9 +179,7 @@ def pruned(
     model, tokenizer = load_model(str(folder), "float32", "cpu")
     if keep == units == 1.0:
         return model, tokenizer
-    out, files = KEPT.parent / "model", [KEPT.parent / f"{name}.jsonl" for name in texts]
-    for file, some in zip(files, texts.values(), strict=True):
-        write_documents(file, some)
+    out, files = KEPT.parent / "model", write_documents(KEPT.parent, texts)
     how = {"keep_vocab": keep, "keep": units, "dtype": "float32", "overwrite": True, **DRAWN}
     if keep == "auto":
         how |= {"of": "params", "keep": SHARED / count_params(model)}
@@ -245,7 +228,7 @@ def bits(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> float:
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["MiniLM-L6", *DECODER_ROWS]
+    names = ["MiniLM-L6", *DECODERS]
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     for name, what in (
         ("news", "BBC news articles, by class"),

@@ -30,7 +30,6 @@ WIKITEXT = ("wikitext-2", "wiki.test.raw", ("wiki.valid.raw", "valid-unk.txt"))
 
 def write_texts(folder: Path) -> None:
     """Write the texts of packages, as JSON lines: two kinds to calibrate on, four to judge by."""
-    folder.mkdir(parents=True, exist_ok=True)
     articles = assets.collected_documents("wikipedia")
     news, held_out_news = assets.hold_out(assets.news_documents(), HELD_OUT_EVERY)
     texts = {
@@ -41,8 +40,7 @@ def write_texts(folder: Path) -> None:
         "held_out_news": held_out_news,
         "held_out_code": assets.collected_documents("codeparrot/github-code"),
     }
-    for name, documents in texts.items():
-        assets.write_documents(folder / f"{name}.jsonl", documents)
+    assets.write_documents(folder, texts)
 
 
 def choose_texts(
