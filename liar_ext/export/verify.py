@@ -38,8 +38,8 @@ from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import quiet
 
 WORKER = Path(verify_worker.__file__)
-# Weights of these types have their own rounding: the difference is told, and nothing is demanded.
-EXACT = ("f32", "float32", None)
+# Weights of other types have their own rounding: the difference is told, and nothing is demanded.
+EXACT = ("", "f32", "float32")
 # Float32 sums in the order of another runtime, over a model's depth, over its largest output.
 OTHER_RUNTIME = 1e-3
 
@@ -217,7 +217,8 @@ def _exports(folder: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> 
             elif entry["format"] in run:
                 found = run[entry["format"]](path, fingerprint, ids)
                 limit = OTHER_RUNTIME * max(1.0, float(fingerprint.output.abs().max()))
-                limit, quantised = max(limit, fingerprint.tolerance), kind not in EXACT
+                limit = max(limit, fingerprint.tolerance)
+                quantised = str(kind or "").lower() not in EXACT
                 agrees = found["difference"] <= (sys.float_info.max if quantised else limit)
                 size = _megabytes(path)
                 yield Row(how, agrees=agrees, megabytes=size, quantised=quantised, **found)
