@@ -230,7 +230,11 @@ def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
     """Return what llama.cpp computes for the fingerprint's input, and for the text."""
     from liar_ext.export.llama_cpp import run_file
 
-    (given,) = (value.numpy() for value in fingerprint.inputs.values())
+    given, *others = (value.numpy() for value in fingerprint.inputs.values())
+    if others:
+        raise InputError(
+            f"verify: llama.cpp reads tokens alone; remove {path.name} from the record"
+        )
     expected = fingerprint.output.float().numpy()
     found = run_file(path, given, logits=True)["logits"][..., : expected.shape[-1]]
     same = found.shape == expected.shape

@@ -112,6 +112,16 @@ def test_all_that_towers_read_is_given_to_every_loader(saved) -> None:
     assert [row.how for row in facts["rows"]] == list(here["loaders"])
 
 
+def test_a_record_of_an_export_that_cannot_be_is_told(saved, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved("clip")[2], tmp_path / "model")
+    (folder / "model.gguf").touch()
+    entry = {"format": "gguf", "path": "model.gguf"}
+    record = {"version": 1, "exports": [entry]}
+    (folder / "liar/exports.json").write_text(json.dumps(record))
+    (row,) = verify._exports(folder, read_fingerprint(folder), None)
+    assert not row.agrees and "reads tokens alone" in row.error
+
+
 def test_code_of_a_stranger_is_not_run(saved, tmp_path: Path) -> None:
     shutil.copytree(saved()[2], tmp_path / "model")
     loader = tmp_path / "model" / "liar_loader.py"
