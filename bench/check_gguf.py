@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import text_parser, windows_of
 
-from liar_ext.calibration import texts
 from liar_ext.calibration.documents import read_documents
 from liar_ext.checkpoint import load_model
 from liar_ext.cli import main as liar
@@ -66,22 +66,13 @@ def main() -> int:
             if liar(job):
                 return 1
         model, tokenizer = load_model(folder)
-        drawn = texts.evaluation_sequences(
-            documents, tokenizer, seq_len=options.seq_len, samples=options.windows
-        )
-        ids = torch.cat([batch["input_ids"] for batch in drawn.batches(1)]).numpy()
+        ids = windows_of(options.eval, tokenizer, options.seq_len, options.windows)
+        ids = ids.input_ids.numpy()
         ours = likelihoods(model, ids)
         del model
         for kind in options.types:
-            done = export(
-                folder,
-                "gguf",
-                options.out / f"{name}-{kind}.gguf",
-                overwrite=True,
-                progress=False,
-                check=False,
-                quantize=kind,
-            )
+            how = {"overwrite": True, "progress": False, "check": False, "quantize": kind}
+            done = export(folder, "gguf", options.out / f"{name}-{kind}.gguf", **how)
             theirs = run_file(done.paths[0], ids)["nll"]
             difference = float(np.abs(ours - theirs).max())
             judged = float(np.median(np.abs(ours - theirs))) if experts else difference
@@ -112,14 +103,10 @@ def likelihoods(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", nargs="+", required=True)
+    parser = text_parser(__doc__, samples=8, seq_len=512)
     parser.add_argument("--eval", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=8, help="calibration sequences")
     parser.add_argument("--windows", type=int, default=4, help="windows of the held-out text")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens per window")
     parser.add_argument("--types", nargs="+", default=["f32", "q8_0"])
     return parser.parse_args()
 

@@ -18,14 +18,13 @@ import time
 from pathlib import Path
 
 import torch
+from common import calibrated_on, table, text_parser, windows_of, write_json
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.integrations.llmcompressor import LIARGPTQModifier, LIARPruningModifier
 from liar_ext.measure.evaluation import perplexity
 
@@ -56,22 +55,15 @@ def main() -> None:
     options = parse()
     torch.manual_seed(0)
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    sequences = calibration_sequences(
-        [read_documents(path) for path in options.calibration],
-        tokenizer,
-        samples=options.samples,
-        seq_len=options.seq_len,
-        random_tokens=0.0,  # quantisers are calibrated on these, too
-    )
+    # Quantisers are calibrated on these, too.
+    sequences = calibrated_on(options, tokenizer, random_tokens=0.0)
     calibration = DataLoader(alternating(sequences), batch_size=options.batch_size)
-    texts = {
-        Path(path).stem: evaluation_sequences(
-            read_documents(path), tokenizer, seq_len=options.seq_len, samples=options.eval_samples
-        ).batches(2)
+    windows = {
+        Path(path).stem: windows_of(path, tokenizer, options.seq_len, options.eval_samples)
         for path in options.eval
     }
+    texts = {name: each.batches(2) for name, each in windows.items()}
     done, choices = out / "compressor.json", {**vars(options), "out": None}
     before = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
     rows = before["rows"] if before.get("options") == choices else []
@@ -79,8 +71,7 @@ def main() -> None:
         if any(row["name"] == name for row in rows):
             continue
         rows.append(measure(name, pruned, quantiser, options, tokenizer, calibration, texts))
-        written = json.dumps({"options": choices, "rows": rows}, indent=1)
-        done.write_text(written + "\n", encoding="utf-8")
+        write_json(done, {"options": choices, "rows": rows})
         (out / "compressor.md").write_text(markdown(rows, texts), encoding="utf-8")
         gc.collect()
     print(markdown(rows, texts))
@@ -161,33 +152,24 @@ def generate(folder: Path, prompt: str, layers: str) -> str:
 
 def markdown(rows: list[dict], texts: dict) -> str:
     """Return the table."""
-    names = list(texts)
-    lines = [
-        f"| model | MB | CPU seconds | {' | '.join(names)} |",
-        f"|---|---|---|{'---|' * len(names)}",
-    ]
+    cells = []
     for row in rows:
-        judged = [f"{row[f'perplexity {text}']['perplexity']:.2f}" for text in names]
-        numbers = [f"{row['megabytes']:.1f}", f"{row['cpu_seconds']:.0f}", *judged]
-        lines.append(f"| {row['name']} | {' | '.join(numbers)} |")
-    return "\n".join(lines) + "\n"
+        judged = [f"{row[f'perplexity {text}']['perplexity']:.2f}" for text in texts]
+        cells.append([row["name"], f"{row['megabytes']:.1f}", f"{row['cpu_seconds']:.0f}", *judged])
+    return table(["model", "MB", "CPU seconds", *texts], cells) + "\n"
 
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = text_parser(__doc__, samples=32, seq_len=512)
     add = parser.add_argument
-    add("model", help="folder of a causal language model")
-    add("--calibration", nargs="+", required=True)
     add("--eval", nargs="+", required=True, help="held-out texts")
     add("--out", default="out/compressor")
     add("--keep", type=float, default=0.8)
     add("--preset", default="balanced", help="of the recipe of pruning")
     add("--unequal", action="store_true", help="let layers differ in size")
     add("--group", type=int, default=64, help="inputs that share a scale; sizes are multiples")
-    add("--samples", type=int, default=32)
     add("--eval-samples", type=int, default=8)
-    add("--seq-len", type=int, default=512)
     add("--batch-size", type=int, default=4)
     add("--dtype", default="bfloat16")
     add("--prompt", default="The capital of France is")

@@ -9,7 +9,6 @@ busy machine disturbs them less; with several threads they are wall time.
 
 import contextlib
 import os
-import resource
 import time
 from pathlib import Path
 
@@ -19,6 +18,8 @@ os.environ["OPENBLAS_NUM_THREADS"] = str(THREADS)  # read when torch loads numpy
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from peak import measured_peaks  # noqa: E402
+
+from liar_ext.system.environment import process_memory  # noqa: E402
 
 OURS = ("ours", "one+holdout")  # what the others of a group are compared with
 
@@ -35,21 +36,9 @@ def peaks(tmp_path_factory):
 
 
 def reset_peak_memory():
-    """Let :func:`peak_memory` start anew, where the system can."""
+    """Let the peak of memory start anew, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(field="VmHWM:"):
-    """Return the most memory that was resident at once, in MiB."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) // 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def resident_memory():
-    """Return the memory that is resident now, in MiB."""
-    return peak_memory("VmRSS:")
 
 
 @pytest.fixture
@@ -64,7 +53,7 @@ def measure(benchmark, peaks):
         if peaks:
             benchmark.extra_info["share_of_peak"] = round(rate / peaks[dtype] / THREADS, 3)
             benchmark.extra_info["peak_gflops"] = peaks[dtype]
-        benchmark.extra_info["peak_memory_mib"] = peak_memory()
+        benchmark.extra_info["peak_memory_mib"] = process_memory(peak=True) >> 20
         benchmark.extra_info["threads"] = THREADS
 
     return run

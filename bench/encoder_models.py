@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 
 ASSETS = Path(__file__).parents[1] / ".cache" / "assets"
 LINEAR = ("MatMul", "MatMulInteger")
-BIASES = ("dense.bias", "query.bias", "key.bias", "value.bias")
+POOLINGS = ("cls_token", "mean_tokens")
 
 
 def folders(assets: Path = ASSETS) -> dict[str, Path]:
@@ -47,25 +49,15 @@ def folders(assets: Path = ASSETS) -> dict[str, Path]:
 
 
 def read_bert(graph: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a BERT by their names in transformers, from its ONNX graph.
-
-    A linear layer is the product whose result the layer's bias is added to.
-    """
+    """Return the weights of a BERT by their names in transformers, from its ONNX graph."""
     import onnx
     from onnx import numpy_helper
 
     model = onnx.load(str(graph)).graph
     arrays = {each.name: each for each in model.initializer}
-    made_by = {output: node for node in model.node for output in node.output}
 
     def array(name: str) -> np.ndarray:
         return numpy_helper.to_array(arrays[name])
-
-    def product_before(name: str) -> onnx.NodeProto | None:
-        node = made_by.get(name)
-        while node is not None and node.op_type in ("Cast", "Mul"):
-            node = made_by.get(node.input[0])
-        return node if node is not None and node.op_type in LINEAR else None
 
     def matrix(node: onnx.NodeProto) -> np.ndarray:
         stored = array(node.input[1])
@@ -91,21 +83,24 @@ def read_bert(graph: Path) -> dict[str, torch.Tensor]:
     for kind in ("word", "position", "token_type"):
         name = f"embeddings.{kind}_embeddings.weight"
         found[name] = embedding(prefix + name)
-    for node in model.node:
-        bias = next((name for name in node.input if name.endswith("dense.bias")), None) or next(
-            (
-                name
-                for name in node.input
-                if name.endswith((".query.bias", "key.bias", "value.bias"))
-            ),
-            None,
-        )
-        if node.op_type != "Add" or bias is None:
-            continue
-        other = next(name for name in node.input if name != bias)
-        name = bias.removeprefix(prefix).removesuffix("bias") + "weight"
-        found[name] = matrix(product_before(other)).T
+    found |= {name: matrix(node).T for name, node in products_of(model, prefix)}
     return {name: torch.tensor(np.ascontiguousarray(each)) for name, each in found.items()}
+
+
+def products_of(graph: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each weight of a linear layer, after a prefix, and its node in a graph.
+
+    It is the product, by a matrix without a name, that the layer's bias is added to.
+    """
+    made_by = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        biases = [n for n in node.input if n.startswith(prefix) and n.endswith(".bias")]
+        for other in node.input if node.op_type == "Add" and biases else ():
+            product = made_by.get(other)
+            while product is not None and product.op_type in ("Cast", "Mul"):
+                product = made_by.get(product.input[0])
+            if product is not None and product.op_type in LINEAR:
+                yield biases[0].removeprefix(prefix).removesuffix("bias") + "weight", product
 
 
 def write_folder(
@@ -118,18 +113,10 @@ def write_folder(
             shutil.copy(path, folder)
     config = config | {"architectures": ["BertModel"], "model_type": "bert"}
     chain = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Pooling",
-            "type": "sentence_transformers.models.Pooling",
-        },
+        {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for at, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])
     ]
-    modes = {
-        "pooling_mode_cls_token": pooling == "cls",
-        "pooling_mode_mean_tokens": pooling != "cls",
-    }
+    modes = {f"pooling_mode_{kind}": pooling == kind.split("_")[0] for kind in POOLINGS}
     (folder / "1_Pooling").mkdir(exist_ok=True)
     files = {
         "config.json": config,
@@ -152,12 +139,6 @@ def join_zip(parts: list[Path], assets: Path) -> None:
     with zipfile.ZipFile(whole) as archive:
         archive.extractall(whole.parent)
     whole.unlink()
-
-
-def is_cls(folder: Path) -> bool:
-    """Tell whether an encoder's embedding is its first token."""
-    pooling = folder / "1_Pooling" / "config.json"
-    return pooling.exists() and json.loads(pooling.read_text()).get("pooling_mode_cls_token", False)
 
 
 if __name__ == "__main__":

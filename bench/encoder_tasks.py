@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
+from assets import distinct, hold_out, title_and_body
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
+
+from liar_ext.measure import embeddings
 
 BATCH, LONGEST = 64, 128
 EPOCHS, TRAIN_BATCH, LEARNING_RATE = 2, 32, 6e-5
@@ -17,36 +19,29 @@ EPOCHS, TRAIN_BATCH, LEARNING_RATE = 2, 32, 6e-5
 HELD_OUT_EVERY = 7
 
 
-class Similarity:
-    """Spearman correlation of the cosine similarity of pairs with their scores."""
+class Pairs:
+    """Spearman correlation of the cosines of pairs with their scores, or recall@1 without these."""
 
-    def __init__(self, rows: Sequence[tuple[float, str, str]], tokenizer, cls: bool) -> None:
-        self.rows, self.tokenizer, self.cls = rows, tokenizer, cls
+    def __init__(
+        self,
+        tokenizer,
+        first: Sequence[str],
+        second: Sequence[str],
+        scores: Sequence[float] | None = None,
+    ) -> None:
+        self.tokenizer, self.scores = tokenizer, scores
+        self.first, self.second = first, second
 
-    def __call__(self, model) -> float:
-        """Return it for a model."""
-        left, right = (
-            embed(model, self.tokenizer, [row[side] for row in self.rows], self.cls)
-            for side in (1, 2)
-        )
-        cosine = (left * right).sum(1)
-        return float(spearmanr(cosine, [row[0] for row in self.rows]).statistic)
-
-
-class News:
-    """Recall@1: the share of titles to which no body is nearer than the article's own."""
-
-    def __init__(self, articles: Sequence[tuple[str, str]], tokenizer, cls: bool) -> None:
-        self.titles, self.bodies = zip(*articles, strict=True)
-        self.tokenizer, self.cls = tokenizer, cls
+    @classmethod
+    def of_sts(cls, tokenizer, rows: Sequence[tuple[float, str, str]]) -> Pairs:
+        """Return the task of rows of STS-B."""
+        scores, first, second = zip(*rows, strict=True)
+        return cls(tokenizer, first, second, scores)
 
     def __call__(self, model) -> float:
         """Return it for a model."""
-        titles, bodies = (
-            embed(model, self.tokenizer, each, self.cls) for each in (self.titles, self.bodies)
-        )
-        found = (titles @ bodies.T).argmax(1) == torch.arange(len(titles))
-        return float(found.double().mean())
+        first, second = (embed(model, self.tokenizer, each) for each in (self.first, self.second))
+        return next(iter(embeddings.pair_quality(first, second, self.second, self.scores).values()))
 
 
 class Sentiment:
@@ -67,19 +62,12 @@ class Sentiment:
         return right / len(self.rows)
 
 
-@torch.no_grad()
-def embed(model, tokenizer, texts: Sequence[str], cls: bool) -> Tensor:
-    """Return embeddings of length 1: the mean over each text's tokens, or the first of them."""
+def embed(model, tokenizer, texts: Sequence[str]) -> Tensor:
+    """Return embeddings, pooled as the folder of the model says; like lengths share a batch."""
     order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
-    rows: dict[int, Tensor] = {}
-    for at in range(0, len(order), BATCH):
-        here = order[at : at + BATCH]
-        inputs = encode(tokenizer, [texts[index] for index in here])
-        mask = inputs["attention_mask"][..., None]
-        states = model(**inputs).last_hidden_state
-        pooled = states[:, 0] if cls else (states * mask).sum(1) / mask.sum(1)
-        rows |= zip(here, torch.nn.functional.normalize(pooled, dim=-1), strict=True)
-    return torch.stack([rows[at] for at in range(len(texts))])
+    batches = [[texts[at] for at in order[i : i + BATCH]] for i in range(0, len(order), BATCH)]
+    found = embeddings.embed(model, [encode(tokenizer, each) for each in batches])
+    return found[torch.tensor(order).argsort()]
 
 
 def encode(tokenizer, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -127,27 +115,10 @@ def news_apart(folder: Path, judge: str) -> tuple[list[str], list[tuple[str, str
     paths = sorted(path for path in folder.rglob("*.txt") if path.name.lower() != "readme.txt")
     articles = [path.read_text(encoding="latin-1").strip() for path in paths]
     if judge == "all":
-        return [], [_parts(article) for article in _held_out(articles, every=1)[1]]
-    rest, test = _held_out(articles)
-    rest, dev = _held_out(rest)
-    return rest, [_parts(article) for article in (test if judge == "test" else dev)]
-
-
-def _held_out(articles: Sequence[str], every: int = HELD_OUT_EVERY) -> tuple[list[str], list[str]]:
-    """Return the articles without every n-th, and those."""
-    known: set[str] = set()
-    taken = []
-    for article in articles[::every]:
-        if known.isdisjoint(_parts(article)):
-            taken.append(article)
-            known |= set(_parts(article))
-    return [article for article in articles if known.isdisjoint(_parts(article))], taken
-
-
-def _parts(article: str) -> tuple[str, str]:
-    """Return the first line of an article, and the rest."""
-    title, _, body = article.partition("\n")
-    return title.strip(), body.strip()
+        return [], [title_and_body(article) for article in distinct(articles)]
+    rest, test = hold_out(articles, HELD_OUT_EVERY)
+    rest, dev = hold_out(rest, HELD_OUT_EVERY)
+    return rest, [title_and_body(article) for article in (test if judge == "test" else dev)]
 
 
 def read_tsv(path: Path) -> list[tuple[str, int]]:

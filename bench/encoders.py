@@ -33,15 +33,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from encoder_models import folders, is_cls
-from encoder_tasks import News, Sentiment, Similarity, fine_tuned, news_apart, read_sts
+from common import parser_of, read_rows, table, write_json
+from encoder_models import folders
+from encoder_tasks import Pairs, Sentiment, fine_tuned, news_apart, read_sts
+from quality.sharing import Case
 
 from liar_ext import Plan, Recipe, apply_plan, heal, narrow
 from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.job.solving import JUDGED
-from liar_ext.job.sweeping import Sweep
 
 # Those of no or partial reconstruction are uniform, with single channels, as others' methods are.
 PLAIN = {"criterion": "wifv", "allocation": "uniform", "schedule": "one-pass", "tile": 1}
@@ -70,18 +71,18 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "encoders.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_rows(path)
     for name in options.encoders:
         folder = folders()[name] if name in folders() else Path(name)
         model, tokenizer = load_model(folder)
-        jobs = [sentences_of(model, is_cls(folder), options, tokenizer)]
+        jobs = [sentences_of(model, options, tokenizer)]
         if options.sst2 is not None:
             jobs.append(classifier_of(name, folder, options, tokenizer))
         for dense, texts, tasks in filter(None, jobs):
             for row in compare(name, dense, texts, tasks, tokenizer, options, rows):
                 rows.append(row)
                 print(row, flush=True)
-                path.write_text(json.dumps(rows, indent=1) + "\n")
+                write_json(path, rows)
                 (options.out / "encoders.md").write_text(markdown(rows))
     print(markdown(rows))
     if options.docs is not None:
@@ -90,9 +91,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("encoders", nargs="*", default=list(folders()), help="names or folders of encoders")
     add("--stsb", type=Path, help="folder of STS-B")
@@ -117,7 +116,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def sentences_of(model, cls: bool, options: argparse.Namespace, tokenizer) -> tuple | None:
+def sentences_of(model, options: argparse.Namespace, tokenizer) -> tuple | None:
     """Return the encoder, calibration texts and tasks by name."""
     texts: dict[str, list[list[str]]] = {}
     tasks: dict[str, Callable] = {}
@@ -126,11 +125,11 @@ def sentences_of(model, cls: bool, options: argparse.Namespace, tokenizer) -> tu
         texts["STS-B"] = [list(dict.fromkeys(text for _, *pair in train for text in pair))]
         part = "test" if options.judge == "all" else options.judge
         judged = read_sts(options.stsb / f"sts-{part}.csv")
-        tasks["STS-B, Spearman"] = Similarity(judged, tokenizer, cls)
+        tasks["STS-B, Spearman"] = Pairs.of_sts(tokenizer, judged)
     if options.news is not None:
         articles, judged = news_apart(options.news, options.judge)
         texts["news"] = [articles]
-        tasks[f"news, recall@1 of {len(judged)}"] = News(judged, tokenizer, cls)
+        tasks[f"news, recall@1 of {len(judged)}"] = Pairs(tokenizer, *zip(*judged, strict=True))
     texts["both"] = [each for sources in texts.values() for each in sources]
     texts = {name: each for name, each in texts.items() if name in options.calibration}
     return (model, texts, tasks) if tasks else None
@@ -172,7 +171,7 @@ def compare(
 
     for seed in options.seeds:
         for calibration, sources in texts.items():
-            sweeps: dict[float, tuple[Sweep, float]] = {}
+            cases: dict[float, Case] = {}
             for keep, method in [(keep, way) for keep in options.keep for way in options.methods]:
                 facts = {"calibration": calibration, "method": method, "asked": keep, "seed": seed}
                 facts |= {"samples": options.samples}
@@ -181,17 +180,12 @@ def compare(
                     continue
                 choices = dict(METHODS[method])
                 random_tokens = choices.pop("random_tokens", 0.0)
-                if random_tokens not in sweeps:
+                if random_tokens not in cases:
                     start = time.process_time()
                     given = draw(sources, tokenizer, options, seed, random_tokens)
-                    sweep = Sweep(dense, given[0], judge_on=given[1])
-                    sweeps[random_tokens] = sweep, time.process_time() - start
-                sweep, seconds = sweeps[random_tokens]
-                start, spared = time.process_time(), sweep.known.spared
-                model, point = sweep.prune(Recipe(keep=keep, seed=seed, **choices))
-                report = point.report
-                facts["seconds"] = time.process_time() - start + seconds
-                facts["seconds"] += sweep.known.spared - spared
+                    cases[random_tokens] = Case(dense, *given, time.process_time() - start)
+                recipe = Recipe(keep=keep, seed=seed, **choices)
+                model, report, facts["seconds"] = cases[random_tokens].prune(recipe)
                 facts["keep"] = report.params["prunable_after"] / report.params["prunable_before"]
                 facts["tokens"] = report.settings["calibration_tokens"]
                 facts["schedule"] = report.settings["schedule"]
@@ -259,20 +253,16 @@ def markdown(rows: list[dict]) -> str:
     cells: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cells.setdefault(tuple(row[name] for name in names), {})[row["method"]] = row
-    lines = [
-        f"| encoder | judged by | calibrated on | kept | seed | dense | {' | '.join(methods)} |",
-        "|---" * (6 + len(methods)) + "|",
-    ]
+    columns = ["encoder", "judged by", "calibrated on", "kept", "seed", "dense", *methods]
+    lines = []
     for (encoder, judge, task, calibration, asked, seed), found in sorted(
         cells.items(), key=lambda cell: (*cell[0][:4], -cell[0][4], cell[0][5])
     ):
         dense = next(iter(found.values()))["dense"]
         shown = [_shown(found[method]) if method in found else "" for method in methods]
-        lines.append(
-            f"| {encoder} | {task}{' (dev)' * (judge == 'dev')} | {calibration} | {asked} | {seed} "
-            f"| {dense:.4f} | {' | '.join(shown)} |"
-        )
-    return "\n".join(lines) + "\n"
+        task += " (dev)" * (judge == "dev")
+        lines.append([encoder, task, calibration, asked, seed, f"{dense:.4f}", *shown])
+    return table(columns, lines) + "\n"
 
 
 SHOWN = {
@@ -289,22 +279,21 @@ def write_docs(rows: list[dict], folder: Path) -> None:
     A cell that no row fills stays as it is, so that a run may add a column or an encoder.
     """
     cost = []
-    tables = {
+    found = {
         "encoders": _quality(rows, "STS-B", cost),
         "encoders_seed_1": _quality(rows, "STS-B", [], seed=1),
         "encoders_news": _quality(rows, "news", []),
         "encoder_cost": cost,
     }
-    for name, table in tables.items():
+    for name, cells in found.items():
         path = folder / f"{name}.json"
         facts = json.loads(path.read_text())
         keys = 3 if name != "encoder_cost" else 2
         known = {tuple(row[:keys]): row for row in facts["rows"]}
-        for row in table:
+        for row in cells:
             before = known.get(tuple(row[:keys]), row)
             known[tuple(row[:keys])] = [new or old for new, old in zip(row, before, strict=True)]
-        table = list(known.values())
-        path.write_text(json.dumps(facts | {"rows": table}, indent=1, ensure_ascii=False) + "\n")
+        write_json(path, facts | {"rows": list(known.values())})
 
 
 def _quality(

@@ -64,20 +64,16 @@ def placed(page: str) -> str:
 
 def overview(figure) -> None:
     """Draw perplexity on text that nothing was calibrated on, against the fraction removed."""
-    axes = figure.subplots()
-    _peers(axes, 3, "Perplexity on web pages: SmolLM2-135M, calibrated on WikiText-2")
-    axes.legend(loc="upper left")
+    _peers(figure, 3, "Perplexity on web pages: SmolLM2-135M, calibrated on WikiText-2")
 
 
 def peers(figure) -> None:
     """Draw perplexity on the text that all methods were calibrated on."""
-    axes = figure.subplots()
-    _peers(axes, 2, "Perplexity on WikiText-2, which all methods were calibrated on")
-    axes.legend(loc="upper left")
+    _peers(figure, 2, "Perplexity on WikiText-2, which all methods were calibrated on")
 
 
-def _peers(axes, place: int, title: str) -> None:
-    data = read("peers")
+def _peers(figure, place: int, title: str) -> None:
+    axes, data = figure.subplots(), read("peers")
     dense = float(re.search(r"dense ([\d.]+)", data["columns"][place])[1])
     for label, colour in COLOURS.items():
         method = "`liar`, the default" if label == "liar_ext" else label
@@ -92,6 +88,7 @@ def _peers(axes, place: int, title: str) -> None:
     axes.set(
         xlabel="% of attention and MLP parameters removed", ylabel="perplexity, lower is better"
     )
+    axes.legend(loc="upper left")
 
 
 def default(figure) -> None:

@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from check_gguf import likelihoods
+from common import windows_of
 
-from liar_ext.calibration import texts
-from liar_ext.calibration.documents import read_documents
 from liar_ext.checkpoint import load_model
 from liar_ext.export import export
 from liar_ext.export.llama_cpp import run_file
@@ -41,10 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_model(options.folder)
-    drawn = texts.evaluation_sequences(
-        read_documents(options.eval), tokenizer, seq_len=512, samples=4
-    )
-    ids = torch.cat([batch["input_ids"] for batch in drawn.batches(1)]).numpy()
+    ids = windows_of(options.eval, tokenizer, 512, 4).input_ids.numpy()
     wanted = likelihoods(model, ids)
     del model
     print(f"{options.folder.name}, {wanted.size} tokens\n{HEAD}")

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.common import read_rows, write_json
 from bench.quality.continuation import greedy
 from bench.quality.judging import Judges
 from bench.quality.models import load
-from bench.quality.record import write_whole
 from bench.quality.texts import Texts, choose_texts, write_texts
 from liar_ext import (
     MomentBank,
@@ -108,7 +108,7 @@ class Bench:
         self.judges.start(copy.deepcopy(self.dense))
         self.banks: dict[tuple[float, float], tuple[MomentBank, float]] = {}
         self.kept = self.out / "rows.json"
-        rows = json.loads(self.kept.read_text()) if self.kept.exists() else []
+        rows = read_rows(self.kept)
         rates = [row.get("heal", {}).get("lr") for row in rows]
         self.rows = [{"written": 0.0, "lr": lr, **r} for r, lr in zip(rows, rates, strict=True)]
         if self.find({"start": "dense"}) is None:
@@ -137,7 +137,7 @@ class Bench:
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Keep a row."""
         self.rows.append(row)
-        write_whole(self.kept, json.dumps(self.rows, indent=1) + "\n")
+        write_json(self.kept, self.rows)
         return row
 
     def training(self, tokens: int, written: float) -> Sequences:
@@ -304,10 +304,8 @@ def write(bench: Bench) -> None:
         ("healing", {"note": note.format("perplexity"), "columns": columns, "rows": healed}),
         ("healing_rivals", {"note": note.format("means"), "columns": both, "rows": beside}),
     ):
-        if not facts["rows"]:
-            continue
-        text = json.dumps({"command": command, **facts}, indent=1, ensure_ascii=False)
-        write_whole(DATA / f"{name}{own}.json", text + "\n")
+        if facts["rows"]:
+            write_json(DATA / f"{name}{own}.json", {"command": command, **facts})
 
 
 def parse() -> argparse.Namespace:

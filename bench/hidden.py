@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
+from common import calibrated_on, text_parser, windows_of, write_json
 from torch import nn
 
 from liar_ext import Budget, Plan, apply_plan, narrow, perplexity, prune
-from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.models.residual_stream import hidden_of
@@ -26,24 +24,11 @@ from liar_ext.models.residual_stream import hidden_of
 def main() -> None:
     """Measure, and write after every row."""
     options = parse()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(options.model)
-    sources = [read_documents(text) for text in options.calibration]
-    calibration = calibration_sequences(
-        sources,
-        tokenizer,
-        samples=options.samples,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        packed=True,
-        lone="halves",  # as the rows of docs/quality.md were drawn
-    ).batches(4)
-    evaluation = evaluation_sequences(
-        read_documents(options.eval),
-        tokenizer,
-        seq_len=options.seq_len,
-        samples=options.eval_samples,
-    ).batches(4)
+    how = {"seed": options.seed, "lone": "halves"}  # as the rows of docs/quality.md were drawn
+    calibration = calibrated_on(options, tokenizer, **how).batches()
+    judged = options.eval, tokenizer, options.seq_len, options.eval_samples
+    evaluation = windows_of(*judged).batches()
     dense, rows = count_params(model), []
 
     def note(method: str, pruned: nn.Module, start: float) -> None:
@@ -62,7 +47,7 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
         settings = {k: str(v) for k, v in vars(options).items()}
-        options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        write_json(options.out, {"settings": settings, "rows": rows})
 
     note("dense", model, time.process_time())
     for fraction in options.keep_hidden:
@@ -83,18 +68,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__, samples=32, seq_len=512)
     add = parser.add_argument
-    add("model", help="model folder, hub id or GGUF file")
-    add("--calibration", nargs="+", required=True)
     add("--eval", required=True)
     add("--keep-hidden", nargs="+", type=float, default=[0.91, 0.82])
     add("--hidden-only", action="store_true", help="leave out the rows of units alone")
-    add("--samples", type=int, default=32)
     add("--eval-samples", type=int, default=16)
-    add("--seq-len", type=int, default=512)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/hidden/hidden.json"))
     return parser.parse_args()

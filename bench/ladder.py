@@ -8,16 +8,14 @@ and says how many λ the walk tried and where the whole ladder would have chosen
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
 from unittest import mock
 
 import torch
+from common import calibrated_on, keep_layers, text_parser
 
 from liar_ext import prune
-from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.reconstruction import ridge
 from liar_ext.reconstruction.ladder import Choice, choose, held_out_errors, least_held_out
@@ -25,25 +23,13 @@ from liar_ext.reconstruction.ladder import Choice, choose, held_out_errors, leas
 
 def main() -> None:
     """Print what was chosen, tried and missed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
+    parser = text_parser(__doc__, samples=16, seq_len=256)
     parser.add_argument("--layers", type=int, help="layers that run; all, if not given")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--keep", type=float, default=0.8)
     options = parser.parse_args()
     model, tokenizer = load_model(options.model)
-    model.model.layers = model.model.layers[: options.layers]
-    model.config.num_hidden_layers = len(model.model.layers)
-    batches = calibration_sequences(
-        [read_documents(options.calibration)],
-        tokenizer,
-        samples=options.samples,
-        seq_len=options.seq_len,
-    ).batches()
+    keep_layers(model, options.layers)
+    batches = calibrated_on(options, tokenizer).batches()
     taken, tried, missed = Counter(), Counter(), []
 
     def beside(parabolas, ladder, low, high, whole) -> Choice:

@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from common import calibrated_on, read_rows, table, text_parser, windows_of, write_json
 from torch import Tensor, nn
 
 from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, perplexity, score, sites
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import probe_batches
-from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.job.state import Speed
@@ -51,43 +49,30 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     record = options.out / "latency.json"
-    rows = json.loads(record.read_text()) if record.exists() else []
+    rows = read_rows(record)
     todo = [each for each in options.phases if each not in {row["phase"] for row in rows}]
     if todo:
         model, tokenizer = load_model(options.model)
-        batches = calibration_sequences(
-            [read_documents(name) for name in options.calibration],
-            tokenizer,
-            samples=options.samples,
-            seq_len=options.seq_len,
-        ).batches()
+        batches = calibrated_on(options, tokenizer).batches()
         texts = {
-            Path(name).stem: evaluation_sequences(
-                read_documents(name), tokenizer, seq_len=512, samples=options.eval_samples
-            ).batches()
+            Path(name).stem: windows_of(name, tokenizer, 512, options.eval_samples).batches()
             for name in options.eval
         }
         job = Job(model, tokenizer, batches, texts, options)
         for phase in todo:
             rows += job.measure(phase)
-            record.write_text(json.dumps(rows, indent=1) + "\n")
+            write_json(record, rows)
     (options.out / "latency.md").write_text(markdown(rows))
     print(markdown(rows))
 
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = text_parser(__doc__, samples=64, seq_len=512)
     add = parser.add_argument
-    add("model", help="model folder, hub id or GGUF file")
-    add("--calibration", nargs="+", required=True)
     add("--eval", nargs="+", required=True)
     add("--phases", nargs="+", choices=("prefill", "decode", "both"), default=["prefill", "decode"])
     add("--speedup", type=float, default=1.25)
-    add("--samples", type=int, default=64)
-    add("--seq-len", type=int, default=512)
     add("--eval-samples", type=int, default=None)
     add("--out", type=Path, default=Path("out/latency"))
     return parser.parse_args()
@@ -175,16 +160,8 @@ class Job:
 
     def allocate(self, budget: Budget, costs: Costs | None = None) -> Plan:
         """Return the plan of least predicted divergence."""
-        model_type = self.model.config.model_type
-        return allocate(
-            self.at,
-            self.scores,
-            budget,
-            "curve",
-            model_type=model_type,
-            losses=self.losses,
-            costs=costs,
-        )
+        how = {"model_type": self.model.config.model_type, "losses": self.losses, "costs": costs}
+        return allocate(self.at, self.scores, budget, "curve", **how)
 
     def as_fast(self, costs: Costs, fraction: float) -> Plan:
         """Return the plan of most parameters that takes at most a fraction of the dense seconds."""
@@ -212,11 +189,10 @@ def part(at: Sequence[Site], plan: Plan, kind: str) -> float:
 def markdown(rows: Sequence[Mapping]) -> str:
     """Return the rows as a table."""
     texts = list(rows[0]["perplexity"])
-    lines = [
-        "| phase | budget | predicted | measured (quartiles) | parameters kept: all, attention, "
-        f"MLP | {' | '.join(f'perplexity, {text} (dense)' for text in texts)} |",
-        "|---" * (5 + len(texts)) + "|",
-    ]
+    columns = ["phase", "budget", "predicted", "measured (quartiles)"]
+    columns += ["parameters kept: all, attention, MLP"]
+    columns += [f"perplexity, {text} (dense)" for text in texts]
+    cells = []
     for row in rows:
         median, low, high = row["measured"]
         judged = [
@@ -225,13 +201,11 @@ def markdown(rows: Sequence[Mapping]) -> str:
         sizes = ", ".join(
             f"{row[f'kept_{kind}']:.3f}" for kind in ("parameters", "attention", "mlp")
         )
-        lines.append(
-            f"| {row['phase']} | {row['budget']} | ×{row['predicted']:.3f} "
-            f"| ×{median:.3f} ({low:.3f}–{high:.3f}) | {sizes} | {' | '.join(judged)} |"
-        )
+        measured = f"×{median:.3f} ({low:.3f}–{high:.3f})"
+        predicted = f"×{row['predicted']:.3f}"
+        cells.append([row["phase"], row["budget"], predicted, measured, sizes, *judged])
     outside = {row["phase"]: f"{row['outside_of_sites']:.1%} of {row['phase']}" for row in rows}
-    lines += ["", f"Outside of the sites: {', '.join(outside.values())}."]
-    return "\n".join(lines) + "\n"
+    return f"{table(columns, cells)}\n\nOutside of the sites: {', '.join(outside.values())}.\n"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ in five goes. A thread looks at the private memory of the process every few mill
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import threading
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import parser_of
 
 from liar_ext import Moments
 from liar_ext.reconstruction import low_memory, ridge
@@ -28,9 +28,7 @@ TOKENS = 1500  # at a time, four times for each fold
 
 def main() -> None:
     """Print a line for each solve."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--features", type=int, default=4864)
     parser.add_argument("--outputs", type=int, default=896)
     options = parser.parse_args()

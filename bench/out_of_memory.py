@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import resource
 import shutil
 import subprocess
@@ -31,9 +30,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from common import write_random_text
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 GIB = 2**30
 EVERY = 0.2  # seconds between two looks at memory
@@ -47,9 +46,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     folder, text = options.out / "dense", options.out / "text.txt"
     write_model(folder, options)
-    words = random.Random(0)
-    lines = (" ".join(f"w{words.randrange(999)}" for _ in range(99)) for _ in range(400))
-    text.write_text("\n".join(lines), encoding="utf-8")
+    write_random_text(text, 400, folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     limit = int(options.limit * GIB)
     command = [sys.executable, "-m", "liar_ext", "prune", str(folder), "--calibration", str(text)]
@@ -74,22 +71,20 @@ def main() -> None:
 
 def runs(options: argparse.Namespace) -> dict[str, list[str]]:
     """Return the options of each run."""
-    fixed = ["--damp", "0.01"] if options.fixed_damp else []
-    known = {
-        "default": fixed,
-        "one-pass": ["--schedule", "one-pass", "--allocation", "uniform", *fixed],
-        "layerwise": ["--schedule", "layerwise", "--allocation", "uniform", *fixed],
-        "whole": ["--schedule", "one-pass", "--allocation", "uniform", *fixed],
-    }
-    return {name: known[name] for name in options.runs}
+    fixed, found = ["--damp", "0.01"] if options.fixed_damp else [], {}
+    for name in options.runs:
+        schedule = "one-pass" if name == "whole" else name
+        chosen = ["--schedule", schedule, "--allocation", "uniform"]
+        found[name] = fixed if name == "default" else [*chosen, *fixed]
+    return found
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
-    """Write config, tokenizer and random weights, a shard for each block."""
+    """Write config and random weights, a shard for each block."""
     if (folder / "model.safetensors.index.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    hidden, channels, heads = options.hidden, options.channels, heads_of(options)
+    hidden, channels, heads = options.hidden, options.channels, options.heads
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=channels,
@@ -102,11 +97,6 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
     )
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
-    byte_tokens = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(byte_tokens, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -209,15 +199,10 @@ def group(limit: int) -> Iterator:
             made.rmdir()
 
 
-def heads_of(options: argparse.Namespace) -> int:
-    """Return how many heads a block has."""
-    return options.heads or options.hidden // HEAD
-
-
 def shape(options: argparse.Namespace) -> str:
     """Return the shape of the model in words."""
     return (
-        f"{options.blocks} blocks of hidden size {options.hidden}, {heads_of(options)} heads, "
+        f"{options.blocks} blocks of hidden size {options.hidden}, {options.heads} heads, "
         f"{options.channels} channels"
     )
 
@@ -275,7 +260,9 @@ def parse() -> argparse.Namespace:
     add("--fixed-damp", action="store_true", help="no choice of λ, which saves time")
     add("--runs", nargs="+", default=["one-pass", "layerwise", "whole"])
     add("--remove", action="store_true", help="remove the dense model in the end")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.heads = options.heads or options.hidden // HEAD
+    return options
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
+from common import write_random_text
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 BYTES = 256  # a token each
 WAYS = ("in memory", "by blocks")
@@ -37,31 +37,25 @@ def main() -> None:
     if model is None:
         model, text = options.out / "dense", options.out / "text.txt"
         write_model(model)
-        words = random.Random(0)
-        lines = (" ".join(f"w{words.randrange(999)}" for _ in range(99)) for _ in range(60))
-        text.write_text("\n".join(lines), encoding="utf-8")
+        write_random_text(text, 60, model)
+    job = ["--calibration", str(text), "--quiet"]
+    job += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
     for way in options.ways:
         print(f"\n{way}\n")
         print("| dtype | schedule | ranks | plan | weights |")
         print("|---" * 5 + "|")
-        for dtype in options.dtypes:
-            for schedule in options.schedules:
-                compare(model, text, dtype, schedule, way, options)
-
-
-def compare(
-    model: Path, text: Path, dtype: str, schedule: str, way: str, options: argparse.Namespace
-) -> None:
-    """Print a row for each number of ranks; the first one is what others are compared with."""
-    first = None
-    for count in options.ranks:
-        out = options.out / f"{way.replace(' ', '-')}-{dtype}-{schedule}-{count}"
-        prune(model, text, out, count, dtype, schedule, way, options)
-        plan, weights = read(out)
-        first = first or (plan, weights)
-        same = "same" if plan == first[0] else "OTHER"
-        far = f"{difference(weights, first[1]):.0e}" if same == "same" else "–"
-        print(f"| {dtype} | {schedule} | {count} | {same} | {far} |", flush=True)
+        limit = ["--max-memory", LIMIT] if way == "by blocks" else []
+        for dtype, schedule in product(options.dtypes, options.schedules):
+            more = ["--dtype", dtype, "--schedule", schedule, *limit]
+            first = None  # which others are compared with
+            for count in options.ranks:
+                out = options.out / f"{way.replace(' ', '-')}-{dtype}-{schedule}-{count}"
+                prune(count, [str(model), *job, *more, "--out", str(out)])
+                plan, weights = read(out)
+                first = first or (plan, weights)
+                same = "same" if plan == first[0] else "OTHER"
+                far = f"{difference(weights, first[1]):.0e}" if same == "same" else "–"
+                print(f"| {dtype} | {schedule} | {count} | {same} | {far} |", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -73,13 +67,7 @@ def parse() -> argparse.Namespace:
     add("--ranks", type=int, nargs="+", default=[1, 2, 3])
     add("--dtypes", nargs="+", default=["float64", "float32"])
     add("--schedules", nargs="+", default=["layerwise", "one-pass"])
-    add(
-        "--ways",
-        nargs="+",
-        default=WAYS,
-        choices=WAYS,
-        help="the whole model in memory, or a block",
-    )
+    add("--ways", nargs="+", default=WAYS, choices=WAYS, help="the whole model, or a block")
     add("--samples", type=int, default=24)
     add("--seq-len", type=int, default=64)
     add("--out", type=Path, default=Path("out/ranks"), help="a folder of its own, emptied first")
@@ -90,7 +78,7 @@ def parse() -> argparse.Namespace:
 
 
 def write_model(folder: Path) -> None:
-    """Write a Llama with random weights, and a tokenizer of bytes."""
+    """Write a Llama with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=BYTES,
@@ -101,34 +89,13 @@ def write_model(folder: Path) -> None:
         num_key_value_heads=3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
 
 
-def prune(
-    model: Path,
-    text: Path,
-    out: Path,
-    count: int,
-    dtype: str,
-    schedule: str,
-    way: str,
-    options: argparse.Namespace,
-) -> None:
+def prune(count: int, words: list[str]) -> None:
     """Prune a model by so many ranks, each with one thread."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), "-m", "liar_ext", "prune", str(model)]
-    command += ["--calibration", str(text), "--dtype", dtype, "--schedule", schedule]
-    command += ["--max-memory", LIMIT] if way == "by blocks" else []
-    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
-    subprocess.run(
-        [*command, "--out", str(out), "--quiet"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    command += ["--nproc-per-node", str(count), "-m", "liar_ext", "prune"]
+    subprocess.run(command + words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
 def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:

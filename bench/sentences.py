@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,8 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from assets import write_documents
+from common import parser_of, table, write_json
 from encoder_tasks import read_sts
-from scipy.stats import spearmanr
+
+from liar_ext.measure.embeddings import pair_quality
 
 Encode = Callable[[Sequence[str], int], np.ndarray]
 EXPORTS = {"float32": (), "int8": ("--quantize", "int8")}
@@ -57,20 +59,17 @@ def main() -> None:
         row["difference"] = float(np.abs(runs[run](some, 8) - same(some, 8)).max())
     for run, speeds in speeds_of(runs, test, options.rounds).items():
         rows[run]["sentences_per_second"] = speeds
-    table = markdown(rows)
     found = [
         dict(zip(("runtime", "model", "weights"), run, strict=True)) | rows[run] for run in rows
     ]
-    (options.out / "sentences.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "sentences.md").write_text(table)
-    print(table)
+    write_json(options.out / "sentences.json", found)
+    (options.out / "sentences.md").write_text(markdown(rows))
+    print(markdown(rows))
 
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("encoder", type=Path, help="folder of the sentence encoder")
     add("--stsb", type=Path, required=True, help="folder of STS-B")
@@ -83,20 +82,15 @@ def parse() -> argparse.Namespace:
 
 def make_pruned(options: argparse.Namespace) -> Path:
     """Return the folder that `liar prune` writes, from an earlier run if there is one."""
-    folder, text = options.out / "pruned", options.out / "train.jsonl"
+    folder = options.out / "pruned"
     if not folder.exists():
         train = read_sts(options.stsb / "sts-train.csv")
         sentences = dict.fromkeys(text for _, *pair in train for text in pair)
-        lines = (json.dumps({"text": sentence}) + "\n" for sentence in sentences)
-        text.write_text("".join(lines), encoding="utf-8")
+        (text,) = write_documents(options.out, {"train": sentences})
         choices = {"keep": options.keep, "samples": options.samples, "seq-len": 128}
         choices["batch-size"] = 64
         flags = [word for name, value in choices.items() for word in (f"--{name}", str(value))]
         liar("prune", options.encoder, "--calibration", text, *flags, "--out", folder, "--quiet")
-    for path in options.encoder.iterdir():  # what says how sentences are pooled
-        if path.name == "modules.json" or "sentence" in path.name or path.is_dir():
-            if not (folder / path.name).exists():
-                (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     return folder
 
 
@@ -162,10 +156,9 @@ def onnxruntime_encoder(folder: Path) -> Encode:
 
 def spearman(encode: Encode, test: Sequence[tuple[float, str, str]]) -> float:
     """Return the rank correlation of cosine similarities with the scores."""
-    texts = sorted({text for _, *pair in test for text in pair})
-    of = dict(zip(texts, encode(texts, 32), strict=True))
-    cosine = [float(of[left] @ of[right]) for _, left, right in test]
-    return float(spearmanr(cosine, [score for score, *_ in test]).statistic)
+    scores, *sides = zip(*test, strict=True)
+    first, second = (torch.from_numpy(encode(each, 32)) for each in sides)
+    return pair_quality(first, second, sides[1], scores)["spearman"]
 
 
 def speeds_of(
@@ -194,16 +187,14 @@ def size_of(folder: Path) -> int:
 
 def markdown(rows: dict) -> str:
     """Return the table."""
-    lines = [
-        "| runtime | model | weights | STS-B Spearman | sentences/s, batch 1 | batch 32 | MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ("runtime", "model", "weights", "STS-B Spearman", "sentences/s, batch 1", "batch 32")
+    lines = []
     for run in sorted(rows, key=lambda run: (-len(run[0]), run[1], run[2])):
         row = rows[run]
-        speeds = " | ".join(f"{row['sentences_per_second'][batch]:.0f}" for batch in BATCHES)
+        speeds = [f"{row['sentences_per_second'][batch]:.0f}" for batch in BATCHES]
         size = f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else ""
-        lines.append(f"| {' | '.join(run)} | {row['spearman']:.4f} | {speeds} | {size} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*run, f"{row['spearman']:.4f}", *speeds, size])
+    return table([*columns, "MB"], lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from liar_ext.job.estimate import PEAKS, bytes_of_solve
 from liar_ext.reconstruction.ridge import Residual
 from liar_ext.reconstruction.solve import solve
 from liar_ext.selection.error_curves import error_curve
+from liar_ext.system.environment import process_memory
 
 TOKENS, KEEP = 256, 0.8
 MIB = 2**20
@@ -68,21 +69,15 @@ def measure(kind: str, d: int, outputs: int) -> int:
         "obs": lambda: ops.obs_curve(weight, moments.pooled()[0], 1, 0.01, 0),
     }
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = peak()
+    before = process_memory(peak=True)
     steps[kind]()
-    return peak() - before
+    return process_memory(peak=True) - before
 
 
 def curve(weight: Tensor, moments: Moments) -> Tensor:
     """Return the error curve of one fold, judged on the other."""
     order = torch.arange(moments.d_in)
     return error_curve(weight.double(), moments.gram[0], order, 0.01, moments.gram[1])
-
-
-def peak() -> int:
-    """Return the most resident bytes that this process had."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
 def parse() -> argparse.Namespace:

@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.common import write_json
 from bench.quality.models import load
-from bench.quality.record import write_whole
 from bench.quality.texts import Texts, choose_texts, write_texts
 from bench.quality.windows import HeldOut
 from liar_ext import prune
@@ -106,7 +106,7 @@ def with_active(whole: nn.Module, ids: Tensor, active: int) -> nn.Module:
     every = torch.arange(experts)
     for at, moe, h in inputs_of(model, ids) if active < experts else ():
         target = Layer(whole.model.layers[at].mlp).output(h)
-        moe.experts.down_proj.copy_(merged(Layer(moe), h, every, target)[0])
+        moe.experts.down_proj.copy_(merged(Layer(moe), h, every, target))
     return model
 
 
@@ -188,11 +188,8 @@ def greedy(layer: Layer, h: Tensor, count: int) -> Tensor:
     return kept
 
 
-def merged(layer: Layer, h: Tensor, kept: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-    """Return the consumers of ``kept`` that bring the output nearest to a target, by folds.
-
-    Also returned are λ, relative to the mean of the Gram matrix, and the held-out error.
-    """
+def merged(layer: Layer, h: Tensor, kept: Tensor, target: Tensor) -> Tensor:
+    """Return the consumers of ``kept`` that bring the output nearest to a target, λ by folds."""
     r, x = layer.routed(h, kept), layer.read(h)
     z = torch.cat([r[:, e, None] * x[e] for e in kept], 1)
     old = torch.cat([layer.down[e] for e in kept], 1)
@@ -210,9 +207,7 @@ def merged(layer: Layer, h: Tensor, kept: Tensor, target: Tensor) -> tuple[Tenso
     best = min(range(len(LADDER)), key=errors.__getitem__)
     gram, cross = (a + b for a, b in zip(*sums, strict=True))
     new = old + solved(gram, cross, LADDER[best])
-    width = layer.down.shape[2]
-    energy = float(target.square().sum())
-    return torch.stack(new.split(width, 1)), LADDER[best], errors[best] / energy
+    return torch.stack(new.split(layer.down.shape[2], 1))
 
 
 def solved(gram: Tensor, cross: Tensor, damp: float) -> Tensor:
@@ -260,7 +255,7 @@ def removed(
         if way == "scale":
             down = scaled(layer, h, kept, target)
         elif way.startswith("merge"):
-            down, _, _ = merged(layer, h, kept, target)
+            down = merged(layer, h, kept, target)
         r, x = layer.routed(h, kept), layer.read(h)
         found = sum(r[:, e, None] * (x[e] @ d.T) for e, d in zip(kept, down, strict=True))
         errors.append(float((found - target).square().sum() / target.square().sum()))
@@ -317,7 +312,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
             name = f"{options.keep} of {options.experts}, {options.active} active.json"
-            write_whole(OUT / name, json.dumps(rows, indent=1) + "\n")
+            write_json(OUT / name, rows)
 
 
 @torch.no_grad()

@@ -15,13 +15,9 @@ import time
 from collections import Counter
 from unittest import mock
 
-import torch
-from torch import nn
+from common import calibrated_on, cpu_seconds, forward, keep_layers, text_parser
 
 from liar_ext import Budget, Recipe, prune
-from liar_ext.calibration.batches import FACTS
-from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.job import pruning
 from liar_ext.job.estimate import RATE
@@ -40,28 +36,20 @@ def main() -> None:
     """Print a row for each stage of each job."""
     options = parse()
     model, tokenizer = load_model(options.model)
-    blocks = next(each for each in model.modules() if isinstance(each, nn.ModuleList))
-    del blocks[options.layers or len(blocks) :]
-    model.config.num_hidden_layers = len(blocks)
-    drawn = calibration_sequences(
-        [read_documents(options.calibration)],
-        tokenizer,
-        samples=options.samples,
-        seq_len=options.seq_len,
-    )
-    batches = drawn.batches()
-    run(model, batches[:1])
-    forward = seconds(lambda: run(model, batches))
+    keep_layers(model, options.layers)
+    batches = calibrated_on(options, tokenizer).batches()
+    forward(model, batches[:1])
+    once = cpu_seconds(lambda: forward(model, batches))
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     work = total_cost(model, sites(model), Budget(1.0, "flops", seq_len=1)) * tokens
-    print(f"{tokens} tokens: {forward:.1f} s, {work / forward / 1e9:.1f} operations a nanosecond")
+    print(f"{tokens} tokens: {once:.1f} s, {work / once / 1e9:.1f} operations a nanosecond")
     for name in options.jobs:
         recipe = Recipe(keep=options.keep, **JOBS[name])
         spent, counted = measure(copy.deepcopy(model), batches, recipe)
         print(name)
         for stage in spent:
             of = counted.get(stage, float("nan"))
-            said = f"{spent[stage] / forward:.2f} taken, {of / work:.2f} counted"
+            said = f"{spent[stage] / once:.2f} taken, {of / work:.2f} counted"
             print(f"  {stage}: {said}", flush=True)
 
 
@@ -94,30 +82,10 @@ def measure(model, batches, recipe: Recipe) -> tuple[Counter, dict[str, float]]:
     return spent, {name: RATE * each.work for name, each in lines[0].stages.items()}
 
 
-@torch.no_grad()
-def run(model, batches) -> None:
-    """Run the model over batches."""
-    for batch in batches:
-        model(**{key: value for key, value in batch.items() if key not in FACTS})
-
-
-def seconds(call) -> float:
-    """Return the CPU seconds of a call."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
+    parser = text_parser(__doc__, samples=32, seq_len=256)
     parser.add_argument("--layers", type=int, help="blocks that run; all, if not given")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     return parser.parse_args()

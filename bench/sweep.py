@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from common import calibrated_on, forward, text_parser
 from torch import nn
 
 from liar_ext import MomentBank, Recipe, calibrate, prune, sweep
-from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.job.sweeping import KEEP, PROBE_KEEP, Sweep
-from liar_ext.models.running import evaluating
 
 SOLVED = 0.8
 Value = TypeVar("Value")
@@ -34,10 +32,7 @@ def main() -> None:
     """Measure step by step, and print a table."""
     options = parse()
     model, tokenizer = load_model(options.model)
-    texts = [read_documents(name) for name in options.calibration]
-    drawn = calibration_sequences(
-        texts, tokenizer, samples=options.samples, seq_len=options.seq_len
-    )
+    drawn = calibrated_on(options, tokenizer)
     batches = drawn.batches()
     print(
         f"{Path(options.model).name}, {drawn.tokens:,} tokens, {torch.get_num_threads()} thread(s)"
@@ -104,14 +99,6 @@ class Clock:
         return value
 
 
-@torch.no_grad()
-def forward(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
-    """Run a model over batches."""
-    with evaluating(model):
-        for batch in batches:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
-
 def refuse(*given: object, **more: object) -> None:
     """Fail where a model is run."""
     raise AssertionError("the model was run")
@@ -119,11 +106,7 @@ def refuse(*given: object, **more: object) -> None:
 
 def parse() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", nargs="+", required=True)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser = text_parser(__doc__, samples=64, seq_len=512)
     parser.add_argument("--out", type=Path, default=Path("out/sweep"))
     parser.add_argument(
         "--scratch", action="store_true", help="compare with a run from scratch: as long again"

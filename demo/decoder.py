@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from statistics import median
 
 import torch
@@ -115,10 +116,7 @@ def prefill_speed(models: Mapping[str, nn.Module], ids: Tensor) -> dict[str, flo
 
 def equal_at_start(left: Sequence[int], right: Sequence[int]) -> int:
     """Return how many tokens two continuations share up to the first difference."""
-    for count, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return count
-    return min(len(left), len(right))
+    return len(commonprefix([left, right]))
 
 
 def repeated(continuations: Sequence[Sequence[int]]) -> float:

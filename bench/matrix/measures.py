@@ -36,24 +36,20 @@ def load(job: dict, folder: str | Path | None = None) -> Any:
     return auto.from_pretrained(folder or job["folder"], trust_remote_code=job["code"]).eval()
 
 
-def fingerprint_gap(job: dict, folder: str | Path, code: bool, perplexity: bool = True) -> Row:
+def fingerprint_gap(job: dict, folder: str | Path, code: bool) -> Row:
     """Return how far a folder's outputs are from those of the model that was saved."""
+    from safetensors.numpy import load_file
+
     given = {"folder": str(folder), "loader": job["auto"], "code": code, "device": "cpu"}
     given["fingerprint"] = next(map(str, Path(job["folder"]).glob("liar/fingerprint*")))
-    given["ids"] = job["ids"] if perplexity and job["causal"] else None
+    given["ids"] = job["ids"] if job["causal"] else None
     found = script("liar_ext/export/verify_worker.py").do(given)
-    largest = float(np.abs(_expected(given["fingerprint"])).max())
+    largest = float(np.abs(load_file(given["fingerprint"])["output"]).max())
     good = found["difference"] <= SAME * max(1.0, largest)
     number = f"{found['difference']:.0e}"
     if "perplexity" in found:
         number += f", ppl {found['perplexity']:.4g}"
     return {"number": number, "good": good, "largest_output": largest, **found}
-
-
-def _expected(path: str) -> np.ndarray:
-    from safetensors.numpy import load_file
-
-    return load_file(path)["output"]
 
 
 def sentences(job: dict, folder: str | Path) -> np.ndarray:
@@ -65,7 +61,7 @@ def sentences(job: dict, folder: str | Path) -> np.ndarray:
 
 
 @torch.no_grad()
-def pooled(job: dict, folder: str | Path | None = None, model: Any = None) -> np.ndarray:
+def pooled(job: dict, model: Any = None) -> np.ndarray:
     """Return pooled hidden states.
 
     Of decoders the last one, with the text as a chat's message, which is what sentence-transformers
@@ -74,8 +70,7 @@ def pooled(job: dict, folder: str | Path | None = None, model: Any = None) -> np
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
-    code = job["code"]
-    model = model or AutoModel.from_pretrained(folder or job["folder"], trust_remote_code=code)
+    model = model or AutoModel.from_pretrained(job["folder"], trust_remote_code=job["code"])
     rows = []
     for text in job["texts"]:
         options = {}

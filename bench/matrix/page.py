@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from make_folders import FAMILIES, LAYERS
+from measures import script
 
 START, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 CONSUMERS = (
@@ -102,9 +103,6 @@ def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def write(page: Path, table: str) -> None:
     """Replace what is between the marks of a page."""
-    text = page.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{page}: {START} and {END} must be there once")
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{START}\n\n{table}\n{END}{after}", encoding="utf-8")
+    placed = script("bench/common.py").placed
+    text = placed(page.read_text(encoding="utf-8"), table.rstrip("\n"), START, END)
+    page.write_text(text, encoding="utf-8")

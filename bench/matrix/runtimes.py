@@ -59,6 +59,7 @@ def llama_cpp(job: dict) -> Row:
     from liar_ext.export import export
     from liar_ext.export.llama_cpp import run_file
 
+    sys.path.insert(0, str(ROOT / "bench"))  # it imports its neighbour
     path = Path(job["room"], "model.gguf")
     export(job["folder"], "gguf", path, overwrite=True, progress=False, check=False, quantize="f32")
     ids = np.load(job["ids"])

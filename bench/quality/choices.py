@@ -21,24 +21,12 @@ PROMPT = "Question: {}\nAnswer:"
 
 @dataclass(frozen=True)
 class Question:
-    """A question as tokens: what comes before the choices, and each of them.
+    """A question as tokens: what comes before the choices, and each of them."""
 
-    Parameters
-    ----------
-    before : list of int
-        Tokens of the question, with those that a text begins with.
-    choices : list of list of int
-        Tokens of the choices.
-    lengths : list of int
-        Their characters.
-    answer : int
-        Index of the right one.
-    """
-
-    before: list[int]
+    before: list[int]  # with what a text begins with
     choices: list[list[int]]
-    lengths: list[int]
-    answer: int
+    lengths: list[int]  # characters of the choices
+    answer: int  # index of the right one
 
     @property
     def size(self) -> int:
@@ -49,12 +37,8 @@ class Question:
 def read_questions(path: Path, tokenizer, count: int | None = None) -> list[Question]:
     """Return ``count`` questions, evenly drawn, of a JSON-lines file.
 
-    Each line has ``question``, ``choices``, a list of text, and ``answer``, an index.
-
-    Raises
-    ------
-    InputError
-        If the file can't be read, or a line is anything else.
+    Each line has ``question``, ``choices``, a list of text, and ``answer``, an index. InputError if
+    the file can't be read, or a line is anything else.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -136,13 +120,7 @@ def pack(questions: Sequence[Question]) -> Packed:
 
 
 class Questions:
-    """Questions to judge models by.
-
-    Parameters
-    ----------
-    questions : sequence of Question
-        At least one.
-    """
+    """Questions to judge models by, at least one."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         # Of like length together, so that little is padding.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
-from bench.quality.windows import Judged, head_of, hidden_states, log_probabilities
+from bench.quality.windows import head_of, hidden_states, log_probabilities
 from liar_ext.models.running import evaluating
 
 STEPS = 32  # tokens of the dense model's continuation
@@ -18,28 +18,21 @@ BATCH = 16  # prompts at a time
 
 
 class Continuations:
-    """Greedy continuations of held-out prompts by the dense model.
+    """Greedy continuations by the dense model, of ``steps`` tokens each, which are written now.
 
-    Parameters
-    ----------
-    prompts : Tensor
-        ``(prompts, tokens)`` token ids.
-    dense : nn.Module
-        The dense model, which writes the continuations now.
-    steps : int
-        Tokens of a continuation.
+    Prompts are token ids, ``(prompts, tokens)``.
     """
 
     def __init__(self, prompts: Tensor, dense: nn.Module, steps: int = STEPS) -> None:
         self.prompt_tokens, self.steps = prompts.shape[1], steps
-        self.dense = Judged(head_of(dense))
+        self.head = head_of(dense)
         with evaluating(dense):
             written = [
                 settled(dense, greedy(dense, rows, steps), self.prompt_tokens)
                 for rows in prompts.split(BATCH)
             ]
             self.rows = torch.cat(written)
-            self.dense.hidden = [hidden for _, hidden in self._run(dense)]
+            self.hidden = [hidden for _, hidden in self._run(dense)]
 
     @torch.no_grad()
     def judge(self, model: nn.Module) -> dict[str, float]:
@@ -53,9 +46,9 @@ class Continuations:
         head = head_of(model)
         equal, lost, positions = 0, 0.0, 0
         with evaluating(model):
-            for (rows, hidden), dense in zip(self._run(model), self.dense.hidden, strict=True):
+            for (rows, hidden), dense in zip(self._run(model), self.hidden, strict=True):
                 best, states = [], hidden.flatten(0, 1)
-                of_dense = log_probabilities(self.dense.head, dense.flatten(0, 1))
+                of_dense = log_probabilities(self.head, dense.flatten(0, 1))
                 for (_, q), (_, p) in zip(log_probabilities(head, states), of_dense, strict=True):
                     best.append(q.argmax(-1))
                     lost += float(kl_div(q, p, reduction="sum", log_target=True))

@@ -18,24 +18,12 @@ from bench.quality.windows import HeldOut
 
 @dataclass
 class Judges:
-    """What models with one tokenizer are judged by.
+    """What models with one tokenizer are judged by."""
 
-    Parameters
-    ----------
-    windows : dict of str to HeldOut
-        By text.
-    questions : Questions or None
-        Of several choices.
-    prompts : Tensor
-        To continue.
-    dtype : torch.dtype
-        That models are judged in.
-    """
-
-    windows: dict[str, HeldOut]
+    windows: dict[str, HeldOut]  # by text
     questions: Questions | None
-    prompts: torch.Tensor
-    dtype: torch.dtype
+    prompts: torch.Tensor  # to continue
+    dtype: torch.dtype  # that models are judged in
     continuations: Continuations | None = None
     dense: dict[str, dict[str, float]] = field(default_factory=dict)
 

@@ -57,21 +57,8 @@ def read_method(name: str, *, keep: float, seed: int) -> Recipe:
     fields of the recipe: ``damp=0.1``, ``kinds=mlp``; ``layerwise``, ``one-pass`` and ``equal``
     are short for ``schedule=layerwise``, ``schedule=one-pass`` and ``uniform_layers=true``;
     ``blocks`` removes whole blocks in place of heads and channels. The tile is 1, single channels,
-    unless it is named: ``liar+tile=auto``.
-
-    Parameters
-    ----------
-    name : str
-        The method.
-    keep : float
-        Fraction of the prunable parameters that stays.
-    seed : int
-        Of the calibration set.
-
-    Raises
-    ------
-    InputError
-        If a word is none of these, or the recipe can't be.
+    unless it is named: ``liar+tile=auto``. InputError if a word is none of these, or the recipe
+    can't be.
     """
     first, *words = name.split("+")
     chosen: dict[str, Any] = {"tile": 1, "keep": keep, "seed": seed}

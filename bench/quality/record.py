@@ -10,27 +10,16 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from bench.common import write_json
 from liar_ext import InputError, Recipe
 from liar_ext.recipe.recipe import REMOVED
-from liar_ext.system.atomic_write import atomic_write
 
 # What makes two rows the same measurement, but for the recipe.
 KEY = ("model", "weights", "method", "ratio", "seed", "calibration_digest", "judged_digest")
 
 
 class Record:
-    """The rows of an output folder.
-
-    Parameters
-    ----------
-    path : Path
-        JSON file; it need not be there.
-
-    Raises
-    ------
-    InputError
-        If it holds anything else.
-    """
+    """The rows of a JSON file, which need not be there; InputError if it holds anything else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +44,7 @@ class Record:
         """Add a row in the place of one of its key, and write all of them."""
         key = key_of(row)
         self.rows = [each for each in self.rows if key_of(each) != key] + [row]
-        write_whole(self.path, json.dumps(self.rows, indent=1, allow_nan=True) + "\n")
+        write_json(self.path, self.rows)
 
 
 def key_of(row: Mapping[str, Any]) -> str:
@@ -74,22 +63,9 @@ def key_of(row: Mapping[str, Any]) -> str:
     return json.dumps([[row[name] for name in KEY], sorted(recipe.items())])
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that there is the old one or the new one, whenever the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Let one run at a time write into a folder.
-
-    Raises
-    ------
-    InputError
-        If another one does.
-    """
+    """Let one run at a time write into a folder; InputError if another one does."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:

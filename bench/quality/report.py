@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench import common
 from bench.quality import peers
 from bench.quality.methods import DENSE, OTHERS, is_layerwise
 
@@ -115,19 +116,12 @@ def labels(rows: Rows) -> list[str]:
 
 def table(rows: Rows, cell: Callable[[Rows], str]) -> list[str]:
     """Return a table, methods down and fractions removed across."""
-    ratios = ratios_of(rows)
-    lines = [
-        "| method | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
-        "|---|" + "---|" * len(ratios),
-    ]
+    ratios, lines = ratios_of(rows), []
     for method in methods_of(rows):
         own = " (configuration of ours)" if method in OTHERS else ""
-        cells = []
-        for ratio in ratios:
-            some = matching(rows, method, ratio)
-            cells.append(cell(some) if some else "")
-        lines.append(f"| `{method}`{own} | " + " | ".join(cells) + " |")
-    return lines
+        found = (matching(rows, method, ratio) for ratio in ratios)
+        lines.append([f"`{method}`{own}", *(cell(some) if some else "" for some in found)])
+    return common.table(["method", *(f"{ratio:g}" for ratio in ratios)], lines).splitlines()
 
 
 def matching(rows: Rows, method: str, ratio: float) -> list[dict[str, Any]]:

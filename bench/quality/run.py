@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import liar_ext
+from bench.common import write_whole
 from bench.quality import models
 from bench.quality.judging import Judges
 from bench.quality.methods import DENSE, expand, is_layerwise, read_method
 from bench.quality.plot import plot
-from bench.quality.record import Record, alone_in, write_whole
+from bench.quality.record import Record, alone_in
 from bench.quality.report import markdown
 from bench.quality.sharing import Case
 from bench.quality.texts import Texts, choose_texts, digest_of, write_texts

@@ -15,24 +15,12 @@ from liar_ext.report.report import Report
 
 @dataclass
 class Case:
-    """What all methods of one model and one seed share, with what each takes by itself.
+    """What all methods of one model and one seed share, with what each takes by itself."""
 
-    Parameters
-    ----------
-    model : nn.Module
-        The dense model; it stays as it is.
-    batches : sequence of mapping
-        The calibration set.
-    judging : sequence of mapping, optional
-        What decides the schedule auto.
-    drawing : float
-        CPU seconds that the calibration set took, which each method needs.
-    """
-
-    model: nn.Module
-    batches: Sequence[Mapping[str, Tensor]]
-    judging: Sequence[Mapping[str, Tensor]] | None = None
-    drawing: float = 0.0
+    model: nn.Module  # the dense one, which stays as it is
+    batches: Sequence[Mapping[str, Tensor]]  # the calibration set
+    judging: Sequence[Mapping[str, Tensor]] | None = None  # what decides the schedule auto
+    drawing: float = 0.0  # CPU seconds that the calibration set took, which each method needs
 
     def __post_init__(self) -> None:
         start = time.process_time()

@@ -30,7 +30,6 @@ WIKITEXT = ("wikitext-2", "wiki.test.raw", ("wiki.valid.raw", "valid-unk.txt"))
 
 def write_texts(folder: Path) -> None:
     """Write the texts of packages, as JSON lines: two kinds to calibrate on, four to judge by."""
-    folder.mkdir(parents=True, exist_ok=True)
     articles = assets.collected_documents("wikipedia")
     news, held_out_news = assets.hold_out(assets.news_documents(), HELD_OUT_EVERY)
     texts = {
@@ -41,9 +40,7 @@ def write_texts(folder: Path) -> None:
         "held_out_news": held_out_news,
         "held_out_code": assets.collected_documents("codeparrot/github-code"),
     }
-    for name, documents in texts.items():
-        lines = (json.dumps({"text": text}) + "\n" for text in documents)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    assets.write_documents(folder, texts)
 
 
 def choose_texts(
@@ -51,22 +48,9 @@ def choose_texts(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return names and sources of the texts to calibrate on, and of those to judge by.
 
-    Parameters
-    ----------
-    folder : Path
-        Where :func:`write_texts` wrote.
-    calibration : sequence of str
-        Names of :data:`CALIBRATION_KINDS`, ``self``, or sources of
-        :func:`liar_ext.calibration.read_documents`.
-    judged : sequence of str
-        ``NAME=SOURCE`` each; by default the four kinds.
-    wikitext : Path, optional
-        Folder of WikiText-2, which then is the encyclopaedia.
-
-    Raises
-    ------
-    InputError
-        If one is not of that form, or the folder has no WikiText-2.
+    :func:`write_texts` wrote to ``folder``. One calibrates on :data:`CALIBRATION_KINDS`, ``self``
+    or other sources, and judges by ``NAME=SOURCE``, or else by the four kinds. ``wikitext`` is a
+    folder of WikiText-2, which then is the encyclopaedia. InputError if one is not of that form.
     """
     held_out = {
         kind: str(folder / f"held_out_{kind}.jsonl")
@@ -95,13 +79,7 @@ def choose_texts(
 
 
 class Texts:
-    """All texts of a run, read once.
-
-    Raises
-    ------
-    InputError
-        If one can't be read, or a document is both calibrated on and judged by.
-    """
+    """All texts of a run, read once; InputError if a document is calibrated on and judged by."""
 
     def __init__(self, calibration: dict[str, str], judged: dict[str, str]) -> None:
         self.calibration = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, **inputs) -> Tensor:
 
 @torch.no_grad()
 def head_of(model: nn.Module) -> nn.Module:
-    """Return the head, for logits of some positions at a time.
-
-    Raises
-    ------
-    InputError
-        If the model's logits are not those of its head alone.
-    """
+    """Return the head, for logits of some positions; InputError if it isn't all there is."""
     head = model.get_output_embeddings()
     ids = torch.arange(3, device=model.device)[None]
     with evaluating(model):
@@ -55,30 +48,18 @@ def log_probabilities(head: nn.Module, hidden: Tensor) -> Iterator[tuple[int, Te
         yield start, head(hidden[start : start + ROWS]).float().log_softmax(-1)
 
 
-@dataclass
-class Judged:
-    """The dense model's head and hidden states beside which another model is judged."""
-
-    head: nn.Module
-    hidden: list[Tensor] = field(default_factory=list)
-
-
 class HeldOut:
-    """A text to judge models by.
+    """A text to judge models by: token ids of windows, ``(tokens,)`` each.
 
-    Parameters
-    ----------
-    windows : sequence of Tensor
-        Token ids of windows, ``(tokens,)`` each.
-    texts : sequence of str
-        What the predicted tokens of each window say, all but the first.
+    ``texts`` is what the predicted tokens of each window say, all but the first.
     """
 
     def __init__(self, windows: Sequence[Tensor], texts: Sequence[str]) -> None:
         self.windows = windows
         self.tokens = sum(len(window) - 1 for window in windows)
         self.bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        self.dense = Judged(nn.Identity())
+        self.dense_head: nn.Module = nn.Identity()
+        self.dense_hidden: list[Tensor] = []
 
     @torch.no_grad()
     def judge(self, model: nn.Module) -> dict[str, float]:
@@ -89,15 +70,15 @@ class HeldOut:
         prediction. The model that is judged first is the dense one.
         """
         head = head_of(model)
-        first = not self.dense.hidden
+        first = not self.dense_hidden
         loss, lost, rows = 0.0, 0.0, 0
         with evaluating(model):
             for index, ids in enumerate(self.windows):
                 hidden = hidden_states(model, ids[None])[0, :-1]
                 if first:
-                    self.dense.hidden.append(hidden)
-                    self.dense.head = head
-                compared = self.dense.hidden[index]
+                    self.dense_hidden.append(hidden)
+                    self.dense_head = head
+                compared = self.dense_hidden[index]
                 for start in range(0, len(hidden), ROWS):
                     end = min(start + ROWS, len(hidden))
                     logits = head(hidden[start:end]).float()
@@ -105,7 +86,7 @@ class HeldOut:
                     target = ids[start + 1 : end + 1, None]
                     loss += float((norm - logits.gather(1, target)).double().sum())
                     q = logits[::KL_EVERY] - norm[::KL_EVERY]
-                    dense = self.dense.head(compared[start:end:KL_EVERY]).float().log_softmax(-1)
+                    dense = self.dense_head(compared[start:end:KL_EVERY]).float().log_softmax(-1)
                     lost += float(kl_div(q, dense, reduction="sum", log_target=True))
                     rows += len(dense)
         mean = loss / self.tokens

@@ -11,11 +11,11 @@ the tables into a page.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench.common import parser_of, placed, table
 from bench.scaling.counts import ALONE, Work, phases
 from bench.scaling.rates import (
     DEVICE,
@@ -42,9 +42,7 @@ JOBS = {
 
 def main() -> None:
     """Print the tables, or write them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--measure", action="store_true", help="measure this machine's shares")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into a page")
     options = parser.parse_args()
@@ -52,44 +50,43 @@ def main() -> None:
     text = "\n".join(lines(shares))
     print(text)
     if options.write:
-        options.write.write_text(placed(options.write.read_text(encoding="utf-8"), text))
-
-
-def placed(page: str, text: str) -> str:
-    """Return a page with the tables between its two marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        page = options.write.read_text(encoding="utf-8")
+        options.write.write_text(placed(page, text, BEGIN, END))
 
 
 def lines(shares: dict[str, float]) -> Iterator[str]:
     """Yield the tables."""
-    yield "| kind of operation | share of the core's peak, measured | H100: peak | taken |"
-    yield "|---|---|---|---|"
-    for kind, what in WHAT.items():
-        peak, taken = PEAKS[kind] / 1e12, rate(kind, shares) / 1e12
-        yield f"| {what} | {shares[kind]:.0%} | {peak:,.0f} TFLOP/s | {taken:,.0f} TFLOP/s |"
+    rates = [
+        (what, f"{shares[kind]:.0%}", tera(PEAKS[kind]), tera(rate(kind, shares)))
+        for kind, what in WHAT.items()
+    ]
+    yield table(
+        ("kind of operation", "share of the core's peak, measured", "H100: peak", "taken"), rates
+    )
     yield ""
-    yield "| job | how | 1 GPU | 8 GPUs |"
-    yield "|---|---|---|---|"
-    for shape in SHAPES:
-        for name, choices in JOBS.items():
-            yield total(shape, name, choices, shares)
-    for shape in SHAPES:
-        for name, choices in JOBS.items():
-            yield ""
-            yield from table(shape, name, choices, shares)
+    jobs = [(shape, *job) for shape in SHAPES for job in JOBS.items()]
+    yield table(("job", "how", "1 GPU", "8 GPUs"), [total(*job, shares) for job in jobs])
+    for job in jobs:
+        yield ""
+        yield from by_phase(*job, shares)
 
 
-def total(shape: Shape, name: str, settings: Settings, shares: dict[str, float]) -> str:
+def tera(rate: float) -> str:
+    """Return operations a second for a cell."""
+    return f"{rate / 1e12:,.0f} TFLOP/s"
+
+
+def total(shape: Shape, name: str, settings: Settings, shares: dict[str, float]) -> list[str]:
     """Return the row of a job: how, and its seconds on one device and on several."""
     jobs = {count: fitted(shape, settings, count) for count in DEVICES}
     times = [sum(time_of(w, n, shares) for w in phases(shape, job)) for n, job in jobs.items()]
     how = "`--max-memory`, block by block" if jobs[1].by_blocks else "the whole model on a GPU"
-    return f"| {shape.name}, {name} | {how} | " + " | ".join(f"{t:,.0f} s" for t in times) + " |"
+    return [f"{shape.name}, {name}", how, *(f"{t:,.0f} s" for t in times)]
 
 
-def table(shape: Shape, name: str, settings: Settings, shares: dict[str, float]) -> Iterator[str]:
+def by_phase(
+    shape: Shape, name: str, settings: Settings, shares: dict[str, float]
+) -> Iterator[str]:
     """Yield the folded table of one job, with a line on its memory."""
     jobs = {count: fitted(shape, settings, count) for count in DEVICES}
     works = {count: phases(shape, job) for count, job in jobs.items()}
@@ -100,11 +97,11 @@ def table(shape: Shape, name: str, settings: Settings, shares: dict[str, float])
     yield ""
     yield f"One GPU holds, in GB: {parts}."
     yield ""
-    yield "| phase | 10¹² operations | GB | s, 1 GPU | s, 8 GPUs |"
-    yield "|---|---|---|---|---|"
+    rows = []
     for alone, several in zip(*works.values(), strict=True):
         times = [time_of(alone, 1, shares), time_of(several, DEVICES[-1], shares)]
-        yield row(alone, several, times)
+        rows.append(row(alone, several, times))
+    yield table(("phase", "10¹² operations", "GB", "s, 1 GPU", "s, 8 GPUs"), rows)
     yield ""
     yield "</details>"
 
@@ -121,7 +118,7 @@ def fitted(shape: Shape, settings: Settings, devices: int) -> Settings:
     return replace(settings, by_blocks=True)
 
 
-def row(work: Work, several: Work, times: Sequence[float]) -> str:
+def row(work: Work, several: Work, times: Sequence[float]) -> list[str]:
     """Return the row of a phase: what one device does, and what is handed over by several."""
     kinds = (("forward",), ("gram", "gram32"), ("product", "cholesky"))
     counts = [sum(work.operations[kind] for kind in some) / 1e12 for some in kinds]
@@ -134,7 +131,7 @@ def row(work: Work, several: Work, times: Sequence[float]) -> str:
             dict(zip(("memory", "PCIe", "files", "ranks"), sizes, strict=True)),
         )
     ]
-    return f"| {work.name} | " + " | ".join([*cells, *map(shown, times)]) + " |"
+    return [work.name, *cells, *map(shown, times)]
 
 
 def shown(value: float) -> str:

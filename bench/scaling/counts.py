@@ -23,30 +23,21 @@ SEQUENCES, SITES, ALONE = "sequences", "sites", "alone"
 
 @dataclass
 class Work:
-    """What a phase takes.
+    """What a phase takes: operations by kind, and bytes.
 
-    Parameters
-    ----------
-    name : str
-        The phase.
-    shared : str
-        What several devices share it by: sequences, sites, or nothing.
-    operations : Counter
-        By kind: ``forward``, the model's products; ``gram`` and ``gram32``, sums over rows of the
-        model's dtype and of float32; and in float64 ``product``, ``cholesky`` with the triangular
-        solves.
-    memory, link, disk, sent : float
-        Bytes that come from the device's memory at least, go between host and device, are read
-        from or written to files, and of which N ranks hand (N − 1) / N from one to another, one
-        message after the other; an all-reduce counts twice.
+    Operations: ``forward``, the model's products; ``gram`` and ``gram32``, sums over rows of the
+    model's dtype and of float32; and in float64 ``product``, ``cholesky`` with the triangular
+    solves.
     """
 
     name: str
-    shared: str
+    shared: str  # what several devices share it by: sequences, sites, or nothing
     operations: Counter = field(default_factory=Counter)
-    memory: float = 0.0
-    link: float = 0.0
-    disk: float = 0.0
+    memory: float = 0.0  # bytes that come from the device's memory at least
+    link: float = 0.0  # that go between host and device
+    disk: float = 0.0  # that are read from or written to files
+    # Of which N ranks hand (N − 1) / N from one to another, one message after the other; an
+    # all-reduce counts twice.
     sent: float = 0.0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from bench.common import cpu_seconds
 from bench.peak import measured_peaks
 from liar_ext import ops
 
@@ -52,11 +52,6 @@ def measure() -> dict[str, float]:
     """Return the share of one core's peak that each kind of operation reaches here.
 
     The least CPU time of five calls, of shapes as in real layers, on one thread.
-
-    Raises
-    ------
-    SystemExit
-        Without a C++ compiler, as the peak is measured by a program.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,16 +83,6 @@ def measure() -> dict[str, float]:
         "cholesky": (factor, 4 / 3 * n**3, double),
     }
     return {
-        name: operations / seconds(call) / (peaks[dtype] * 1e9)
+        name: operations / cpu_seconds(call, rounds=5) / (peaks[dtype] * 1e9)
         for name, (call, operations, dtype) in timed.items()
     }
-
-
-def seconds(call: Callable[[], object], rounds: int = 5) -> float:
-    """Return the least CPU seconds of a call."""
-    found = []
-    for _ in range(rounds):
-        start = time.process_time()
-        call()
-        found.append(time.process_time() - start)
-    return min(found)

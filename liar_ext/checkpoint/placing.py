@@ -119,7 +119,7 @@ def put_in_place(path: Path, folder: Path, overwrite: bool) -> None:
     If something came there that may not be replaced, ``path`` gets a name of its own, which the
     error tells, so that no work is lost.
     """
-    if _rename_to_nothing(path, folder):
+    if rename_to_nothing(path, folder):
         (folder / MARKER_FILE).unlink()
         return
     try:
@@ -241,7 +241,7 @@ def _remove(path: Path, again: bool = True) -> None:
         raise
 
 
-def _rename_to_nothing(path: Path, folder: Path) -> bool:
+def rename_to_nothing(path: Path, folder: Path) -> bool:
     """Rename unless there is something already; tell whether it was done."""
     try:
         if not _renameat2(path, folder, RENAME_NOREPLACE):

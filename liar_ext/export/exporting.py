@@ -32,6 +32,7 @@ from liar_ext.checkpoint.placing import (
     check_outside,
     clean_leftovers,
     put_in_place,
+    rename_to_nothing,
 )
 from liar_ext.export import FORMATS, Exported, Format
 from liar_ext.system.atomic_write import atomic_write
@@ -166,13 +167,8 @@ def _put(made: Path, target: Path, overwrite: bool) -> None:
             raise InputError(f"export: {target} is a folder, the output a file; choose another")
         if overwrite:
             os.replace(made, target)
-            return
-        try:  # unlike a rename, a link replaces nothing that has come there meanwhile
-            os.link(made, target)
-        except FileExistsError:
-            raise InputError(f"export: {target} exists; choose another or overwrite it") from None
-        except OSError:  # a file system without links
-            os.replace(made, target)
+        elif not rename_to_nothing(made, target):
+            raise InputError(f"export: {target} exists; choose another or overwrite it")
         return
     if target.is_file():
         raise InputError(f"export: {target} is a file, the output a folder; choose another")

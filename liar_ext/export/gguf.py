@@ -25,12 +25,12 @@ from liar_ext.export.gguf_architectures import (
     rope_parameters,
     sliding_window,
 )
-from liar_ext.export.gguf_tensors import BYTES, tensors_of
+from liar_ext.export.gguf_tensors import FLOATS, tensors_of
 from liar_ext.export.gguf_tokenizer import add_tokenizer
 from liar_ext.export.llama_cpp import LIBRARY, check_type, quantize_file, run_file
 from liar_ext.system.errors import InputError
 
-DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+DTYPES = {str(dtype).removeprefix("torch."): kind for kind, dtype in FLOATS.items()}
 TOLERANCE = 1e-2  # in nats, of float32 files: sums in another order, Gemma's GELU from a table
 
 
@@ -64,13 +64,13 @@ def export(
     stored = stored_dtype(fields)
     stored = stored if stored in DTYPES else "float32"
     kind = (quantize or DTYPES[stored]).lower()
-    if kind not in BYTES:
+    if kind not in FLOATS:
         check_type(kind)
     model, tokenizer = load_model(folder, stored)
     architecture, layers = architecture_of(model), layers_of(model)
     notes = _notes(model, architecture, layers)
-    base = out if kind in BYTES else out.with_name(f"{out.name}.unquantized")
-    own = kind if kind in BYTES else DTYPES[stored]
+    base = out if kind in FLOATS else out.with_name(f"{out.name}.unquantized")
+    own = kind if kind in FLOATS else DTYPES[stored]
     name = folder.name.encode(errors="replace").decode()  # a name on disk may be no UTF-8
     notes += _write(model, tokenizer, architecture, layers, base, own, name)
     if base != out:
@@ -134,9 +134,8 @@ def _write(
     writer = gguf.GGUFWriter(out, architecture.name)
     writer.add_type("model")
     writer.add_name(name)
-    types = gguf.LlamaFileType
-    file_types = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "bf16": types.MOSTLY_BF16}
-    writer.add_file_type(file_types[kind])
+    share = "ALL" if kind == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{share}_{kind.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, model, architecture, layers)
     notes = add_tokenizer(writer, tokenizer, model)

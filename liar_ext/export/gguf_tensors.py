@@ -22,7 +22,7 @@ from liar_ext.models.running import get_path
 from liar_ext.models.sites import sites
 from liar_ext.system.errors import InputError
 
-BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 LARGEST_F16 = 65504.0
 GPT2_LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 ROUTER, SHARED_GATE = "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight"
@@ -39,31 +39,28 @@ class Written:
     name: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    type: str  # f32, f16 or bf16
+    type: str  # of FLOATS
 
     @property
     def info(self) -> tuple[str, tuple[int, ...], np.dtype, int, Any]:
         """What ``GGUFWriter.add_tensor_info`` takes."""
         import gguf
 
-        dtype = np.dtype(np.float16 if self.type == "f16" else np.float32)
-        raw = gguf.GGMLQuantizationType.BF16 if self.type == "bf16" else None
-        return self.name, self.shape, dtype, BYTES[self.type] * math.prod(self.shape), raw
+        size = FLOATS[self.type].itemsize * math.prod(self.shape)
+        kind = gguf.GGMLQuantizationType[self.type.upper()]
+        return self.name, self.shape, np.dtype(np.float32), size, kind
 
     def data(self) -> np.ndarray:
         """Return the values; InputError is raised if one is out of the type's range."""
         tensor = self.read().detach().cpu()
-        if self.type == "bf16":
-            return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-        if self.type == "f16":
-            largest = float(tensor.float().abs().max())
-            if not largest <= LARGEST_F16:
-                raise InputError(
-                    f"export: --to gguf: {self.name} has values up to {largest:.3g}, over those of "
-                    "f16; give --quantize bf16 or f32"
-                )
-        wanted = torch.float16 if self.type == "f16" else torch.float32
-        return tensor.to(wanted).contiguous().numpy()
+        largest = float(tensor.float().abs().max()) if self.type == "f16" else 0.0
+        if not largest <= LARGEST_F16:
+            raise InputError(
+                f"export: --to gguf: {self.name} has values up to {largest:.3g}, over those of "
+                "f16; give --quantize bf16 or f32"
+            )
+        values = tensor.to(FLOATS[self.type]).contiguous()
+        return (values.view(torch.int16) if self.type == "bf16" else values).numpy()
 
 
 def tensors_of(

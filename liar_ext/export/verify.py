@@ -38,8 +38,8 @@ from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import quiet
 
 WORKER = Path(verify_worker.__file__)
-# Weights of these types have their own rounding: the difference is told, and nothing is demanded.
-EXACT = ("f32", "float32", None)
+# Weights of other types have their own rounding: the difference is told, and nothing is demanded.
+EXACT = ("", "f32", "float32")
 # Float32 sums in the order of another runtime, over a model's depth, over its largest output.
 OTHER_RUNTIME = 1e-3
 
@@ -217,7 +217,8 @@ def _exports(folder: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> 
             elif entry["format"] in run:
                 found = run[entry["format"]](path, fingerprint, ids)
                 limit = OTHER_RUNTIME * max(1.0, float(fingerprint.output.abs().max()))
-                limit, quantised = max(limit, fingerprint.tolerance), kind not in EXACT
+                limit = max(limit, fingerprint.tolerance)
+                quantised = str(kind or "").lower() not in EXACT
                 agrees = found["difference"] <= (sys.float_info.max if quantised else limit)
                 size = _megabytes(path)
                 yield Row(how, agrees=agrees, megabytes=size, quantised=quantised, **found)
@@ -229,7 +230,11 @@ def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
     """Return what llama.cpp computes for the fingerprint's input, and for the text."""
     from liar_ext.export.llama_cpp import run_file
 
-    (given,) = (value.numpy() for value in fingerprint.inputs.values())
+    given, *others = (value.numpy() for value in fingerprint.inputs.values())
+    if others:
+        raise InputError(
+            f"verify: llama.cpp reads tokens alone; remove {path.name} from the record"
+        )
     expected = fingerprint.output.float().numpy()
     found = run_file(path, given, logits=True)["logits"][..., : expected.shape[-1]]
     same = found.shape == expected.shape

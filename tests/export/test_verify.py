@@ -47,7 +47,8 @@ def test_a_changed_export_and_a_missing_one_are_told(unequal: Path, saved, tmp_p
     done = export(other, "gguf", progress=False)
     record = json.loads((unequal / "liar/exports.json").read_text())
     kept = (unequal / "liar/exports.json").read_text()
-    record["exports"][0]["path"] = str(done.paths[0])
+    # A type in capitals is as exact.
+    record["exports"][0] |= {"path": str(done.paths[0]), "options": {"quantize": "F32"}}
     record["exports"][1]["path"] = "../nowhere"
     change(unequal / "liar/exports.json", **record)
     try:
@@ -109,6 +110,16 @@ def test_all_that_towers_read_is_given_to_every_loader(saved) -> None:
     facts, here = (check(saved("clip")[2]) for check in (verify_everywhere, verify_pruned))
     assert facts["agrees"] and here["agrees"]
     assert [row.how for row in facts["rows"]] == list(here["loaders"])
+
+
+def test_a_record_of_an_export_that_cannot_be_is_told(saved, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved("clip")[2], tmp_path / "model")
+    (folder / "model.gguf").touch()
+    entry = {"format": "gguf", "path": "model.gguf"}
+    record = {"version": 1, "exports": [entry]}
+    (folder / "liar/exports.json").write_text(json.dumps(record))
+    (row,) = verify._exports(folder, read_fingerprint(folder), None)
+    assert not row.agrees and "reads tokens alone" in row.error
 
 
 def test_code_of_a_stranger_is_not_run(saved, tmp_path: Path) -> None:

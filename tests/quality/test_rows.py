@@ -11,9 +11,10 @@ import torch
 from covers import some
 from tiny import VOCAB, tiny
 
+from bench.common import write_whole
 from bench.quality import models, peers, texts
 from bench.quality.methods import FLAP, OTHERS, expand, read_method
-from bench.quality.record import Record, alone_in, write_whole
+from bench.quality.record import Record, alone_in
 from bench.quality.report import markdown
 from bench.quality.sharing import Case
 from liar_ext import Recipe, prune, sites

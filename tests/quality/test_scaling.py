@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.common import placed
 from bench.scaling import __main__ as scaling
 from bench.scaling import counts
 from bench.scaling.rates import SHARES
@@ -199,7 +200,7 @@ def test_a_fast_job_makes_the_operations_that_are_counted(model, monkeypatch, wh
 
 def test_the_page_has_the_tables_of_the_bench():
     page = PAGE.read_text(encoding="utf-8")
-    assert scaling.placed(page, "\n".join(scaling.lines(SHARES))) == page
+    assert placed(page, "\n".join(scaling.lines(SHARES)), scaling.BEGIN, scaling.END) == page
 
 
 def test_a_model_that_is_too_large_for_a_device_goes_block_by_block():
