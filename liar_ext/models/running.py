@@ -212,9 +212,9 @@ def output_of(model: nn.Module, outputs: Any, mask: Tensor | None = None) -> tup
     )
 
 
-def block_config(family: Family | Part, config: Any) -> Any:
+def block_config(part: Part, config: Any) -> Any:
     """Return the part of a model's config that describes the blocks."""
-    return get_path(config, family.config) if family.config else config
+    return get_path(config, part.config) if part.config else config
 
 
 def get_path(root: Any, path: str) -> Any:

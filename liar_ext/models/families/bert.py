@@ -15,6 +15,7 @@ from liar_ext.models.family import (
     Step,
     Stream,
     attention,
+    like,
     mlp,
     steps,
     stream,
@@ -48,7 +49,7 @@ _NORM, _HEAD = "output.LayerNorm", "cls.predictions.transform"
 _CLASSIFIED = ("read classifier qa_outputs",)
 BERT = stream(
     _embedded(*_WORDS),
-    (_ATTN, f"norm attention.{_NORM}", _MLP, f"norm {_NORM}"),
+    ("site attn", f"norm attention.{_NORM}", "site mlp", f"norm {_NORM}"),
     _pooled("pooler.dense", "classifier", "cls.seq_relationship"),
     _pooled("classifier.dense", "classifier.out_proj"),
     _masked(f"{_HEAD}.dense", f"{_HEAD}.LayerNorm", "cls.predictions.decoder"),
@@ -68,7 +69,7 @@ def _norms_before(attn: str, mlp: str, last: str) -> Stream:
     return replace(
         BERT,
         start=BERT.start[:1],
-        block=steps(f"norm {attn}", _ATTN, f"norm {mlp}", _MLP),
+        block=steps(f"norm {attn}", "site attn", f"norm {mlp}", "site mlp"),
         ends=tuple((*steps(f"norm {last}"), *end) for end in BERT.ends),
     )
 
@@ -107,7 +108,7 @@ _MPNET = attention(
 _MPNET_STREAM = replace(
     BERT,
     start=_embedded(*_WORDS[:2]),
-    block=steps(_MPNET, "norm attention.LayerNorm", _MLP, f"norm {_NORM}"),
+    block=steps("site attn", "norm attention.LayerNorm", "site mlp", f"norm {_NORM}"),
     config={"hidden_size": "hidden"},
     multiple_of=None,
 )
@@ -117,7 +118,7 @@ _DISTIL = attention(
 _DISTIL_MLP = mlp("ffn.lin1 ffn.lin2", "hidden_dim")
 _DISTIL_STREAM = stream(
     _embedded(*_WORDS[:2]),
-    (_DISTIL, "norm sa_layer_norm", _DISTIL_MLP, "norm output_layer_norm"),
+    ("site attn", "norm sa_layer_norm", "site mlp", "norm output_layer_norm"),
     _pooled("pre_classifier", "classifier"),
     _masked("vocab_transform", "vocab_layer_norm", "vocab_projector"),
     _CLASSIFIED,
@@ -125,11 +126,7 @@ _DISTIL_STREAM = stream(
 )
 _BERT = Family("bert", "encoder.layer", _ATTN, _MLP, stream=BERT, without=NO_STOCK)
 BERT_ROWS = (
-    _BERT,
-    *(
-        replace(_BERT, name=name)
-        for name in ("roberta", "xlm-roberta", "camembert", "data2vec-text")
-    ),
+    *like(_BERT, "bert roberta xlm-roberta camembert data2vec-text"),
     replace(_BERT, name="ernie", stream=_with_tables("task_type")),
     replace(
         _BERT,
@@ -165,7 +162,7 @@ _ALBERT_STREAM = stream(
     ),
     (
         *(Step("take", _ALBERT.layers[:-1]), "write attention.dense", "norm attention.LayerNorm"),
-        *(_ALBERT_MLP, "norm full_layer_layer_norm"),
+        *("site mlp", "norm full_layer_layer_norm"),
     ),
     ("take pooler", "write pooler", "take classifier sop_classifier.classifier"),
     ("take predictions.dense", "aside predictions.LayerNorm predictions.decoder"),
@@ -210,8 +207,7 @@ DEBERTA_ROWS = (
         },
     ),
     Family(
-        *("deberta-v2", "encoder.layer", _DEBERTA, _MLP),
-        without={"hidden": _POSITIONS, **NO_STOCK},
+        *("deberta-v2", "encoder.layer", _DEBERTA, _MLP), without={"hidden": _POSITIONS, **NO_STOCK}
     ),
 )
 
@@ -220,7 +216,7 @@ _MODERN_MLP = mlp("mlp.Wi mlp.Wo", stack=GATE_UP, bias_flag="mlp_bias")
 _MODERN_STREAM = stream(
     ("write embeddings.tok_embeddings", "norm embeddings.norm"),
     # The first block reads the embeddings as they are.
-    ("norm_if attn_norm", _MODERN, "norm mlp_norm", _MODERN_MLP),
+    ("norm_if attn_norm", "site attn", "norm mlp_norm", "site mlp"),
     ("norm final_norm", *_masked("head.dense", "head.norm", "decoder classifier")),
 )
 _NOMIC = attention(
@@ -233,7 +229,7 @@ _NOMIC_MLP = mlp(
 )
 _NOMIC_STREAM = stream(
     _embedded("word_embeddings", "token_type_embeddings"),
-    (_NOMIC, "norm post_attention_layernorm", _NOMIC_MLP, "norm post_mlp_layernorm"),
+    ("site attn", "norm post_attention_layernorm", "site mlp", "norm post_mlp_layernorm"),
     BERT.ends[0],
     _masked(f"{_HEAD}.dense", f"{_HEAD}.layer_norm", "cls.predictions.decoder"),
     _CLASSIFIED,
@@ -250,18 +246,12 @@ _GTE_STREAM = replace(
     ),
     ends=(BERT.ends[0], _masked(*_LM_HEAD), steps(*_CLASSIFIED)),
 )
-_JINA_MLP = mlp("mlp.fc1 mlp.fc2")
-_JINA_STREAM = replace(
-    _GTE_STREAM,
-    block=steps(_NOMIC, "norm post_attention_layernorm", _JINA_MLP, "norm post_mlp_layernorm"),
-    ends=(BERT.ends[0], BERT.ends[1], *_GTE_STREAM.ends[1:]),
-)
+_JINA_STREAM = replace(_GTE_STREAM, ends=(*BERT.ends[:2], *_GTE_STREAM.ends[1:]))
 _DECODING = attention(
     "attn", "q_proj k_proj v_proj Wo", numbers={"num_heads": "heads"}, bias_flag="attention_bias"
 )
 _DECODING_STREAM = replace(
     _MODERN_STREAM,
-    block=steps("norm_if attn_norm", _DECODING, "norm mlp_norm", _MODERN_MLP),
     ends=tuple(
         steps("norm final_norm", *_masked(f"{head}.dense", f"{head}.norm", reader))
         for head, reader in (("lm_head", "decoder"), ("head", "classifier"))
@@ -277,7 +267,7 @@ ROTARY_ROWS = (
     ),
     Family("nomic_bert", "layers", _NOMIC, _NOMIC_MLP, stream=_NOMIC_STREAM),
     Family("gte", "layers", _NOMIC, _NOMIC_MLP, stream=_GTE_STREAM),
-    Family("jina_embeddings_v3", "layers", _NOMIC, _JINA_MLP, stream=_JINA_STREAM),
+    Family("jina_embeddings_v3", "layers", _NOMIC, mlp("mlp.fc1 mlp.fc2"), stream=_JINA_STREAM),
     # Its mlp_bias is also one of its head.
     replace(
         ROW,

@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from liar_ext.models.families.decoders import ATTN, ATTN_COUNTED, MLP, ROW, SINKS, in_pictures
-from liar_ext.models.family import (
-    GATE_UP,
-    JOINT,
-    ROUTED,
-    Experts,
-    Family,
-    Stack,
-    Wiring,
-    mlp,
-)
+from liar_ext.models.family import GATE_UP, JOINT, ROUTED, Experts, Family, Stack, Wiring, like, mlp
 
 
 def experts(
@@ -110,7 +101,7 @@ def mixture(
 ) -> Family:
     """Return the row of a mixture, whose hidden size stays as its routers read it."""
     without = {"hidden": ROUTED, **(without or {})}
-    return Family(name, "layers", attn, mlp, shared_mlp, without=without)
+    return Family(name, "layers", attn, mlp, shared_mlp=shared_mlp, without=without)
 
 
 _LLAMA4_EXPERTS = experts(
@@ -168,13 +159,7 @@ ROWS = (
     mixture("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
     mixture("solar_open", ATTN, _ROUTED, _SUMMED, _BESIDE),
     mixture("cohere2_moe", ROW.attn, (_COUNTED, _PREFIX), _SUMMED, _BESIDE),
-    mixture(
-        "exaone_moe",
-        ATTN_COUNTED,
-        (_COUNTED, MLP),
-        _SUMMED,
-        _BESIDE,
-    ),
+    mixture("exaone_moe", ATTN_COUNTED, (_COUNTED, MLP), _SUMMED, _BESIDE),
     mixture(
         "hy_v3",
         ROW.attn,
@@ -182,15 +167,15 @@ ROWS = (
         _SUMMED,
         _BESIDE,
     ),
-    *(
-        mixture(name, _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE)
-        for name in ("deepseek_v2", "deepseek_v32", "glm4_moe_lite", "mistral4")
-    ),
-    *(_DEEPSEEK, in_pictures(_DEEPSEEK, "kimi_k25")),
-    mixture(
-        "glm_moe_dsa",
-        *(_LATENT, (_ROUTED, MLP), _SUMMED),
-        {**_BESIDE, "layerwise": "some layers attend to the tokens that an earlier one chose"},
+    *like(_DEEPSEEK, "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite mistral4"),
+    in_pictures(_DEEPSEEK, "kimi_k25"),
+    replace(
+        _DEEPSEEK,
+        name="glm_moe_dsa",
+        without={
+            **_DEEPSEEK.without,
+            "layerwise": "some layers attend to the tokens that an earlier one chose",
+        },
     ),
     _LLAMA4,
     mixture("flex_olmo", None, _OLMOE, without=_JOINT),

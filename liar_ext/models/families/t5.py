@@ -12,6 +12,7 @@ from liar_ext.models.family import (
     Part,
     Wiring,
     attention,
+    like,
     mlp,
 )
 
@@ -72,7 +73,8 @@ _UMT5 = Family(
 )
 
 
-def _bart_attention(module: str) -> Wiring:
+def bart_attention(module: str) -> Wiring:
+    """Return attention of BART's kind, which keeps its number of heads and their features."""
     numbers = {"num_heads": "heads", "embed_dim": "features"}
     return attention(module, "q_proj k_proj v_proj out_proj", numbers=numbers)
 
@@ -80,33 +82,28 @@ def _bart_attention(module: str) -> Wiring:
 _BART_ENCODER = Part(
     "encoder",
     "encoder.layers",
-    _bart_attention("self_attn"),
+    bart_attention("self_attn"),
     mlp("fc1 fc2", "encoder_ffn_dim"),
     input="input_ids",
 )
 _BART_DECODER = replace(
-    _decoder(_BART_ENCODER, _bart_attention("encoder_attn")), mlp=mlp("fc1 fc2", "decoder_ffn_dim")
+    _decoder(_BART_ENCODER, bart_attention("encoder_attn")), mlp=mlp("fc1 fc2", "decoder_ffn_dim")
 )
 _BART = Family(
-    name="bart",
-    parts=(_BART_ENCODER, _BART_DECODER),
-    without={"hidden": TWO_STREAMS, **NO_STOCK},
+    name="bart", parts=(_BART_ENCODER, _BART_DECODER), without={"hidden": TWO_STREAMS, **NO_STOCK}
 )
-_LIKE_BART = ("mbart", "plbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small")
 # Every frame of the sound counts.
 _SOUND = replace(_BART_ENCODER, input="input_features", mask="")
+_SPEECH = Family(
+    *("wav2vec2", "encoder.layers", bart_attention("attention")),
+    mlp("feed_forward.intermediate_dense feed_forward.output_dense"),
+    mask="",  # that of their samples is no mask of frames
+    without={"hidden": "a convolution over its positions adds to it", **NO_STOCK},
+)
 
 ROWS = (
-    *(_T5, replace(_T5, name="mt5"), _UMT5),
-    *(_BART, *(replace(_BART, name=name) for name in _LIKE_BART)),
+    *(*like(_T5, "t5 mt5"), _UMT5),
+    *like(_BART, "bart mbart plbart pegasus marian m2m_100 blenderbot blenderbot-small"),
     replace(_BART, name="whisper", parts=(_SOUND, _BART_DECODER)),
-    *(
-        Family(
-            *(name, "encoder.layers", _bart_attention("attention")),
-            mlp("feed_forward.intermediate_dense feed_forward.output_dense"),
-            mask="",  # that of their samples is no mask of frames
-            without={"hidden": "a convolution over its positions adds to it", **NO_STOCK},
-        )
-        for name in ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat")
-    ),
+    *like(_SPEECH, "wav2vec2 hubert data2vec-audio unispeech unispeech-sat"),
 )
