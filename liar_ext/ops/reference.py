@@ -159,9 +159,14 @@ def reconstruct(
     :func:`solve_by_library` does.
     """
     optional = holdout, cross, holdout_cross
+    results = empty_results(weight, kept, damps, holdout, errors_only)
     if weight.dim() == 3:
-        one = functools.partial(reconstruct, solve=solve)
-        return each_site(one, weight, gram, kept, damps, *optional, errors_only)
+        for site in range(len(weight)):
+            own = (None if each is None else each[site] for each in optional)
+            one = reconstruct(weight[site], gram[site], kept[site], damps, *own, errors_only, solve)
+            for stacked, value in zip(results, one, strict=True):
+                stacked[site] = value
+        return results
     d, n = weight.shape[1], len(kept)
     inside = ((kept >= 0) & (kept < d)).all() & (kept[1:] > kept[:-1]).all()
     read = [each for each in (weight, cross, holdout_cross) if each is not None]
@@ -175,7 +180,6 @@ def reconstruct(
     mean = torch.where(mean == 0, 1.0, mean)
     shifts = damps * mean
     found = (solve or solve_by_library)(site.block, site.side, shifts)
-    results = empty_results(weight, kept, damps, holdout, errors_only)
     for index, (shift, one) in enumerate(zip(shifts, found, strict=True)):
         certified = _certify(site, shift, *one, before, errors_only)
         for result, value in zip(results, certified, strict=True):
@@ -288,25 +292,6 @@ def condition_of(diagonal: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
-
-
-def each_site(
-    solve: Callable[..., Results],
-    weight: Tensor,
-    gram: Tensor,
-    kept: Tensor,
-    damps: Tensor,
-    *others: Tensor | bool | None,
-) -> Results:
-    """Reconstruct site by site, and stack what comes of it."""
-    *optional, errors_only = others
-    results = empty_results(weight, kept, damps, optional[0], errors_only)
-    for site in range(len(weight)):
-        own = (None if tensor is None else tensor[site] for tensor in optional)
-        one = solve(weight[site], gram[site], kept[site], damps, *own, errors_only)
-        for stacked, value in zip(results, one, strict=True):
-            stacked[site] = value
-    return results
 
 
 def symmetric(gram: Tensor) -> Tensor:
