@@ -251,8 +251,12 @@ class Family(Part):
     @property
     def all_parts(self) -> tuple[Part, ...]:
         """Its stacks of blocks, be it one or several."""
+        return self.parts or (self.as_part(""),)
+
+    def as_part(self, name: str, **changes: object) -> Part:
+        """Return its own stack of blocks, under a name in a family of several."""
         own = {each.name: getattr(self, each.name) for each in fields(Part)}
-        return self.parts or (Part(**{**own, "name": ""}),)
+        return Part(**{**own, "name": name, **changes})
 
     def wirings(self, kind: str) -> list[Wiring]:
         """Return all wirings of a kind of site, of all parts and alternatives."""
