@@ -191,21 +191,6 @@ class _Trail:
     def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
         writers = [self.layers[path] for path in self.writers]
         tables = [layer for layer in writers if isinstance(layer, nn.Embedding)]
-        size = self._size(writers, tables)
-        self._check(model, size)
-        sources = []
-        for (module, first), paths in self.read.items():
-            tied = tuple(
-                path
-                for path in paths
-                if any(self.layers[path].weight is table.weight for table in tables)
-            )
-            readers = tuple(path for path in paths if path not in tied)
-            sources.append(Source(module, module in self.norms, first, readers, tied))
-        step = {"heads": heads, "head_dim": size // heads}.get(multiple_of, 1)
-        return Hidden(size, step, tuple(self.writers), tuple(sources))
-
-    def _size(self, writers: list[nn.Module | nn.Parameter], tables: list[nn.Module]) -> int:
         alone = [layer for layer in writers if isinstance(layer, nn.Parameter)]
         found = {tensor.shape[-1] for tensor in (*alone, *(table.weight for table in tables))}
         size, *others = sorted(found) or [len(weight_of(writers[0]))]
@@ -214,7 +199,14 @@ class _Trail:
                 f"hidden: all embeddings must have the features of the stream, got {size} and "
                 f"{others[0]}; prune other sites"
             )
-        return size
+        self._check(model, size)
+        sources, shared = [], {id(table.weight) for table in tables}
+        for (module, first), paths in self.read.items():
+            tied = tuple(path for path in paths if id(self.layers[path].weight) in shared)
+            readers = tuple(path for path in paths if path not in tied)
+            sources.append(Source(module, module in self.norms, first, readers, tied))
+        step = {"heads": heads, "head_dim": size // heads}.get(multiple_of, 1)
+        return Hidden(size, step, tuple(self.writers), tuple(sources))
 
     def _check(self, model: nn.Module, size: int) -> None:
         """Refuse layers of this size that no step names, and readers of another size."""

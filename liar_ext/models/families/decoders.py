@@ -15,12 +15,20 @@ from liar_ext.models.family import (
     Family,
     Step,
     Stream,
+    Wiring,
     attention,
     like,
     mlp,
     steps,
     stream,
 )
+
+
+def gated(module: str, field: str = "intermediate_size", **more: object) -> Wiring:
+    """Return an MLP with a gate by its module, and its config field."""
+    layers = f"{module}.gate_proj {module}.up_proj {module}.down_proj"
+    return mlp(layers, field, numbers={f"{module}.intermediate_size": "features"}, **more)
+
 
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.
@@ -30,7 +38,7 @@ QKVO = "q_proj k_proj v_proj o_proj"
 TASKS = "read lm_head score classifier qa_outputs"
 # Where no flag of the config governs all layers of a site.
 ATTN = attention("self_attn", QKVO, numbers=GROUPS, config=HEADS)
-MLP = mlp("mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"})
+MLP = gated("mlp")
 _FLAGGED = replace(MLP, bias_flag="mlp_bias")
 SINKS = {"per_head": ("self_attn.sinks",)}  # a number of each head in its softmax
 NORMS = ("norm input_layernorm", "norm post_attention_layernorm")
@@ -73,7 +81,7 @@ _OLMO2 = replace(
     without={"attn": JOINT, "kv_group": JOINT},
 )
 _BIAS = {"bias_flag": "use_bias"}
-LLAMA_ROWS = (
+ROWS = [
     # Granite's multipliers are numbers of the config, whatever the sizes.
     *like(ROW, "llama smollm3 granite"),
     # OLMo's norms have no weights: their readers alone are solved.
@@ -94,7 +102,7 @@ LLAMA_ROWS = (
         ROW, name="exaone4", attn=replace(ATTN_COUNTED, **_NORMED), mlp=_MLP_AFTER, stream=_AFTER
     ),
     *like(_OLMO2, "olmo2 olmo3"),
-)
+]
 
 # Gemma's norms scale by their weights and one.
 _SCALED = replace(LLAMA, norm_offset=1.0, scaled=True)
@@ -132,14 +140,14 @@ def in_pictures(row: Family, name: str) -> Family:
     return replace(row, name=name, without=without, **text)
 
 
-GEMMA_ROWS = (
+ROWS += [
     *(_GEMMA4, in_pictures(_GEMMA4, "gemma4")),
     *(_GEMMA, replace(_GEMMA, name="vaultgemma", stream=_GEMMA3.stream)),
     *(*like(_GEMMA3, "gemma2 gemma3_text"), in_pictures(_GEMMA3, "gemma3")),
-)
+]
 
 _UP = replace(_FLAGGED, producers=("mlp.up_proj",))
-UNGATED_ROWS = (
+ROWS += [
     *like(ROW, "arcee jais2", mlp=_UP),
     # Squared ReLU; its LayerNorm scales by its weight and one.
     replace(
@@ -167,7 +175,7 @@ UNGATED_ROWS = (
     replace(
         ROW, name="starcoder2", attn=replace(ATTN, **_BIAS), mlp=mlp("mlp.c_fc mlp.c_proj", **_BIAS)
     ),
-)
+]
 
 # Where q ends, Phi's forward computes by the config's number of heads.
 _PHI3 = attention(
@@ -179,7 +187,7 @@ _PHI3 = attention(
 )
 _FUSED = mlp("mlp.gate_up_proj mlp.down_proj", stack=GATE_UP)
 _GLM = replace(ROW, name="glm", attn=ATTN, mlp=_FUSED)
-FUSED_ROWS = (
+ROWS += [
     # Also of Phi-4.
     replace(_GLM, name="phi3", attn=_PHI3),
     _GLM,
@@ -189,7 +197,7 @@ FUSED_ROWS = (
         attn=replace(ATTN, output_norm="post_self_attn_layernorm"),
         mlp=replace(_FUSED, output_norm="post_mlp_layernorm"),
     ),
-)
+]
 
 # Norms of q and k, which Command R+ has, keep weights of every head.
 _NO_NORMS = {"use_qk_norm": False}
@@ -234,12 +242,10 @@ _FALCON_STREAM = stream(
     ["norm ln_f", TASKS],
     config={**TIED, "num_kv_heads": "kv_heads"},
 )
-PARALLEL_ROWS = (
+ROWS += [
     _COHERE,
     replace(_COHERE, name="cohere2", attn=ROW.attn, stream=_SIDE_BY_SIDE),
     Family("phi", "layers", _PHI, _PHI_MLP, stream=_PHI_STREAM),
     Family("stablelm", "layers", _STABLELM, MLP, stream=_STABLELM_STREAM, without=NO_STOCK),
     Family("falcon", "h", _FALCON, _FALCON_MLP, stream=_FALCON_STREAM, without=NO_STOCK),
-)
-
-ROWS = (*LLAMA_ROWS, *GEMMA_ROWS, *UNGATED_ROWS, *FUSED_ROWS, *PARALLEL_ROWS)
+]

@@ -62,11 +62,11 @@ _OPT_STREAM = stream(
         "layer_norm_elementwise_affine": True,
     },
 )
-GPT_ROWS = (
+ROWS = [
     Family("gpt2", "h", _GPT2, _GPT2_MLP, stream=_GPT2_STREAM, without=NO_STOCK),
     Family("gpt_neox", "layers", _NEOX, _NEOX_MLP, stream=_NEOX_STREAM, without=NO_STOCK),
     Family("opt", "decoder.layers", _OPT, _OPT_MLP, stream=_OPT_STREAM, without=NO_STOCK),
-)
+]
 
 _NEO = attention("attn.attention", _QKV_OUT, numbers={"num_heads": "heads"})
 _NEO_MLP = mlp("mlp.c_fc mlp.c_proj")
@@ -115,7 +115,7 @@ _MPT_STREAM = stream(
 )
 _SCALED = "its embeddings are multiplied by the root of the hidden size"
 _BIOGPT = attention("self_attn", _QKV_OUT, numbers={"num_heads": "heads"})
-OLDER_ROWS = (
+ROWS += [
     Family("gpt_neo", "h", _NEO, _NEO_MLP, stream=_NEO_STREAM, without=NO_STOCK),
     Family("gptj", "h", _GPTJ, _GPTJ_MLP, stream=_GPTJ_STREAM, without=NO_STOCK),
     Family(
@@ -127,6 +127,4 @@ OLDER_ROWS = (
     Family("bloom", "h", None, _BLOOM_MLP, stream=_BLOOM_STREAM, without=_ALIBI),
     Family("mpt", "blocks", None, _MPT_MLP, stream=_MPT_STREAM, without=_ALIBI),
     Family(*("biogpt", "layers", _BIOGPT, mlp("fc1 fc2")), without={"hidden": _SCALED, **NO_STOCK}),
-)
-
-ROWS = (*GPT_ROWS, *OLDER_ROWS)
+]

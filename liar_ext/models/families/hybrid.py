@@ -24,6 +24,7 @@ from liar_ext.models.families.decoders import (
     QKVO,
     ROW,
     TASKS,
+    gated,
     in_pictures,
     with_block,
 )
@@ -35,7 +36,6 @@ from liar_ext.models.families.moe import (
     QWEN3_EXPERTS,
     experts,
     mixture,
-    shared,
 )
 from liar_ext.models.family import Family, Stack, Wiring, attention, mlp, steps
 
@@ -83,10 +83,10 @@ _QWEN = replace(
 )
 _NEXT = mixture("qwen3_next", (ROW.attn, _DELTA_NEXT), (QWEN3_EXPERTS, MLP), GATED)
 _QWEN_MOE = replace(_NEXT, name="qwen3_5_moe_text", attn=(ROW.attn, _DELTA))
-DELTA_ROWS = (
+ROWS = [
     *(_QWEN, in_pictures(_QWEN, "qwen3_5")),
     *(_NEXT, _QWEN_MOE, in_pictures(_QWEN_MOE, "qwen3_5_moe")),
-)
+]
 
 # Of Mamba-2 B, C and x are keys, queries and values, and dt is a number for each head.
 _CONV = Stack(("value", "key", "query"), grouped=_KEYS)
@@ -127,13 +127,8 @@ _NEMOTRON_EXPERTS = replace(
     stacked={},
     requires={"moe_latent_size": None},  # else they write other features than the stream's
 )
-_BAMBA = mlp(
-    "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj",
-    numbers={"feed_forward.intermediate_size": "features"},
-    bias_flag="mlp_bias",
-)
 # Heads of Mamba of the first two are one group, unless a config says otherwise, and stay.
-MAMBA_ROWS = (
+ROWS += [
     mixture(
         "granitemoehybrid",
         _OPTIONAL,
@@ -145,7 +140,7 @@ MAMBA_ROWS = (
         "bamba",
         "layers",
         _OPTIONAL,
-        _BAMBA,
+        gated("feed_forward", bias_flag="mlp_bias"),
         stream=with_block(
             *(NORMS[0], "site attn", "read_if mamba.in_proj", "write_if mamba.out_proj"),
             *("aside_if mamba.conv1d mamba.norm", "norm pre_ff_layernorm", "site mlp"),
@@ -165,11 +160,11 @@ MAMBA_ROWS = (
             ),
         ),
         replace(
-            shared("mixer.shared_experts", "moe_shared_expert_intermediate_size"),
+            gated("mixer.shared_experts", "moe_shared_expert_intermediate_size", optional=True),
             producers=("mixer.shared_experts.up_proj",),
         ),
     ),
-)
+]
 
 # Channels of a short convolution, gated before and after: C · conv(B · x).
 _SHORT = Wiring(
@@ -182,7 +177,7 @@ _LFM2 = (replace(ATTN, consumer="self_attn.out_proj"), _SHORT)
 # Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
 _SWIGLU = mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", "")
 _AS_WIDE = "convolutions: the config has no width of theirs but the hidden size"
-CONVOLUTION_ROWS = (
+ROWS += [
     Family(
         "lfm2",
         "layers",
@@ -212,6 +207,4 @@ CONVOLUTION_ROWS = (
         ),
         without={"stock": _AS_WIDE},
     ),
-)
-
-ROWS = (*DELTA_ROWS, *MAMBA_ROWS, *CONVOLUTION_ROWS)
+]

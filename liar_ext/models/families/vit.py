@@ -40,6 +40,7 @@ _STREAM = stream(
     ],
     ["norm layernorm_before", "site attn", "norm layernorm_after", "site mlp"],
     ["norm layernorm", "read_first pooler.dense classifier cls_classifier"],
+    ["norm layernorm", "read distillation_classifier"],
     config={"hidden_size": "hidden"},
     multiple_of="heads",
 )
@@ -50,6 +51,7 @@ _SCALED = steps(
     *("norm norm1", "site attn", "write layer_scale1.lambda1"),
     *("norm norm2", "site mlp", "write layer_scale2.lambda1"),
 )
+_MEAN = steps("norm layernorm", "read pooler.dense classifier")
 # Its base model is the stack of blocks alone.
 _DINOV3 = stream(
     [_embedded("patch_embeddings", "cls_token", "register_tokens", "mask_token")],
@@ -62,15 +64,12 @@ _DINOV2 = replace(
     _VIT,
     blocks="encoder.layer",
     mlp=(replace(_MLP, config=None), replace(MLP, numbers={}, config=None)),
-    stream=replace(_STREAM, block=_SCALED, ends=(steps("norm layernorm", "read classifier"),)),
+    stream=replace(_STREAM, block=_SCALED, ends=(_MEAN,)),
     without={"stock": "channels: its config says them by a whole number, mlp_ratio"},
 )
-_MEAN = ("norm layernorm", "read pooler.dense classifier")
-_DISTILLED = ("norm layernorm", "read distillation_classifier")
-VIT_ROWS = (
-    *like(_VIT, "vit vit_msn"),
-    replace(_VIT, name="deit", stream=replace(_STREAM, ends=(*_STREAM.ends, steps(*_DISTILLED)))),
-    replace(_VIT, name="ijepa", stream=replace(_STREAM, ends=(steps(*_MEAN),))),
+ROWS = [
+    *like(_VIT, "vit vit_msn deit"),
+    replace(_VIT, name="ijepa", stream=replace(_STREAM, ends=(_MEAN,))),
     *like(_DINOV2, "dinov2 dinov2_with_registers"),
     Family(
         "dinov3_vit",
@@ -83,7 +82,7 @@ VIT_ROWS = (
         stream=_DINOV3,
         without=NO_STOCK,
     ),
-)
+]
 
 _TOWER_ATTN = bart_attention("self_attn")
 _BLOCKS = "encoder.layers"
@@ -131,10 +130,10 @@ def _towers(name: str, vision: Stream, **without: str) -> tuple[Family, ...]:
 
 # torch's attention, which pools the patches, is as wide as the hidden size.
 _POOLED = "its patches are pooled by attention that is as wide as the hidden size"
-CLIP_ROWS = (
+ROWS += [
     *(*_towers("clip", _CLIP), *_towers("metaclip_2", _CLIP)),
     *_towers("siglip", _SIGLIP, hidden=_POOLED),
-)
+]
 
 _TEXT = replace(ROW, attn=ATTN, mlp=MLP)
 _QWEN2 = replace(
@@ -143,12 +142,10 @@ _QWEN2 = replace(
     without={"hidden": PICTURES, **NO_STOCK},
 )
 _LLAVA = in_pictures(_TEXT, "llava")
-VISION_LANGUAGE_ROWS = (
+ROWS += [
     *like(_LLAVA, "mistral3 llava llava_next llava_onevision video_llava internvl paligemma"),
     *like(_LLAVA, "aya_vision cohere2_vision got_ocr2 qwen2_audio"),
     *like(_LLAVA, "idefics3 smolvlm", blocks="text_model.layers"),
     *like(in_pictures(_QWEN2, "qwen2_vl"), "qwen2_vl qwen2_5_vl"),
     in_pictures(replace(_TEXT, attn=ROW.attn), "qwen3_vl"),
-)
-
-ROWS = (*VIT_ROWS, *CLIP_ROWS, *VISION_LANGUAGE_ROWS)
+]
