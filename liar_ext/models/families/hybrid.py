@@ -90,8 +90,6 @@ ROWS = [
 
 # Of Mamba-2 B, C and x are keys, queries and values, and dt is a number for each head.
 _CONV = Stack(("value", "key", "query"), grouped=_KEYS)
-
-
 # Its norm runs over a group of heads: those that share B and C.
 _MAMBA = Wiring(
     producers=("mixer.in_proj",),

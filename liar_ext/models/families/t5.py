@@ -60,7 +60,6 @@ _T5 = Family(
     },
 )
 
-
 # Every block has a table of its own, with a column for each head.
 _TABLE = f"{_SELF}.relative_attention_bias.weight"
 _HEADS = {"config": {"num_heads": "heads"}}

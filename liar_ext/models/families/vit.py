@@ -11,7 +11,6 @@ from liar_ext.models.family import (
     PICTURES,
     Family,
     Part,
-    Step,
     Stream,
     attention,
     like,
@@ -19,11 +18,6 @@ from liar_ext.models.family import (
     steps,
     stream,
 )
-
-
-def _embedded(*names: str) -> Step:
-    return Step("write", tuple(f"embeddings.{name}" for name in names))
-
 
 _ATTN = attention(
     "attention",
@@ -34,7 +28,7 @@ _ATTN = attention(
 _MLP = mlp("mlp.fc1 mlp.fc2")
 _STREAM = stream(
     [
-        _embedded("patch_embeddings.projection", "position_embeddings"),
+        "write embeddings.patch_embeddings.projection embeddings.position_embeddings",
         "write_if embeddings.cls_token embeddings.mask_token",
         "write_if embeddings.distillation_token embeddings.register_tokens",
     ],
@@ -44,8 +38,6 @@ _STREAM = stream(
     config={"hidden_size": "hidden"},
     multiple_of="heads",
 )
-
-
 # What a branch writes is scaled, feature by feature.
 _SCALED = steps(
     *("norm norm1", "site attn", "write layer_scale1.lambda1"),
@@ -54,7 +46,10 @@ _SCALED = steps(
 _MEAN = steps("norm layernorm", "read pooler.dense classifier")
 # Its base model is the stack of blocks alone.
 _DINOV3 = stream(
-    [_embedded("patch_embeddings", "cls_token", "register_tokens", "mask_token")],
+    [
+        "write embeddings.patch_embeddings embeddings.cls_token",
+        "write embeddings.register_tokens embeddings.mask_token",
+    ],
     _SCALED,
     ["norm norm"],
 )
@@ -95,28 +90,20 @@ _IMAGES = Part(
 _TEXTS = Part(
     *("text", f"text_model.{_BLOCKS}", _TOWER_ATTN, _MLP), config="text_config", input="input_ids"
 )
-_TEXT_STREAM = stream(
-    [_embedded("token_embedding", "position_embedding")],
+# Of text or of images.
+_TOWER = stream(
+    [
+        "write_if embeddings.token_embedding embeddings.class_embedding",
+        "write_if embeddings.patch_embedding embeddings.position_embedding",
+        "norm_if pre_layrnorm",  # as it is spelt there
+    ],
     ["norm layer_norm1", "site attn", "norm layer_norm2", "site mlp"],
     ["norm final_layer_norm", "read text_projection head"],
-)
-_CLIP = replace(
-    _TEXT_STREAM,
-    start=steps(
-        _embedded("class_embedding", "patch_embedding", "position_embedding"),
-        "norm pre_layrnorm",  # as it is spelt there
-    ),
-    ends=(steps("norm post_layernorm", "read visual_projection classifier"),),
-)
-_SIGLIP = replace(
-    _TEXT_STREAM,
-    start=(_embedded("patch_embedding", "position_embedding"),),
-    ends=(steps("norm post_layernorm"),),
-    requires={"vision_use_head": False},
+    ["norm post_layernorm", "read visual_projection classifier"],
 )
 
 
-def _towers(name: str, vision: Stream, **without: str) -> tuple[Family, ...]:
+def _towers(name: str, vision: Stream = _TOWER, **without: str) -> tuple[Family, ...]:
     """Return the rows of both towers together, and of each alone."""
     whole = {"hidden": "each tower has a hidden size of its own", **NO_STOCK}
     alone = Family(
@@ -124,15 +111,15 @@ def _towers(name: str, vision: Stream, **without: str) -> tuple[Family, ...]:
         stream=vision,
         without={**without, **NO_STOCK},
     )
-    text = replace(alone, name=f"{name}_text_model", stream=_TEXT_STREAM, without=NO_STOCK)
+    text = replace(alone, name=f"{name}_text_model", stream=_TOWER, without=NO_STOCK)
     return Family(name, parts=(_IMAGES, _TEXTS), without=whole), alone, text
 
 
 # torch's attention, which pools the patches, is as wide as the hidden size.
 _POOLED = "its patches are pooled by attention that is as wide as the hidden size"
 ROWS += [
-    *(*_towers("clip", _CLIP), *_towers("metaclip_2", _CLIP)),
-    *_towers("siglip", _SIGLIP, hidden=_POOLED),
+    *(*_towers("clip"), *_towers("metaclip_2")),
+    *_towers("siglip", replace(_TOWER, requires={"vision_use_head": False}), hidden=_POOLED),
 ]
 
 _TEXT = replace(ROW, attn=ATTN, mlp=MLP)
