@@ -110,7 +110,8 @@ def draw_inputs(
     for name, config in needed.items():
         if name == "pixel_values":
             size = config.image_size
-            shape = (config.num_channels, *(size if isinstance(size, list | tuple) else 2 * [size]))
+            channels = getattr(config, "num_channels", 3)
+            shape = (channels, *(size if isinstance(size, list | tuple) else 2 * [size]))
         elif name == "input_features":  # two frames of a spectrogram for each position
             shape = config.num_mel_bins, 2 * config.max_source_positions
         elif name == "input_values":  # samples, of which convolutions make so many positions

@@ -16,6 +16,7 @@ from torch import nn
 
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.reading import reading
+from liar_ext.checkpoint.stock_config import model_class
 from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, as_code
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of, has_path
@@ -152,8 +153,7 @@ def _class_of(model: Any) -> type[nn.Module]:
     if isinstance(model, nn.Module):
         return type(model)
     names = getattr(model, "architectures", None) or [""]
-    stock = getattr(transformers, str(names[0]), None)
-    if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel):
+    if stock := model_class(str(names[0])):
         return stock
     mapping = transformers.AutoModel._model_mapping
     if type(model) in mapping:
