@@ -199,8 +199,8 @@ def _prepare(
     d = weight.shape[1]
     stays = torch.zeros(d, dtype=torch.int8, device=weight.device).index_fill(0, kept, 1)
     removed = stays.argsort(stable=True)[: d - len(kept)]  # without waiting for how many there are
-    holdout, cross, held_cross = (None if each is None else each.double() for each in optional)
-    held = None if holdout is None else symmetric(holdout)
+    held = None if optional[0] is None else symmetric(optional[0].double())
+    cross, held_cross = (None if each is None else each.double() for each in optional[1:])
     kept_weight, removed_weight = weight[:, kept].mT, weight[:, removed].mT
     rows, held_rows = gram[kept], None if held is None else held[kept]
     block, held_block = rows[:, kept], None if held is None else held_rows[:, kept]
