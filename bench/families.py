@@ -64,9 +64,6 @@ REFUSED = {
     "[experts](moe.md#other-numbers-of-experts-in-each-layer), other numbers in each layer": (
         "The config of each family, and a GGUF file, has one number for all layers."
     ),
-    "experts in multiples, for expert parallelism": (
-        "No option. Choose `--keep-experts` so that the number left is a multiple."
-    ),
     "[mixtures of experts as GGUF](export.md#mixtures-of-experts)": (
         "Nine families with equal layers are written. llama.cpp computes phimoe and gpt_oss "
         "otherwise; the other families have no table of tensors yet."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.ops import dispatch
-from liar_ext.ops.reference import NOT_FINITE, condition_of, each_site, gram_update_, symmetric
+from liar_ext.ops.reference import NOT_FINITE, condition_of, empty_results, gram_update_, symmetric
 
 __all__ = ["gram_of", "gram_update_", "obs_curve", "problem", "reconstruct"]
 
@@ -42,8 +42,13 @@ def reconstruct(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fold the removed features into the others; see :func:`liar_ext.ops.reconstruct`."""
     if weight.dim() == 3:
-        optional = holdout, cross, holdout_cross
-        return each_site(reconstruct, weight, gram, kept, damps, *optional, errors_only)
+        results = empty_results(weight, kept, damps, holdout, errors_only)
+        for site in range(len(weight)):
+            own = (None if each is None else each[site] for each in (holdout, cross, holdout_cross))
+            one = reconstruct(weight[site], gram[site], kept[site], damps, *own, errors_only)
+            for stacked, value in zip(results, one, strict=True):
+                stacked[site] = value
+        return results
     weight, gram = weight.double(), symmetric(gram.double())
     holdout = None if holdout is None else symmetric(holdout.double())
     cross = None if cross is None else cross.double()

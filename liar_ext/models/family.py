@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from liar_ext.system.errors import InputError
@@ -152,6 +152,8 @@ class Step(NamedTuple):
     norm          a norm over the features; what it puts out is read from there on
     branch_norm   a norm over what a branch wrote, before it is added to the stream
     read          linear layers whose columns are the features
+    site          sites of the block, by what their producers read and their consumer writes; its
+                  output_norm is a branch_norm, and what they have for heads is aside
     read_first    those that read the first token alone
     take          those that read together, through no norm, what a layer wrote, or the stream
     aside         layers that hold no feature of the stream, be they as wide
@@ -197,22 +199,22 @@ class Stream:
 
 @dataclass(frozen=True)
 class Part:
-    """A stack of blocks, one of those that a family has: an encoder, say, or the tower of images.
-
-    What isn't explained here is as in :class:`Family`.
-    """
+    """A stack of blocks that a family has: an encoder, say, or the tower of images."""
 
     name: str  # begins the names of its sites, as in decoder.3.mlp; empty for an only one
-    blocks: str
-    attn: Wiring | tuple[Wiring, ...] | None
-    mlp: Wiring | tuple[Wiring, ...] | None
+    blocks: str = ""  # path of their list inside the base model; * is every module of a list
+    # The two sites of a block: one wiring, or alternatives, of which the first whose layers exist
+    # is taken; None where the family can't have it pruned.
+    attn: Wiring | tuple[Wiring, ...] | None = None
+    mlp: Wiring | tuple[Wiring, ...] | None = None
+    _: KW_ONLY
     cross_attn: Wiring | None = None  # attention to another part, between the two other sites
-    shared_mlp: Wiring | None = None
+    shared_mlp: Wiring | None = None  # every token passes it beside its experts; optional
     context_mlp: Wiring | tuple[Wiring, ...] | None = None  # of the text beside an image
-    config: str = ""
+    config: str = ""  # path of the part of the config that describes the blocks; empty for all
     input: str = ""  # of the model, which this part reads; empty for the main one
     mask: str = "attention_mask"  # says which of its tokens are padding; empty if none are
-    repeats: bool = False
+    repeats: bool = False  # blocks run several times in one forward pass, with the same weights
 
     def alternatives(self, kind: str) -> tuple[Wiring, ...]:
         """Return the wirings that a site may have, by the name of the field."""
@@ -221,18 +223,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One model family, by ``config.model_type``."""
+class Family(Part):
+    """One model family, by ``config.model_type``, and its stack of blocks, unless it has parts."""
 
-    name: str
-    blocks: str = ""  # path of their list inside the base model; * is every module of a list
-    # The two sites of a block: one wiring, or alternatives, of which the first whose layers exist
-    # is taken; None where the family can't have it pruned.
-    attn: Wiring | tuple[Wiring, ...] | None = None
-    mlp: Wiring | tuple[Wiring, ...] | None = None
-    shared_mlp: Wiring | None = None  # every token passes it beside its experts; optional
-    config: str = ""  # path of the part of the config that describes the blocks; empty for all
-    mask: str = "attention_mask"  # as of a Part
+    _: KW_ONLY
     # The residual stream, or alternatives, of which the first whose first layers exist is taken;
     # None if the hidden size can't be pruned.
     stream: Stream | tuple[Stream, ...] | None = None
@@ -241,11 +235,10 @@ class Family:
     # isn't of), no stock config says the sizes, no job is layerwise, as blocks can't be run one by
     # one.
     without: Mapping[str, str] = field(default_factory=dict)
-    repeats: bool = False  # blocks run several times in one forward pass, with the same weights
     # Config field: unless it is 0, blocks read keys and values of earlier ones, too.
     lends: str = ""
-    # Where there are several stacks of blocks: these, in the order of computation, in place of
-    # blocks, attn, mlp and config. A model may have some of them only.
+    # Where there are several stacks of blocks: these, in the order of computation. A model may have
+    # some of them only.
     parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
@@ -258,8 +251,12 @@ class Family:
     @property
     def all_parts(self) -> tuple[Part, ...]:
         """Its stacks of blocks, be it one or several."""
-        own = {name: getattr(self, name) for name in ("shared_mlp", "config", "mask", "repeats")}
-        return self.parts or (Part("", self.blocks, self.attn, self.mlp, **own),)
+        return self.parts or (self.as_part(""),)
+
+    def as_part(self, name: str, **changes: object) -> Part:
+        """Return its own stack of blocks, under a name in a family of several."""
+        own = {each.name: getattr(self, each.name) for each in fields(Part)}
+        return Part(**{**own, "name": name, **changes})
 
     def wirings(self, kind: str) -> list[Wiring]:
         """Return all wirings of a kind of site, of all parts and alternatives."""
@@ -321,14 +318,13 @@ def mlp(
 
 
 def steps(*items: str | Wiring | Step) -> tuple[Step, ...]:
-    """Return steps of a stream, each written as what it does and the layers that do it.
-
-    It passes a site by what the producers read and the consumer writes.
-    """
+    """Return steps of a stream, each written as what it does and the layers that do it."""
     found: list[Step] = []
     for item in items:
         if isinstance(item, Wiring):
             found += (Step("read", item.layers[:-1]), Step("write", (item.consumer,)))
+            found += [Step("branch_norm", (item.output_norm,))] if item.output_norm else []
+            found += [Step("aside_if", item.per_head)] if item.per_head else []
         elif isinstance(item, Step):
             found.append(item)
         else:
@@ -348,6 +344,11 @@ def stream(
     """Return a stream from what :func:`steps` takes of its start, a block and each of its ends."""
     chains = tuple(steps(*end) for end in ends)
     return Stream(steps(*start), steps(*block), chains, config, multiple_of, **more)
+
+
+def like(row: Family, names: str, **changes: object) -> tuple[Family, ...]:
+    """Return rows with some changes, one under each of several names."""
+    return tuple(replace(row, name=name, **changes) for name in names.split())
 
 
 def as_code(value: Any, words: set[str], indent: int | None = None, label: str = "") -> str:
@@ -380,12 +381,12 @@ def as_code(value: Any, words: set[str], indent: int | None = None, label: str =
 
 def _set_fields(value: Any) -> list[tuple[str, Any]]:
     """Return label and value of the fields that aren't as they are by default."""
-    fields = inspect.signature(type(value)).parameters
-    needed = [name for name, field in fields.items() if field.default is field.empty]
+    known = inspect.signature(type(value)).parameters
+    needed = [name for name, each in known.items() if each.default is each.empty]
     blank = type(value)(*(getattr(value, name) for name in needed))
     bare = needed if isinstance(value, tuple) else []
     return [
         ("" if name in bare else f"{name}=", getattr(value, name))
-        for name in fields
+        for name in known
         if name in needed or getattr(value, name) != getattr(blank, name)
     ]

@@ -283,7 +283,7 @@ class Plan:
 def kind_of(site: str) -> str:
     """Return the kind of a site by its name: ``attn`` of ``decoder.3.cross_attn``, for one."""
     words = [word for word in site.split(".") if not word.isdigit()]
-    return (words or [""])[-1].removeprefix("cross_").removeprefix("shared_")
+    return (words or [""])[-1].rpartition("_")[2]
 
 
 Value = TypeVar("Value")

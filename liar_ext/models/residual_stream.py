@@ -9,15 +9,16 @@ Its features, the hidden size, are the same in every block, embeddings and heads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.models.family import Family, Step, Stream
+from liar_ext.models.family import Family, Step, Stream, steps
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import base_path, block_config, blocks_of, owner_of
+from liar_ext.models.sites import wiring_of
 from liar_ext.system.errors import InputError
 
 Shared = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and dimension: whole, sliced
@@ -87,8 +88,8 @@ def hidden_of(model: nn.Module) -> Hidden:
     for step in row.start:
         paths = [base + name if base + name in layers else name for name in step.layers]
         trail.add(step.does, paths)
-    for path, _ in blocks_of(model, family):
-        for step in row.block:
+    for path, block in blocks_of(model, family):
+        for step in _spelled_out(row.block, family, block):
             trail.add(step.does, [f"{path}.{name}" for name in step.layers])
     stream = trail.at
     for chain in row.ends:
@@ -122,6 +123,17 @@ def _check_row(model: nn.Module, family: Family, row: Stream | None) -> None:
             f"hidden: the embeddings of {type(model).__name__} must keep the root of the hidden "
             "size as scalar_embed_scale, and these don't; update transformers"
         )
+
+
+def _spelled_out(chain: Sequence[Step], family: Family, block: nn.Module) -> Iterator[Step]:
+    """Yield steps with those of the sites that a block has in place of their names."""
+    for step in chain:
+        if step.does != "site":
+            yield step
+            continue
+        for kind in step.layers:
+            if wiring := wiring_of(family.name, family.alternatives(kind), block):
+                yield from steps(wiring)
 
 
 def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str]:
@@ -179,21 +191,6 @@ class _Trail:
     def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
         writers = [self.layers[path] for path in self.writers]
         tables = [layer for layer in writers if isinstance(layer, nn.Embedding)]
-        size = self._size(writers, tables)
-        self._check(model, size)
-        sources = []
-        for (module, first), paths in self.read.items():
-            tied = tuple(
-                path
-                for path in paths
-                if any(self.layers[path].weight is table.weight for table in tables)
-            )
-            readers = tuple(path for path in paths if path not in tied)
-            sources.append(Source(module, module in self.norms, first, readers, tied))
-        step = {"heads": heads, "head_dim": size // heads}.get(multiple_of, 1)
-        return Hidden(size, step, tuple(self.writers), tuple(sources))
-
-    def _size(self, writers: list[nn.Module | nn.Parameter], tables: list[nn.Module]) -> int:
         alone = [layer for layer in writers if isinstance(layer, nn.Parameter)]
         found = {tensor.shape[-1] for tensor in (*alone, *(table.weight for table in tables))}
         size, *others = sorted(found) or [len(weight_of(writers[0]))]
@@ -202,7 +199,14 @@ class _Trail:
                 f"hidden: all embeddings must have the features of the stream, got {size} and "
                 f"{others[0]}; prune other sites"
             )
-        return size
+        self._check(model, size)
+        sources, shared = [], {id(table.weight) for table in tables}
+        for (module, first), paths in self.read.items():
+            tied = tuple(path for path in paths if id(self.layers[path].weight) in shared)
+            readers = tuple(path for path in paths if path not in tied)
+            sources.append(Source(module, module in self.norms, first, readers, tied))
+        step = {"heads": heads, "head_dim": size // heads}.get(multiple_of, 1)
+        return Hidden(size, step, tuple(self.writers), tuple(sources))
 
     def _check(self, model: nn.Module, size: int) -> None:
         """Refuse layers of this size that no step names, and readers of another size."""

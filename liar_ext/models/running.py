@@ -110,7 +110,8 @@ def draw_inputs(
     for name, config in needed.items():
         if name == "pixel_values":
             size = config.image_size
-            shape = (config.num_channels, *(size if isinstance(size, list | tuple) else 2 * [size]))
+            channels = getattr(config, "num_channels", 3)
+            shape = (channels, *(size if isinstance(size, list | tuple) else 2 * [size]))
         elif name == "input_features":  # two frames of a spectrogram for each position
             shape = config.num_mel_bins, 2 * config.max_source_positions
         elif name == "input_values":  # samples, of which convolutions make so many positions
@@ -212,9 +213,9 @@ def output_of(model: nn.Module, outputs: Any, mask: Tensor | None = None) -> tup
     )
 
 
-def block_config(family: Family | Part, config: Any) -> Any:
+def block_config(part: Part, config: Any) -> Any:
     """Return the part of a model's config that describes the blocks."""
-    return get_path(config, family.config) if family.config else config
+    return get_path(config, part.config) if part.config else config
 
 
 def get_path(root: Any, path: str) -> Any:

@@ -232,7 +232,7 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
         described = described or any(rows.values())
         for index, block in enumerate(blocks):
             for label in rows:
-                wiring = _wiring(family.name, rows[label], block[1]) if rows[label] else None
+                wiring = wiring_of(family.name, rows[label], block[1]) if rows[label] else None
                 if wiring is not None:
                     site = _read_site((part, label, index, block), wiring, attn_unit)
                     found += [
@@ -305,7 +305,7 @@ def _rows(part: Part, label: str, config: Any) -> list[Wiring]:
     ]
 
 
-def _wiring(family: str, rows: Sequence[Wiring], block: nn.Module) -> Wiring | None:
+def wiring_of(family: str, rows: Sequence[Wiring], block: nn.Module) -> Wiring | None:
     """Return the first alternative whose layers a block has; None where it needs none."""
     for wiring in rows:
         kind = nn.Module if wiring.experts is None else nn.Parameter

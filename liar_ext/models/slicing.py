@@ -87,9 +87,13 @@ def apply_plan(
         for name, (weight, _) in refits.items():
             _check_shape(f"weight of {name}", weight, (before[name].d_out, before[name].d_in))
         found = {n: replace(s, name=n) for n, s in sites_left(found, plan.blocks).items()}
-    flags = _bias_flags(found, plan)
+    gaining = (found[name] for name, at in plan.sites.items() if at.bias and name in found)
+    flags = {site.wiring.bias_flag for site in gaining} - {None}  # which hold for all blocks
     if blocks is not None:
-        found, plan = _of_blocks(found, plan, blocks)
+        here = {name: site for name, site in found.items() if site.block in blocks}
+        # A site that the model lacks stays, to be refused by name.
+        planned = {n: each for n, each in plan.sites.items() if n in here or n not in found}
+        found, plan = here, replace(plan, sites=planned)
     layers = _hidden_layers(model, plan, weights)
     scales = {name: weights[name][0] for name in weights if name in plan.experts}
     weights = {name: weights[name] for name in weights if name not in scales}
@@ -234,21 +238,6 @@ def _check_weight(
         )
 
 
-def _of_blocks(
-    found: Mapping[str, Site], plan: Plan, blocks: Collection[int]
-) -> tuple[dict[str, Site], Plan]:
-    here = {name: site for name, site in found.items() if site.block in blocks}
-    # A site that the model lacks stays, to be refused by name.
-    planned = {n: p for n, p in plan.sites.items() if n in here or n not in found}
-    return here, replace(plan, sites=planned)
-
-
-def _bias_flags(found: Mapping[str, Site], plan: Plan) -> set[str]:
-    """Return the config flags of the biases that a plan adds, which hold for all blocks."""
-    gaining = (found[name] for name, at in plan.sites.items() if at.bias and name in found)
-    return {site.wiring.bias_flag for site in gaining} - {None}
-
-
 def _grow_biases(
     model: nn.Module, found: Mapping[str, Site], plan: Plan, flags: Collection[str]
 ) -> None:
@@ -309,17 +298,15 @@ def _follow_alignment(model: nn.Module, site: Site, kept: Sequence[int]) -> None
     """
     how = getattr(model, "generation_config", None)
     pairs = getattr(how, "alignment_heads", None)
-    if not pairs or not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
+    if not pairs or not isinstance(pairs, list):
+        return
+    if not all(isinstance(each, list | tuple) and len(each) == 2 for each in pairs):
         return  # by anything else transformers can't time words
     stays = [(block, head) for block, head in pairs if block != site.block or head in kept]
     new = {head: at for at, head in enumerate(kept)}
     how.alignment_heads = [[b, h if b != site.block else new[h]] for b, h in stays]
     if not stays:
         del how.alignment_heads
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def _narrow_layer(

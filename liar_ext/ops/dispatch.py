@@ -158,14 +158,14 @@ def check_obs_curve(weight, gram, width, damp, at_least, groups=1) -> None:
     same_device("obs_curve", "weight", weight=weight, gram=gram)
 
 
-def same_device(op: str, first: str, **tensors: Tensor | None) -> None:
+def same_device(op: str, first: str, **arguments: object) -> None:
     """Refuse tensors of several devices, of which torch picks the kernel of one."""
-    device = tensors[first].device
+    device = arguments[first].device
     where, to = f"the {device.type.upper()} device of {first}", "device"
     if device.type == "cpu":
         where, to = f"the CPU, as {first} is", '"cpu"'
-    for name, tensor in tensors.items():
-        same = tensor is None or tensor.device == device
+    for name, one in arguments.items():
+        same = not isinstance(one, Tensor) or one.device == device
         _rule(op, same, f"{name} must be on {where}; move it with .to({to})")
 
 
@@ -205,23 +205,20 @@ def _apart(one: Tensor, other: Tensor | None) -> bool:
 
 @torch.library.register_fake("liar_ext::gram_update_")
 def _(gram, total, count, x, y=None, weight=None):
-    tensors = {"gram": gram, "total": total, "count": count, "x": x, "y": y, "weight": weight}
-    same_device("gram_update_", "x", **tensors)
+    same_device("gram_update_", "x", **locals())
     d = total.shape[0]
     torch._check(x.dim() == 2, lambda: f"gram_update_: x must be (tokens, {d}), got {x.shape}")
 
 
 @torch.library.register_fake("liar_ext::reconstruct")
 def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, errors_only=False):
-    names = "weight", "gram", "kept", "damps", "holdout", "cross", "holdout_cross"
-    tensors = weight, gram, kept, damps, holdout, cross, holdout_cross
-    same_device("reconstruct", "weight", **dict(zip(names, tensors, strict=True)))
+    same_device("reconstruct", "weight", **locals())
     return reference.empty_results(weight, kept, damps, holdout, errors_only)
 
 
 @torch.library.register_fake("liar_ext::obs_curve")
 def _(weight, gram, width, damp, at_least, groups=1):
-    same_device("obs_curve", "weight", weight=weight, gram=gram)
+    same_device("obs_curve", "weight", **locals())
     removed = weight.shape[1] // width - at_least
     return (
         weight.new_empty(removed, dtype=torch.int64),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -117,22 +116,6 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(-1).to(wide) if x.shape[1] else x.new_zeros(len(x), dtype=wide)
 
 
-@dataclass
-class _Site:
-    """What does not depend on λ; named as in :func:`reconstruct`."""
-
-    block: Tensor  # G_KK
-    held: Tensor | None  # H_KK
-    side: Tensor  # Q
-    held_side: Tensor | None  # Q_H, or C_H of the kept features
-    kept_weight: Tensor  # W_Kᵀ
-    removed_weight: Tensor | None = None  # W_Pᵀ, where X is the transfer turned
-    metric: Tensor | None = None  # S, there too
-    cross: Tensor | None = None  # C_K
-    removed_error: Tensor | float = 0.0
-    removed_held: Tensor | float = 0.0
-
-
 def reconstruct(
     weight: Tensor,
     gram: Tensor,
@@ -159,9 +142,14 @@ def reconstruct(
     :func:`solve_by_library` does.
     """
     optional = holdout, cross, holdout_cross
+    results = empty_results(weight, kept, damps, holdout, errors_only)
     if weight.dim() == 3:
-        one = functools.partial(reconstruct, solve=solve)
-        return each_site(one, weight, gram, kept, damps, *optional, errors_only)
+        for site in range(len(weight)):
+            own = (None if each is None else each[site] for each in optional)
+            one = reconstruct(weight[site], gram[site], kept[site], damps, *own, errors_only, solve)
+            for stacked, value in zip(results, one, strict=True):
+                stacked[site] = value
+        return results
     d, n = weight.shape[1], len(kept)
     inside = ((kept >= 0) & (kept < d)).all() & (kept[1:] > kept[:-1]).all()
     read = [each for each in (weight, cross, holdout_cross) if each is not None]
@@ -170,14 +158,21 @@ def reconstruct(
     before = torch.where(finite, 0.0, NOT_FINITE)
     before = torch.where(inside, before, NOT_ASCENDING).to(torch.float64)
     kept = kept.clamp(0, max(0, d - 1))
-    site = _prepare(weight.double(), symmetric(gram.double()), kept, optional)
-    mean = site.block.diagonal().mean() if n else site.block.new_ones(())
+    block, side, certify = _prepare(weight.double(), symmetric(gram.double()), kept, optional)
+    mean = block.diagonal().mean() if n else block.new_ones(())
     mean = torch.where(mean == 0, 1.0, mean)
     shifts = damps * mean
-    found = (solve or solve_by_library)(site.block, site.side, shifts)
-    results = empty_results(weight, kept, damps, holdout, errors_only)
-    for index, (shift, one) in enumerate(zip(shifts, found, strict=True)):
-        certified = _certify(site, shift, *one, before, errors_only)
+    found = (solve or solve_by_library)(block, side, shifts)
+    for index, (shift, (x, code, condition)) in enumerate(zip(shifts, found, strict=True)):
+        new, error, held_out = certify(x, shift, errors_only)
+        code = torch.where(before != 0, before, code.to(torch.float64))
+        known = error.isfinite() if held_out is None else error.isfinite() & held_out.isfinite()
+        code = torch.where((code == 0) & ~known, NOT_FINITE, code)
+        values = (new, error, held_out, condition)
+        new, error, held_out, condition = (
+            None if each is None else torch.where(code == 0, each, math.nan) for each in values
+        )
+        certified = new, error, held_out, torch.stack([code, condition])
         for result, value in zip(results, certified, strict=True):
             if value is not None:
                 result[index] = value
@@ -199,7 +194,8 @@ def empty_results(
 
 def _prepare(
     weight: Tensor, gram: Tensor, kept: Tensor, optional: tuple[Tensor | None, ...]
-) -> _Site:
+) -> tuple[Tensor, Tensor, Callable]:
+    """Return G_KK, Q, and what gives W' and both errors of an X and its Λ."""
     d = weight.shape[1]
     stays = torch.zeros(d, dtype=torch.int8, device=weight.device).index_fill(0, kept, 1)
     removed = stays.argsort(stable=True)[: d - len(kept)]  # without waiting for how many there are
@@ -207,26 +203,46 @@ def _prepare(
     cross, held_cross = (None if each is None else each.double() for each in optional[1:])
     kept_weight, removed_weight = weight[:, kept].mT, weight[:, removed].mT
     rows, held_rows = gram[kept], None if held is None else held[kept]
-    blocks = rows[:, kept], None if held is None else held_rows[:, kept]
+    block, held_block = rows[:, kept], None if held is None else held_rows[:, kept]
+    turn, metric = None, None  # W_Pᵀ and S, where X is the transfer turned
+    lost, held_lost = 0.0, 0.0
     if cross is not None:
         cross = cross[kept]
-        side = torch.addmm(cross, blocks[0], kept_weight, alpha=-1)
+        side = torch.addmm(cross, block, kept_weight, alpha=-1)
         held_side = None if held_cross is None else held_cross[kept]
-        return _Site(*blocks, side, held_side, kept_weight, cross=cross)
-    metric = removed_weight @ removed_weight.mT
-    transfer = len(removed) < len(weight)
+    else:
+        metric = removed_weight @ removed_weight.mT
+        lost, held_lost = (
+            0.0 if sums is None else (metric * sums[removed][:, removed]).sum()
+            for sums in (gram, held)
+        )
+        side, held_side = (None if each is None else each[:, removed] for each in (rows, held_rows))
+        if len(removed) < len(weight):
+            turn = removed_weight
+        else:
+            metric, side = None, side @ removed_weight
+            held_side = None if held_side is None else held_side @ removed_weight
 
-    def right(rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        return rows[:, removed] if transfer else rows[:, removed] @ removed_weight
+    def certify(x: Tensor, shift: Tensor, errors_only: bool) -> tuple[Tensor | None, ...]:
+        drop = shift.isinf()
+        shift = torch.where(drop, 0.0, shift)
+        if cross is None:
+            v = x if metric is None else x @ metric
+            error = lost - _dot(v, side) - shift * _dot(v, x)
+            error = error.clamp(min=0)  # what rounding took below; a NaN stays one
+        else:
+            v = x = kept_weight + x
+            pulled = torch.where(drop, side, shift * (x - kept_weight))
+            error = -_dot(v, cross) - _dot(v, pulled)
+        held_out = None
+        if held_block is not None:
+            held_out = held_lost - 2 * _dot(v, held_side) + _dot(v, held_block @ x)
+        if errors_only:
+            return None, error, held_out
+        new = (x if turn is None else x @ turn).mT
+        return new if cross is not None else kept_weight.mT + new, error, held_out
 
-    def lost(sums: Tensor | None) -> Tensor | float:
-        return 0.0 if sums is None else (metric * sums[removed][:, removed]).sum()
-
-    shared = (removed_weight, metric) if transfer else (None, None)
-    sides = right(rows), right(held_rows)
-    return _Site(*blocks, *sides, kept_weight, *shared, None, lost(gram), lost(held))
+    return block, side, certify
 
 
 def solve_by_library(
@@ -241,44 +257,6 @@ def solve_by_library(
         yield x, code, condition_of(factor.diagonal())
 
 
-def _certify(
-    site: _Site,
-    shift: Tensor,
-    x: Tensor,
-    code: Tensor,
-    condition: Tensor,
-    before: Tensor,
-    errors_only: bool,
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-    """Return W', the errors, and the code with the condition for one λ."""
-    drop = shift.isinf()
-    shift = torch.where(drop, 0.0, shift)
-    if site.cross is None:
-        v = x if site.metric is None else x @ site.metric
-        error = site.removed_error - _dot(v, site.side) - shift * _dot(v, x)
-        error = error.clamp(min=0)  # what rounding took below; a NaN stays one
-    else:
-        v = x = site.kept_weight + x
-        pulled = torch.where(drop, site.side, shift * (x - site.kept_weight))
-        error = -_dot(v, site.cross) - _dot(v, pulled)
-    held_out = None
-    if site.held is not None:
-        held_out = site.removed_held - 2 * _dot(v, site.held_side) + _dot(v, site.held @ x)
-    code = torch.where(before != 0, before, code.to(torch.float64))
-    known = error.isfinite() if held_out is None else error.isfinite() & held_out.isfinite()
-    code = torch.where((code == 0) & ~known, NOT_FINITE, code)
-
-    def unless_failed(value: Tensor | None) -> Tensor | None:
-        return None if value is None else torch.where(code == 0, value, math.nan)
-
-    new = None
-    if not errors_only:
-        turned = x if site.removed_weight is None else x @ site.removed_weight
-        new = turned.mT if site.cross is not None else site.kept_weight.mT + turned.mT
-    info = torch.stack([code, unless_failed(condition)])
-    return unless_failed(new), unless_failed(error), unless_failed(held_out), info
-
-
 def condition_of(diagonal: Tensor) -> Tensor:
     """Return a lower bound on the condition of ``L Lᵀ``, from the diagonal of each L."""
     if diagonal.shape[-1] == 0:
@@ -288,25 +266,6 @@ def condition_of(diagonal: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
-
-
-def each_site(
-    solve: Callable[..., Results],
-    weight: Tensor,
-    gram: Tensor,
-    kept: Tensor,
-    damps: Tensor,
-    *others: Tensor | bool | None,
-) -> Results:
-    """Reconstruct site by site, and stack what comes of it."""
-    *optional, errors_only = others
-    results = empty_results(weight, kept, damps, optional[0], errors_only)
-    for site in range(len(weight)):
-        own = (None if tensor is None else tensor[site] for tensor in optional)
-        one = solve(weight[site], gram[site], kept[site], damps, *own, errors_only)
-        for stacked, value in zip(results, one, strict=True):
-            stacked[site] = value
-    return results
 
 
 def symmetric(gram: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.stock_config import shapes_of
 from liar_ext.models.configs import config_parts
-from liar_ext.models.running import base_path, evaluating
+from liar_ext.models.running import base_path, draw_inputs, evaluating
 from liar_ext.suggest.small_config import CANDIDATES, SECONDS, TOKEN, TRIED, is_deep, shrink
 from liar_ext.system.errors import one_line
 from liar_ext.system.progress import quiet
@@ -192,11 +192,7 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
                 given[f"{part}attention_mask"] = torch.ones_like(draw)
         return given
     if name == "pixel_values":
-        size = getattr(config, "image_size", None)
-        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        channels = getattr(config, "num_channels", 3)
-        pixels = torch.randn(BATCH, channels, *size, generator=generator)
-        return {name: pixels.to(torch.float64)}
+        return {name: draw_inputs(model, BATCH, TOKENS, generator)[name].to(torch.float64)}
     raise Refused(f"its forward pass takes {name}, and only tokens and images are known here")
 
 

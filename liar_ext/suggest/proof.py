@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from liar_ext.checkpoint.loading import load_pruned
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import is_stock
-from liar_ext.models.family import Family
+from liar_ext.models.family import Family, Part
 from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
@@ -41,13 +41,13 @@ def rewired(family: Family, kind: str, **changes: Any) -> Family:
     """Return a row whose wirings of a kind, in all its parts, have some fields changed."""
     names = ("attn", "cross_attn") if kind == "attn" else (kind,)
 
-    def change(row: Any) -> Any:
-        there = {name: wiring for name in names if (wiring := getattr(row, name, None)) is not None}
+    def change(row: Part) -> Part:
+        there = {name: wiring for name in names if (wiring := getattr(row, name)) is not None}
         return replace(row, **{name: replace(each, **changes) for name, each in there.items()})
 
-    if family.parts:
-        return replace(family, parts=tuple(map(change, family.parts)))
-    return change(family)
+    return (
+        replace(family, parts=tuple(map(change, family.parts))) if family.parts else change(family)
+    )
 
 
 def kinds_of(family: Family) -> list[str]:
@@ -61,7 +61,7 @@ def tells_sizes(family: Family, kind: str) -> bool:
     return bool(found) and all(wiring.config for wiring in found)
 
 
-def prove(instances: Sequence[Instance], family: Family) -> list[str]:
+def prove(instances: Sequence[Instance], family: Family) -> tuple[str]:
     """Return in words what was proved of a row, on each of some instances."""
     done: dict[str, float] = {}
     stock = type(instances[0].model)
@@ -75,7 +75,7 @@ def prove(instances: Sequence[Instance], family: Family) -> list[str]:
                 done[name] = max(error, done.get(name, 0.0))
     worst = max(done.values())
     said = f"to {worst:.0e} of the largest output" if worst else "exactly"
-    return [f"sliced equals zeroed {said}, in float64: {', '.join(done)}"]
+    return (f"sliced equals zeroed {said}, in float64: {', '.join(done)}",)
 
 
 def prove_folders(instance: Instance, family: Family) -> list[str]:

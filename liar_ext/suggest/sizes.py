@@ -182,14 +182,14 @@ def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tup
     return [] if set(values) == {1} else fitting
 
 
-def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict[str, str]]:
-    """Return a row with the config fields that express equal layers, and why there are none.
+def with_config(instances: list[Instance], family: Family) -> Family:
+    """Return a row with the config fields that express equal layers, or why there are none.
 
     A field holds the size in the config of every instance, and the stock class that is built with
     it has the shapes of a model that was sliced. Of several parts these are the fields that all of
     them follow together, looked for where some part has none.
     """
-    model, reasons = instances[0].model, {}
+    model, reasons = instances[0].model, []
     if not family.parts:
         family = replace(family, config=_part_of(model, family))
     for kind in kinds_of(family):
@@ -203,8 +203,9 @@ def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict
         why = f"{', '.join(others)} changes other layers as well" if others else ""
         why = f"{' and '.join(fields)} can't build fewer of the same size" if fields else why
         alone = f"no config field builds fewer {KINDS[kind]} in the blocks alone"
-        reasons[kind] = f"{KINDS[kind]}: {why}" if why else alone
-    return family, reasons
+        reasons.append(f"{KINDS[kind]}: {why}" if why else alone)
+    stock = {"stock": "; ".join(reasons)} if reasons else {}
+    return replace(family, without={**family.without, **stock})
 
 
 def with_bias_flags(instance: Instance, family: Family) -> Family:

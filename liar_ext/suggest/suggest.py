@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import posixpath
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from torch import nn
 
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.reading import reading
-from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, Part, as_code
+from liar_ext.checkpoint.stock_config import model_class
+from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, as_code
 from liar_ext.models.registry import FAMILIES
-from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of, has_path
 from liar_ext.models.sites import CROSS
 from liar_ext.suggest.instance import Call, Instance, Refused, Tried, find_stacks, prepare
 from liar_ext.suggest.proof import KINDS, kinds_of, prove, prove_folders, rewired, tells_sizes
@@ -151,8 +153,7 @@ def _class_of(model: Any) -> type[nn.Module]:
     if isinstance(model, nn.Module):
         return type(model)
     names = getattr(model, "architectures", None) or [""]
-    stock = getattr(transformers, str(names[0]), None)
-    if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel):
+    if stock := model_class(str(names[0])):
         return stock
     mapping = transformers.AutoModel._model_mapping
     if type(model) in mapping:
@@ -177,20 +178,19 @@ def _propose(tried: Tried, config: Any) -> Suggestion:
     else:
         (stack,) = stacks.items()
         found = Stack(tried, name, *stack).own()
-    proved = found.proved + prove_folders(instance, found.family)
-    missing = {"hidden": HIDDEN} | found.missing
-    without = {each: missing[each] for each in WITHOUT if each in missing}
-    family = replace(found.family, without=without)
-    return Suggestion(family, False, tuple(proved), tuple(found.notes))
+    proved = (*found.proved, *prove_folders(instance, found.family))
+    lacking = {"hidden": HIDDEN, **found.family.without}
+    without = {each: lacking[each] for each in WITHOUT if each in lacking}
+    return replace(found, family=replace(found.family, without=without), proved=proved)
 
 
-def _two_stacks(tried: Tried, name: str, stacks: dict[str, list[Call]]) -> Described:
+def _two_stacks(tried: Tried, name: str, stacks: dict[str, list[Call]]) -> Suggestion:
     """Return a row for an encoder that a decoder reads, each described first, then proved whole."""
     if len(stacks) != 2:
         found = ", ".join(stacks)
         raise Refused(f"an encoder and a decoder are two lists of blocks, found {found}")
     encoder, decoder = (Stack(tried, name, *stack) for stack in stacks.items())
-    rows: dict[str, Described] = {}
+    rows: dict[str, Suggestion] = {}
     for part, stack in (("encoder", encoder), ("decoder", decoder)):
         try:
             rows[part] = stack.own()
@@ -200,45 +200,33 @@ def _two_stacks(tried: Tried, name: str, stacks: dict[str, list[Call]]) -> Descr
         raise Refused(f"blocks of {encoder.path} read something beside the encoder's text")
     notes = [f"{part}: {note}" for part, row in rows.items() for note in row.notes]
     cross = decoder.cross()
-    if cross.family.attn is None:
-        notes.append(f"decoder: attention to the encoder stays whole: {cross.missing['attn']}")
+    if cross.attn is None:
+        notes.append(f"decoder: attention to the encoder stays whole: {cross.without['attn']}")
     reads = inspect.signature(tried.instances[0].model.forward).parameters
     mask = DECODER_MASK if DECODER_MASK in reads else ""
-    inputs = {
-        "encoder": {"input": "input_ids"},
-        "decoder": {"input": DECODER_IDS, "mask": mask, CROSS: cross.family.attn},
-    }
-    parts = [
-        Part(part, row.blocks, row.attn, row.mlp, config=row.config, **inputs[part])
-        for part, row in ((part, described.family) for part, described in rows.items())
-    ]
-    family, _ = with_config(tried.instances, Family(name=name, parts=tuple(parts)))
-    missing = {"hidden": TWO_STREAMS} | _missing(family, rows, cross)
-    return Described(family, prove(tried.instances, family), missing, notes)
+    own = {part: row.family for part, row in rows.items()}
+    reading = {"input": DECODER_IDS, "mask": mask, CROSS: cross.attn}
+    parts = (
+        own["encoder"].as_part("encoder", input="input_ids"),
+        own["decoder"].as_part("decoder", **reading),
+    )
+    family = with_config(tried.instances, Family(name=name, parts=parts))
+    family = replace(family, without={"hidden": TWO_STREAMS, **_lacking(family, own, cross)})
+    return Suggestion(family, False, prove(tried.instances, family), tuple(notes))
 
 
-def _missing(family: Family, rows: Mapping[str, Described], cross: Described) -> dict[str, str]:
+def _lacking(family: Family, rows: Mapping[str, Family], cross: Family) -> dict[str, str]:
     """Return what the parts lack, and why, each reason once."""
     found: dict[str, list[str]] = {}
     for part, row in rows.items():
-        for kind in KINDS.keys() & row.missing.keys():
-            found.setdefault(kind, []).append(f"{part}: {row.missing[kind]}")
+        for kind in KINDS.keys() & row.without.keys():
+            found.setdefault(kind, []).append(f"{part}: {row.without[kind]}")
     for row in (*rows.values(), cross):
-        for reason in filter(None, row.missing.get("stock", "").split("; ")):
+        for reason in filter(None, row.without.get("stock", "").split("; ")):
             # Of all parts together a field may tell what it doesn't of one.
             if not tells_sizes(family, "mlp" if "channels" in reason else "attn"):
                 found.setdefault("stock", []).append(reason)
     return {kind: "; ".join(dict.fromkeys(reasons)) for kind, reasons in found.items()}
-
-
-@dataclass
-class Described:
-    """A row of one stack of blocks that was proved, and what it lacks."""
-
-    family: Family
-    proved: list[str] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 class Stack:
@@ -249,32 +237,32 @@ class Stack:
         self.trace = Trace(calls[min(1, len(calls) - 1)])
         self.found, self.missing = find_sites(self.trace)
 
-    def own(self) -> Described:
+    def own(self) -> Suggestion:
         """Return the proved row of its attention and MLP, with config fields."""
         own = {kind: site for kind, site in self.found.items() if kind != CROSS}
-        return self._describe(own, dict(self.missing), self.found.get(CROSS))
+        return self._describe(own, self.missing, self.found.get(CROSS))
 
-    def cross(self) -> Described:
+    def cross(self) -> Family:
         """Return the row of the attention to another stack alone, or one that says why not."""
         if CROSS not in self.found:
             why = f": {self.missing['attn']}" if "attn" in self.missing else ""
             raise Refused(f"no attention of {self.path} that a row can name reads the encoder{why}")
         try:
-            return self._describe({"attn": self.found[CROSS]}, {}, self.found.get("attn"))
+            return self._describe({"attn": self.found[CROSS]}, {}, self.found.get("attn")).family
         except Refused as error:
-            return Described(Family(self.name), missing={"attn": str(error)})
+            return Family(self.name, without={"attn": str(error)})
 
     def _describe(
-        self, found: Mapping[str, Found], missing: dict[str, str], apart: Found | None
-    ) -> Described:
+        self, found: Mapping[str, Found], without: Mapping[str, str], apart: Found | None
+    ) -> Suggestion:
         """Return the row of some sites; ``apart`` is another attention, with numbers of its own."""
         tried, ran = self.tried, self.trace.ran
         if apart is not None:
             home = _home(apart)
             ran = {path for path in ran if not f"{path}.".startswith(f"{home}.")}
         wirings = {kind: site.wiring for kind, site in found.items()}
-        family = Family(name=self.name, blocks=self.path, **wirings)
-        family = _fitting_every_block(tried, family, missing)
+        family = Family(name=self.name, blocks=self.path, without=without, **wirings)
+        family = _fitting_every_block(tried, family)
         notes = [] if tried.whole is not None else [FEW]
         if family.attn is not None:
             site, first = found["attn"], self.calls[0].module
@@ -283,14 +271,15 @@ class Stack:
                 head_input = self.trace.input_by_head(site.wiring.consumer, site.heads, first)
                 family = rewired(family, "attn", head_input=head_input)
             except Refused as error:
-                missing["attn"] = str(error)
-                family = replace(family, attn=None)
+                family = _less(family, "attn", str(error))
         if not kinds_of(family):
-            reasons = [f"{kind}: {missing[kind]}" for kind in KINDS if kind in missing]
-            raise Refused("; ".join(reasons))
+            without = family.without
+            raise Refused(
+                "; ".join(f"{kind}: {without[kind]}" for kind in KINDS if kind in without)
+            )
         family = with_per_head(family, tried.models)
         family, unclear, at_hand = with_numbers(family, tried.models, ran)
-        family, proved = _settle(tried.instances, family, unclear, at_hand, missing)
+        family, proved = _settle(tried.instances, family, unclear, at_hand)
         if family.attn is not None and family.attn.stacked and found["attn"].kv_heads == 1:
             notes.append(
                 "one key for all heads: whether a weight is stacked by group can't be seen"
@@ -298,57 +287,46 @@ class Stack:
         known = {path for kind in kinds_of(family) for path in getattr(family, kind).numbers}
         if left := [path for path in unclear if path not in known]:
             notes.append(f"may be the hidden size, and are left alone: {', '.join(left)}")
-        family, no_config = with_config(tried.instances, family)
-        family = with_bias_flags(tried.instances[0], family)
-        if no_config:
-            missing["stock"] = "; ".join(no_config.values())
-        return Described(family, proved, missing, notes)
+        family = with_bias_flags(tried.instances[0], with_config(tried.instances, family))
+        return Suggestion(family, False, proved, tuple(notes))
 
 
 def _home(site: Found) -> str:
     """Return the module that all layers of a site are in; a dot if that is the block itself."""
-    first, *others = [layer.split(".")[:-1] for layer in site.wiring.layers]
-    while first and any(names[: len(first)] != first for names in others):
-        first = first[:-1]
-    return ".".join(first) or "."
+    owners = [layer.rpartition(".")[0].replace(".", "/") for layer in site.wiring.layers]
+    return posixpath.commonpath(owners).replace("/", ".") or "."
 
 
-def _fitting_every_block(tried: Tried, family: Family, missing: dict[str, str]) -> Family:
+def _less(family: Family, kind: str, why: str) -> Family:
+    return replace(family, **{kind: None}, without={**family.without, kind: why})
+
+
+def _fitting_every_block(tried: Tried, family: Family) -> Family:
     """Return a row without what some block lacks, also of the whole model."""
     for kind, model in product(KINDS, (tried.models[0], tried.whole)):
         wiring = getattr(family, kind)
         for path, block in blocks_of(model, family) if wiring and model is not None else ():
-            modules = dict(block.named_modules())
-            if lacking := [layer for layer in wiring.layers if layer not in modules]:
-                missing[kind] = f"blocks differ: {path} has no {lacking[0]}"
-                family = replace(family, **{kind: None})
+            if lacking := [each for each in wiring.layers if not has_path(block, each, nn.Module)]:
+                family = _less(family, kind, f"blocks differ: {path} has no {lacking[0]}")
                 break
     return family
 
 
 def _settle(
-    instances: list[Instance],
-    family: Family,
-    unclear: Meanings,
-    at_hand: Meanings,
-    missing: dict[str, str],
-) -> tuple[Family, list[str]]:
+    instances: list[Instance], family: Family, unclear: Meanings, at_hand: Meanings
+) -> tuple[Family, tuple[str, ...]]:
     """Return the row that the proof holds for, with as few unclear integers as it takes.
 
-    Where it holds for none, one kind of site may hold by itself; the reason why the other doesn't
-    is added to ``missing``.
+    Where it holds for none, one kind of site may hold by itself.
     """
     reasons: list[str] = []
     for other in (None, *KINDS) if len(kinds_of(family)) == 2 else (None,):
-        row = family if other is None else replace(family, **{other: None})
+        row = family if other is None else _less(family, other, reasons[0])
         for trial in _trials(row, unclear, at_hand):
             try:
-                proved = prove(instances, trial)
+                return trial, prove(instances, trial)
             except Refused as error:
                 reasons.append(str(error))
-            else:
-                missing |= {} if other is None else {other: reasons[0]}
-                return trial, proved
     raise Refused("; ".join(dict.fromkeys(reasons)))
 
 

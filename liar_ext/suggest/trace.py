@@ -37,16 +37,6 @@ class Layer(NamedTuple):
     input: Tensor
     output: Tensor
 
-    @property
-    def rows(self) -> int:
-        """Features that it puts out."""
-        return self.output.shape[-1]
-
-    @property
-    def columns(self) -> int:
-        """Features that it reads."""
-        return self.input.shape[-1]
-
 
 class Reach(NamedTuple):
     """Where one output of a layer arrives: columns of a consumer, and whether at its token only."""
@@ -80,7 +70,7 @@ class Trace:
 
     def reaches(self, consumer: str) -> dict[str, list[Reach]]:
         """Return what each layer that a consumer reads reaches, row by row."""
-        counts = {parent: self.layers[parent].rows for parent in self.parents[consumer]}
+        counts = {parent: self.layers[parent].output.shape[-1] for parent in self.parents[consumer]}
         if (rows := sum(counts.values())) > MOST_ROWS:
             raise Refused(
                 f"{consumer} reads layers of {rows:,} rows together, more than {MOST_ROWS:,}, and "
@@ -166,9 +156,8 @@ class Trace:
 
     def _move(self, producer: str, row: int, size: float) -> Tensor:
         """Return what moves one output of a layer, of one token."""
-        layer = self.layers[producer]
-        move = torch.zeros_like(layer.output)
-        move.reshape(-1, layer.rows)[TOKEN, row] = size
+        move = torch.zeros_like(self.layers[producer].output)
+        move.reshape(-1, move.shape[-1])[TOKEN, row] = size
         return move
 
     def _find_layers(self) -> None:

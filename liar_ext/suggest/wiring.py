@@ -96,7 +96,7 @@ def _through(trace: Trace, producers: list[str], said: str = ", through") -> str
 
 def _read_mlp(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Found:
     """Return the wiring of an MLP: every producer has a row, or several, for each channel."""
-    channels = trace.layers[consumer].columns
+    channels = trace.layers[consumer].input.shape[-1]
     stacked = {}
     for producer, rows in reach.items():
         owners = [row.columns[0] if row.columns else -1 for row in rows]
@@ -121,7 +121,7 @@ def _read_mlp(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Fou
 def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Found:
     """Return the wiring of attention, with the sizes of its heads."""
     head_dim = _head_dim(trace, consumer, reach)
-    heads = trace.layers[consumer].columns // head_dim
+    heads = trace.layers[consumer].input.shape[-1] // head_dim
     roles: dict[str, list[tuple[str, int, int]]] = {}
     for producer, rows in reach.items():
         each = [_role(row, head_dim) for row in rows]
@@ -170,7 +170,7 @@ def _head_dim(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> int
                 if row.columns != tuple(range(first, first + size)) or first % size:
                     raise Refused(_mixed(trace, producer, index, consumer))
                 sizes.add(size)
-    columns = trace.layers[consumer].columns
+    columns = trace.layers[consumer].input.shape[-1]
     if len(sizes) != 1 or columns % min(sizes):
         reached = " or ".join(map(str, sorted(sizes))) or "none"
         raise Refused(f"queries that {consumer} reads reach {reached} of its {columns} columns")

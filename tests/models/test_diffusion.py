@@ -29,7 +29,7 @@ from liar_ext import (
 from liar_ext.calibration.bank_source import digest_of
 from liar_ext.calibration.batches import probe_batches, read_batches
 from liar_ext.cli.messages import error_lines
-from liar_ext.models.plan import SitePlan
+from liar_ext.models.plan import SitePlan, kind_of
 from liar_ext.models.running import layer_of, output_of
 from liar_ext.models.sites import Site, get_consumer_weight, sites
 from liar_ext.selection.sensitivity import pruned_site
@@ -152,6 +152,11 @@ def test_sites_are_named_by_stack_and_block():
     # The last block of SD3 reads the text and drops it.
     last = [site for site in sites(tiny("SD3Transformer2DModel")) if site.block == 2]
     assert [(site.name, site.shared) for site in last] == [("2.attn", False), ("2.mlp", False)]
+
+
+@rows
+def test_reports_and_exports_know_a_site_by_its_name(name: str):
+    assert all(kind_of(site.name) == site.kind for site in sites(tiny(name)))
 
 
 @rows

@@ -14,19 +14,19 @@ from liar_ext.ops import curve, reference
 
 FAULTS = {
     "wrong damp": (reference, "shifts = damps * mean", "shifts = damps * mean.sqrt()"),
-    "mean over all features": (reference, "site.block.diagonal().mean()", "gram.diag().mean()"),
+    "mean over all features": (reference, "block.diagonal().mean()", "gram.diag().mean()"),
     "lost column of the held-out sums": (
         reference,
         "held_rows[:, kept]",
         "held_rows[:, kept].index_fill(1, kept.new_tensor([2]), 0.0)",
     ),
     "wrong sign of a trace": (reference, "- shift * _dot(v, x)", "+ shift * _dot(v, x)"),
-    "half of a trace": (reference, "- 2 * _dot(v, site.held_side)", "- _dot(v, site.held_side)"),
+    "half of a trace": (reference, "- 2 * _dot(v, held_side)", "- _dot(v, held_side)"),
     "target without its damping": (reference, "- _dot(v, pulled)", ""),
     "upper triangle": (reference, "full = gram.tril()", "full = gram.triu()"),
     "metric of the outputs": (
         reference,
-        "x if site.metric is None else x @ site.metric",
+        "x if metric is None else x @ metric",
         "x",
     ),
     "highest of equal units": (

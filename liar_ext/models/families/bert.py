@@ -15,6 +15,7 @@ from liar_ext.models.family import (
     Step,
     Stream,
     attention,
+    like,
     mlp,
     steps,
     stream,
@@ -33,66 +34,55 @@ def _masked(dense: str, norm: str, decoder: str) -> tuple[Step, ...]:
     return steps(f"read {dense}", f"write {dense}", f"norm {norm}", f"read {decoder}")
 
 
-def _embedded(*tables: str) -> tuple[Step, ...]:
-    written = " ".join(f"embeddings.{name}" for name in tables)
-    return steps(f"write {written}", "norm embeddings.LayerNorm")
-
-
-_WORDS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 # BERT derives the size of a head from hidden_size / num_attention_heads, so that no config builds
 # fewer heads of the same size.
 _BERT_SELF = "self.query self.key self.value output.dense"
 _ATTN = attention("attention", _BERT_SELF, "self.attention_head_size", numbers=_SELF)
 _MLP = mlp("intermediate.dense output.dense")
 _NORM, _HEAD = "output.LayerNorm", "cls.predictions.transform"
-_CLASSIFIED = ("read classifier qa_outputs",)
+_LAST = "discriminator_predictions.dense"
+_GENERATOR = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
+# With the tables and heads of its relatives, of which a model has some.
 BERT = stream(
-    _embedded(*_WORDS),
-    (_ATTN, f"norm attention.{_NORM}", _MLP, f"norm {_NORM}"),
+    (
+        "write embeddings.word_embeddings",
+        "write_if embeddings.position_embeddings embeddings.token_type_embeddings",
+        "write_if embeddings.task_type_embeddings",
+        "write_if embeddings.x_position_embeddings embeddings.y_position_embeddings",
+        "write_if embeddings.h_position_embeddings embeddings.w_position_embeddings",
+        "norm embeddings.LayerNorm",
+    ),
+    ("site attn", f"norm attention.{_NORM}", "site mlp", f"norm {_NORM}"),
+    _masked(*_GENERATOR),
     _pooled("pooler.dense", "classifier", "cls.seq_relationship"),
     _pooled("classifier.dense", "classifier.out_proj"),
-    _masked(f"{_HEAD}.dense", f"{_HEAD}.LayerNorm", "cls.predictions.decoder"),
+    _pooled("pre_classifier", "classifier"),
+    (f"read {_LAST}", f"write {_LAST}", f"take {_LAST}_prediction"),
+    _masked(f"{_HEAD}.dense", f"{_HEAD}.LayerNorm {_HEAD}.layer_norm", "cls.predictions.decoder"),
     _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
-    _CLASSIFIED,
+    _masked("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+    ("read classifier qa_outputs",),
 )
-
-
-def _with_tables(*more: str) -> Stream:
-    """Return the stream with more tables of embeddings, which a model may lack."""
-    tables = Step("write_if", tuple(f"embeddings.{name}_embeddings" for name in more))
-    return replace(BERT, start=(BERT.start[0], tables, BERT.start[1]))
+_EMBEDDED = tuple(Step("aside_if", step.layers) for step in BERT.start)
 
 
 def _norms_before(attn: str, mlp: str, last: str) -> Stream:
     """Return the stream of blocks with a norm before each branch, one after all, and none first."""
     return replace(
         BERT,
-        start=BERT.start[:1],
-        block=steps(f"norm {attn}", _ATTN, f"norm {mlp}", _MLP),
+        start=BERT.start[:-1],
+        block=steps(f"norm {attn}", "site attn", f"norm {mlp}", "site mlp"),
         ends=tuple((*steps(f"norm {last}"), *end) for end in BERT.ends),
     )
 
 
 _BEFORE = _norms_before("attention.LayerNorm", "intermediate.LayerNorm", "LayerNorm")
 # Its embeddings have a size of their own, that of the stream in larger models.
-_LAST = "discriminator_predictions.dense"
-_GENERATOR = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
-_ELECTRA = replace(
-    BERT,
-    ends=(
-        BERT.ends[1],
-        steps(f"read {_LAST}", f"write {_LAST}", f"take {_LAST}_prediction"),
-        _masked(*_GENERATOR),
-        steps(*_CLASSIFIED),
-    ),
-    config={**TIED, "embedding_size": "hidden"},
-)
-_ASIDE = (Step("read", _GENERATOR[:1]), Step("aside", _GENERATOR[1:]))
+_ELECTRA = replace(BERT, config={**TIED, "embedding_size": "hidden"})
 _PROJECTED = replace(
-    _ELECTRA,
-    start=(*steps("write embeddings_project"), *(Step("aside", s.layers) for s in _ELECTRA.start)),
-    ends=(*_ELECTRA.ends[:2], _ASIDE, _ELECTRA.ends[3]),
-    config=TIED,
+    BERT,
+    start=(*steps("write embeddings_project"), *_EMBEDDED),
+    ends=((Step("read", _GENERATOR[:1]), Step("aside", _GENERATOR[1:])), *BERT.ends[1:]),
 )
 _MPNET = attention(
     "attention",
@@ -106,8 +96,7 @@ _MPNET = attention(
 # positions a column for every head that there was.
 _MPNET_STREAM = replace(
     BERT,
-    start=_embedded(*_WORDS[:2]),
-    block=steps(_MPNET, "norm attention.LayerNorm", _MLP, f"norm {_NORM}"),
+    block=steps("site attn", "norm attention.LayerNorm", "site mlp", f"norm {_NORM}"),
     config={"hidden_size": "hidden"},
     multiple_of=None,
 )
@@ -115,27 +104,14 @@ _DISTIL = attention(
     "attention", "q_lin k_lin v_lin out_lin", "attention_head_size", numbers={"n_heads": "heads"}
 )
 _DISTIL_MLP = mlp("ffn.lin1 ffn.lin2", "hidden_dim")
-_DISTIL_STREAM = stream(
-    _embedded(*_WORDS[:2]),
-    (_DISTIL, "norm sa_layer_norm", _DISTIL_MLP, "norm output_layer_norm"),
-    _pooled("pre_classifier", "classifier"),
-    _masked("vocab_transform", "vocab_layer_norm", "vocab_projector"),
-    _CLASSIFIED,
+_DISTIL_STREAM = replace(
+    BERT,
+    block=steps("site attn", "norm sa_layer_norm", "site mlp", "norm output_layer_norm"),
     config={"dim": "hidden", "n_heads": "heads"},
 )
 _BERT = Family("bert", "encoder.layer", _ATTN, _MLP, stream=BERT, without=NO_STOCK)
-BERT_ROWS = (
-    _BERT,
-    *(
-        replace(_BERT, name=name)
-        for name in ("roberta", "xlm-roberta", "camembert", "data2vec-text")
-    ),
-    replace(_BERT, name="ernie", stream=_with_tables("task_type")),
-    replace(
-        _BERT,
-        name="layoutlm",
-        stream=_with_tables("x_position", "y_position", "h_position", "w_position"),
-    ),
+ROWS = [
+    *like(_BERT, "bert roberta xlm-roberta camembert data2vec-text ernie layoutlm"),
     replace(_BERT, name="roberta-prelayernorm", stream=replace(_BEFORE, start=BERT.start)),
     replace(_BERT, name="megatron-bert", stream=_norms_before("attention.ln", "ln", "encoder.ln")),
     replace(
@@ -152,20 +128,17 @@ BERT_ROWS = (
     replace(_BERT, name="electra", stream=(_PROJECTED, _ELECTRA)),
     replace(_BERT, name="mpnet", attn=_MPNET, stream=_MPNET_STREAM),
     Family("distilbert", "transformer.layer", _DISTIL, _DISTIL_MLP, stream=_DISTIL_STREAM),
-)
+]
 
 _ALBERT = attention("attention", "query key value dense", "attention_head_size", numbers=_SIZES)
 _ALBERT_MLP = mlp("ffn ffn_output")
 # What a block reads is now what is put into it, then what a block before it or itself put out; what
 # reads its last run alone is asked itself, too.
 _ALBERT_STREAM = stream(
-    (
-        "write encoder.embedding_hidden_mapping_in",
-        Step("aside", tuple(f"embeddings.{name}" for name in (*_WORDS, "LayerNorm"))),
-    ),
+    ("write encoder.embedding_hidden_mapping_in", *_EMBEDDED),
     (
         *(Step("take", _ALBERT.layers[:-1]), "write attention.dense", "norm attention.LayerNorm"),
-        *(_ALBERT_MLP, "norm full_layer_layer_norm"),
+        *("site mlp", "norm full_layer_layer_norm"),
     ),
     ("take pooler", "write pooler", "take classifier sop_classifier.classifier"),
     ("take predictions.dense", "aside predictions.LayerNorm predictions.decoder"),
@@ -175,7 +148,7 @@ _RUNS = (
     "a block runs several times, and each run reads what the last one wrote; one pass sums all of "
     "its runs"
 )
-ALBERT_ROWS = (
+ROWS += [
     # What a block has is sliced once for all of its runs; its sums are those of all of them.
     Family(
         "albert",
@@ -186,7 +159,7 @@ ALBERT_ROWS = (
         repeats=True,
         without={**NO_STOCK, "layerwise": _RUNS},
     ),
-)
+]
 
 _PROJ = attention(
     "attention",
@@ -201,7 +174,7 @@ _DEBERTA = tuple(
     for positions in ((_KEY, _QUERY), (_KEY,), (_QUERY,), ())
 )
 _POSITIONS = "its query and key layers also read embeddings of relative positions"
-DEBERTA_ROWS = (
+ROWS += [
     Family(
         *("deberta", "encoder.layer", None, _MLP),
         without={
@@ -210,17 +183,16 @@ DEBERTA_ROWS = (
         },
     ),
     Family(
-        *("deberta-v2", "encoder.layer", _DEBERTA, _MLP),
-        without={"hidden": _POSITIONS, **NO_STOCK},
+        *("deberta-v2", "encoder.layer", _DEBERTA, _MLP), without={"hidden": _POSITIONS, **NO_STOCK}
     ),
-)
+]
 
 _MODERN = attention("attn", "Wqkv Wo", stack=QKV, bias_flag="attention_bias")
 _MODERN_MLP = mlp("mlp.Wi mlp.Wo", stack=GATE_UP, bias_flag="mlp_bias")
 _MODERN_STREAM = stream(
     ("write embeddings.tok_embeddings", "norm embeddings.norm"),
     # The first block reads the embeddings as they are.
-    ("norm_if attn_norm", _MODERN, "norm mlp_norm", _MODERN_MLP),
+    ("norm_if attn_norm", "site attn", "norm mlp_norm", "site mlp"),
     ("norm final_norm", *_masked("head.dense", "head.norm", "decoder classifier")),
 )
 _NOMIC = attention(
@@ -228,46 +200,26 @@ _NOMIC = attention(
     "q_proj k_proj v_proj o_proj",
     config={"num_attention_heads": "heads", "head_dim": "head_dim"},
 )
-_NOMIC_MLP = mlp(
-    "mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"}
-)
-_NOMIC_STREAM = stream(
-    _embedded("word_embeddings", "token_type_embeddings"),
-    (_NOMIC, "norm post_attention_layernorm", _NOMIC_MLP, "norm post_mlp_layernorm"),
-    BERT.ends[0],
-    _masked(f"{_HEAD}.dense", f"{_HEAD}.layer_norm", "cls.predictions.decoder"),
-    _CLASSIFIED,
+_NOMIC_STREAM = replace(
+    BERT,
+    block=steps(
+        *("site attn", "norm post_attention_layernorm", "site mlp", "norm post_mlp_layernorm")
+    ),
     config={"hidden_size": "hidden"},
     multiple_of="heads",
 )
-_LM_HEAD = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
-_GTE_STREAM = replace(
-    _NOMIC_STREAM,
-    start=steps(
-        "write embeddings.word_embeddings",
-        "write_if embeddings.token_type_embeddings",
-        "norm embeddings.LayerNorm",
-    ),
-    ends=(BERT.ends[0], _masked(*_LM_HEAD), steps(*_CLASSIFIED)),
-)
-_JINA_MLP = mlp("mlp.fc1 mlp.fc2")
-_JINA_STREAM = replace(
-    _GTE_STREAM,
-    block=steps(_NOMIC, "norm post_attention_layernorm", _JINA_MLP, "norm post_mlp_layernorm"),
-    ends=(BERT.ends[0], BERT.ends[1], *_GTE_STREAM.ends[1:]),
-)
+_NOMIC_BERT = Family("nomic_bert", "layers", _NOMIC, MLP, stream=_NOMIC_STREAM)
 _DECODING = attention(
     "attn", "q_proj k_proj v_proj Wo", numbers={"num_heads": "heads"}, bias_flag="attention_bias"
 )
 _DECODING_STREAM = replace(
     _MODERN_STREAM,
-    block=steps("norm_if attn_norm", _DECODING, "norm mlp_norm", _MODERN_MLP),
     ends=tuple(
         steps("norm final_norm", *_masked(f"{head}.dense", f"{head}.norm", reader))
         for head, reader in (("lm_head", "decoder"), ("head", "classifier"))
     ),
 )
-ROTARY_ROWS = (
+ROWS += [
     # Global and local attention alternate, which the masks that the model makes say of each block.
     Family("modernbert", "layers", _MODERN, _MODERN_MLP, stream=_MODERN_STREAM, without=NO_STOCK),
     Family(
@@ -275,9 +227,8 @@ ROTARY_ROWS = (
         stream=_DECODING_STREAM,
         without=NO_STOCK,
     ),
-    Family("nomic_bert", "layers", _NOMIC, _NOMIC_MLP, stream=_NOMIC_STREAM),
-    Family("gte", "layers", _NOMIC, _NOMIC_MLP, stream=_GTE_STREAM),
-    Family("jina_embeddings_v3", "layers", _NOMIC, _JINA_MLP, stream=_JINA_STREAM),
+    *like(_NOMIC_BERT, "nomic_bert gte"),
+    replace(_NOMIC_BERT, name="jina_embeddings_v3", mlp=mlp("mlp.fc1 mlp.fc2")),
     # Its mlp_bias is also one of its head.
     replace(
         ROW,
@@ -286,6 +237,4 @@ ROTARY_ROWS = (
         stream=None,
         without={"hidden": "heads of its tasks read the stream in different ways"},
     ),
-)
-
-ROWS = (*BERT_ROWS, *ALBERT_ROWS, *DEBERTA_ROWS, *ROTARY_ROWS)
+]

@@ -17,10 +17,18 @@ from liar_ext.models.family import (
     Stream,
     Wiring,
     attention,
+    like,
     mlp,
     steps,
     stream,
 )
+
+
+def gated(module: str, field: str = "intermediate_size", **more: object) -> Wiring:
+    """Return an MLP with a gate by its module, and its config field."""
+    layers = f"{module}.gate_proj {module}.up_proj {module}.down_proj"
+    return mlp(layers, field, numbers={f"{module}.intermediate_size": "features"}, **more)
+
 
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.
@@ -30,23 +38,24 @@ QKVO = "q_proj k_proj v_proj o_proj"
 TASKS = "read lm_head score classifier qa_outputs"
 # Where no flag of the config governs all layers of a site.
 ATTN = attention("self_attn", QKVO, numbers=GROUPS, config=HEADS)
-MLP = mlp("mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"})
+MLP = gated("mlp")
 _FLAGGED = replace(MLP, bias_flag="mlp_bias")
 SINKS = {"per_head": ("self_attn.sinks",)}  # a number of each head in its softmax
 NORMS = ("norm input_layernorm", "norm post_attention_layernorm")
 LLAMA = stream(
     ["write embed_tokens"],
-    [NORMS[0], ATTN, NORMS[1], MLP],
-    ["norm norm", "read lm_head score qa_outputs"],
+    [NORMS[0], "site attn", NORMS[1], "site mlp"],
+    ["norm norm", TASKS],
     config={"hidden_size": "hidden"},
     multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
 )
-ROW = Family("llama", "layers", replace(ATTN, bias_flag="attention_bias"), _FLAGGED, stream=LLAMA)
+_FLAG = {"bias_flag": "attention_bias"}
+ROW = Family("llama", "layers", replace(ATTN, **_FLAG), _FLAGGED, stream=LLAMA)
 
 
-def with_block(*items: str | Wiring | Step) -> Stream:
+def with_block(*items: str | Step, **more: object) -> Stream:
     """Return Llama's stream with other steps in a block."""
-    return replace(LLAMA, block=steps(*items))
+    return replace(LLAMA, block=steps(*items), **more)
 
 
 def counts(heads: str) -> dict[str, str]:
@@ -55,7 +64,7 @@ def counts(heads: str) -> dict[str, str]:
 
 
 # With a norm over what they write, and none before they read.
-_ATTN_AFTER = replace(ATTN, output_norm="post_attention_layernorm")
+_NORMED = {"output_norm": "post_attention_layernorm"}
 _MLP_AFTER = replace(MLP, output_norm="post_feedforward_layernorm")
 _AFTER = with_block(
     *(Step("take", ATTN.layers[:-1]), "aside self_attn.q_norm self_attn.k_norm"),
@@ -66,26 +75,20 @@ _AFTER = with_block(
 ATTN_COUNTED = attention("self_attn", QKVO, numbers=counts("num_attention_heads"), config=HEADS)
 _OLMO2 = replace(
     ROW,
-    name="olmo2",
     attn=None,
     mlp=_MLP_AFTER,
     stream=replace(_AFTER, config={"hidden_size": "hidden", "head_dim": "head_dim"}),
     without={"attn": JOINT, "kv_group": JOINT},
 )
 _BIAS = {"bias_flag": "use_bias"}
-LLAMA_ROWS = (
-    ROW,
-    replace(ROW, name="smollm3"),
-    replace(ROW, name="qwen3", mlp=MLP),
-    *(
-        replace(ROW, name=name, attn=ATTN, mlp=MLP)
-        for name in ("mistral", "qwen2", "ministral", "ministral3")
-    ),
-    # Its multipliers are numbers of the config, whatever the sizes.
-    replace(ROW, name="granite"),
+ROWS = [
+    # Granite's multipliers are numbers of the config, whatever the sizes.
+    *like(ROW, "llama smollm3 granite"),
+    # OLMo's norms have no weights: their readers alone are solved.
+    *like(ROW, "qwen3 hunyuan_v1_dense olmo", mlp=MLP),
+    *like(ROW, "mistral qwen2 ministral ministral3", attn=ATTN, mlp=MLP),
     replace(ROW, name="granite_swa", attn=replace(ROW.attn, **SINKS)),
     replace(ROW, name="cwm", attn=ATTN),
-    replace(ROW, name="hunyuan_v1_dense", mlp=MLP),
     replace(ROW, name="seed_oss", attn=ATTN_COUNTED),
     replace(ROW, name="ernie4_5", attn=replace(ATTN, **_BIAS), mlp=replace(MLP, **_BIAS)),
     # o_proj of its stock class is square.
@@ -96,31 +99,20 @@ LLAMA_ROWS = (
         without={"stock": "heads: o_proj of its class is as wide as the hidden size"},
     ),
     replace(
-        ROW,
-        name="exaone4",
-        attn=replace(ATTN_COUNTED, output_norm=_ATTN_AFTER.output_norm),
-        mlp=_MLP_AFTER,
-        stream=_AFTER,
+        ROW, name="exaone4", attn=replace(ATTN_COUNTED, **_NORMED), mlp=_MLP_AFTER, stream=_AFTER
     ),
-    # Its norms have no weights: their readers alone are solved.
-    replace(ROW, name="olmo", mlp=MLP),
-    *(_OLMO2, replace(_OLMO2, name="olmo3")),
-)
+    *like(_OLMO2, "olmo2 olmo3"),
+]
 
 # Gemma's norms scale by their weights and one.
 _SCALED = replace(LLAMA, norm_offset=1.0, scaled=True)
-_BEFORE = "norm pre_feedforward_layernorm"
-_BOTH = steps(
-    *(NORMS[0], ATTN, "branch_norm post_attention_layernorm"),
-    *(_BEFORE, MLP, "branch_norm post_feedforward_layernorm"),
-)
+_BEFORE = steps(NORMS[0], "site attn", "norm pre_feedforward_layernorm", "site mlp")
 _GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=_SCALED)
 _GEMMA3 = replace(
     _GEMMA,
-    name="gemma3_text",
-    attn=replace(ROW.attn, output_norm=_ATTN_AFTER.output_norm),
+    attn=replace(ROW.attn, **_NORMED),
     mlp=_MLP_AFTER,
-    stream=replace(_SCALED, block=_BOTH),
+    stream=replace(_SCALED, block=_BEFORE),
 )
 # Layers of Gemma 4 have sizes of their own in the dense config, and wider MLPs where they borrow.
 # The values of some are their keys.
@@ -140,42 +132,38 @@ _GEMMA4 = replace(
 )
 
 
-def in_pictures(row: Family, name: str, blocks: str = "language_model.layers") -> Family:
+def in_pictures(row: Family, name: str) -> Family:
     """Return the row of a model that reads pictures, too, from that of its text model."""
     why = row.without.get("hidden")
     without = {**row.without, "hidden": f"{why}, and {PICTURES}" if why else PICTURES}
-    text = {"blocks": blocks, "config": "text_config", "stream": None}
+    text = {"blocks": "language_model.layers", "config": "text_config", "stream": None}
     return replace(row, name=name, without=without, **text)
 
 
-_VAULT = replace(_SCALED, block=steps(NORMS[0], ATTN, _BEFORE, MLP))
-GEMMA_ROWS = (
-    *(_GEMMA4, in_pictures(_GEMMA4, "gemma4"), _GEMMA, replace(_GEMMA3, name="gemma2")),
-    replace(_GEMMA, name="vaultgemma", stream=_VAULT),
-    *(_GEMMA3, in_pictures(_GEMMA3, "gemma3")),
-)
+ROWS += [
+    *(_GEMMA4, in_pictures(_GEMMA4, "gemma4")),
+    *(_GEMMA, replace(_GEMMA, name="vaultgemma", stream=_GEMMA3.stream)),
+    *(*like(_GEMMA3, "gemma2 gemma3_text"), in_pictures(_GEMMA3, "gemma3")),
+]
 
 _UP = replace(_FLAGGED, producers=("mlp.up_proj",))
-_UNGATED = with_block(NORMS[0], ATTN, NORMS[1], _UP)
-_STARCODER = mlp("mlp.c_fc mlp.c_proj", **_BIAS)
-UNGATED_ROWS = (
-    replace(ROW, name="arcee", mlp=_UP, stream=_UNGATED),
-    replace(ROW, name="jais2", mlp=_UP, stream=_UNGATED),
+ROWS += [
+    *like(ROW, "arcee jais2", mlp=_UP),
     # Squared ReLU; its LayerNorm scales by its weight and one.
     replace(
         ROW,
         name="nemotron",
-        attn=attention(
-            "self_attn", QKVO, numbers=counts("num_heads"), config=HEADS, bias_flag="attention_bias"
-        ),
+        attn=attention("self_attn", QKVO, numbers=counts("num_heads"), config=HEADS, **_FLAG),
         mlp=_UP,
-        stream=replace(_UNGATED, norm_offset=1.0),
+        stream=replace(LLAMA, norm_offset=1.0),
     ),
     replace(
         ROW,
         name="apertus",
         mlp=replace(_UP, numbers={}, bias_flag=None),
-        stream=with_block("norm attention_layernorm", ATTN, "norm feedforward_layernorm", _UP),
+        stream=with_block(
+            "norm attention_layernorm", "site attn", "norm feedforward_layernorm", "site mlp"
+        ),
     ),
     replace(
         ROW,
@@ -185,13 +173,9 @@ UNGATED_ROWS = (
         without={"hidden": "its stream begins as what a norm without weights puts out"},
     ),
     replace(
-        ROW,
-        name="starcoder2",
-        attn=replace(ATTN, **_BIAS),
-        mlp=_STARCODER,
-        stream=with_block(NORMS[0], ATTN, NORMS[1], _STARCODER),
+        ROW, name="starcoder2", attn=replace(ATTN, **_BIAS), mlp=mlp("mlp.c_fc mlp.c_proj", **_BIAS)
     ),
-)
+]
 
 # Where q ends, Phi's forward computes by the config's number of heads.
 _PHI3 = attention(
@@ -202,29 +186,22 @@ _PHI3 = attention(
     config=HEADS,
 )
 _FUSED = mlp("mlp.gate_up_proj mlp.down_proj", stack=GATE_UP)
-_GLM4 = with_block(
-    *(NORMS[0], ATTN, "branch_norm post_self_attn_layernorm"),
-    *(NORMS[1], _FUSED, "branch_norm post_mlp_layernorm"),
-)
-_GLM = replace(
-    ROW, name="glm", attn=ATTN, mlp=_FUSED, stream=with_block(NORMS[0], ATTN, NORMS[1], _FUSED)
-)
-FUSED_ROWS = (
+_GLM = replace(ROW, name="glm", attn=ATTN, mlp=_FUSED)
+ROWS += [
     # Also of Phi-4.
-    replace(_GLM, name="phi3", attn=_PHI3, stream=with_block(NORMS[0], _PHI3, NORMS[1], _FUSED)),
+    replace(_GLM, name="phi3", attn=_PHI3),
     _GLM,
     replace(
         _GLM,
         name="glm4",
         attn=replace(ATTN, output_norm="post_self_attn_layernorm"),
         mlp=replace(_FUSED, output_norm="post_mlp_layernorm"),
-        stream=_GLM4,
     ),
-)
+]
 
 # Norms of q and k, which Command R+ has, keep weights of every head.
 _NO_NORMS = {"use_qk_norm": False}
-_SIDE_BY_SIDE = with_block(NORMS[0], ATTN, MLP)
+_SIDE_BY_SIDE = with_block(NORMS[0], "site attn mlp")
 _COHERE = replace(
     ROW,
     name="cohere",
@@ -233,18 +210,15 @@ _COHERE = replace(
     stream=replace(_SIDE_BY_SIDE, requires=_NO_NORMS),
 )
 _PHI, _PHI_MLP = replace(ATTN, consumer="self_attn.dense"), mlp("mlp.fc1 mlp.fc2")
-_PHI_STREAM = replace(
-    with_block(NORMS[0], _PHI, _PHI_MLP),
-    ends=(steps("norm final_layernorm", "read lm_head score"),),
-)
+_PHI_STREAM = replace(_SIDE_BY_SIDE, ends=(steps("norm final_layernorm", TASKS),))
 _STABLELM = attention(
     "self_attn",
     QKVO,
     numbers=counts("num_heads"),
     requires={"qk_layernorm": False},  # else a module per head
 )
-_STABLELM_STREAM = replace(
-    with_block(NORMS[0], ATTN, "norm_if post_attention_layernorm", MLP),
+_STABLELM_STREAM = with_block(
+    *(NORMS[0], "site attn", "norm_if post_attention_layernorm", "site mlp"),
     config={**TIED, "num_key_value_heads": "kv_heads"},
     multiple_of="head_dim",
 )
@@ -262,18 +236,16 @@ _FALCON_MLP = mlp("mlp.dense_h_to_4h mlp.dense_4h_to_h", "ffn_hidden_size")
 _FALCON_STREAM = stream(
     ["write word_embeddings"],
     [
-        *("norm_if input_layernorm", "norm_if ln_attn", _FALCON),
-        *("norm_if post_attention_layernorm", "norm_if ln_mlp", _FALCON_MLP),
+        *("norm_if input_layernorm", "norm_if ln_attn", "site attn"),
+        *("norm_if post_attention_layernorm", "norm_if ln_mlp", "site mlp"),
     ],
     ["norm ln_f", TASKS],
     config={**TIED, "num_kv_heads": "kv_heads"},
 )
-PARALLEL_ROWS = (
+ROWS += [
     _COHERE,
     replace(_COHERE, name="cohere2", attn=ROW.attn, stream=_SIDE_BY_SIDE),
     Family("phi", "layers", _PHI, _PHI_MLP, stream=_PHI_STREAM),
     Family("stablelm", "layers", _STABLELM, MLP, stream=_STABLELM_STREAM, without=NO_STOCK),
     Family("falcon", "h", _FALCON, _FALCON_MLP, stream=_FALCON_STREAM, without=NO_STOCK),
-)
-
-ROWS = (*LLAMA_ROWS, *GEMMA_ROWS, *UNGATED_ROWS, *FUSED_ROWS, *PARALLEL_ROWS)
+]

@@ -32,9 +32,7 @@ def _joint(wiring: Wiring) -> tuple[Wiring, Wiring]:
     """Return attention with the text, and that of a block that drops what the text reads."""
     added = tuple(f"attn.add_{name}_proj" for name in "qkv")
     alone = replace(
-        wiring,
-        producers=(*wiring.producers, added[0]),
-        key_value=(*wiring.key_value, *added[1:]),
+        wiring, producers=(*wiring.producers, added[0]), key_value=(*wiring.key_value, *added[1:])
     )
     return replace(alone, also=("attn.to_add_out",)), alone
 

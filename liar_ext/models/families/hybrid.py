@@ -11,16 +11,20 @@ them may leave; if it runs over a group of them, as in Mamba-2, whole groups alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from liar_ext.models.families.decoders import (
     ATTN,
     GROUPS,
     HEADS,
+    LLAMA,
     MLP,
+    NORMS,
     QKVO,
     ROW,
+    TASKS,
+    gated,
     in_pictures,
     with_block,
 )
@@ -32,26 +36,10 @@ from liar_ext.models.families.moe import (
     QWEN3_EXPERTS,
     experts,
     mixture,
-    shared,
 )
-from liar_ext.models.family import Family, Stack, Stream, Wiring, attention, mlp, steps
+from liar_ext.models.family import Family, Stack, Wiring, attention, mlp, steps
 
 _KEYS = ("query", "key")  # of which a value head has none of its own
-
-
-def _mixed(norms: str, mixers: Sequence[Wiring], mlp: Wiring, **more: object) -> Stream:
-    """Return the stream of blocks with one of some mixers of tokens, and then an MLP."""
-    first, second, last = norms.split()
-    filters = {path for each in mixers for path in each.per_head if path.endswith("weight")}
-    block = with_block(
-        f"norm {first}",
-        f"read_if {' '.join(path for each in mixers for path in each.layers[:-1])}",
-        f"write_if {' '.join(each.consumer for each in mixers)}",
-        f"aside_if {' '.join(path.rpartition('.')[0] for path in sorted(filters))}",
-        *(f"norm {second}", mlp),
-    )
-    ends = (steps(f"norm {last}", "read lm_head score qa_outputs"),)
-    return replace(block, ends=ends, **more)
 
 
 def _delta(projections: Mapping[str, Stack | None]) -> Wiring:
@@ -91,46 +79,41 @@ _QWEN = replace(
     name="qwen3_5_text",
     attn=(ROW.attn, _DELTA),
     mlp=MLP,
-    stream=_mixed(
-        "input_layernorm post_attention_layernorm norm", (ATTN, _DELTA), MLP, norm_offset=1.0
-    ),
+    stream=replace(LLAMA, norm_offset=1.0),
 )
 _NEXT = mixture("qwen3_next", (ROW.attn, _DELTA_NEXT), (QWEN3_EXPERTS, MLP), GATED)
 _QWEN_MOE = replace(_NEXT, name="qwen3_5_moe_text", attn=(ROW.attn, _DELTA))
-DELTA_ROWS = (
+ROWS = [
     *(_QWEN, in_pictures(_QWEN, "qwen3_5")),
     *(_NEXT, _QWEN_MOE, in_pictures(_QWEN_MOE, "qwen3_5_moe")),
-)
+]
 
 # Of Mamba-2 B, C and x are keys, queries and values, and dt is a number for each head.
 _CONV = Stack(("value", "key", "query"), grouped=_KEYS)
-
-
-def _mamba(module: str, config: Mapping[str, str] | None) -> Wiring:
-    """Return Mamba-2, whose norm runs over a group of heads: those that share B and C."""
-    stacks = {
-        "in_proj": Stack(("gate", "value", "key", "query", "dt"), grouped=_KEYS, single=("dt",)),
-        **{"conv1d.weight": _CONV, "conv1d.bias": _CONV},
-    }
-    sizes = {
-        **{"num_heads": "heads", "n_groups": "kv_heads"},
-        **{"intermediate_size": "features", "conv_dim": "conv_features"},
-    }
-    own = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight")
-    return Wiring(
-        producers=(f"{module}.in_proj",),
-        consumer=f"{module}.out_proj",
-        head_dim=f"{module}.head_dim",
-        key_dim=f"{module}.ssm_state_size",
-        whole_groups=True,
-        stacked={f"{module}.{name}": stack for name, stack in stacks.items()},
-        numbers={f"{module}.{name}": size for name, size in sizes.items()},
-        config=config,
-        optional=True,
-        per_head=tuple(f"{module}.{name}" for name in own),
-    )
-
-
+# Its norm runs over a group of heads: those that share B and C.
+_MAMBA = Wiring(
+    producers=("mixer.in_proj",),
+    consumer="mixer.out_proj",
+    head_dim="mixer.head_dim",
+    key_dim="mixer.ssm_state_size",
+    whole_groups=True,
+    stacked={
+        "mixer.in_proj": Stack(
+            ("gate", "value", "key", "query", "dt"), grouped=_KEYS, single=("dt",)
+        ),
+        **{"mixer.conv1d.weight": _CONV, "mixer.conv1d.bias": _CONV},
+    },
+    numbers={
+        **{"mixer.num_heads": "heads", "mixer.n_groups": "kv_heads"},
+        **{"mixer.intermediate_size": "features", "mixer.conv_dim": "conv_features"},
+    },
+    config={"mamba_num_heads": "heads", "n_groups": "kv_heads"},
+    optional=True,
+    per_head=(
+        *("mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.dt_bias", "mixer.A_log"),
+        *("mixer.D", "mixer.norm.weight"),
+    ),
+)
 _OPTIONAL = replace(ROW.attn, optional=True)
 # A block is attention, Mamba, an MLP or a mixture of experts, which have no gate.
 _NEMOTRON_EXPERTS = replace(
@@ -142,13 +125,8 @@ _NEMOTRON_EXPERTS = replace(
     stacked={},
     requires={"moe_latent_size": None},  # else they write other features than the stream's
 )
-_BAMBA = mlp(
-    "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj",
-    numbers={"feed_forward.intermediate_size": "features"},
-    bias_flag="mlp_bias",
-)
 # Heads of Mamba of the first two are one group, unless a config says otherwise, and stay.
-MAMBA_ROWS = (
+ROWS += [
     mixture(
         "granitemoehybrid",
         _OPTIONAL,
@@ -160,20 +138,17 @@ MAMBA_ROWS = (
         "bamba",
         "layers",
         _OPTIONAL,
-        _BAMBA,
-        stream=_mixed(
-            "input_layernorm pre_ff_layernorm final_layernorm",
-            (ATTN, _mamba("mamba", None)),
-            _BAMBA,
+        gated("feed_forward", bias_flag="mlp_bias"),
+        stream=with_block(
+            *(NORMS[0], "site attn", "read_if mamba.in_proj", "write_if mamba.out_proj"),
+            *("aside_if mamba.conv1d mamba.norm", "norm pre_ff_layernorm", "site mlp"),
+            ends=(steps("norm final_layernorm", TASKS),),
             multiple_of=None,  # its config makes Mamba a multiple of it
         ),
     ),
     mixture(
         "nemotron_h",
-        (
-            attention("mixer", QKVO, numbers=GROUPS, config=HEADS, optional=True),
-            _mamba("mixer", {"mamba_num_heads": "heads", "n_groups": "kv_heads"}),
-        ),
+        (attention("mixer", QKVO, numbers=GROUPS, config=HEADS, optional=True), _MAMBA),
         (
             _NEMOTRON_EXPERTS,
             mlp(
@@ -183,11 +158,11 @@ MAMBA_ROWS = (
             ),
         ),
         replace(
-            shared("mixer.shared_experts", "moe_shared_expert_intermediate_size"),
+            gated("mixer.shared_experts", "moe_shared_expert_intermediate_size", optional=True),
             producers=("mixer.shared_experts.up_proj",),
         ),
     ),
-)
+]
 
 # Channels of a short convolution, gated before and after: C · conv(B · x).
 _SHORT = Wiring(
@@ -200,13 +175,17 @@ _LFM2 = (replace(ATTN, consumer="self_attn.out_proj"), _SHORT)
 # Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
 _SWIGLU = mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", "")
 _AS_WIDE = "convolutions: the config has no width of theirs but the hidden size"
-CONVOLUTION_ROWS = (
+ROWS += [
     Family(
         "lfm2",
         "layers",
         _LFM2,
         _SWIGLU,
-        stream=_mixed("operator_norm ffn_norm embedding_norm", _LFM2, _SWIGLU, multiple_of=None),
+        stream=with_block(
+            *("norm operator_norm", "site attn", "norm ffn_norm", "site mlp"),
+            ends=(steps("norm embedding_norm", TASKS),),
+            multiple_of=None,
+        ),
         without={"stock": f"channels: its config rounds their number; {_AS_WIDE}"},
     ),
     # The first layers have an ordinary MLP.
@@ -226,6 +205,4 @@ CONVOLUTION_ROWS = (
         ),
         without={"stock": _AS_WIDE},
     ),
-)
-
-ROWS = (*DELTA_ROWS, *MAMBA_ROWS, *CONVOLUTION_ROWS)
+]

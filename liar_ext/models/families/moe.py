@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from liar_ext.models.families.decoders import ATTN, ATTN_COUNTED, MLP, ROW, SINKS, in_pictures
-from liar_ext.models.family import (
-    GATE_UP,
-    JOINT,
-    ROUTED,
-    Experts,
-    Family,
-    Stack,
-    Wiring,
-    mlp,
+from liar_ext.models.families.decoders import (
+    ATTN,
+    ATTN_COUNTED,
+    MLP,
+    ROW,
+    SINKS,
+    gated,
+    in_pictures,
 )
+from liar_ext.models.family import GATE_UP, JOINT, ROUTED, Experts, Family, Stack, Wiring, like, mlp
 
 
 def experts(
@@ -43,7 +42,7 @@ def experts(
 
 LOCAL = {"intermediate_size": "features", "num_local_experts": "experts"}
 OWN_WIDTH = {"moe_intermediate_size": "features", "num_experts": "experts"}
-_OLMOE = experts({"intermediate_size": "features", "num_experts": "experts"})
+_ALONE = {"num_experts": "experts"}
 QWEN3_EXPERTS = experts(OWN_WIDTH)
 # gpt-oss has columns for rows, with gate and up of a channel side by side.
 _GPT_OSS = replace(
@@ -53,27 +52,15 @@ _GPT_OSS = replace(
 )
 # The router's weight is that of a linear layer inside of it; experts and the one beside them have
 # one width.
-_HUNYUAN = experts({"num_experts": "experts"}, weight="wg.weight")
+_HUNYUAN = experts(_ALONE, weight="wg.weight")
 _ERNIE = experts({"moe_num_experts": "experts"})
 # The config makes an expert that reads every token as wide as the others, or a multiple of that.
 _ROUTED = experts({"n_routed_experts": "experts"})
-_COUNTED = experts({"num_experts": "experts"})
+_COUNTED = experts(_ALONE)
 _CHOICE = "mlp.e_score_correction_bias"
 _PREFIX = replace(MLP, config={"prefix_dense_intermediate_size": "features"})
 GRANITE_EXPERTS = experts(LOCAL, "block_sparse_moe.experts", "block_sparse_moe.router")
-
-
-def shared(module: str, field: str = "", **more: object) -> Wiring:
-    """Return the wiring of an expert that every token passes, in the layers that have one."""
-    return mlp(
-        f"{module}.gate_proj {module}.up_proj {module}.down_proj",
-        field,
-        numbers={f"{module}.intermediate_size": "features"},
-        optional=True,
-        **more,
-    )
-
-
+# Every token passes these, in the layers that have one.
 GRANITE_SHARED = mlp(
     "shared_mlp.input_linear shared_mlp.output_linear",
     "shared_intermediate_size",
@@ -82,8 +69,8 @@ GRANITE_SHARED = mlp(
     optional=True,
 )
 # What it gives is scaled, token by token.
-GATED = shared("mlp.shared_expert", "shared_expert_intermediate_size")
-_SUMMED = shared("mlp.shared_experts")
+GATED = gated("mlp.shared_expert", "shared_expert_intermediate_size", optional=True)
+_SUMMED = gated("mlp.shared_experts", "", optional=True)
 # Queries, and keys and values together, of all heads are made from a few numbers of a token, which
 # all heads share; v2-lite makes queries from the token itself.
 _LATENT = tuple(
@@ -110,7 +97,7 @@ def mixture(
 ) -> Family:
     """Return the row of a mixture, whose hidden size stays as its routers read it."""
     without = {"hidden": ROUTED, **(without or {})}
-    return Family(name, "layers", attn, mlp, shared_mlp, without=without)
+    return Family(name, "layers", attn, mlp, shared_mlp=shared_mlp, without=without)
 
 
 _LLAMA4_EXPERTS = experts(
@@ -118,27 +105,30 @@ _LLAMA4_EXPERTS = experts(
     *("feed_forward.experts", "feed_forward.router", "expert_dim"),
     scales_input=True,
 )
-_FEED_FORWARD = "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj"
 _LLAMA4 = replace(
     mixture(
         "llama4_text",
         replace(ATTN_COUNTED, bias_flag="attention_bias"),
         # Where a block has no experts, its MLP has a width of its own.
-        (replace(_LLAMA4_EXPERTS, transposed=True), mlp(_FEED_FORWARD, "intermediate_size_mlp")),
-        replace(shared("feed_forward.shared_expert"), numbers={}),
+        (
+            replace(_LLAMA4_EXPERTS, transposed=True),
+            replace(gated("feed_forward", "intermediate_size_mlp"), numbers={}),
+        ),
+        replace(gated("feed_forward.shared_expert", "", optional=True), numbers={}),
         {**_BESIDE, "experts": "its router scales what an expert reads, not what it gives"},
     ),
     blocks="model.layers",  # transformers takes the model with its head for its own base model
 )
+_QWEN3 = mixture("qwen3_moe", ROW.attn, (QWEN3_EXPERTS, MLP))
+_OLMOE = mixture("olmoe", None, experts({"intermediate_size": "features", **_ALONE}), None, _JOINT)
 _GLM4 = mixture("glm4_moe", ATTN, (_ROUTED, MLP), _SUMMED, _BESIDE)
 _DEEPSEEK = mixture("deepseek_v3", _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE)
 ROWS = (
     mixture("mixtral", ATTN, experts(LOCAL)),
     # Layers that mlp_only_layers names have an ordinary MLP.
-    mixture("qwen3_moe", ROW.attn, (QWEN3_EXPERTS, MLP)),
-    mixture("olmoe", None, _OLMOE, without=_JOINT),
+    *(*like(_QWEN3, "qwen3_moe mellum"), in_pictures(_QWEN3, "qwen3_vl_moe")),
+    *like(_OLMOE, "olmoe flex_olmo"),
     mixture("gpt_oss", replace(ROW.attn, **SINKS), _GPT_OSS),
-    in_pictures(mixture("", ROW.attn, (QWEN3_EXPERTS, MLP)), "qwen3_vl_moe"),
     # Blocks of linear attention have no sites of attention, and as many heads by the config.
     mixture(
         "minimax",
@@ -146,7 +136,10 @@ ROWS = (
         experts(LOCAL),
         without={"stock": "heads: one field also counts those of linear attention"},
     ),
-    mixture("hunyuan_v1_moe", ROW.attn, _HUNYUAN, shared("mlp.shared_mlp"), _BESIDE),
+    mixture(
+        *("hunyuan_v1_moe", ROW.attn, _HUNYUAN),
+        *(gated("mlp.shared_mlp", "", optional=True), _BESIDE),
+    ),
     mixture(
         "ernie4_5_moe",
         replace(ATTN, **_FLAG),
@@ -161,38 +154,24 @@ ROWS = (
     mixture("granitemoe", ROW.attn, GRANITE_EXPERTS),
     mixture("granitemoeshared", ROW.attn, GRANITE_EXPERTS, GRANITE_SHARED),
     mixture("granitemoe_swa", replace(ROW.attn, **SINKS), GRANITE_EXPERTS, GRANITE_SHARED),
-    mixture("mellum", ROW.attn, (QWEN3_EXPERTS, MLP)),
     mixture("phimoe", ROW.attn, experts(LOCAL, router="mlp.router")),
     # The first layers of these have an ordinary MLP.
     *(_GLM4, in_pictures(_GLM4, "glm4v_moe")),
     mixture("dots1", ROW.attn, (_ROUTED, MLP), _SUMMED, _BESIDE),
     mixture("solar_open", ATTN, _ROUTED, _SUMMED, _BESIDE),
     mixture("cohere2_moe", ROW.attn, (_COUNTED, _PREFIX), _SUMMED, _BESIDE),
-    mixture(
-        "exaone_moe",
-        ATTN_COUNTED,
-        (_COUNTED, MLP),
-        _SUMMED,
-        _BESIDE,
-    ),
-    mixture(
-        "hy_v3",
-        ROW.attn,
-        (replace(_COUNTED, experts=replace(_COUNTED.experts, choice=_CHOICE)), MLP),
-        _SUMMED,
-        _BESIDE,
-    ),
-    *(
-        mixture(name, _LATENT, (_ROUTED, MLP), _SUMMED, _BESIDE)
-        for name in ("deepseek_v2", "deepseek_v32", "glm4_moe_lite", "mistral4")
-    ),
-    *(_DEEPSEEK, in_pictures(_DEEPSEEK, "kimi_k25")),
-    mixture(
-        "glm_moe_dsa",
-        *(_LATENT, (_ROUTED, MLP), _SUMMED),
-        {**_BESIDE, "layerwise": "some layers attend to the tokens that an earlier one chose"},
+    mixture("exaone_moe", ATTN_COUNTED, (_COUNTED, MLP), _SUMMED, _BESIDE),
+    mixture("hy_v3", ROW.attn, (experts(_ALONE, choice=_CHOICE), MLP), _SUMMED, _BESIDE),
+    *like(_DEEPSEEK, "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite mistral4"),
+    in_pictures(_DEEPSEEK, "kimi_k25"),
+    replace(
+        _DEEPSEEK,
+        name="glm_moe_dsa",
+        without={
+            **_DEEPSEEK.without,
+            "layerwise": "some layers attend to the tokens that an earlier one chose",
+        },
     ),
     _LLAMA4,
-    mixture("flex_olmo", None, _OLMOE, without=_JOINT),
     mixture("minimax_m2", None, experts(LOCAL, choice=_CHOICE), without=_JOINT),
 )
