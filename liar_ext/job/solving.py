@@ -15,7 +15,6 @@ from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.divergence import Divergence
 from liar_ext.job.state import Job
-from liar_ext.job.streamed import unchanged
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.plan import Plan
 from liar_ext.models.running import predicts_next_token
@@ -93,9 +92,7 @@ def reconstruct(job: Job, passes: Passes | None, plan: Plan, evaluation: Evaluat
 
     def blocks() -> Iterator[Block]:
         along, how = [job.out.fixed, *evaluation.along], (recipe.reconstruct, recipe.damp)
-        if passes is None:
-            yield from unchanged(walk, along)
-        elif recipe.schedule == "layerwise":
+        if passes is None or recipe.schedule == "layerwise":
             yield from solve_layerwise(walk, plan, *how, job.batches, job.certify_on or (), along)
         else:
             yield from passes.solve(plan, along)
@@ -230,7 +227,7 @@ class StreamedEvaluation(Evaluation):
     def see_dense(self, passes: Passes | None = None) -> None:
         """Note what the dense model gives, after its walk, and begin again for the other."""
         if passes is not None:
-            passes.restore_along()
+            passes.passed.restore()
         self.dense = self.quality()
         fresh = self.along[1]
         if fresh.batches:
