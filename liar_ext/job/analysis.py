@@ -1,13 +1,9 @@
-"""The first half of a job: sums, scores, error curves, sensitivities, and the plan from them.
-
-Finders take the sites of a group, whose moments are at hand in ``passes``; what is known is not
-computed again.
-"""
+"""The first half of a job: sums, scores, error curves, sensitivities, and the plan from them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -158,18 +154,31 @@ def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Pa
 
 def analyze(job: Job, passes: Passes) -> Analysis:
     """Return scores, and for allocation ``curve`` losses, group by group of sites."""
-    found, curves, elsewhere = Analysis(), {}, {}
-    scores, probes, curve = found.scores, passes.probes, job.recipe.allocation == "curve"
+    recipe, found, curves, elsewhere = job.recipe, Analysis(), {}, {}
+    scores, probes, curve = found.scores, passes.probes, recipe.allocation == "curve"
+    how = {"seed": recipe.seed, "batches": passes.batches, "per": per(recipe)}
+
+    def known(what: str, at: Sequence[Site], compute: Callable) -> dict[str, Tensor]:
+        return job.known.get(what, score_key(recipe), at, partial(share, compute=compute))
+
+    def scores_of(some: Sequence[Site]) -> dict[str, Tensor]:
+        given = passes.model, passes.bank, some, recipe.criterion
+        return score(*given, **how, progress=job.bars)
+
+    def curves_of(some: Sequence[Site]) -> dict[str, Tensor]:
+        given = passes.model, passes.bank, some, scores
+        return error_curves(*given, progress=job.bars, elsewhere=elsewhere)
+
     kept = {"score": scores, "curve": curves}
     kept |= {} if probes is None else {"errors": probes.errors, "shares": probes.shares}
     passes.restore(kept)
     for group in job.clock.each("calibrate", passes):
         # No name for the bank: its memory is for the next group.
         with job.clock("score"):
-            scores |= find_scores(job, passes, group)
+            scores |= known("score", group, scores_of)
         with job.clock("allocate"):
             if curve:
-                curves |= find_curves(job, passes, group, scores, elsewhere)
+                curves |= known("curve", group, curves_of)
             if probes is not None:
                 probes.step(passes.index, passes.bank, group, scores, curves)
             elif curve:
@@ -186,34 +195,6 @@ def analyze(job: Job, passes: Passes) -> Analysis:
     return found
 
 
-def find_scores(job: Job, passes: Passes, at: Sequence[Site]) -> dict[str, Tensor]:
-    """Return the scores of sites."""
-    recipe = job.recipe
-
-    def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
-        how = {"seed": recipe.seed, "batches": passes.batches, "per": per(recipe)}
-        given = passes.model, passes.bank, missing, recipe.criterion
-        return score(*given, **how, progress=job.bars)
-
-    return job.known.get("score", score_key(recipe), at, partial(share, compute=compute))
-
-
-def find_curves(
-    job: Job,
-    passes: Passes,
-    at: Sequence[Site],
-    scores: Mapping[str, Tensor],
-    elsewhere: dict[str, str],
-) -> dict[str, Tensor]:
-    """Return the error curves of sites; ``elsewhere`` is told of those that found no memory."""
-
-    def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
-        given = passes.model, passes.bank, missing, scores
-        return error_curves(*given, progress=job.bars, elsewhere=elsewhere)
-
-    return job.known.get("curve", score_key(job.recipe), at, partial(share, compute=compute))
-
-
 def find_sensitivities(
     job: Job,
     passes: Passes,
@@ -221,7 +202,7 @@ def find_sensitivities(
     scores: Mapping[str, Tensor],
     curves: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Return the sensitivities of sites of a model in memory."""
+    """Return the sensitivities of sites of a model in memory, whose moments are at hand."""
     recipe, known, model = job.recipe, job.known, passes.model
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:

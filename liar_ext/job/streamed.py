@@ -124,21 +124,17 @@ class StreamedPasses(Passes):
         self.source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
         self.bank = MomentBank({}, self.source)
         self.index = 0  # of the block that is given
-        self.first = 0  # the block to begin with next
+        self.first = 0  # the block to begin with
         self.kept: dict[str, Moments] = {}
         others = [] if self.probes is None else [self.probes.hidden, self.probes.dense.numbers]
         self._streams = SavedStreams(walk, SUMS, (self.text, *along), *others)
         self.passed = SavedStreams(walk, ALONG, along)  # behind the last block
 
     def __iter__(self) -> Iterator[list[Site]]:
-        return self._groups(known=False)
+        return self._groups(self.first)
 
-    def back(self) -> Iterator[list[Site]]:
-        """Return the groups once more, from the sums where they were kept."""
-        return self._groups(known=self.keep)
-
-    def _groups(self, known: bool) -> Iterator[list[Site]]:
-        first, self.first = self.first, 0
+    def _groups(self, first: int, known: bool = False) -> Iterator[list[Site]]:
+        """Yield the groups from a block on, with the sums that are ``known``, or anew."""
         if known or not first:
             self.text.hidden.clear()
         if not known:
@@ -164,10 +160,9 @@ class StreamedPasses(Passes):
             self.text.hidden.clear()
 
         def steps(done: int, _: Streams) -> Iterator[Solved]:
-            self.first = done
             if self.keep and not self.kept:  # the plan was known
                 self._restore_sums(range(done, len(self.walk.blocks)))
-            for group in self.back():
+            for group in self._groups(done, known=self.keep):
                 # A name for the bank would keep it.
                 how = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
                 yield self.index, *reconstruct_shared(self.model, self.bank, plan, group, **how)
