@@ -26,7 +26,7 @@ from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
 from liar_ext.job.preparing import prepare, recorded
 from liar_ext.job.rescaling import rescale, rescale_batches
-from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
+from liar_ext.job.solving import Evaluation, Solved, reconstruct
 from liar_ext.job.state import Folder, Job
 from liar_ext.models.configs import source_of
 from liar_ext.models.plan import Budget, Plan
@@ -198,7 +198,7 @@ def run(job: Job) -> Report:
     job = recorded(prepare(job))  # refuses whatever can't work
     states = HiddenStates() if job.walk is None else job.walk.states
     with _timeline(job).shown(), features_once(job.model, states):
-        evaluation = Evaluation(job) if job.walk is None else StreamedEvaluation(job)
+        evaluation = Evaluation(job)
         base = narrowed(job, evaluation.along)  # fewer hidden features or experts, on a copy
         # The dense blocks of a walk are gone once their experts are chosen.
         passed = job.walk is not None and base.experts is not None

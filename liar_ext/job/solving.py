@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.divergence import Divergence
 from liar_ext.job.state import Job
@@ -160,88 +160,75 @@ def divergence_of(
 
 
 class Evaluation:
-    """Measures a model in memory: on held-out text at the first rank, on fresh text at all."""
+    """Measures a model: on held-out text at the first rank, on fresh text at all.
 
-    along: tuple[StreamedBatches, ...] = ()  # text that passes the blocks of a walk
+    Of a model that has one block in memory, at the first rank: both texts are ``along``, and pass
+    the blocks in both walks, after which only the head is run.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job, self.outputs, self.evaluator = job, None, Evaluator()
-        self.dense = self.quality()
+        self.along = self._texts()
+        self.dense = None if self.along else self.quality()
+
+    def _texts(self) -> tuple[StreamedBatches, ...]:
+        job = self.job
+        if job.walk is None:
+            return ()
+        given = (job.evaluate_on, job.certify_on) if is_first() else ((), ())
+        held_out, fresh = (read_batches(text or ()) for text in given)
+        if predicts_next_token(job.model):
+            held_out = map(_as_judged, held_out)
+        named = {"held out": held_out, "fresh": fresh}
+        return tuple(StreamedBatches(name, job.walk, some) for name, some in named.items())
+
+    def _text(self, which: int) -> Batches | None:
+        """Return held-out text, 0, or fresh text, 1, if this rank has some."""
+        if self.along:
+            return self.along[which].batches or None
+        return (self.job.evaluate_on if is_first() else None, self.job.certify_on)[which]
+
+    @contextmanager
+    def _measuring(self, stage: str, which: int) -> Iterator[None]:
+        """Let the model answer for a text, at this rank alone if that is past the last block."""
+        with ExitStack() as stack:
+            stack.enter_context(self.job.clock(stage))
+            if self.along:
+                stack.enter_context(self.along[which].answering())
+                stack.enter_context(alone())
+            yield
 
     def quality(self) -> dict[str, float] | None:
         """Measure the model as it is now, if there is held-out text."""
-        job = self.job
-        if job.evaluate_on is None or not is_first():
+        if (text := self._text(0)) is None:
             return None
-        with job.clock("evaluate"):
-            return self.evaluator(job.model, job.evaluate_on, progress=job.progress)
+        with self._measuring("evaluate", 0):
+            return self.evaluator(self.job.model, text, progress=self.job.progress)
 
     def see_dense(self, passes: Passes | None = None) -> None:
-        """Note what the dense model gives on fresh text, before it is sliced."""
-        if self.job.certify_on is not None:
-            with self.job.clock("certify"):
-                self.outputs = Divergence(self.job.model, self.job.certify_on)
+        """Note what the dense model gives on fresh text, before it is sliced.
+
+        After its walk also on held-out text; both begin again then, for the other one.
+        """
+        if self.along:
+            if passes is not None:
+                passes.passed.restore()
+            self.dense = self.quality()
+        if (text := self._text(1)) is not None:
+            with self._measuring("certify", 1):
+                self.outputs = Divergence(self.job.model, text)
+        for each in self.along:
+            each.hidden.clear()  # needed no more
+        self.along = self._texts()
 
     def result(self) -> dict[str, dict[str, float]]:
         """Measure the pruned model; return all that was measured, as a report has it."""
         found = {"dense": self.dense, "pruned": self.quality()}
         found = {} if None in found.values() else found
         if self.outputs is not None:
-            with self.job.clock("certify"), self.fresh():
+            with self._measuring("certify", 1):
                 found["certified"] = self.outputs.of(self.job.model)
         return found
-
-    def fresh(self) -> AbstractContextManager:
-        """Let the model answer for fresh text."""
-        return nullcontext()
-
-
-class StreamedEvaluation(Evaluation):
-    """Measures a model of which one block is in memory, at the first rank.
-
-    Its text passes the blocks in both walks, after them only the head is run.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.outputs, self.evaluator = job, None, Evaluator()
-        self.along = self._texts()
-
-    def _texts(self) -> tuple[StreamedBatches, StreamedBatches]:
-        job, here = self.job, is_first()
-        held_out = read_batches(job.evaluate_on or ()) if here else ()
-        if predicts_next_token(job.model):
-            held_out = map(_as_judged, held_out)
-        fresh = read_batches(job.certify_on or ()) if here else ()
-        given = {"held out": held_out, "fresh": fresh}
-        return tuple(StreamedBatches(name, job.walk, some) for name, some in given.items())
-
-    def quality(self) -> dict[str, float] | None:
-        """Measure the model on held-out text that is past its last block."""
-        text = self.along[0]
-        with self.job.clock("evaluate"):
-            if not text.batches:
-                return None
-            with text.answering():
-                return self.evaluator(self.job.model, text.batches, progress=self.job.progress)
-
-    def see_dense(self, passes: Passes | None = None) -> None:
-        """Note what the dense model gives, after its walk, and begin again for the other."""
-        if passes is not None:
-            passes.passed.restore()
-        self.dense = self.quality()
-        fresh = self.along[1]
-        if fresh.batches:
-            with self.job.clock("evaluate"), self.fresh():
-                self.outputs = Divergence(self.job.model, [each.inputs for each in fresh.batches])
-        for each in self.along:
-            each.hidden.clear()  # needed no more
-        self.along = self._texts()
-
-    @contextmanager
-    def fresh(self) -> Iterator[None]:
-        """Let the model answer for fresh text that is past its last block, at this rank alone."""
-        with self.along[1].answering(), alone():
-            yield
 
 
 def _as_judged(batch: Batch) -> Batch:

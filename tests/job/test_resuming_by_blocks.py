@@ -12,7 +12,7 @@ from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job import analysis
 from liar_ext.job.pruning import prune_folder
-from liar_ext.job.solving import StreamedEvaluation
+from liar_ext.job.solving import Evaluation
 from liar_ext.job.state import Job
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.recipe import Recipe
@@ -80,7 +80,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     layerwise = expected.settings["schedule"] == "layerwise"
     # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
     stops = [(StreamedPasses, "_sums", 3), (analysis, "allocated", 1)]
-    stops += [(StreamedEvaluation, "see_dense", 1), (BlockStore, "tensors", 2)]
+    stops += [(Evaluation, "see_dense", 1), (BlockStore, "tensors", 2)]
     stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:
