@@ -36,12 +36,12 @@ import torch
 from encoder_models import folders, is_cls
 from encoder_tasks import News, Sentiment, Similarity, fine_tuned, news_apart, read_sts
 
+from bench.quality.sharing import Case
 from liar_ext import Plan, Recipe, apply_plan, heal, narrow
 from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.job.solving import JUDGED
-from liar_ext.job.sweeping import Sweep
 
 # Those of no or partial reconstruction are uniform, with single channels, as others' methods are.
 PLAIN = {"criterion": "wifv", "allocation": "uniform", "schedule": "one-pass", "tile": 1}
@@ -172,7 +172,7 @@ def compare(
 
     for seed in options.seeds:
         for calibration, sources in texts.items():
-            sweeps: dict[float, tuple[Sweep, float]] = {}
+            cases: dict[float, Case] = {}
             for keep, method in [(keep, way) for keep in options.keep for way in options.methods]:
                 facts = {"calibration": calibration, "method": method, "asked": keep, "seed": seed}
                 facts |= {"samples": options.samples}
@@ -181,17 +181,12 @@ def compare(
                     continue
                 choices = dict(METHODS[method])
                 random_tokens = choices.pop("random_tokens", 0.0)
-                if random_tokens not in sweeps:
+                if random_tokens not in cases:
                     start = time.process_time()
                     given = draw(sources, tokenizer, options, seed, random_tokens)
-                    sweep = Sweep(dense, given[0], judge_on=given[1])
-                    sweeps[random_tokens] = sweep, time.process_time() - start
-                sweep, seconds = sweeps[random_tokens]
-                start, spared = time.process_time(), sweep.known.spared
-                model, point = sweep.prune(Recipe(keep=keep, seed=seed, **choices))
-                report = point.report
-                facts["seconds"] = time.process_time() - start + seconds
-                facts["seconds"] += sweep.known.spared - spared
+                    cases[random_tokens] = Case(dense, *given, time.process_time() - start)
+                recipe = Recipe(keep=keep, seed=seed, **choices)
+                model, report, facts["seconds"] = cases[random_tokens].prune(recipe)
                 facts["keep"] = report.params["prunable_after"] / report.params["prunable_before"]
                 facts["tokens"] = report.settings["calibration_tokens"]
                 facts["schedule"] = report.settings["schedule"]
