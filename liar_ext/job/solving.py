@@ -23,7 +23,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved as Block
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise, solve_layerwise
 from liar_ext.reconstruction.rows import SiteRow
-from liar_ext.reconstruction.solve import certified_errors, reconstruct_shared
+from liar_ext.reconstruction.solve import error_on, reconstruct_shared
 from liar_ext.reconstruction.streams import StreamedBatches, Weights
 from liar_ext.selection.sensitivity import pruned_site
 from liar_ext.system.distributed import alone, is_first
@@ -99,7 +99,7 @@ def reconstruct(job: Job, passes: Passes | None, plan: Plan, evaluation: Evaluat
         facts["calibrate_passes"] = 0 if passes is None else passes.taken
         facts["hidden_states_on_disk"] = walk.states.most_on_disk
 
-    source = {} if passes is None else passes.source
+    source = {} if passes is None else passes.bank.source
     return Solved(job.clock.each("reconstruct", blocks()), recipe.schedule, source, facts)
 
 
@@ -127,24 +127,30 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
         with job.clock("certify"):
             passes.bank = MomentBank()  # its memory is for the fresh sums
             given = passes.model, job.certify_on, job.sites(passes.model), job.room
-            errors = certified_errors(Passes(*given, progress=job.progress), plan, weights)
-            rows = [replace(row, certified_error=errors[row.name]) for row in rows]
-    return Solved([(None, weights, {r.name: r for r in rows})], schedule, source, facts)
+            unseen = Passes(*given, progress=job.progress)  # no decision saw it: without bias
+            for site in (site for group in unseen for site in group):
+                new, sums = weights[site.name], unseen.bank[site.name]
+                error = error_on(passes.model, site, plan, new, sums)
+                rows[site.name] = replace(rows[site.name], certified_error=error)
+    return Solved([(None, weights, rows)], schedule, source, facts)
 
 
-def _solve(job: Job, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:
+def _solve(
+    job: Job, schedule: str, passes: Passes, plan: Plan
+) -> tuple[Weights, dict[str, SiteRow]]:
     settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
     if schedule == "layerwise":
         settings |= {"fresh": job.certify_on or (), "saved": job.saved}
         with job.clock("reconstruct"):
-            return reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
+            weights, rows = reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
+        return weights, {row.name: row for row in rows}
     weights, rows = {}, {}
     for group in job.clock.each("calibrate", passes.back()):
         with job.clock("reconstruct"):
             # A name for the bank would keep it while the next group's is summed.
             some = reconstruct_shared(passes.model, passes.bank, plan, group, **settings)
             weights, rows = weights | some[0], rows | some[1]
-    return weights, [rows[name] for name in plan.sites]
+    return weights, rows
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ class StreamedPasses(Passes):
             check_not_padding(index, batch)
         sequences, model_type = sum(map(len, self.batches)), type_of(self.model)
         self.source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
-        self.bank = MomentBank({}, self.source)
+        self.bank = MomentBank(source=self.source)
         self.index = 0  # of the block that is given
         self.first = 0  # the block to begin with
         self.kept: dict[str, Moments] = {}
@@ -143,7 +143,7 @@ class StreamedPasses(Passes):
         for index in self.walk.through(title, first):
             self.index = index
             group = [site for site in self.at if site.block == index]
-            self.bank = MomentBank({}, self.source)  # memory of the last one is free now
+            self.bank.moments = {}  # memory of the last one is free now
             if known:
                 self.bank.moments = {site.name: self.kept.pop(site.name) for site in group}
             else:
@@ -152,7 +152,7 @@ class StreamedPasses(Passes):
                 self.bank.moments = self._sums(index, group)
                 self.kept |= self.bank.moments if self.keep else {}
             yield group
-        self.bank = MomentBank({}, self.source)  # what comes after needs the memory
+        self.bank.moments = {}  # what comes after needs the memory
 
     def solve(self, plan: Plan, along: Sequence[StreamedBatches]) -> Iterator[Solved]:
         """Yield the blocks in a second walk, as :func:`solve_blocks` does, each in one pass."""
@@ -170,7 +170,8 @@ class StreamedPasses(Passes):
         def streams() -> Streams:
             return {} if self.keep else {"text": self.text.hidden}
 
-        yield from solve_blocks(self.walk, "pruning", steps, streams, self.text.numbers, along)
+        kept = SavedStreams(self.walk, "pruning", along, streams, self.text.numbers)
+        yield from solve_blocks(kept, steps)
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
         taps = [tap_at(self.model, site) for site in group]

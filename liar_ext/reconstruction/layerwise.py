@@ -148,25 +148,18 @@ def solve_layerwise(
             solver.start(batches, fresh)
     key = "layerwise" if along is None else "pruning"
     numbers = [part.number for part in solver.parts]
-    yield from solve_blocks(walk, key, steps, solver.streams, numbers, along or ())
+    yield from solve_blocks(SavedStreams(walk, key, along or (), solver.streams, numbers), steps)
 
 
 def solve_blocks(
-    walk: Walk,
-    key: str,
-    steps: Callable[[int, Streams], Iterator[Solved]],
-    streams: Callable[[], Streams],
-    numbers: Sequence[int],
-    along: Sequence[StreamedBatches],
+    kept: SavedStreams, steps: Callable[[int, Streams], Iterator[Solved]]
 ) -> Iterator[Solved]:
     """Yield the blocks as ``steps`` solves them; those that the checkpoint has are read there.
 
-    ``steps`` is given how many blocks are done, and the hidden states behind them; ``streams``
-    returns all that it needs of these, of which this rank has some ``numbers``. ``along`` is text
-    that passes each block once it is sliced.
+    ``steps`` is given how many blocks are done, and all streams that are ``kept``, behind them.
+    Texts among these pass each block once it is sliced.
     """
-    kept = SavedStreams(walk, key, along, streams, numbers)
-    done, found = kept.restore()
+    walk, (done, found) = kept.walk, kept.restore()
     for index in range(done):
         with walk.source.block(index):
             yield index, *kept_block(walk.saved, index)
@@ -174,7 +167,7 @@ def solve_blocks(
         keep_block(walk.saved, index, weights, rows)
         yield index, weights, rows
         weights.clear()  # the next block is solved without them
-        for each in along:
+        for each in kept.texts:
             each.advance(index)
         kept.keep(index + 1)
 
