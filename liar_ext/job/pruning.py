@@ -285,12 +285,6 @@ def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recip
     return replace(recipe, **changes)
 
 
-def _machine(model: nn.Module) -> dict[str, object]:
-    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
-    dtype, device = str(model.dtype).removeprefix("torch."), ", ".join(sorted(devices))
-    return {"dtype": dtype, "device": device, "threads": torch.get_num_threads()}
-
-
 def report_of(
     job: Job,
     base: Base,
@@ -302,12 +296,15 @@ def report_of(
     """Return every number that a user needs to trust the result."""
     model, recipe, plan, speed = job.model, job.recipe, decision.plan, decision.speed
     source = solved.source or base.source
+    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
     settings = {
         "schedule": solved.schedule,
         "attn_unit": plan.attn_unit,
         "calibration_sequences": source["sequences"],
         "calibration_tokens": source["tokens"],
-        **_machine(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ", ".join(sorted(devices)),
+        "threads": torch.get_num_threads(),
         **decision.facts,
         **solved.facts,
     }

@@ -17,7 +17,7 @@ from liar_ext.models.plan import Plan
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.reconstruction.block_runner import Forward, Run, counted, layer_forward, rows_of
-from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_of_expert
+from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_at, form_of_expert
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import Solution, error_on, solve
 from liar_ext.reconstruction.streams import Held, Part, Streams, Walk, Weights
@@ -248,8 +248,7 @@ class LayerwiseSolver:
         """Return the fields of the solution of a site, which ranks can exchange."""
         weight, bias = self._given(site)
         planned = self.plan.sites[site.name]
-        affine = self.mode != "linear" and (bias is not None or planned.bias)
-        mode = "affine" if affine else "linear"
+        mode = form_at(self.mode, bias is not None or planned.bias, gains_bias=False)
         if site.expert is not None:
             mode = form_of_expert(mode, bias is not None, sums.moments)
         settings = {"target": sums.residual, "step": (0.0, 1.0), "mode": mode, "damp": self.damp}
