@@ -1,20 +1,15 @@
-"""The first half of a job: sums, scores, error curves, sensitivities, and the plan from them.
-
-Finders take the sites of a group, whose moments are at hand in ``passes``; what is known is not
-computed again.
-"""
+"""The first half of a job: sums, scores, error curves, sensitivities, and the plan from them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import Passes, check_finite_weights
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
@@ -85,10 +80,10 @@ class Base:
 class Analysis:
     """What :func:`analyze` finds, by site."""
 
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    losses: dict[str, Tensor] = field(default_factory=dict)  # for allocation curve
-    sensitivities: dict[str, float] = field(default_factory=dict)  # likewise
-    notes: list[str] = field(default_factory=list)
+    scores: dict[str, Tensor]
+    losses: dict[str, Tensor]  # for allocation curve
+    sensitivities: dict[str, float]  # likewise
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -158,60 +153,44 @@ def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Pa
 
 def analyze(job: Job, passes: Passes) -> Analysis:
     """Return scores, and for allocation ``curve`` losses, group by group of sites."""
-    found, curves, elsewhere = Analysis(), {}, {}
-    scores, probes, curve = found.scores, passes.probes, job.recipe.allocation == "curve"
+    recipe, probes, curve = job.recipe, passes.probes, job.recipe.allocation == "curve"
+    scores, curves, sensitivities, elsewhere = {}, {}, {}, {}
+    shares = {} if probes is None else probes.shares
+    how = {"seed": recipe.seed, "batches": passes.batches, "per": per(recipe)}
+
+    def known(what: str, at: Sequence[Site], compute: Callable) -> dict[str, Tensor]:
+        return job.known.get(what, score_key(recipe), at, partial(share, compute=compute))
+
+    def scores_of(some: Sequence[Site]) -> dict[str, Tensor]:
+        given = passes.model, passes.bank, some, recipe.criterion
+        return score(*given, **how, progress=job.bars)
+
+    def curves_of(some: Sequence[Site]) -> dict[str, Tensor]:
+        given = passes.model, passes.bank, some, scores
+        return error_curves(*given, progress=job.bars, elsewhere=elsewhere)
+
     kept = {"score": scores, "curve": curves}
-    kept |= {} if probes is None else {"errors": probes.errors, "shares": probes.shares}
+    kept |= {} if probes is None else {"errors": probes.errors, "shares": shares}
     passes.restore(kept)
     for group in job.clock.each("calibrate", passes):
         # No name for the bank: its memory is for the next group.
         with job.clock("score"):
-            scores |= find_scores(job, passes, group)
+            scores |= known("score", group, scores_of)
         with job.clock("allocate"):
             if curve:
-                curves |= find_curves(job, passes, group, scores, elsewhere)
+                curves |= known("curve", group, curves_of)
             if probes is not None:
                 probes.step(passes.index, passes.bank, group, scores, curves)
             elif curve:
-                own = find_sensitivities(job, passes, group, scores, curves)
-                found.sensitivities.update(own)
-                shares = energy_shares(passes.model, passes.bank, group)
-                found.losses.update(losses_of(curves, own, shares))
+                sensitivities |= find_sensitivities(job, passes, group, scores, curves)
+                shares |= energy_shares(passes.model, passes.bank, group)
         passes.finish(kept)
     if probes is not None:
         with job.clock("allocate"):
-            found.sensitivities.update(probes.sensitivities())
-        found.losses.update(losses_of(curves, found.sensitivities, probes.shares))
-    found.notes.extend(notes_of(elsewhere, job.sites(passes.model)))
-    return found
-
-
-def find_scores(job: Job, passes: Passes, at: Sequence[Site]) -> dict[str, Tensor]:
-    """Return the scores of sites."""
-    recipe = job.recipe
-
-    def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
-        how = {"seed": recipe.seed, "batches": passes.batches, "per": per(recipe)}
-        given = passes.model, passes.bank, missing, recipe.criterion
-        return score(*given, **how, progress=job.bars)
-
-    return job.known.get("score", score_key(recipe), at, partial(share, compute=compute))
-
-
-def find_curves(
-    job: Job,
-    passes: Passes,
-    at: Sequence[Site],
-    scores: Mapping[str, Tensor],
-    elsewhere: dict[str, str],
-) -> dict[str, Tensor]:
-    """Return the error curves of sites; ``elsewhere`` is told of those that found no memory."""
-
-    def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
-        given = passes.model, passes.bank, missing, scores
-        return error_curves(*given, progress=job.bars, elsewhere=elsewhere)
-
-    return job.known.get("curve", score_key(job.recipe), at, partial(share, compute=compute))
+            sensitivities |= probes.sensitivities()
+    losses = losses_of(curves, sensitivities, shares)
+    notes = notes_of(elsewhere, job.sites(passes.model))
+    return Analysis(scores, losses, sensitivities, notes)
 
 
 def find_sensitivities(
@@ -221,7 +200,7 @@ def find_sensitivities(
     scores: Mapping[str, Tensor],
     curves: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Return the sensitivities of sites of a model in memory."""
+    """Return the sensitivities of sites of a model in memory, whose moments are at hand."""
     recipe, known, model = job.recipe, job.known, passes.model
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
@@ -280,26 +259,17 @@ def decide(job: Job, passes: Passes | None) -> Decision:
     source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
     facts |= {"plan": decision.plan.to_json(), "source": source, "summed": passes.summed}
     saved.put(PLAN, facts=facts | {"said": "the plan"})
-    if job.walk is None:
-        needed = job.recipe.schedule == "one-pass" or job.judged is not None
-    else:
-        needed = job.shares.keep_sums
-    if not needed:
+    one_pass = job.recipe.schedule == "one-pass" or job.judged is not None
+    if not (one_pass if job.walk is None else job.shares.keep_sums):
         saved.drop(SUMS)  # which a walk alone doesn't need
     return decision
 
 
 def _restored(job: Job, passes: Passes, facts: Mapping[str, Any]) -> Decision:
     passes.summed = facts["summed"]
-    decision = Decision(Plan.from_json(facts["plan"]), **{name: facts[name] for name in SAVED})
-    if job.walk is not None:
-        passes.source |= facts["source"]
-        spare("calibrate", len(job.walk.blocks))  # of the first walk
-        spare("sensitivity")
-        return decision
-    if job.bank is None:
-        passes.bank = MomentBank(source=facts["source"])
-    for stage in ("calibrate", "gradients", "curves", "sensitivity"):
+    passes.bank.source |= facts["source"]
+    spare("calibrate", None if job.walk is None else len(job.walk.blocks))  # of the first walk
+    for stage in ("gradients", "curves", "sensitivity"):
         spare(stage)
     spare("reconstruct", len(job.sites(job.model)) if job.recipe.allocation == "curve" else 0)
-    return decision
+    return Decision(Plan.from_json(facts["plan"]), **{name: facts[name] for name in SAVED})

@@ -188,9 +188,16 @@ def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) 
     elif recipe.allocation != "uniform" and not recipe.uniform_layers:
         plan = _uneven(equal, at, recipe)
     if recipe.keep_experts != 1.0:
-        plan = _fewer_experts(plan, model, recipe)
+        count = count_experts_kept(model, recipe.keep_experts)
+        experts = {site.team: SitePlan.first(site.experts, count) for site in layers_of(model)}
+        gone = {f"{name}.{at}" for name, each in experts.items() for at in range(count, each.units)}
+        left = {name: site for name, site in plan.sites.items() if name not in gone}
+        plan = replace(plan, sites=left, experts=experts)
     if recipe.keep_blocks != 1.0:
-        plan = _fewer_blocks(plan, model, recipe)
+        count = count_blocks_kept(model, recipe.keep_blocks)
+        blocks = SitePlan.first(len(stack_of(model)[1]), count)
+        left, experts = (sites_left(some, blocks) for some in (plan.sites, plan.experts))
+        plan = replace(plan, sites=left, experts=experts, blocks=blocks)
     plan = with_bias(plan, model, recipe.reconstruct)
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
@@ -212,21 +219,6 @@ def _how(model: nn.Module, plan: Plan) -> str:
     pruned = skeleton(type(model), model.config)
     apply_plan(pruned, plan)
     return how_to_load(pruned, plan)
-
-
-def _fewer_blocks(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:
-    total, count = len(stack_of(model)[1]), count_blocks_kept(model, recipe.keep_blocks)
-    blocks = SitePlan.first(total, count)
-    sites, experts = sites_left(plan.sites, blocks), sites_left(plan.experts, blocks)
-    return replace(plan, sites=sites, experts=experts, blocks=blocks)
-
-
-def _fewer_experts(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:
-    count = count_experts_kept(model, recipe.keep_experts)
-    experts = {site.team: SitePlan.first(site.experts, count) for site in layers_of(model)}
-    gone = {f"{layer}.{at}" for layer, each in experts.items() for at in range(count, each.units)}
-    left = {name: site for name, site in plan.sites.items() if name not in gone}
-    return replace(plan, sites=left, experts=experts)
 
 
 def _uneven(plan: Plan, at: Sequence[Site], recipe: Recipe) -> Plan:

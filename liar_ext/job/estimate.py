@@ -197,8 +197,8 @@ def by_blocks(
     Probes and held-out text pass the blocks there; the output head, which is this fraction of
     their work, is run after a walk.
     """
-    if not stages:
-        return {}
+    if "calibrate" not in stages:  # experts go, or nothing is counted
+        return dict(stages)
     seconds = dict.fromkeys(("curves", "sensitivity", "reconstruct"), 0.0)
     seconds |= {name: each.seconds for name, each in stages.items()}
     first = seconds["calibrate"] + seconds["curves"] + (1 - head) * seconds["sensitivity"]

@@ -64,14 +64,14 @@ def prepare(job: Job) -> Job:
             "text gives; prune its base model"
         )
     model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
-    job = replace(job, asked=job.recipe, recipe=job.recipe.settled())
+    job = replace(job, asked=job.recipe, recipe=job.recipe.settled(), notes=notes)
     job = replace(job, known=job.known or Known.of_bank(job.bank))
     at = job.sites(model)
     if job.walk is not None:
         check_blocks(model, job.recipe, len(job.walk.source), certifies=job.certify_on is not None)
     measures = _measures(job)
     if not measures:
-        job = _without_gain(replace(job, judged=None), at, notes)
+        job = _without_gain(replace(job, judged=None), at)
     recipe = job.recipe
     if recipe.of == "latency" and world_size() > 1:
         raise InputError(
@@ -94,12 +94,12 @@ def prepare(job: Job) -> Job:
     if job.saved is not None or job.walk or runs_over_text(recipe, job.known, model, at):
         job = replace(job, batches=list(job.batches or ()))  # to be gone through again
     if recipe.schedule == "layerwise" and job.walk is None:
-        job = _walked(job, notes)
+        job = _walked(job)
         measures = measures and job.recipe.schedule == "layerwise"
     if measures and job.judged is None:
         batches, judged = hold_out(read_batches(job.batches))
         job = replace(job, batches=batches, judged=judged or None)
-        job = job if judged else _without_gain(job, at, notes)
+        job = job if judged else _without_gain(job, at)
     if backward and job.batches:
         check_loss(model, job.batches[0])
     if job.narrows and recipe.rescale:
@@ -107,7 +107,7 @@ def prepare(job: Job) -> Job:
     before, prunable = count_params(model) + tokens_gone(model), sum(s.params for s in at)
     params = {"before": before, "prunable_before": prunable}
     room = room_for_sums(model, recipe.memory)
-    job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
+    job = replace(job, earlier=earlier, params=params, room=room)
     return job if job.walk is None else share_out(job)
 
 
@@ -265,17 +265,17 @@ def _measures(job: Job) -> bool:
     return possible and (job.bank is None or job.judged is not None)
 
 
-def _without_gain(job: Job, at: Sequence[Site], notes: list[str]) -> Job:
+def _without_gain(job: Job, at: Sequence[Site]) -> Job:
     """Solve in one pass by default where a walk gains nothing."""
     if job.walk is not None and job.certify_on is not None:
         return job  # in one pass fresh text can't be measured on block by block
     settled = settled_for(job.asked, at)
     if job.recipe.schedule == "layerwise" and settled.schedule == "one-pass":
-        return _in_one_pass(job, NO_GAIN, notes)
+        return _in_one_pass(job, NO_GAIN)
     return job
 
 
-def _walked(job: Job, notes: list[str]) -> Job:
+def _walked(job: Job) -> Job:
     """Refuse to walk blocks that can't be run one by one, or do without one by default."""
     check_finite_weights(job.model)  # before anything is run
     try:
@@ -283,14 +283,14 @@ def _walked(job: Job, notes: list[str]) -> Job:
     except InputError as error:
         if job.asked.schedule != "auto":
             raise
-        reason = str(error).removeprefix("layerwise: ").partition("; use")[0]
-        return _in_one_pass(job, reason, notes)
+        return _in_one_pass(job, str(error).removeprefix("layerwise: ").partition("; use")[0])
     return job
 
 
-def _in_one_pass(job: Job, reason: str, notes: list[str]) -> Job:
-    notes.append(f"Layers were solved in one pass, not one after the other: {reason}.")
-    return replace(job, judged=None, recipe=replace(job.recipe, schedule="one-pass"))
+def _in_one_pass(job: Job, reason: str) -> Job:
+    note = f"Layers were solved in one pass, not one after the other: {reason}."
+    recipe = replace(job.recipe, schedule="one-pass")
+    return replace(job, judged=None, recipe=recipe, notes=[*job.notes, note])
 
 
 def recorded(job: Job) -> Job:

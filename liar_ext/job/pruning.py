@@ -26,7 +26,7 @@ from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
 from liar_ext.job.preparing import prepare, recorded
 from liar_ext.job.rescaling import rescale, rescale_batches
-from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
+from liar_ext.job.solving import Evaluation, Solved, reconstruct
 from liar_ext.job.state import Folder, Job
 from liar_ext.models.configs import source_of
 from liar_ext.models.plan import Budget, Plan
@@ -198,7 +198,7 @@ def run(job: Job) -> Report:
     job = recorded(prepare(job))  # refuses whatever can't work
     states = HiddenStates() if job.walk is None else job.walk.states
     with _timeline(job).shown(), features_once(job.model, states):
-        evaluation = Evaluation(job) if job.walk is None else StreamedEvaluation(job)
+        evaluation = Evaluation(job)
         base = narrowed(job, evaluation.along)  # fewer hidden features or experts, on a copy
         # The dense blocks of a walk are gone once their experts are chosen.
         passed = job.walk is not None and base.experts is not None
@@ -285,12 +285,6 @@ def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recip
     return replace(recipe, **changes)
 
 
-def _machine(model: nn.Module) -> dict[str, object]:
-    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
-    dtype, device = str(model.dtype).removeprefix("torch."), ", ".join(sorted(devices))
-    return {"dtype": dtype, "device": device, "threads": torch.get_num_threads()}
-
-
 def report_of(
     job: Job,
     base: Base,
@@ -302,12 +296,15 @@ def report_of(
     """Return every number that a user needs to trust the result."""
     model, recipe, plan, speed = job.model, job.recipe, decision.plan, decision.speed
     source = solved.source or base.source
+    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
     settings = {
         "schedule": solved.schedule,
         "attn_unit": plan.attn_unit,
         "calibration_sequences": source["sequences"],
         "calibration_tokens": source["tokens"],
-        **_machine(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ", ".join(sorted(devices)),
+        "threads": torch.get_num_threads(),
         **decision.facts,
         **solved.facts,
     }

@@ -58,7 +58,6 @@ class Rescaled:
     """
 
     scales: dict[str, float] = field(default_factory=dict)  # 1 + s by layer; empty if none is good
-    damp: float = math.inf  # μ, in means of the diagonal of H
     before: float | None = None
     after: float | None = None
     held_out: float = 0.0  # its change on batches that were not fitted on, by the expansion
@@ -100,7 +99,7 @@ def rescale(
     before = sum(each.divergence for each in found) / max(rows, 1)
     if not rows or not math.isfinite(before):
         return Rescaled()
-    damp, change, step = broadcast(best_step(found))
+    _, change, step = broadcast(best_step(found))
     if step is None:
         return Rescaled(before=before, after=before)
     factors = dict(zip(handles, (1 + step).tolist(), strict=True))
@@ -111,7 +110,7 @@ def rescale(
     for handle, factor in factors.items():
         _multiply(pruned.get_submodule(handle.path), factor, handle.offset)
     scales = {handle.name: factor for handle, factor in factors.items()}
-    return Rescaled(scales, damp, before, after, change)
+    return Rescaled(scales, before, after, change)
 
 
 def handles_of(model: nn.Module, at: Sequence[Site]) -> list[Handle]:

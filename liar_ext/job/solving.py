@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batch, read_batches
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.divergence import Divergence
 from liar_ext.job.state import Job
-from liar_ext.job.streamed import unchanged
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.plan import Plan
 from liar_ext.models.running import predicts_next_token
@@ -24,7 +23,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import Solved as Block
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise, solve_layerwise
 from liar_ext.reconstruction.rows import SiteRow
-from liar_ext.reconstruction.solve import certified_errors, reconstruct_shared
+from liar_ext.reconstruction.solve import error_on, reconstruct_shared
 from liar_ext.reconstruction.streams import StreamedBatches, Weights
 from liar_ext.selection.sensitivity import pruned_site
 from liar_ext.system.distributed import alone, is_first
@@ -93,16 +92,14 @@ def reconstruct(job: Job, passes: Passes | None, plan: Plan, evaluation: Evaluat
 
     def blocks() -> Iterator[Block]:
         along, how = [job.out.fixed, *evaluation.along], (recipe.reconstruct, recipe.damp)
-        if passes is None:
-            yield from unchanged(walk, along)
-        elif recipe.schedule == "layerwise":
+        if passes is None or recipe.schedule == "layerwise":
             yield from solve_layerwise(walk, plan, *how, job.batches, job.certify_on or (), along)
         else:
             yield from passes.solve(plan, along)
         facts["calibrate_passes"] = 0 if passes is None else passes.taken
         facts["hidden_states_on_disk"] = walk.states.most_on_disk
 
-    source = {} if passes is None else passes.source
+    source = {} if passes is None else passes.bank.source
     return Solved(job.clock.each("reconstruct", blocks()), recipe.schedule, source, facts)
 
 
@@ -130,24 +127,30 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
         with job.clock("certify"):
             passes.bank = MomentBank()  # its memory is for the fresh sums
             given = passes.model, job.certify_on, job.sites(passes.model), job.room
-            errors = certified_errors(Passes(*given, progress=job.progress), plan, weights)
-            rows = [replace(row, certified_error=errors[row.name]) for row in rows]
-    return Solved([(None, weights, {r.name: r for r in rows})], schedule, source, facts)
+            unseen = Passes(*given, progress=job.progress)  # no decision saw it: without bias
+            for site in (site for group in unseen for site in group):
+                new, sums = weights[site.name], unseen.bank[site.name]
+                error = error_on(passes.model, site, plan, new, sums)
+                rows[site.name] = replace(rows[site.name], certified_error=error)
+    return Solved([(None, weights, rows)], schedule, source, facts)
 
 
-def _solve(job: Job, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:
+def _solve(
+    job: Job, schedule: str, passes: Passes, plan: Plan
+) -> tuple[Weights, dict[str, SiteRow]]:
     settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
     if schedule == "layerwise":
         settings |= {"fresh": job.certify_on or (), "saved": job.saved}
         with job.clock("reconstruct"):
-            return reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
+            weights, rows = reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
+        return weights, {row.name: row for row in rows}
     weights, rows = {}, {}
     for group in job.clock.each("calibrate", passes.back()):
         with job.clock("reconstruct"):
             # A name for the bank would keep it while the next group's is summed.
             some = reconstruct_shared(passes.model, passes.bank, plan, group, **settings)
             weights, rows = weights | some[0], rows | some[1]
-    return weights, [rows[name] for name in plan.sites]
+    return weights, rows
 
 
 @torch.no_grad()
@@ -163,88 +166,75 @@ def divergence_of(
 
 
 class Evaluation:
-    """Measures a model in memory: on held-out text at the first rank, on fresh text at all."""
+    """Measures a model: on held-out text at the first rank, on fresh text at all.
 
-    along: tuple[StreamedBatches, ...] = ()  # text that passes the blocks of a walk
+    Of a model that has one block in memory, at the first rank: both texts are ``along``, and pass
+    the blocks in both walks, after which only the head is run.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job, self.outputs, self.evaluator = job, None, Evaluator()
-        self.dense = self.quality()
+        self.along = self._texts()
+        self.dense = None if self.along else self.quality()
+
+    def _texts(self) -> tuple[StreamedBatches, ...]:
+        job = self.job
+        if job.walk is None:
+            return ()
+        given = (job.evaluate_on, job.certify_on) if is_first() else ((), ())
+        held_out, fresh = (read_batches(text or ()) for text in given)
+        if predicts_next_token(job.model):
+            held_out = map(_as_judged, held_out)
+        named = {"held out": held_out, "fresh": fresh}
+        return tuple(StreamedBatches(name, job.walk, some) for name, some in named.items())
+
+    def _text(self, which: int) -> Batches | None:
+        """Return held-out text, 0, or fresh text, 1, if this rank has some."""
+        if self.along:
+            return self.along[which].batches or None
+        return (self.job.evaluate_on if is_first() else None, self.job.certify_on)[which]
+
+    @contextmanager
+    def _measuring(self, stage: str, which: int) -> Iterator[None]:
+        """Let the model answer for a text, at this rank alone if that is past the last block."""
+        with ExitStack() as stack:
+            stack.enter_context(self.job.clock(stage))
+            if self.along:
+                stack.enter_context(self.along[which].answering())
+                stack.enter_context(alone())
+            yield
 
     def quality(self) -> dict[str, float] | None:
         """Measure the model as it is now, if there is held-out text."""
-        job = self.job
-        if job.evaluate_on is None or not is_first():
+        if (text := self._text(0)) is None:
             return None
-        with job.clock("evaluate"):
-            return self.evaluator(job.model, job.evaluate_on, progress=job.progress)
+        with self._measuring("evaluate", 0):
+            return self.evaluator(self.job.model, text, progress=self.job.progress)
 
     def see_dense(self, passes: Passes | None = None) -> None:
-        """Note what the dense model gives on fresh text, before it is sliced."""
-        if self.job.certify_on is not None:
-            with self.job.clock("certify"):
-                self.outputs = Divergence(self.job.model, self.job.certify_on)
+        """Note what the dense model gives on fresh text, before it is sliced.
+
+        After its walk also on held-out text; both begin again then, for the other one.
+        """
+        if self.along:
+            if passes is not None:
+                passes.passed.restore()
+            self.dense = self.quality()
+        if (text := self._text(1)) is not None:
+            with self._measuring("certify", 1):
+                self.outputs = Divergence(self.job.model, text)
+        for each in self.along:
+            each.hidden.clear()  # needed no more
+        self.along = self._texts()
 
     def result(self) -> dict[str, dict[str, float]]:
         """Measure the pruned model; return all that was measured, as a report has it."""
         found = {"dense": self.dense, "pruned": self.quality()}
         found = {} if None in found.values() else found
         if self.outputs is not None:
-            with self.job.clock("certify"), self.fresh():
+            with self._measuring("certify", 1):
                 found["certified"] = self.outputs.of(self.job.model)
         return found
-
-    def fresh(self) -> AbstractContextManager:
-        """Let the model answer for fresh text."""
-        return nullcontext()
-
-
-class StreamedEvaluation(Evaluation):
-    """Measures a model of which one block is in memory, at the first rank.
-
-    Its text passes the blocks in both walks, after them only the head is run.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.outputs, self.evaluator = job, None, Evaluator()
-        self.along = self._texts()
-
-    def _texts(self) -> tuple[StreamedBatches, StreamedBatches]:
-        job, here = self.job, is_first()
-        held_out = read_batches(job.evaluate_on or ()) if here else ()
-        if predicts_next_token(job.model):
-            held_out = map(_as_judged, held_out)
-        fresh = read_batches(job.certify_on or ()) if here else ()
-        given = {"held out": held_out, "fresh": fresh}
-        return tuple(StreamedBatches(name, job.walk, some) for name, some in given.items())
-
-    def quality(self) -> dict[str, float] | None:
-        """Measure the model on held-out text that is past its last block."""
-        text = self.along[0]
-        with self.job.clock("evaluate"):
-            if not text.batches:
-                return None
-            with text.answering():
-                return self.evaluator(self.job.model, text.batches, progress=self.job.progress)
-
-    def see_dense(self, passes: Passes | None = None) -> None:
-        """Note what the dense model gives, after its walk, and begin again for the other."""
-        if passes is not None:
-            passes.restore_along()
-        self.dense = self.quality()
-        fresh = self.along[1]
-        if fresh.batches:
-            with self.job.clock("evaluate"), self.fresh():
-                self.outputs = Divergence(self.job.model, [each.inputs for each in fresh.batches])
-        for each in self.along:
-            each.hidden.clear()  # needed no more
-        self.along = self._texts()
-
-    @contextmanager
-    def fresh(self) -> Iterator[None]:
-        """Let the model answer for fresh text that is past its last block, at this rank alone."""
-        with self.along[1].answering(), alone():
-            yield
 
 
 def _as_judged(batch: Batch) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -50,13 +49,11 @@ Value = TypeVar("Value")
 class Known:
     """What has been found for one dense model, its moments and their text.
 
-    ``found`` has values, with the CPU seconds that each took, by what they are, key and site.
-    ``spared`` counts CPU seconds that were not spent again. ``probe_keep`` is the fraction of a
-    site that stays while its sensitivity is measured; None: the budget's.
+    ``found`` has values by what they are, key and site. ``probe_keep`` is the fraction of a site
+    that stays while its sensitivity is measured; None: the budget's.
     """
 
-    found: dict[tuple, tuple[Any, float]] = field(default_factory=dict)
-    spared: float = 0.0
+    found: dict[tuple[str, str, str], Any] = field(default_factory=dict)
     probe_keep: float | None = None
 
     @classmethod
@@ -65,7 +62,7 @@ class Known:
         known = cls(probe_keep=probe_keep)
         for each in [] if bank is None else bank.source.get("sensitivities", ()):
             for name, value in each["sites"].items():
-                known.found[SENSITIVITY, each["key"], name] = value, 0.0
+                known.found[SENSITIVITY, each["key"], name] = value
         return known
 
     def get(
@@ -77,14 +74,9 @@ class Known:
     ) -> dict[str, Value]:
         """Return the values of sites by name; ``compute`` gives those that aren't there."""
         missing = [site for site in at if not self.has(what, key, [site])]
-        self.spared += sum(self.found.get((what, key, _place(site)), (0, 0.0))[1] for site in at)
-        if missing:
-            start = time.process_time()
-            values = compute(missing)
-            each = (time.process_time() - start) / len(missing)
-            for site in missing:
-                self.found[what, key, _place(site)] = values[site.name], each
-        return {site.name: self.found[what, key, _place(site)][0] for site in at}
+        values = compute(missing) if missing else {}
+        self.found |= {(what, key, _place(site)): values[site.name] for site in missing}
+        return {site.name: self.found[what, key, _place(site)] for site in at}
 
     def has(self, what: str, key: str, at: Sequence[Site]) -> bool:
         """Tell whether the values of all sites are there."""
@@ -93,7 +85,7 @@ class Known:
     def store_sensitivities(self, bank: MomentBank) -> None:
         """Put the sensitivities that were measured into a bank, for jobs to come."""
         by_key: dict[str, dict[str, float]] = {}
-        for (what, key, name), (value, _) in self.found.items():
+        for (what, key, name), value in self.found.items():
             if what == SENSITIVITY:
                 by_key.setdefault(key, {})[name] = value
         bank.source["sensitivities"] = [{"key": k, "sites": own} for k, own in by_key.items()]

@@ -39,7 +39,6 @@ from liar_ext.selection.whole_experts import KeptExperts, layers_of
 from liar_ext.system.checkpoint_store import reading
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar, spare
 
 SHARD_PART = 8  # a shard may take this part of the memory
 
@@ -98,16 +97,6 @@ def leave_out(walk: Walk, chosen: KeptExperts) -> None:
     walk.refresh()
 
 
-def unchanged(walk: Walk, along: Sequence[StreamedBatches]) -> Iterator[Solved]:
-    """Yield the blocks as they are; text passes each."""
-    with walk.begun():
-        for index in Bar(range(len(walk.blocks)), desc="write", disable=not walk.progress):
-            with walk.source.block(index):
-                yield index, {}, {}
-                for each in along:
-                    each.advance(index)
-
-
 ALONG = "judged"  # the key of text that has passed the dense model
 
 
@@ -117,7 +106,8 @@ class StreamedPasses(Passes):
     Iterating gives the sites of one block after the other, with the weights of that block in memory
     and its moments at hand as :attr:`bank`; the sums are those of one pass of the whole model. With
     ``keep`` all sums are kept, so that going through the blocks again takes no forward pass.
-    ``along`` and ``probes`` are other text that passes the blocks in the first walk.
+    ``along`` and ``probes`` are other text that passes the blocks in the first walk; ``passed`` is
+    where the former is once that is done.
     """
 
     def __init__(self, job: Job, along: Sequence[StreamedBatches]) -> None:
@@ -132,45 +122,37 @@ class StreamedPasses(Passes):
             check_not_padding(index, batch)
         sequences, model_type = sum(map(len, self.batches)), type_of(self.model)
         self.source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
-        self.bank = MomentBank({}, self.source)
+        self.bank = MomentBank(source=self.source)
         self.index = 0  # of the block that is given
-        self.first = 0  # the block to begin with next
+        self.first = 0  # the block to begin with
         self.kept: dict[str, Moments] = {}
-        self._streams = SavedStreams(walk, SUMS, self._numbers)
-        self._passed = SavedStreams(walk, ALONG)
+        others = [] if self.probes is None else [self.probes.hidden, self.probes.dense.numbers]
+        self._streams = SavedStreams(walk, SUMS, (self.text, *along), *others)
+        self.passed = SavedStreams(walk, ALONG, along)  # behind the last block
 
     def __iter__(self) -> Iterator[list[Site]]:
-        return self._groups(known=False)
+        return self._groups(self.first)
 
-    def back(self) -> Iterator[list[Site]]:
-        """Return the groups once more, from the sums where they were kept."""
-        return self._groups(known=self.keep)
-
-    def _groups(self, known: bool) -> Iterator[list[Site]]:
-        blocks, first, self.first = self.walk.blocks, self.first, 0
-        with self.walk.begun():
-            if known or not first:
-                self.text.hidden.clear()
-            if not known:
-                self.summed.append(len(self.summed) + 1)
-            title = "from memory" if known else f"calibrate, walk {self.taken}"
-            spare(title, first)
-            bar = {"initial": first, "total": len(blocks), "disable": not self.walk.progress}
-            for index in Bar(range(first, len(blocks)), desc=title, **bar):
-                self.index = index
-                group = [site for site in self.at if site.block == index]
-                with self.walk.source.block(index):
-                    self.bank = MomentBank({}, self.source)  # memory of the last one is free now
-                    if known:
-                        self.bank.moments = {site.name: self.kept.pop(site.name) for site in group}
-                    else:
-                        if index and self.text.hidden:
-                            check_block(self.walk, self.batches, index)
-                        self.bank.moments = self._sums(index, group)
-                    if self.keep and not known:
-                        self.kept |= self.bank.moments
-                    yield group
-            self.bank = MomentBank({}, self.source)  # what comes after needs the memory
+    def _groups(self, first: int, known: bool = False) -> Iterator[list[Site]]:
+        """Yield the groups from a block on, with the sums that are ``known``, or anew."""
+        if known or not first:
+            self.text.hidden.clear()
+        if not known:
+            self.summed.append(len(self.summed) + 1)
+        title = "from memory" if known else f"calibrate, walk {self.taken}"
+        for index in self.walk.through(title, first):
+            self.index = index
+            group = [site for site in self.at if site.block == index]
+            self.bank.moments = {}  # memory of the last one is free now
+            if known:
+                self.bank.moments = {site.name: self.kept.pop(site.name) for site in group}
+            else:
+                if index and self.text.hidden:
+                    check_block(self.walk, self.batches, index)
+                self.bank.moments = self._sums(index, group)
+                self.kept |= self.bank.moments if self.keep else {}
+            yield group
+        self.bank.moments = {}  # what comes after needs the memory
 
     def solve(self, plan: Plan, along: Sequence[StreamedBatches]) -> Iterator[Solved]:
         """Yield the blocks in a second walk, as :func:`solve_blocks` does, each in one pass."""
@@ -178,10 +160,9 @@ class StreamedPasses(Passes):
             self.text.hidden.clear()
 
         def steps(done: int, _: Streams) -> Iterator[Solved]:
-            self.first = done
             if self.keep and not self.kept:  # the plan was known
                 self._restore_sums(range(done, len(self.walk.blocks)))
-            for group in self.back():
+            for group in self._groups(done, known=self.keep):
                 # A name for the bank would keep it.
                 how = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
                 yield self.index, *reconstruct_shared(self.model, self.bank, plan, group, **how)
@@ -189,7 +170,8 @@ class StreamedPasses(Passes):
         def streams() -> Streams:
             return {} if self.keep else {"text": self.text.hidden}
 
-        yield from solve_blocks(self.walk, "pruning", steps, streams, self.text.numbers, along)
+        kept = SavedStreams(self.walk, "pruning", along, streams, self.text.numbers)
+        yield from solve_blocks(kept, steps)
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
         taps = [tap_at(self.model, site) for site in group]
@@ -209,8 +191,7 @@ class StreamedPasses(Passes):
 
     def restore(self, found: Mapping[str, dict]) -> None:
         """Go on with the first walk where it was saved; fill ``found`` as :meth:`finish` has it."""
-        saved, streams = self.walk.saved, self._hidden()
-        done = self._streams.restore(streams)
+        saved, (done, streams) = self.walk.saved, self._streams.restore()
         for index in range(done):
             stored, facts = saved.need(f"{SUMS}-{index}")
             with reading(stored.path):
@@ -245,13 +226,9 @@ class StreamedPasses(Passes):
             tensors |= packed({name: self.bank[name] for name in names})
         done = self.index + 1
         saved.put(f"{SUMS}-{self.index}", tensors, facts)
-        self._streams.keep(done, self._hidden())
+        self._streams.keep(done)
         if done == len(self.walk.blocks):
-            self._passed.keep(done, {each.name: each.hidden for each in self.along}, now=True)
-
-    def restore_along(self) -> None:
-        """Take the other text to where :meth:`finish` left it behind the last block."""
-        self._passed.restore({each.name: each.hidden for each in self.along})
+            self.passed.keep(done, now=True)
 
     def _restore_sums(self, blocks: range) -> None:
         for index in blocks if self.walk.saved is not None else ():
@@ -259,14 +236,6 @@ class StreamedPasses(Passes):
             names = [name.removeprefix("total/") for name in stored if name.startswith("total/")]
             with reading(stored.path):
                 self.kept |= restored(stored, names)
-
-    def _hidden(self) -> Streams:
-        probes = [] if self.probes is None else self.probes.every()
-        return {each.name: each.hidden for each in (self.text, *self.along, *probes)}
-
-    def _numbers(self, name: str) -> Sequence[int] | None:
-        own = {each.name: each.numbers for each in (self.text, *self.along)}
-        return own[name] if name in own or self.probes is None else self.probes.dense.numbers
 
 
 PROBE = "probe "  # and the name of its site: the name of a stream
@@ -291,9 +260,9 @@ class ProbeStreams:
         teams = teams_of(sites(walk.model)).items()
         self.teams = {name: [site.name for site in team] for name, team in teams}  # of each probe
 
-    def every(self) -> list[StreamedBatches]:
-        """Return all that passes the blocks."""
-        return [self.dense, *self.streams.values()]
+    def hidden(self) -> Streams:
+        """Return the hidden states of all that passes the blocks."""
+        return {each.name: each.hidden for each in (self.dense, *self.streams.values())}
 
     def restore(self, streams: Streams) -> None:
         """Take the probes that have begun from saved hidden states."""

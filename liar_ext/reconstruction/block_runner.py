@@ -285,19 +285,17 @@ def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) 
     read: list[Tensor] = []
     wrote: list[Tensor] = []
 
-    def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+    def run(index: int, *args: object, **kwargs: object) -> object:
         read.append(args[0] if args else kwargs["hidden_states"])
-
-    def after(index: int, output: object) -> None:
+        output = alone._forwards[index](*args, **kwargs)
         wrote.append(output[0] if isinstance(output, tuple) else output)
         if isinstance(output, tuple):
             alone.beside[alone._stacks[index].name] = [False] * (len(output) - 1)
+        return output
 
     with ExitStack() as stack:
         for index, block in enumerate(alone._blocks):
-            stack.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
-            note = lambda *called, index=index: after(index, called[-1])  # noqa: E731
-            stack.enter_context(block.register_forward_hook(note))
+            stack.enter_context(replaced(block, partial(run, index)))
         alone._body(**inputs)
     if len(read) != len(alone):
         return False

@@ -28,7 +28,6 @@ from liar_ext.reconstruction.streams import (
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.system.checkpoint_store import Checkpoint
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar, spare
 
 # A block that is solved and still as it was, new weights, and rows of its sites.
 Solved = tuple[int, Weights, dict[str, SiteRow]]
@@ -126,8 +125,9 @@ def solve_layerwise(
 ) -> Iterator[Solved]:
     """Yield the blocks, each with its weights in memory and solved on those before it.
 
-    Without ``along`` the walk ends with the last site of the plan. Blocks that are ``gone`` are
-    left out, see :class:`liar_ext.reconstruction.walk.LayerwiseSolver`.
+    Without ``along`` the walk ends with the last site of the plan; if it has none, nothing is
+    solved. Blocks that are ``gone`` are left out, see
+    :class:`liar_ext.reconstruction.walk.LayerwiseSolver`.
     """
     every = [site for block in walk.blocks.layers for layer in block.values() for site in layer]
     plan.check_sites({site.name for site in every}, "layerwise")
@@ -137,42 +137,29 @@ def solve_layerwise(
 
     def steps(done: int, streams: Streams) -> Iterator[Solved]:
         solver.resume(streams)
-        spare("layerwise", done)
-        bar = {"initial": done, "total": count, "disable": not walk.progress}
-        for index in Bar(range(done, count), desc="gaps" if gone else "layerwise", **bar):
-            with walk.source.block(index):
-                if index <= planned:
-                    solver.step(index)
-                yield index, *solver.take()
+        title = "layerwise" if plan.sites else "save"
+        for index in walk.through("gaps" if gone else title, done, count):
+            if index <= planned:
+                solver.step(index)
+            yield index, *solver.take()
 
-    with walk.begun():
-        solver.start(batches, fresh)
-        key = "layerwise" if along is None else "pruning"
-        numbers = [part.number for part in solver.parts]
-        yield from solve_blocks(walk, key, steps, solver.streams, numbers, along or ())
+    if plan.sites:
+        with walk.begun():
+            solver.start(batches, fresh)
+    key = "layerwise" if along is None else "pruning"
+    numbers = [part.number for part in solver.parts]
+    yield from solve_blocks(SavedStreams(walk, key, along or (), solver.streams, numbers), steps)
 
 
 def solve_blocks(
-    walk: Walk,
-    key: str,
-    steps: Callable[[int, Streams], Iterator[Solved]],
-    streams: Callable[[], Streams],
-    numbers: Sequence[int],
-    along: Sequence[StreamedBatches],
+    kept: SavedStreams, steps: Callable[[int, Streams], Iterator[Solved]]
 ) -> Iterator[Solved]:
     """Yield the blocks as ``steps`` solves them; those that the checkpoint has are read there.
 
-    ``steps`` is given how many blocks are done, and the hidden states behind them; ``streams``
-    returns all that it needs of these, of which this rank has some ``numbers``. ``along`` is text
-    that passes each block once it is sliced.
+    ``steps`` is given how many blocks are done, and all streams that are ``kept``, behind them.
+    Texts among these pass each block once it is sliced.
     """
-    own = {each.name: each.numbers for each in along}
-
-    def together() -> Streams:
-        return streams() | {each.name: each.hidden for each in along}
-
-    kept, found = SavedStreams(walk, key, lambda name: own.get(name, numbers)), together()
-    done = kept.restore(found)
+    walk, (done, found) = kept.walk, kept.restore()
     for index in range(done):
         with walk.source.block(index):
             yield index, *kept_block(walk.saved, index)
@@ -180,9 +167,9 @@ def solve_blocks(
         keep_block(walk.saved, index, weights, rows)
         yield index, weights, rows
         weights.clear()  # the next block is solved without them
-        for each in along:
+        for each in kept.texts:
             each.advance(index)
-        kept.keep(index + 1, together())
+        kept.keep(index + 1)
 
 
 def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor | Batch]) -> None:

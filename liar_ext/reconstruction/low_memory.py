@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -121,22 +121,16 @@ class About:
 class System(ridge.System):
     """The ridge system of one consumer, by blocks."""
 
-    def choose(self, ladder: Sequence[float], step: tuple[float, float]) -> Choice:
-        """Return the λ and the step size of least held-out error."""
-        return self.cross_validated(ladder, step)
+    by_blocks = True
 
     def new_square(self) -> Tensor:
         """Return room for a factor, ``(n, n)``."""
         return in_file(len(self.kept), len(self.kept))
 
-    def equations(self, fold: int, mean: Tensor, judging: bool) -> Equations:
-        """Return what the kept features have to restore over the tokens of a fold."""
-        return self._equations([fold], mean, judging)
-
     def solve(self, choice: Choice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Solve on both folds with the λ and the step size that were chosen."""
         mean, offset = self.means(BOTH)
-        equations = self._equations(BOTH, mean, False)
+        equations = self.equations(BOTH, mean, False)
         fit = Fit(equations, equations, offset, self.new_square())
         factor, solved = fit.factor(choice.damp)
         new = torch.empty(len(self.weight), len(self.kept), dtype=torch.float64)
@@ -159,7 +153,8 @@ class System(ridge.System):
         diagonal = torch.ones(1).double() if factor is None else factor.diagonal()
         return new, error, energy, code, (diagonal.max() / diagonal.min()) ** 2
 
-    def _equations(self, folds: list[int], mean: Tensor, judging: bool) -> Equations:
+    def equations(self, folds: list[int], mean: Tensor, judging: bool) -> Equations:
+        """Return what the kept features have to restore over the tokens of folds."""
         about, d, n = About(self.moments, folds, mean), len(mean), len(self.kept)
         stays = torch.cat([self.kept, self.kept.new_tensor([d])])
         right, energy = [], torch.zeros((), dtype=torch.float64)

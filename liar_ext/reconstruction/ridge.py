@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -137,6 +138,7 @@ class System:
     kept: Tensor
     target: Residual | None = None
     mode: str = "auto"
+    by_blocks: ClassVar[bool] = False
 
     @property
     def form(self) -> str:
@@ -161,18 +163,18 @@ class System:
 
     def choose(self, ladder: Sequence[float], step: tuple[float, float]) -> Choice:
         """Return the λ and the step size of least held-out error."""
-        if self.target is not None:
-            return self.cross_validated(ladder, step)
+        if self.target is not None or self.by_blocks:
+            return self._cross_validated(ladder, step)
         held_out = self._held_out(ladder)
         best = least_held_out(held_out, ladder)
         return Choice(ladder[best], 0.0, held_out[:, best].sum(), len(ladder))
 
-    def cross_validated(self, ladder: Sequence[float], step: tuple[float, float]) -> Choice:
+    def _cross_validated(self, ladder: Sequence[float], step: tuple[float, float]) -> Choice:
         """Choose by fits on one fold that are judged on the other."""
         means = [self.means([fold]) for fold in BOTH]
         # About 0 the equations of a fold serve both to fit and to judge.
         equations = {
-            (fold, at): self.equations(fold, means[at][0], self.affine and fold != at)
+            (fold, at): self.equations([fold], means[at][0], self.affine and fold != at)
             for fold in BOTH
             for at in (BOTH if self.affine else [0])
         }
@@ -192,11 +194,12 @@ class System:
         n = len(self.kept)
         return torch.empty(n, n, dtype=torch.float64, device=self.moments.gram.device)
 
-    def equations(self, fold: int, mean: Tensor, judging: bool) -> Equations:
-        """Return what the kept features have to restore over the tokens of a fold.
+    def equations(self, folds: list[int], mean: Tensor, judging: bool) -> Equations:
+        """Return what the kept features have to restore over the tokens of folds: here of one.
 
         If they are for ``judging`` alone, R₀ + R₁ takes the place of both.
         """
+        (fold,) = folds
         wide, kept, n, h = self.weight.double(), self.kept, len(self.kept), len(self.weight)
         sums = self.moments.gram, self.moments.total, self.moments.tokens
         gram, total, tokens = (each[fold] for each in sums)

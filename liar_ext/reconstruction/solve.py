@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.moments import Moments, check_finite, check_folds
 from liar_ext.models.plan import Plan
-from liar_ext.models.residual_stream import Weights
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.ops.reference import NOT_FINITE, symmetric
 from liar_ext.reconstruction import low_memory, ridge
@@ -332,15 +330,3 @@ def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
             bias = get_consumer_bias(model, site) is None
             planned[site.name] = replace(planned[site.name], bias=bias)
     return replace(plan, sites=planned)
-
-
-def certified_errors(passes: Passes, plan: Plan, weights: Weights) -> dict[str, float]:
-    """Return the error of each site's new weights, by name, on the dense inputs of fresh text.
-
-    ``passes`` run the dense model over text that no decision saw: an unbiased estimate.
-    """
-    errors = {}
-    for site in (site for group in passes for site in group):
-        given = passes.model, site, plan, weights[site.name], passes.bank[site.name]
-        errors[site.name] = error_on(*given)
-    return errors

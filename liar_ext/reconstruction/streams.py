@@ -21,8 +21,9 @@ from liar_ext.models.sites import sites
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.system.checkpoint_store import Checkpoint, reading
-from liar_ext.system.distributed import broadcast, is_first
+from liar_ext.system.distributed import broadcast
 from liar_ext.system.errors import InputError
+from liar_ext.system.progress import Bar, spare
 
 MOST_AT_ONCE = 1 << 30  # bytes of one call; Linux moves at most 2 GiB
 
@@ -174,6 +175,19 @@ class Walk:
         with torch.no_grad(), evaluating(self.model), self.blocks.opened():
             yield
 
+    def through(self, title: str, first: int = 0, count: int | None = None) -> Iterator[int]:
+        """Yield the blocks from ``first`` on, each in memory meanwhile, up to ``count``, if given.
+
+        ``title`` is of the progress bar. Blocks before the first were done before.
+        """
+        count = len(self.blocks) if count is None else count
+        spare(title, first)
+        bar = {"initial": first, "total": count, "disable": not self.progress}
+        with self.begun():
+            for index in Bar(range(first, count), desc=title, **bar):
+                with self.source.block(index):
+                    yield index
+
 
 @dataclass(eq=False)
 class StreamedBatches:
@@ -182,11 +196,12 @@ class StreamedBatches:
     name: str  # of their hidden states in a checkpoint
     walk: Walk
     batches: Iterable[Batch]
-    numbers: Sequence[int] | None = None  # of those of this rank; None if the first rank has all
+    numbers: Sequence[int] | None = None  # of those of this rank; None if no other rank has some
     hidden: list[Held] = field(default_factory=list)  # given if they have begun
 
     def __post_init__(self) -> None:
         self.batches = list(self.batches)
+        self.numbers = range(len(self.batches)) if self.numbers is None else self.numbers
 
     def advance(self, index: int, note: Callable[[Batch], None] = lambda batch: None) -> None:
         """Take all batches past a block, which is in memory; tell ``note`` of each before."""
@@ -258,27 +273,37 @@ class SavedStreams:
     They are saved as often as a twentieth of the time allows, if the walk has a checkpoint. A walk
     goes on from there, and does later blocks again, to the same bits.
 
-    ``name`` is that of what is done on the walk. ``numbers`` returns for the name of a stream the
-    numbers of those hidden states that this rank has; None if the first rank has the whole stream.
+    ``name`` is that of what is done on the walk, which ``texts`` pass. ``others`` returns further
+    streams, of each of which this rank has the hidden states with some ``numbers``.
     """
 
     def __init__(
         self,
         walk: Walk,
         name: str,
-        numbers: Callable[[str], Sequence[int] | None] = lambda name: None,
+        texts: Sequence[StreamedBatches],
+        others: Callable[[], Streams] = dict,
+        numbers: Sequence[int] = (),
     ) -> None:
-        self.saved, self.walk, self.name, self.numbers = walk.saved, walk, name, numbers
-        self.key = f"{name}-streams"
+        self.saved, self.walk, self.name, self.key = walk.saved, walk, name, f"{name}-streams"
+        self.texts, self.others, self._others_numbers = texts, others, numbers
 
-    def restore(self, streams: Streams) -> int:
-        """Put saved hidden states into ``streams``; return the number of blocks behind them.
+    def _streams(self) -> Streams:
+        return self.others() | {each.name: each.hidden for each in self.texts}
+
+    def _numbers(self, name: str) -> Sequence[int]:
+        own = {each.name: each.numbers for each in self.texts}
+        return own.get(name, self._others_numbers)
+
+    def restore(self) -> tuple[int, Streams]:
+        """Put back what is saved; return the number of blocks before it, and all streams.
 
         Those of a known name are replaced, others are new. Each rank takes its own.
         """
+        streams = self._streams()
         known = None if self.saved is None else self.saved.get(self.key)
         if known is None:
-            return 0
+            return 0, streams
         tensors, facts = known
         with reading(self.saved.path(self.key)):
             parts = (name.rpartition("/") for name in tensors)
@@ -286,26 +311,24 @@ class SavedStreams:
             done, self.walk.blocks.beside = facts["blocks"], facts["beside"]
         taken: Counter[str] = Counter()
         for name, number in every:
-            tensor, numbers = tensors[f"{name}/{number}"], self.numbers(name)
-            mine = is_first() if numbers is None else number in numbers
-            if mine or numbers is not None:  # of which this rank may have none
-                into = streams.setdefault(name, [])
+            tensor, into = tensors[f"{name}/{number}"], streams.setdefault(name, [])
+            mine = number in self._numbers(name)  # of which this rank may have none
             if mine and taken[name] < len(into):
                 into[taken[name]].set(tensor)
             elif mine:
                 into.append(self.walk.states.hold(tensor))
             taken[name] += mine
-        return done
+        return done, streams
 
-    def keep(self, done: int, streams: Streams, *, now: bool = False) -> None:
+    def keep(self, done: int, *, now: bool = False) -> None:
         """Save the hidden states after ``done`` blocks if that is due, or ``now``."""
         if self.saved is None or not broadcast(now or self.saved.due(self.key)):
             return
-        mine = {}
-        for name, some in streams.items():
-            numbers = self.numbers(name)
-            numbers = range(len(some)) if numbers is None else numbers
-            mine |= {f"{name}/{n}": held for n, held in zip(numbers, some, strict=True)}
+        mine = {
+            f"{name}/{number}": held
+            for name, some in self._streams().items()
+            for number, held in zip(self._numbers(name), some, strict=True)
+        }
         facts = {"blocks": done, "beside": self.walk.blocks.beside}
         if not now:
             facts["said"] = f"{self.name}: {done} of {len(self.walk.blocks)} blocks"

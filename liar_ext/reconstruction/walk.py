@@ -17,7 +17,7 @@ from liar_ext.models.plan import Plan
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.reconstruction.block_runner import Forward, Run, counted, layer_forward, rows_of
-from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_of_expert
+from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_at, form_of_expert
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import Solution, error_on, solve
 from liar_ext.reconstruction.streams import Held, Part, Streams, Walk, Weights
@@ -248,8 +248,7 @@ class LayerwiseSolver:
         """Return the fields of the solution of a site, which ranks can exchange."""
         weight, bias = self._given(site)
         planned = self.plan.sites[site.name]
-        affine = self.mode != "linear" and (bias is not None or planned.bias)
-        mode = "affine" if affine else "linear"
+        mode = form_at(self.mode, bias is not None or planned.bias, gains_bias=False)
         if site.expert is not None:
             mode = form_of_expert(mode, bias is not None, sums.moments)
         settings = {"target": sums.residual, "step": (0.0, 1.0), "mode": mode, "damp": self.damp}
@@ -312,23 +311,25 @@ class LayerwiseSolver:
         return self.states.hold(stream), self.states.hold(x)
 
     def _target_at(self, site: Site) -> str:
-        """Return the target that the block allows: "stream" where it adds plainly, or "branch"."""
-        plain, norm, ends = broadcast(self._sum_at(site) if is_first() else None)
+        """Return the target that the block allows: "stream" where it adds plainly, or "branch".
+
+        Also "stream" where a norm reads the sum; note which one, and whether it ends the block.
+        """
+        found, index = None, self.blocks.index_of(site)
+        if is_first():
+            part = self.parts[0]
+            one = part.batch.select([0]).to(self.device).inputs
+            hidden = part.states["dense"].get()[:1].to(self.blocks.device(index))
+            with self._behind(part, "dense", 1):
+                plain = self.blocks.adds_plainly(site, one, hidden)
+                norm = (None, False) if plain else self.blocks.norm_of_sum(site, one, hidden)
+            found = plain, *norm
+        plain, norm, ends = broadcast(found)
         if norm is not None:
             self.blocks.norms[site.team] = norm
         if ends:
             self.ends.add(site.team)
         return "stream" if plain or norm is not None else "branch"
-
-    def _sum_at(self, site: Site) -> tuple[bool, str | None, bool]:
-        """Tell whether a block adds plainly; else which norm reads, and ends, it."""
-        part = self.parts[0]
-        one = part.batch.select([0]).to(self.device).inputs
-        hidden = part.states["dense"].get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
-        with self._behind(part, "dense", 1):
-            if self.blocks.adds_plainly(site, one, hidden):
-                return True, None, False
-            return False, *self.blocks.norm_of_sum(site, one, hidden)
 
     def _run(self, index: int, part: Part, name: str, end: str | None = None) -> Run:
         consumers = self.consumers if name == "pruned" else None

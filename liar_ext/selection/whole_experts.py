@@ -44,7 +44,6 @@ from liar_ext.selection.expert_scales import (
     lost,
 )
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar
 
 # Tokens, evenly spread over the text, that experts are judged by, or up to twice as many: of each
 # there are experts² products, 512 MiB in a layer of 128 experts.
@@ -171,24 +170,22 @@ def choose_experts(
     total = sum(map(count_tokens, read))
     text, judge = StreamedBatches("experts", walk, read), Judge(walk, read)
     found: list[Chosen] = []
-    with walk.begun():
-        for index in Bar(range(len(walk.blocks)), desc="experts", disable=not walk.progress):
-            with walk.source.block(index):
-                if index:
-                    check_block(walk, read, index)
-                chosen = None
-                if index in layers:
-                    each = Collector(model, layers[index], stride_of(total))
-                    with each.watching():
-                        text.advance(index, each.begin)
-                    chosen = _chosen(each.tokens(), count, mode, damp)
-                    found.append(chosen)
-                else:
-                    text.advance(index)
-                if not found or len(found[0].ways) > 1:
-                    judge.advance(index, chosen)
-                for each in along:
-                    each.advance(index)
+    for index in walk.through("experts"):
+        if index:
+            check_block(walk, read, index)
+        chosen = None
+        if index in layers:
+            each = Collector(model, layers[index], stride_of(total))
+            with each.watching():
+                text.advance(index, each.begin)
+            chosen = _chosen(each.tokens(), count, mode, damp)
+            found.append(chosen)
+        else:
+            text.advance(index)
+        if not found or len(found[0].ways) > 1:
+            judge.advance(index, chosen)
+        for each in along:
+            each.advance(index)
     way, divergences = judge.decide() if judge.ways else (PLAIN, {})
     plans, scales, rows = {}, {}, []
     for each in found:

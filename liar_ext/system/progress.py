@@ -31,6 +31,7 @@ TITLES = {  # of stages, for people
     "layerwise": "solving layer by layer",
     "reconstruct": "solving layers",
     "rescale": "fitting scales",
+    "save": "writing blocks",
     "sensitivity": "measuring sensitivity",
     "tokens": "predicting tokens",
     "write": "generating text",

@@ -92,7 +92,8 @@ def test_walks_over_blocks_have_the_work_of_all_stages():
     assert once == {"calibrate": Estimate(13.25, 60, 3), **memory, **probes}
     again = by_blocks(stages, kept=False, **how)
     assert again == {"calibrate": Estimate(3.0 + 13.25 + 11.0, 60, 6), **probes}
-    assert by_blocks({}, kept=True, **how) == {}
+    for few in ({}, {"evaluate": Estimate(2.0, 0, 4)}):  # of a job that removes experts alone
+        assert by_blocks(few, kept=True, **how) == few
 
 
 @pytest.mark.parametrize("schedule", ["layerwise", "one-pass"])

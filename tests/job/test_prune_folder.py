@@ -137,7 +137,7 @@ def test_experts_leave_a_model_in_files_as_one_in_memory(family, choices, tmp_pa
         texts["certify_on"] = data[2:]
     expected = prune(whole, data, **choices, **texts)
     store = BlockStore(folder)
-    job = Job(store.model, data, Recipe(**choices), limit=4 * GIB, **texts)
+    job = Job(store.model, data, Recipe(**choices), progress=True, limit=4 * GIB, **texts)
     said = "read twice" if choices["keep"] == 1.0 else "read three times"
     assert said in describe_streamed(job, store)[-1]
     read.clear()

@@ -12,7 +12,7 @@ from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job import analysis
 from liar_ext.job.pruning import prune_folder
-from liar_ext.job.solving import StreamedEvaluation
+from liar_ext.job.solving import Evaluation
 from liar_ext.job.state import Job
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.recipe import Recipe
@@ -46,7 +46,7 @@ def dense(tmp_path_factory):
 
 
 def run(folder, data, out, saved=None, **choices):
-    recipe = Recipe(keep=0.6, tile=1, **choices)
+    recipe = Recipe(**{"keep": 0.6, "tile": 1, **choices})
     measured = "llama" in str(folder) or recipe.keep_experts != 1.0
     texts = {"evaluate_on": data[3:4]} if measured else {}
     if recipe.settled().schedule == "layerwise":
@@ -80,7 +80,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     layerwise = expected.settings["schedule"] == "layerwise"
     # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
     stops = [(StreamedPasses, "_sums", 3), (analysis, "allocated", 1)]
-    stops += [(StreamedEvaluation, "see_dense", 1), (BlockStore, "tensors", 2)]
+    stops += [(Evaluation, "see_dense", 1), (BlockStore, "tensors", 2)]
     stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:
@@ -108,6 +108,19 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     for a, b in zip(report.sites, expected.sites, strict=True):
         assert (a.damp, a.error, a.path, a.sensitivity) == (b.damp, b.error, b.path, b.sensitivity)
         assert a.certified_error == b.certified_error
+
+
+def test_a_job_without_sites_goes_on_writing(dense, tmp_path, monkeypatch):
+    given, choices = dense["qwen3_moe"], {"keep": 1.0, "keep_experts": 0.75}
+    expected = run(*given, tmp_path / "whole", **choices)
+    with monkeypatch.context() as patch:
+        counting(patch, BlockStore, "tensors", 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(*given, tmp_path / "pruned", tmp_path / "c", **choices)
+    assert (tmp_path / "c/pruning-streams.safetensors").exists()
+    report = run(*given, tmp_path / "pruned", tmp_path / "c", **choices)
+    assert same_weights(*(load_pruned(tmp_path / name) for name in ("pruned", "whole")))
+    assert report.plan == expected.plan and report.evaluation == expected.evaluation
 
 
 def test_other_weights_are_refused(dense, tmp_path, monkeypatch):
