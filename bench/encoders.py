@@ -38,7 +38,6 @@ from encoder_models import folders
 from encoder_tasks import Pairs, Sentiment, fine_tuned, news_apart, read_sts
 from quality.sharing import Case
 
-from bench.quality.sharing import Case
 from liar_ext import Plan, Recipe, apply_plan, heal, narrow
 from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
