@@ -144,11 +144,13 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
         always |= {ids[each] for each in BYTES}
         if not set(BYTES).isdisjoint(part for pair in ranks for part in pair):
             raise _refused("merges bytes that unknown characters become")
-    name, unknown = _unknown(model), None
-    if name is not None:
-        _check_there([name], {**ids, **added})
-        unknown = {**ids, **added}[name]
-        always |= {unknown}
+    unknown = model.get("unk_id" if kind == "Unigram" else "unk_token")
+    if kind != "Unigram" and unknown is not None:
+        _check_there([unknown], {**ids, **added})
+        unknown = {**ids, **added}[unknown]
+    elif unknown is not None and not 0 <= unknown < len(ids):
+        raise _refused(f"has {len(ids)} tokens, and {unknown} for unknown characters")
+    always |= set() if unknown is None else {unknown}
     if not falls_back:  # single characters, which keep all text readable without bytes
         prefix = "##" if kind == "WordPiece" else ""
         bare = ({name, name.removeprefix(prefix), name.removesuffix(suffix)} for name in ids)
@@ -207,15 +209,6 @@ def byte_alphabet() -> list[str]:
 
 
 _BYTE_OF = {sign: byte for byte, sign in enumerate(byte_alphabet())}
-
-
-def _unknown(model: Mapping[str, Any]) -> str | None:
-    if model["type"] != "Unigram":
-        return model.get("unk_token")
-    at = model.get("unk_id")
-    if at is not None and not 0 <= at < len(model["vocab"]):
-        raise _refused(f"has {len(model['vocab'])} tokens, and {at} for unknown characters")
-    return None if at is None else model["vocab"][at][0]
 
 
 def _check_there(names: Iterable[str], ids: Mapping[str, int]) -> None:
