@@ -293,8 +293,7 @@ def kind_of(name: str, sources: Iterable[str | None] = ()) -> str | None:
 
             reach_hub(name)
             fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-        main_input = stock_class(fields, "load_model").main_input_name
-        alone = INPUTS.get(main_input)
+        alone = INPUTS.get(stock_class(fields, "load_model").main_input_name)
         both = {"vision_config", "text_config"} <= fields.keys()
         return IMAGES_WITH_TEXT if both and any(map(holds_images, filter(None, sources))) else alone
     except Exception:  # transformers raises a dozen kinds
