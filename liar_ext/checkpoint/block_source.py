@@ -69,7 +69,7 @@ class BlockStore:
         room: str | os.PathLike[str] | None = None,
     ) -> None:
         self.model, self._weights, self._paths, self._head = _loaded(name, dtype, device, room)
-        self.tokenizer = load_tokenizer(Path(name), name, self.model)
+        self.tokenizer = load_tokenizer(name, self.model)
         self.device, self.prefetch, self._heads = torch.device(device), prefetch, 0
         self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
         for path, parameter in self.model.named_parameters():

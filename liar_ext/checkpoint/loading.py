@@ -150,7 +150,7 @@ def load_model(
     else:
         model = read_dense(name, dtype=dtype, **spread)
     model = model if spread else model.to(device)
-    return model.eval(), load_tokenizer(path, name, model)
+    return model.eval(), load_tokenizer(name, model)
 
 
 def placement(device: str) -> dict[str, str]:
@@ -243,10 +243,11 @@ def _alone(path: Path) -> Iterator[dict[str, Any]]:
         yield given | {"trust_remote_code": False}
 
 
-def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -> Any | None:
+def load_tokenizer(name: str | os.PathLike[str], model: nn.Module) -> Any | None:
     """Return the tokenizer of a model, or None where there is none."""
     from transformers import AutoTokenizer
 
+    path = Path(name)
     if path.suffix == ".gguf":
         with reading(path, "load_model"), _alone(path) as found:
             return AutoTokenizer.from_pretrained(**found)
