@@ -67,6 +67,7 @@ class Checkpoint(AbstractContextManager):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                os.close(self._lock)
                 raise InputError(
                     f"checkpoint: another process works in {self.folder}; wait for it, or name "
                     "another folder"
