@@ -69,7 +69,7 @@ class BlockStore:
         room: str | os.PathLike[str] | None = None,
     ) -> None:
         self.model, self._weights, self._paths, self._head = _loaded(name, dtype, device, room)
-        self.tokenizer = load_tokenizer(Path(name), name, self.model)
+        self.tokenizer = load_tokenizer(name, self.model)
         self.device, self.prefetch, self._heads = torch.device(device), prefetch, 0
         self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
         for path, parameter in self.model.named_parameters():
@@ -79,7 +79,7 @@ class BlockStore:
                     f"says {tuple(parameter.shape)}; copy it again"
                 )
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
-        self._next: tuple[int, Future] | None = None
+        self._ahead: dict[int, Future] = {}  # of the block that is read in advance
         check_finite_tensors((n, p) for n, p in self.model.named_parameters() if not p.is_meta)
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class BlockStore:
         path = self._paths[index]
         self._install(self._taken(index))
         if self.prefetch and index + 1 < len(self):
-            self._next = index + 1, self._reader.submit(self._read_below, self._paths[index + 1])
+            self._ahead[index + 1] = self._reader.submit(self._read_below, self._paths[index + 1])
         try:
             yield self.model.get_submodule(path)
         finally:
@@ -138,17 +138,14 @@ class BlockStore:
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._next = None
+        self._ahead.clear()
         self._reader.shutdown(cancel_futures=True)
         self._weights.close()
 
     def _taken(self, index: int) -> dict[str, Tensor]:
-        ahead, self._next = self._next, None
-        tensors = ahead[1].result() if ahead is not None else None
-        if ahead is not None and ahead[0] == index:
-            return tensors
-        del tensors, ahead  # before others are read
-        return self._read_below(self._paths[index])
+        ahead = self._ahead.pop(index, None)
+        self._ahead.clear()  # the memory of another block, before this one is read
+        return (ahead or self._reader.submit(self._read_below, self._paths[index])).result()
 
     def _read_below(self, path: str) -> dict[str, Tensor]:
         leaves = (name for name, _ in self.model.get_submodule(path).named_parameters())
@@ -249,15 +246,13 @@ def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str,
     inside = tuple(f"{path}." for path in apart)
     named = (model.named_parameters, model.named_buffers)
     all_names = [name for each in named for name, _ in each(remove_duplicate=False)]
-    outside = [name for name in all_names if not name.startswith(inside)]
-    here = {_mapped(name, apart): device for name in outside}
+    here = {}
+    for name in all_names:
+        if not name.startswith(inside):
+            owner = name.rpartition(".")[0]
+            single = not owner or any(path.startswith(f"{owner}.") for path in apart)
+            here[name if single else owner] = device
     return blocks, head, here | dict.fromkeys(apart, "disk")
-
-
-def _mapped(name: str, apart: tuple[str, ...]) -> str:
-    """Return a tensor's module, or its own name if the module has what is mapped apart."""
-    owner = name.rpartition(".")[0]
-    return name if not owner or any(path.startswith(f"{owner}.") for path in apart) else owner
 
 
 class OpenWeights:

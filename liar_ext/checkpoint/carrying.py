@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,11 +55,9 @@ def source_folder(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     for offline in (False, True):
-        try:
+        with suppress(Exception):  # no repository, no network: as many kinds as libraries
             found = snapshot_download(name, allow_patterns=DOWNLOADED, local_files_only=offline)
             return Path(found)
-        except Exception:  # no such repository, no network: as many kinds as there are libraries
-            continue
     return None
 
 
@@ -81,8 +80,18 @@ def carry(source: Path, folder: Path, model: nn.Module, *, tokenizer: bool) -> l
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     said += _fit_modules(folder, sites(model)[0].d_out)
-    is_cut = getattr(model, "liar_vocabulary", None) is not None
-    return said + (_leave_larger(source, folder) if is_cut else [])
+    if getattr(model, "liar_vocabulary", None) is None:
+        return said
+    for path in folder.iterdir():
+        if path.suffix in OLDER:
+            path.unlink()
+    known = {*TOKENIZER, *(path.name for path in source.iterdir() if path.suffix in OLDER)}
+    left = sorted(n for n in known if (source / n).is_file() and not (folder / n).exists())
+    lists = [name for name in left if not name.startswith(("special_tokens", "chat_template"))]
+    if lists:
+        names = ", ".join(lists)
+        said.append(f"{names} of the dense model would list removed tokens and stay behind.")
+    return said
 
 
 def license_of(source: Path | None) -> str | None:
@@ -101,22 +110,18 @@ def license_of(source: Path | None) -> str | None:
 def _files(source: Path, said: list[str]) -> Iterator[tuple[Path, str]]:
     for path in sorted(source.iterdir()):
         own = path.name == CARD_FILE or path.name.startswith(f"{OWN_FOLDER}_")
-        if path.is_file() and not own and _goes(path.name) and not _is_weight(path.name):
+        if path.is_file() and not own and _goes(path.name, weights=False):
             yield path, path.name
     for name in _modules(source, said):
         for path in sorted((source / name).rglob("*")):
-            if path.is_file() and (_goes(path.name) or _is_weight(path.name)):
+            if path.is_file() and _goes(path.name, weights=True):
                 yield path, str(path.relative_to(source))
 
 
-def _goes(name: str) -> bool:
+def _goes(name: str, weights: bool) -> bool:
     name = name.lower()
     known = name.endswith(KINDS) or name.partition(".")[0] in LICENSES
-    return known and not name.startswith(".")
-
-
-def _is_weight(name: str) -> bool:
-    return name.lower().endswith(WEIGHTS) and not name.startswith(".")
+    return (weights if name.endswith(WEIGHTS) else known) and not name.startswith(".")
 
 
 def _modules(source: Path, said: list[str]) -> list[str]:
@@ -212,10 +217,7 @@ def write_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def kept_tokens(folder: Path, operation: str) -> list[int] | None:
-    """Return the ids that the tokens of a folder had in its dense model; None if it has them all.
-
-    InputError is raised if the file that says so is damaged.
-    """
+    """Return the ids that a folder's tokens had in its dense model; None if it has them all."""
     if not (folder / VOCABULARY_FILE).is_file():
         return None
     kept = read_object(folder / VOCABULARY_FILE, operation)[0].get("kept")
@@ -224,17 +226,6 @@ def kept_tokens(folder: Path, operation: str) -> list[int] | None:
             f"{operation}: {folder / VOCABULARY_FILE} is damaged; copy the folder again"
         )
     return kept
-
-
-def _leave_larger(source: Path, folder: Path) -> list[str]:
-    for path in folder.iterdir():
-        if path.suffix in OLDER:
-            path.unlink()
-    known = {*TOKENIZER, *(path.name for path in source.iterdir() if path.suffix in OLDER)}
-    left = sorted(n for n in known if (source / n).is_file() and not (folder / n).exists())
-    lists = [name for name in left if not name.startswith(("special_tokens", "chat_template"))]
-    said = f"{', '.join(lists)} of the dense model would list removed tokens and stay behind."
-    return [said] * bool(lists)
 
 
 def compare_tokenization(folder: Path) -> bool | None:

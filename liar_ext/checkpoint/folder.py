@@ -120,25 +120,18 @@ def read_fingerprint(folder: Path) -> Fingerprint:
             inputs = {facts["name"]: file.get_tensor("input")}
             inputs |= {key.removeprefix(MORE): file.get_tensor(key) for key in more}
             output = file.get_tensor("output")
-        _check_fingerprint(inputs, output, facts)
-        dtype = getattr(torch, facts["dtype"])
-        return Fingerprint(inputs, output, dtype, int(facts["params"]))
-
-
-def _check_fingerprint(
-    inputs: Mapping[str, Tensor], output: Tensor, facts: Mapping[str, str]
-) -> None:
-    names, dtype, attention = list(inputs), facts["dtype"], facts["attention"]
-    if not set(names) <= set(NAMES) or dtype not in DTYPES or not attention.isidentifier():
-        raise ValueError(f"unknown names, dtype or attention {names, dtype, attention}")
-    for name, value in inputs.items():
-        tokens = value.dtype == torch.int64 and value.ndim == 2 and 0 < value.numel() <= TOKENS
-        if name.endswith("_ids") and not tokens:
-            raise ValueError(f"the input {name} is {tuple(value.shape)} of {value.dtype}")
-    if not output.is_floating_point() or not output.numel():
-        raise ValueError(f"the output is {tuple(output.shape)} of {output.dtype}")
-    if not output.isfinite().all():
-        raise ValueError("the output holds NaN or infinity, which agrees with nothing")
+        names, dtype, attention = list(inputs), facts["dtype"], facts["attention"]
+        if not set(names) <= set(NAMES) or dtype not in DTYPES or not attention.isidentifier():
+            raise ValueError(f"unknown names, dtype or attention {names, dtype, attention}")
+        for name, value in inputs.items():
+            tokens = value.dtype == torch.int64 and value.ndim == 2 and 0 < value.numel() <= TOKENS
+            if name.endswith("_ids") and not tokens:
+                raise ValueError(f"the input {name} is {tuple(value.shape)} of {value.dtype}")
+        if not output.is_floating_point() or not output.numel():
+            raise ValueError(f"the output is {tuple(output.shape)} of {output.dtype}")
+        if not output.isfinite().all():
+            raise ValueError("the output holds NaN or infinity, which agrees with nothing")
+        return Fingerprint(inputs, output, getattr(torch, dtype), int(facts["params"]))
 
 
 def count_params(model: nn.Module) -> int:

@@ -62,8 +62,12 @@ def inspect_folder(path: Path, operation: str) -> Folder:
     if (path / "generation_config.json").exists():
         read_json(path / "generation_config.json", operation)
     tensors: dict[str, tuple[int, ...]] = {}
+    kinds = (OSError, SafetensorError, ValueError, OverflowError)
     for file in _weight_files(path, operation):
-        tensors |= _read_header(file, operation)
+        _check_file(file, operation)
+        with refusing(f"{operation}: {file} is damaged", "copy the folder again", *kinds):
+            with safe_open(file, framework="pt") as it:
+                tensors |= {name: tuple(it.get_slice(name).get_shape()) for name in it.keys()}  # noqa: SIM118
     if not tensors:
         raise InputError(f"{operation}: {path} has no tensor in its weights; copy it again")
     _check_config(config, len(tensors), f"{operation}: config.json of {path}")
@@ -128,14 +132,6 @@ def _weight_files(path: Path, operation: str) -> list[Path]:
             f"{min(bad, default='none')[:80]!r}; copy the folder again"
         )
     return [path / name for name in sorted(names)]
-
-
-def _read_header(path: Path, operation: str) -> dict[str, tuple[int, ...]]:
-    _check_file(path, operation)
-    kinds = (OSError, SafetensorError, ValueError, OverflowError)
-    with refusing(f"{operation}: {path} is damaged", "copy the folder again", *kinds):
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def _check_file(path: Path, operation: str) -> None:

@@ -150,7 +150,7 @@ def load_model(
     else:
         model = read_dense(name, dtype=dtype, **spread)
     model = model if spread else model.to(device)
-    return model.eval(), load_tokenizer(path, name, model)
+    return model.eval(), load_tokenizer(name, model)
 
 
 def placement(device: str) -> dict[str, str]:
@@ -243,10 +243,11 @@ def _alone(path: Path) -> Iterator[dict[str, Any]]:
         yield given | {"trust_remote_code": False}
 
 
-def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -> Any | None:
+def load_tokenizer(name: str | os.PathLike[str], model: nn.Module) -> Any | None:
     """Return the tokenizer of a model, or None where there is none."""
     from transformers import AutoTokenizer
 
+    path = Path(name)
     if path.suffix == ".gguf":
         with reading(path, "load_model"), _alone(path) as found:
             return AutoTokenizer.from_pretrained(**found)
@@ -293,8 +294,7 @@ def kind_of(name: str, sources: Iterable[str | None] = ()) -> str | None:
 
             reach_hub(name)
             fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-        main_input = stock_class(fields, "load_model").main_input_name
-        alone = INPUTS.get(main_input)
+        alone = INPUTS.get(stock_class(fields, "load_model").main_input_name)
         both = {"vision_config", "text_config"} <= fields.keys()
         return IMAGES_WITH_TEXT if both and any(map(holds_images, filter(None, sources))) else alone
     except Exception:  # transformers raises a dozen kinds

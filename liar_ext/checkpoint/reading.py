@@ -50,13 +50,7 @@ def read_marked_config(folder: Path) -> dict[str, Any]:
             f"load_pruned: {folder} says its layers are {str(layers)[:40]!r}, which must be equal "
             "or unequal; copy the folder again"
         )
-    _check_mark(mark, f"load_pruned: config.json of {folder}")
-    return fields
-
-
-def _check_mark(mark: Mapping[str, Any], where: str) -> None:
-    """Refuse sizes of modules that are no sizes, before a model is built by them."""
-    sizes = f"sizes up to {LARGEST:,}"
+    sizes = f"sizes up to {LARGEST:,}"  # before a model is built by them
     for part, is_right, kind in (
         ("modules", _are_sizes, sizes),
         ("head", _are_sizes, sizes),
@@ -66,9 +60,10 @@ def _check_mark(mark: Mapping[str, Any], where: str) -> None:
         for path, said in modules.items() if isinstance(modules, Mapping) else [(part, None)]:
             if not is_right(said):
                 raise InputError(
-                    f"{where}: {part} must map modules to {kind}, got {str(said)[:40]!r} for "
-                    f"{path[:80]}; copy the folder again"
+                    f"load_pruned: config.json of {folder}: {part} must map modules to {kind}, got "
+                    f"{str(said)[:40]!r} for {path[:80]}; copy the folder again"
                 )
+    return fields
 
 
 def _are_sizes(said: Any) -> bool:
@@ -131,11 +126,18 @@ def read_weights(
         given = kwargs | SAFELY | {"ignore_mismatched_sizes": True}
         if CLASS_NAME in found.config:  # whose loader runs no code, and calls the type otherwise
             del given["trust_remote_code"]
-            given["torch_dtype"] = _dtype_of(found.path, given.pop("dtype", "auto"))
+            if (dtype := given.pop("dtype", "auto")) == "auto":
+                with safe_open(min(found.path.glob("*.safetensors")), framework="pt") as file:
+                    dtype = file.get_tensor(next(iter(file.keys()))).dtype
+            given["torch_dtype"] = getattr(torch, str(dtype).removeprefix("torch."))
         model, info = loader.from_pretrained(found.path, **given)
     model.__class__ = stock  # only __init__ differed, and no module has that class
-    if not strict:  # a folder of ours has all weights
-        info["missing_keys"] = _silence_pooler(model, set(info["missing_keys"]))
+    if not strict and "add_pooling_layer" in inspect.signature(stock.__init__).parameters:
+        # Many encoders' folders lack the pooler. A sentence encoder is read by its hidden states.
+        pooler = {name for name in info["missing_keys"] if name.startswith("pooler.")}
+        for name in pooler:
+            model.get_parameter(name).data.zero_()
+        info["missing_keys"] = set(info["missing_keys"]) - pooler
     check_keys(info, found.path, operation, strict)
     if hasattr(model.config, "liar"):
         said = _sizes_said(model.config)
@@ -228,14 +230,6 @@ def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
     return stock
 
 
-def _dtype_of(folder: Path, dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype by itself or its name; "auto" is that of the weights in a folder."""
-    if dtype == "auto":
-        with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
-            return file.get_tensor(next(iter(file.keys()))).dtype
-    return getattr(torch, str(dtype).removeprefix("torch."))
-
-
 def bare_class(found: Folder, stock: Any) -> Any | None:
     """Return the class without a head, if the weights are those of it; None otherwise.
 
@@ -259,18 +253,6 @@ def bare_class(found: Folder, stock: Any) -> Any | None:
     there = {name.removeprefix(prefix) for name in found.tensors}
     more = {name for name in there - set(without.state_dict()) if "position_ids" not in name}
     return bare if head and head.isdisjoint(there) and not more else None
-
-
-def _silence_pooler(model: nn.Module, missing: set[str]) -> set[str]:
-    """Set missing weights of a pooler, which many encoders' folders leave out, to 0; return others.
-
-    A sentence encoder is read by its hidden states.
-    """
-    takes = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
-    pooler = {name for name in missing if name.startswith("pooler.")} if takes else set()
-    for name in pooler:
-        model.get_parameter(name).data.zero_()
-    return missing - pooler
 
 
 def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:

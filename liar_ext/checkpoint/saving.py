@@ -88,22 +88,19 @@ def save_pruned(
     plan = getattr(report, "plan", None) if plan is None else plan
     if plan is None:
         raise InputError("save_pruned: needs the plan that was applied; give it, or a report of it")
+    check_folder(folder, overwrite)
     with writing(folder, overwrite) as path:
         fill_folder(model, path, plan, report=report, tokenizer=tokenizer, source=source)
 
 
 @contextmanager
-def writing(
-    folder: str | os.PathLike[str], overwrite: bool = False, *, checked: bool = False
-) -> Iterator[Path]:
+def writing(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Give a hidden folder to write to, which takes the place of ``folder`` in the end, at once.
 
-    With ``checked`` the place was looked at before the job: what came there since stops nothing,
-    and the hidden folder gets a name of its own, so that no work is lost.
+    :func:`check_folder` has looked at the place: if something came there since, the hidden folder
+    gets a name of its own, so that no work is lost.
     """
     folder = Path(folder).resolve()
-    if not checked:
-        check_folder(folder, overwrite)
     hint = "nothing was left behind, free space or choose another folder"
     with refusing(f"save_pruned: can't write {folder}", hint, OSError, SafetensorError):
         with beside(folder) as path:

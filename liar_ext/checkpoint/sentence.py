@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,7 +40,6 @@ OLD_POOLINGS = {
 KINDS = ("Transformer", "Pooling", "Normalize", "Dense")
 ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "Sigmoid", "SiLU")  # of torch.nn
 HERE = PurePosixPath(".")
-OTHERWISE = "copy the folder without modules.json, for its token embeddings alone"
 
 
 class Pooling(nn.Module):
@@ -211,7 +210,11 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
     ends = {fields.get("module_input_name"), fields.get("module_output_name")}
     if ends - {None, "sentence_embedding"}:
         raise _cannot(f"{name} reads or writes something else than the sentence's embedding")
-    tensors = _read_dense_weights(folder, path)
+    if not os.path.lexists(folder / path / WEIGHTS):
+        raise _cannot(f"{path} has no {WEIGHTS}, and other formats can run code when they are read")
+    what = f"sentence encoder: {folder / path / WEIGHTS} is damaged"
+    with refusing(what, "copy it again", OSError, SafetensorError, ValueError):
+        tensors = load_file(_inside(folder, path / WEIGHTS))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if shapes != {"linear.weight": (d_out, d_in)} | ({"linear.bias": (d_out,)} if bias else {}):
         raise InputError(
@@ -226,17 +229,12 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
     sentence.tensors[str(path / WEIGHTS)] = tensors
 
 
-def _read_dense_weights(folder: Path, path: PurePosixPath) -> Mapping[str, Tensor]:
-    if not os.path.lexists(folder / path / WEIGHTS):
-        raise _cannot(f"{path} has no {WEIGHTS}, and other formats can run code when they are read")
-    what = f"sentence encoder: {folder / path / WEIGHTS} is damaged"
-    with refusing(what, "copy it again", OSError, SafetensorError, ValueError):
-        return load_file(_inside(folder, path / WEIGHTS))
-
-
 def _text(fields: Any) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
 def _cannot(why: str) -> InputError:
-    return InputError(f"sentence encoder: {why}; {OTHERWISE}")
+    return InputError(
+        f"sentence encoder: {why}; copy the folder without modules.json, for its token embeddings "
+        "alone"
+    )

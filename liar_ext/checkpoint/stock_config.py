@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,15 +21,7 @@ from liar_ext.models.plan import Plan
 from liar_ext.models.registry import FAMILIES, is_diffusion
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import saved_tensors
-from liar_ext.models.sites import (
-    Part,
-    Site,
-    block_config,
-    family_of,
-    get_consumer_bias,
-    sites,
-    why_whole,
-)
+from liar_ext.models.sites import Site, block_config, family_of, get_consumer_bias, sites, why_whole
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import quiet
 
@@ -192,8 +184,7 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
     else:
         stock = _build(model, config)
     said |= _differences(model, stock)
-    for part, layers in _layers(model, config):
-        here = block_config(part, config)
+    for here, layers in _layers(model, config):
         # Most code reads the global sizes, which a config with such layers forbids by default.
         here.allow_global_per_layer_attribute_access = True
         here.per_layer_config = layers
@@ -209,24 +200,19 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
     return config
 
 
-def _layers(model: nn.Module, config: Any) -> list[tuple[Part, dict[int, dict[str, int]]]]:
-    """Return the sizes of layers that differ from a config, unless it has the dense ones'."""
-    parts = family_of(model).all_parts
-    configs = [part.config for part in parts]
-    found: dict[str, dict[int, dict[str, int]]] = {}
+def _layers(model: nn.Module, config: Any) -> Iterable[tuple[Any, dict[int, dict[str, int]]]]:
+    """Return configs of parts, each with the sizes of layers that differ from it."""
+    configs = [part.config for part in family_of(model).all_parts]
+    found: dict[str, tuple[Any, dict[int, dict[str, int]]]] = {}
     for site in sites(model):
         here = block_config(site.part, config)
+        if configs.count(site.part.config) > 1 or site.part.repeats or _differs(here):
+            continue  # such a config can't say them
         for name, size in (site.wiring.config or {}).items():
             if getattr(here, name, site.sizes[size]) != site.sizes[size]:
-                layers = found.setdefault(site.part.name, {})
+                _, layers = found.setdefault(site.part.config, (here, {}))
                 layers.setdefault(site.block, {})[name] = site.sizes[size]
-    return [
-        (part, found[part.name])
-        for part in parts
-        if part.name in found
-        and configs.count(part.config) == 1
-        and not (part.repeats or _differs(block_config(part, config)))
-    ]
+    return found.values()
 
 
 def _set_shared(model: nn.Module, config: Any) -> None:
@@ -263,15 +249,11 @@ def _covers(stock: nn.Module, model: nn.Module) -> bool:
     """
     theirs, modules = shapes_of(stock), dict(stock.named_modules())
     buffers = {name: buffer.shape for name, buffer in stock.named_buffers()}
-    if any(name not in modules for name, _ in model.named_modules()) or any(
-        buffers.get(name, buffer.shape) != buffer.shape for name, buffer in model.named_buffers()
-    ):
-        return False
-    return all(
-        len(shape) == len(theirs[name]) and all(map(int.__le__, shape, theirs[name]))
-        for name, shape in shapes_of(model).items()
-        if name in theirs
-    )
+    there = all(name in modules for name, _ in model.named_modules())
+    alike = all(buffers.get(name, b.shape) == b.shape for name, b in model.named_buffers())
+    both = [(our, theirs[name]) for name, our in shapes_of(model).items() if name in theirs]
+    fits = all(len(our) == len(most) and all(map(int.__le__, our, most)) for our, most in both)
+    return there and alike and fits
 
 
 def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             save = partial(_save, report, options.folder, files)
             # Without seconds: those of the report stay those of pruning.
             written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
-            with writing(options.out, overwrite, checked=True) as path:
+            with writing(options.out, overwrite) as path:
                 fill_folder(model, path, plan, report=written, source=options.folder)
             if bench is not None:
                 bench = replace(bench, report_digest=report_digest(options.folder))
@@ -168,7 +168,7 @@ def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.
         raise InputError(f"{error}; {TEACHER}") from error
     kept = kept_tokens(folder, "heal")
     if kept is not None:
-        own = _inner(load_tokenizer(folder, folder, model))
+        own = _inner(load_tokenizer(folder, model))
         known = _inner(tokenizer).get_vocab()
         try:
             if len(known) <= len(kept):
@@ -189,7 +189,7 @@ def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
         raise InputError(
             f"heal: {name} is a {classes[1]}, and {folder} was made of a {classes[0]}; {TEACHER}"
         )
-    found = load_tokenizer(Path(folder), folder, model), given.tokenizer
+    found = load_tokenizer(folder, model), given.tokenizer
     own, other = map(_inner, found)
     both = own is not None and other is not None
     if both and any(own.encode(text) != other.encode(text) for text in SAMPLES):

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     def save(pruned: nn.Module, report: Report) -> None:
         given.add_to(report, pruned)
         saving = {"report": report, "tokenizer": given.tokenizer}
-        with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
+        with writing(folders[report.recipe.keep], options.overwrite) as path:
             fill_folder(pruned, path, report.plan, **saving)
 
     texts = {"bank": given.bank, "evaluate_on": given.evaluation}

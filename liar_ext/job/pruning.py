@@ -171,7 +171,7 @@ def prune_folder(
     a choice, the data or the budget can't be used, or the memory isn't enough for a block.
     """
     with ExitStack() as stack:
-        begin = partial(stack.enter_context, writing(folder, overwrite, checked=True))
+        begin = partial(stack.enter_context, writing(folder, overwrite))
         if store is not None:
             walk = Walk(store, job.recipe.attn_unit, job.saved, job.progress)
             stack.callback(store.close)

@@ -58,7 +58,12 @@ def atomic_write(
     finally:
         with suppress(OSError):
             os.unlink(name)  # gone already, unless something failed, or ``take`` made a link
-    _sync_folder(path.parent)
+    with suppress(OSError):  # the new name reaches the disk, too, where the file system can
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -173,13 +178,3 @@ def _clean(path: Path) -> None:
 def _prefix(path: Path) -> str:
     """Return what the names of unfinished files of ``path`` begin with, so short that they fit."""
     return f".{os.fsdecode(os.fsencode(path.name)[:MOST_OF_NAME])}."
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the new name reach the disk, where the file system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -55,25 +55,23 @@ class Checkpoint(AbstractContextManager):
         self._failure = f"checkpoint: can't write into {os.fspath(self.folder)!r}"
         self._start, self._lock = clock(), None
         self._saved: dict[str, tuple[float, float]] = {}  # by key: end of the save, its seconds
-        if is_first():
-            self._open()
-
-    def _open(self) -> None:
-        kinds = OSError, ValueError
-        try:
-            with refusing(self._failure, "name another folder", *kinds, but=(BlockingIOError,)):
-                if any((self.folder / name).exists() for name in OLDER):
-                    raise of_other_version(self.folder)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                # A link would lead to somebody else's file.
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._lock = os.open(self.folder / LOCK_FILE, flags, 0o666)
+        if not is_first():
+            return
+        with refusing(self._failure, "name another folder", OSError, ValueError):
+            if any((self.folder / name).exists() for name in OLDER):
+                raise of_other_version(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A link would lead to somebody else's file.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._lock = os.open(self.folder / LOCK_FILE, flags, 0o666)
+            try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"checkpoint: another process works in {self.folder}; wait for it, or name another "
-                "folder"
-            ) from None
+            except BlockingIOError:
+                os.close(self._lock)
+                raise InputError(
+                    f"checkpoint: another process works in {self.folder}; wait for it, or name "
+                    "another folder"
+                ) from None
 
     def begin(self, job: Mapping[str, Any], **kept: Any) -> dict[str, Any]:
         """Record facts of this job, and return all recorded ones.

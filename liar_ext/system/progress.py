@@ -76,9 +76,6 @@ class Bar(tqdm):
         return self.job.line(self.number, self.desc, self.n, self.total)
 
     def __iter__(self) -> Iterator:
-        if not self.logs:
-            yield from super().__iter__()
-            return
         try:
             for step in self.iterable:
                 yield step

@@ -213,10 +213,7 @@ def keep_tokens(model: nn.Module, tokenizer: Any, chosen: Choice | Sequence[int]
 
 
 def spec_of(tokenizer: Any) -> dict[str, Any]:
-    """Return what ``tokenizer.json`` holds.
-
-    InputError is raised if the tokenizer is not one of the tokenizers library.
-    """
+    """Return what ``tokenizer.json`` holds; InputError if the tokenizer is of another library."""
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     backend = getattr(inner, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -234,9 +231,7 @@ def check_alike(
 
     Of all lines whose old tokens stay the new ids must be the old ones, renumbered. Lines with
     unknown words count for no WordPiece tokenizer, which may read more of them than before.
-
-    InputError is raised if one line differs: then the tokenizer follows other rules than its JSON
-    says.
+    InputError if one differs: then the tokenizer follows other rules than its JSON says.
     """
     moved = {at: each for each, at in enumerate(order)}
     if pieces.kind == "WordPiece":
@@ -303,9 +298,7 @@ def choose(pieces: Pieces, counts: np.ndarray, size: int, needed: Collection[int
     """Return ``size`` tokens: what every vocabulary keeps, then the most frequent ones.
 
     Tokens of equal counts go by their id, as tokenizers number frequent tokens first. A token
-    comes with all that it needs, or not at all.
-
-    InputError is raised if more tokens have to stay than that.
+    comes with all that it needs, or not at all. InputError if more tokens have to stay than that.
     """
     names = pieces.names
     kept = set()
@@ -346,16 +339,14 @@ def edited(spec: Mapping[str, Any], pieces: Pieces, order: list[int]) -> dict[st
     """Return a tokenizer's JSON with the tokens of ``order`` alone, numbered by it.
 
     A merge stays if both parts and the result do; the ranks keep their order. Normalizer,
-    pre-tokenizer, decoder and truncation stay as they are.
-
-    InputError is raised if a step after the model needs a token that goes.
+    pre-tokenizer, decoder and truncation stay as they are. InputError if a step after the model
+    needs a token that goes.
     """
     new = {old: at for at, old in enumerate(order)}
     spec = copy.deepcopy(dict(spec))
     model = spec["model"]
     if pieces.kind == "Unigram":
-        rows = [row for at, row in enumerate(model["vocab"]) if at in new]
-        model["vocab"] = rows
+        model["vocab"] = [row for at, row in enumerate(model["vocab"]) if at in new]
         if model.get("unk_id") is not None:
             model["unk_id"] = new[model["unk_id"]]
     else:

@@ -58,21 +58,17 @@ class Pieces:
     def needs(self, name: str) -> set[int]:
         """Return the ids that have to stay if this token does, its own among them."""
         if name not in self._needs:
-            self._needs[name] = self._needed(name)
+            found = self._needs[name] = {self.ids[name] if name in self.ids else self.added[name]}
+            derived = self.kind == "BPE" and name in self.ids and name not in self.added
+            for symbols in self._beginnings(name) if derived else ():
+                made = set(symbols)
+                while known := self._merges_of(symbols):
+                    at = min(known)[1]
+                    symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+                    made.add(symbols[at])
+                if symbols == [name]:
+                    found |= {self.ids[each] for each in made}
         return self._needs[name]
-
-    def _needed(self, name: str) -> set[int]:
-        found = {self.ids[name]} if name in self.ids else {self.added[name]}
-        if self.kind != "BPE" or name not in self.ids or name in self.added:
-            return found
-        for symbols in self._beginnings(name):
-            made = set(symbols)
-            while (at := self._first_merge(symbols)) is not None:
-                symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-                made.add(symbols[at])
-            if symbols == [name]:
-                found |= {self.ids[each] for each in made}
-        return found
 
     def _beginnings(self, name: str) -> Iterator[list[str]]:
         """Yield the symbols that a token may begin as: its characters, or those of a word's end."""
@@ -80,14 +76,10 @@ class Pieces:
         ways = [list(name), *([*end[:-1], end[-1] + self.suffix] for end in ends if end)]
         yield from (way for way in ways if all(each in self.ids for each in way))
 
-    def _first_merge(self, symbols: list[str]) -> int | None:
-        """Return where the merge of the lowest rank applies first."""
-        known = [
-            (self.ranks[pair], at)
-            for at, pair in enumerate(zip(symbols, symbols[1:], strict=False))
-            if pair in self.ranks
-        ]
-        return min(known)[1] if known else None
+    def _merges_of(self, symbols: list[str]) -> list[tuple[int, int]]:
+        """Return rank and place of each merge that applies."""
+        pairs = enumerate(zip(symbols, symbols[1:], strict=False))
+        return [(self.ranks[pair], at) for at, pair in pairs if pair in self.ranks]
 
     def of_scripts(self, scripts: Sequence[str]) -> set[int]:
         """Return the tokens whose letters are all of one of some Unicode scripts.
@@ -123,16 +115,25 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
     if model.get("dropout"):
         raise _refused(f"draws merges at random (dropout {model['dropout']}); set it to null")
     ids = _ids(model)
-    added = {each["content"]: each["id"] for each in _added(spec, rows)}
+    added = {
+        each["content"]: each["id"]
+        for each in spec.get("added_tokens") or []
+        if rows is None or each["id"] < rows or not each.get("special")  # which may come later
+    }
     _check_ids(ids, added)
-    level = kind == "BPE" and is_byte_level(spec)
+    splits = spec.get("pre_tokenizer") or {}
+    splits = splits.get("pretokenizers", [splits])
+    level = kind == "BPE" and any(step.get("type") == "ByteLevel" for step in splits)
     falls_back = bool(model.get("byte_fallback"))
     ranks, suffix, always = {}, "", set(added.values())
     if kind == "BPE":
         if model.get("continuing_subword_prefix"):
             raise _refused("marks tokens inside of words by a prefix, which BPE here must not")
         ranks, suffix = _merges(model, ids), model.get("end_of_word_suffix") or ""
-        always |= _bytes_of(ids) if level else set()
+        if level:
+            alphabet = byte_alphabet()
+            _check_there([alphabet[byte] for byte in NEEDED], ids)
+            always |= {ids[each] for each in alphabet if each in ids}
     if kind == "WordPiece" and model.get("continuing_subword_prefix") != "##":
         raise _refused("must mark tokens inside of words by ##")
     if kind == "Unigram":  # the score of unknown characters depends on the lowest one
@@ -143,26 +144,18 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
         always |= {ids[each] for each in BYTES}
         if not set(BYTES).isdisjoint(part for pair in ranks for part in pair):
             raise _refused("merges bytes that unknown characters become")
-    name, unknown = _unknown(model), None
-    if name is not None:
-        _check_there([name], {**ids, **added})
-        unknown = {**ids, **added}[name]
-        always |= {unknown}
-    if not falls_back:
-        always |= _singles(ids, "##" if kind == "WordPiece" else "", suffix)
+    unknown = model.get("unk_id" if kind == "Unigram" else "unk_token")
+    if kind != "Unigram" and unknown is not None:
+        _check_there([unknown], {**ids, **added})
+        unknown = {**ids, **added}[unknown]
+    elif unknown is not None and not 0 <= unknown < len(ids):
+        raise _refused(f"has {len(ids)} tokens, and {unknown} for unknown characters")
+    always |= set() if unknown is None else {unknown}
+    if not falls_back:  # single characters, which keep all text readable without bytes
+        prefix = "##" if kind == "WordPiece" else ""
+        bare = ({name, name.removeprefix(prefix), name.removesuffix(suffix)} for name in ids)
+        always |= {at for at, some in zip(ids.values(), bare, strict=True) if 1 in map(len, some)}
     return Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown, level)
-
-
-def _added(spec: Mapping[str, Any], rows: int | None) -> list[Mapping[str, Any]]:
-    """Return the added tokens; a model may lack rows for special ones that came later."""
-    found = spec.get("added_tokens") or []
-    return [each for each in found if rows is None or each["id"] < rows or not each.get("special")]
-
-
-def _singles(ids: Mapping[str, int], prefix: str, suffix: str) -> set[int]:
-    """Return the ids of single characters, which keep all text readable without bytes."""
-    bare = ({name, name.removeprefix(prefix), name.removesuffix(suffix)} for name in ids)
-    return {at for at, names in zip(ids.values(), bare, strict=True) if 1 in map(len, names)}
 
 
 def _ids(model: Mapping[str, Any]) -> dict[str, int]:
@@ -209,20 +202,6 @@ def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> dict[tuple[str,
     return ranks
 
 
-def _bytes_of(ids: Mapping[str, int]) -> set[int]:
-    """Return the ids of all bytes, where text is read as bytes."""
-    alphabet = byte_alphabet()
-    _check_there([alphabet[byte] for byte in NEEDED], ids)
-    return {ids[each] for each in alphabet if each in ids}
-
-
-def is_byte_level(spec: Mapping[str, Any]) -> bool:
-    """Tell whether a tokenizer reads text as bytes."""
-    found = spec.get("pre_tokenizer") or {}
-    steps = found.get("pretokenizers", [found])
-    return any(step.get("type") == "ByteLevel" for step in steps)
-
-
 def byte_alphabet() -> list[str]:
     """Return the character that stands for each byte in byte-level tokenizers."""
     others = iter(range(256, 512))
@@ -230,15 +209,6 @@ def byte_alphabet() -> list[str]:
 
 
 _BYTE_OF = {sign: byte for byte, sign in enumerate(byte_alphabet())}
-
-
-def _unknown(model: Mapping[str, Any]) -> str | None:
-    if model["type"] != "Unigram":
-        return model.get("unk_token")
-    at = model.get("unk_id")
-    if at is not None and not 0 <= at < len(model["vocab"]):
-        raise _refused(f"has {len(model['vocab'])} tokens, and {at} for unknown characters")
-    return None if at is None else model["vocab"][at][0]
 
 
 def _check_there(names: Iterable[str], ids: Mapping[str, int]) -> None:

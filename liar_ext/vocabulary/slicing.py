@@ -73,10 +73,18 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
     index, sliced = torch.tensor(order), {}
     for name, dim in named.items():
         narrow(*owner_of(model, name), dim, index, sliced)
-    for module in model.modules():
-        _renumber_module(module, rows, len(order), new)
+    for module in model.modules():  # what they keep of the config
+        for name, value in list(vars(module).items()):
+            if type(value) is int and name == "vocab_size" and value == rows:
+                setattr(module, name, len(order))
+            elif type(value) is int and (name == "padding_idx" or TOKEN.search(name)):
+                setattr(module, name, new.get(value, value))
     for config in _configs(model):
-        _renumber(config, new)
+        for name, value in _named(config):
+            if name in BANS:  # those of tokens that are still there
+                each = ((ban, ban if isinstance(ban, list | tuple) else [ban]) for ban in value)
+                value = [ban for ban, tokens in each if new.keys() >= set(tokens)] or None
+            setattr(config, name, _mapped(name, value, lambda at: new.get(at, at)))
     _set_tokens(model.config, _tokens(model.config), len(order))
 
 
@@ -93,8 +101,8 @@ def needed_tokens(model: nn.Module) -> set[int]:
     for config in _configs(model):
         for name, value in _named(config):
             if name not in BANS:
-                _mapped(value, found.add, rows, pairs=name == "forced_decoder_ids")
-    return found
+                _mapped(name, value, found.add)
+    return {at for at in found if at < rows}
 
 
 def _check_embeddings(model: nn.Module, found: Mapping[str, int]) -> None:
@@ -139,17 +147,6 @@ def _check_positions(model: nn.Module, named: Mapping[str, int], new: Mapping[in
             raise _refused(model, f"counts positions from its padding token {at}, whose id changes")
 
 
-def _renumber_module(module: nn.Module, rows: int, tokens: int, new: Mapping[int, int]) -> None:
-    """Renumber what modules keep of the config."""
-    for name, value in list(vars(module).items()):
-        if type(value) is not int:
-            continue
-        if name == "vocab_size" and value == rows:
-            setattr(module, name, tokens)
-        elif name == "padding_idx" or TOKEN.search(name):
-            setattr(module, name, new.get(value, value))
-
-
 def _configs(model: nn.Module) -> list[Any]:
     both = *config_parts(model.config), getattr(model, "generation_config", None)
     return [each for each in both if each is not None]
@@ -167,32 +164,16 @@ def _named(config: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _renumber(config: Any, new: Mapping[int, int]) -> None:
-    for name, value in _named(config):
-        if name in BANS:  # those of tokens that are still there
-            each = ((ban, ban if isinstance(ban, list | tuple) else [ban]) for ban in value)
-            value = [ban for ban, tokens in each if new.keys() >= set(tokens)] or None
-        pairs = name == "forced_decoder_ids"
-        setattr(config, name, _mapped(value, lambda at: new.get(at, at), pairs=pairs))
-
-
-def _mapped(
-    value: Any, change: Callable[[int], Any], rows: int | None = None, *, pairs: bool = False
-) -> Any:
-    """Return a token, a list of tokens, or a mapping to tokens with each token changed.
-
-    With ``rows``, only tokens below it; of ``pairs`` the first number is a position.
-    """
-    if pairs and isinstance(value, list | tuple):
-        return [[at, _mapped(token, change, rows)] for at, token in value]
+def _mapped(name: str, value: Any, change: Callable[[int], Any]) -> Any:
+    """Return a token, a list of tokens, or a mapping to tokens with each token changed."""
+    if name == "forced_decoder_ids" and isinstance(value, list | tuple):
+        return [[position, _mapped("", token, change)] for position, token in value]
     if isinstance(value, list | tuple):
-        return type(value)(_mapped(each, change, rows) for each in value)
+        return type(value)(_mapped("", each, change) for each in value)
     if isinstance(value, dict):
-        return {name: _mapped(each, change, rows) for name, each in value.items()}
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and value >= 0 and (rows is None or value < rows):
-        return change(value)
-    return value
+        return {key: _mapped("", each, change) for key, each in value.items()}
+    is_token = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return change(value) if is_token else value
 
 
 def _tokens(config: Any) -> int | None:

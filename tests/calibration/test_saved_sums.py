@@ -144,6 +144,8 @@ def test_one_process_at_a_time(model, tmp_path):
     held = Checkpoint(tmp_path / "c")
     with pytest.raises(InputError, match="another process works in"):
         calibrate(model, batches(), checkpoint=tmp_path / "c")
+    files = [os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd")]
+    assert files.count(str(tmp_path / "c" / ".lock")) == 1
     held.__exit__()
     calibrate(model, batches(), checkpoint=tmp_path / "c")
     (tmp_path / "file").write_text("")
