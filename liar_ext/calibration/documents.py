@@ -72,17 +72,12 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
     return documents
 
 
-def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
-    """Raise InputError if documents of the evaluation are calibrated on.
+def check_apart(known: set[int], evaluation: Iterable[str]) -> None:
+    """Raise InputError if documents of the evaluation are among those of ``known`` digests.
 
     Documents are compared by a hash of their text without case and white space. Those of less than
     ``TELLING`` characters, such as headings, count if at least half of the evaluation is shared.
     """
-    check_apart_from(document_digests(calibration), evaluation)
-
-
-def check_apart_from(known: set[int], evaluation: Iterable[str]) -> None:
-    """Raise what :func:`check_apart` raises, of documents of which there are digests alone."""
     documents = list(evaluation)
     shared = [text for text in documents if document_digests([text]) <= known]
     telling = any(len(text) >= TELLING for text in shared)

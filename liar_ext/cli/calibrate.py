@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from liar_ext.calibration import texts
+from liar_ext.calibration import documents, texts
 from liar_ext.calibration.bank import MomentBank, read_bank
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.documents import check_apart_from
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint.placing import check_place
@@ -184,7 +183,7 @@ def load_by_bank(recipe: Recipe, options: argparse.Namespace) -> Given:
         if header.documents is None:
             warnings.append(UNCHECKED)
         else:
-            check_apart_from(set(header.documents.tolist()), held_out)
+            documents.check_apart(set(header.documents.tolist()), held_out)
     inputs.check_unloaded(recipe)
     model, tokenizer = inputs.load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     known = header.source.get("tokenizer")

@@ -188,7 +188,7 @@ def _documents(
     held_out = read_source(recipe.eval, kind) if recipe.eval else None
     check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
-        check_apart([text for documents in read.values() for text in documents], held_out)
+        check_apart(document_digests(text for some in read.values() for text in some), held_out)
     return read, held_out
 
 
