@@ -171,10 +171,8 @@ CHECKS: dict[str, Check] = {
 
 def text_of(batch: Batch) -> dict[str, Tensor] | None:
     """Return a batch as a bank keeps it; None where it is not text alone."""
-    ids = batch.inputs.get("input_ids")
-    if batch.labels or not set(batch.inputs) <= set(NAMES) or ids is None or ids.dim() != 2:
-        return None
-    if batch.weight is not None:
+    ids, more = batch.inputs.get("input_ids"), batch.labels or batch.weight is not None
+    if more or not batch.inputs.keys() <= {*NAMES} or ids is None or ids.dim() != 2:
         return None
     if any(each.is_floating_point() or each.shape != ids.shape for each in batch.inputs.values()):
         return None

@@ -155,24 +155,13 @@ def collect(
         elif seen.batches > saved.done:
             saved.save(seen.batches, so_far, now=True)
         _check_alike(facts["model"], seen.digest.hexdigest())
-    return _checked(moments, facts, seen, current)
-
-
-def _checked(
-    moments: dict[str, Moments | Squares],
-    facts: dict[str, object],
-    seen: Seen,
-    current: InFlight,
-) -> MomentBank:
-    """Return the bank of all ranks' sums, with what they are over, if they are usable."""
     tokens, routed = counted(current)
     check_sums(moments, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
     weighed = {*facts.get("relative", ()), *routed}
     plain = [sums for name, sums in moments.items() if name not in weighed and not current.weighted]
-    tokens = int(plain[0].tokens.sum()) if plain else tokens
-    source = facts | seen.facts(tokens, routed)
-    return MomentBank(moments, source, seen.text, torch.tensor(seen.sequences))
+    facts |= seen.facts(int(plain[0].tokens.sum()) if plain else tokens, routed)
+    return MomentBank(moments, facts, seen.text, torch.tensor(seen.sequences))
 
 
 def _facts_of(model: nn.Module, taps: Sequence[Tap] = ()) -> dict[str, object]:
