@@ -106,15 +106,12 @@ class MomentBank(Mapping[str, Moments]):
                 "MomentBank.merge: both banks hold sums over the same text, being one; calibrate "
                 "on other text"
             )
-        own = self.source
-        self.source = combine(own, other.source, (self.sequences, other.sequences))
+        source, text = combine(self.source, other.source, (self.sequences, other.sequences)), None
+        if self.text is not None and other.text is not None:
+            text = [b for bank in (self, other) for b in renumbered(bank.text, bank.source, source)]
         for name, moments in self.moments.items():
             moments.merge(other[name])
-        if self.text is None or other.text is None:
-            self.text = None
-        else:
-            parts = (self.text, own), (other.text, other.source)
-            self.text = [b for text, of in parts for b in renumbered(text, of, self.source)]
+        self.source, self.text = source, text
         for name in ("sequences", "documents"):
             both = getattr(self, name), getattr(other, name)
             setattr(self, name, None if any(x is None for x in both) else torch.cat(both))

@@ -120,6 +120,11 @@ def renumbered(text: Sequence[Mapping[str, Tensor]], own: Source, merged: Source
         number = torch.tensor([merged["texts"].index(name) for name in names])
         for batch in found:
             if (of := batch.get("source")) is not None:
+                if (of >= len(names)).any():
+                    raise InputError(
+                        f"MomentBank.merge: text is of source {int(of.max())} and the names are "
+                        f"{', '.join(names)}, counted from 0; calibrate on that text anew"
+                    )
                 batch["source"] = torch.where(of < 0, of, number[of.clamp_min(0)])
     return found
 
