@@ -176,10 +176,9 @@ def checked(text: str, place: str) -> str:
 def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
     documents, characters, missing = Documents(), 0, 0
     for number, row in enumerate(rows):
-        if "text" not in row:
-            raise InputError(
-                f"text: dataset {source} must have a column text, got {', '.join(row)}"
-            )
+        if not isinstance(row, Mapping) or "text" not in row:
+            came = ", ".join(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise InputError(f"text: dataset {source} must have a column text, got {came}")
         text = row["text"]
         if text is None:
             missing += 1

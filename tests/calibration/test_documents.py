@@ -46,6 +46,8 @@ def test_a_dataset_that_the_caller_has_prepared():
             texts.read_documents(given.remove_columns("text"))
         with pytest.raises(InputError, match="the dataset given holds no text"):
             texts.read_documents(given.filter(lambda row: row["n"] == 2))
+    with pytest.raises(InputError, match="dataset given must have a column text, got a str"):
+        texts.read_documents(["some text"])  # documents themselves
 
 
 def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
