@@ -214,11 +214,6 @@ class Passes:
     def finish(self, found: Mapping[str, dict]) -> None:
         """Save what is known of a group beside its sums: nothing here."""
 
-    @property
-    def taken(self) -> int:
-        """How many passes it took."""
-        return len(self.summed)
-
     def __iter__(self) -> Iterator[Sequence[Site]]:
         return map(self._load, range(len(self.groups)))
 
@@ -234,7 +229,7 @@ class Passes:
                 self.summed.append(number)
             title, part = "calibrate", 0
             if len(self.groups) > 1:
-                title, part = f"calibrate, pass {self.taken}", number + 1
+                title, part = f"calibrate, pass {len(self.summed)}", number + 1
             of = None if self.saved is None else len(self.batches)
             how = {"saved": SavedSums(self.saved, of, part), "progress": self.progress}
             self.bank = collect_at(self.model, self.batches, group, title=title, **how)

@@ -153,7 +153,7 @@ class StreamedPasses(Passes):
                 self.text.hidden.clear()
             if not known:
                 self.summed.append(len(self.summed) + 1)
-            title = "from memory" if known else f"calibrate, walk {self.taken}"
+            title = "from memory" if known else f"calibrate, walk {len(self.summed)}"
             spare(title, first)
             bar = {"initial": first, "total": len(blocks), "disable": not self.walk.progress}
             for index in Bar(range(first, len(blocks)), desc=title, **bar):
