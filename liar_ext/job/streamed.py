@@ -336,6 +336,6 @@ class ProbeStreams:
             given = self.walk.model, own, self.dense.answering_for, probes
             values = mean_divergences(*given, progress=self.walk.progress)
         measured = dict.fromkeys(self.errors, 0.0)
-        for name, value in zip(probes, values, strict=True):
+        for name, value in values.items():
             measured |= dict.fromkeys(self.teams[name], value)
         return sensitivities_of(self.errors, measured)
