@@ -21,7 +21,7 @@ import torch
 from common import calibrated_on, parser_of, table, write_json
 
 from liar_ext import perplexity, prune
-from liar_ext.calibration.documents import check_apart, read_documents
+from liar_ext.calibration.documents import check_apart, document_digests, read_documents
 from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.recipe.fields import SCHEDULES
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     texts = {}
     for source in options.fresh:
         documents = read_documents(source)
-        check_apart([text for some in sources for text in some], documents)
+        check_apart(document_digests(text for some in sources for text in some), documents)
         texts[Path(source).stem] = evaluation_sequences(
             documents, tokenizer, seq_len=options.seq_len, samples=options.certify
         ).batches()

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from bench import assets
 from bench.quality.windows import HeldOut
 from liar_ext import InputError
-from liar_ext.calibration.documents import Documents, check_apart, read_documents
+from liar_ext.calibration.documents import (
+    Documents,
+    check_apart,
+    document_digests,
+    read_documents,
+)
 from liar_ext.calibration.folds import Sequences, count_beside, fraction_of, seed_of
 from liar_ext.calibration.generated import SELF, enough_documents, write_documents, write_sequences
 from liar_ext.calibration.texts import calibration_sequences, document_prefix, evaluation_sequences
@@ -90,7 +95,7 @@ class Texts:
         # What a model has written, by the model and what it was asked for.
         self._written: WeakKeyDictionary[nn.Module, dict[tuple, Documents | Sequences]]
         self._written = WeakKeyDictionary()
-        known = [text for documents in self.calibration.values() for text in documents]
+        known = document_digests(text for some in self.calibration.values() for text in some)
         for documents in self.judged.values():
             check_apart(known, documents)
 

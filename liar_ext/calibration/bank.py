@@ -106,15 +106,12 @@ class MomentBank(Mapping[str, Moments]):
                 "MomentBank.merge: both banks hold sums over the same text, being one; calibrate "
                 "on other text"
             )
-        own = self.source
-        self.source = combine(own, other.source, (self.sequences, other.sequences))
+        source, text = combine(self.source, other.source, (self.sequences, other.sequences)), None
+        if self.text is not None and other.text is not None:
+            text = [b for bank in (self, other) for b in renumbered(bank.text, bank.source, source)]
         for name, moments in self.moments.items():
             moments.merge(other[name])
-        if self.text is None or other.text is None:
-            self.text = None
-        else:
-            parts = (self.text, own), (other.text, other.source)
-            self.text = [b for text, of in parts for b in renumbered(text, of, self.source)]
+        self.source, self.text = source, text
         for name in ("sequences", "documents"):
             both = getattr(self, name), getattr(other, name)
             setattr(self, name, None if any(x is None for x in both) else torch.cat(both))
@@ -142,56 +139,50 @@ class MomentBank(Mapping[str, Moments]):
             write_tensors(path, tensors, {"liar_bank": str(BANK_VERSION), "source": source}, take)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> MomentBank:
-        """Read a bank that :meth:`save` wrote.
+    def load(cls, path: str | os.PathLike[str], *, sums: bool = True) -> MomentBank:
+        """Read a bank that :meth:`save` wrote; without ``sums`` the facts alone, in no time.
+
+        The header, with the memory that it asks for, is checked before anything is read, then the
+        digest of the file, then the numbers.
 
         Raises
         ------
         InputError
-            If the file is not a moment bank, or is damaged, or memory can't hold it.
+            If the file is not a moment bank of this version, or is damaged, or holds what no
+            calibration gives, or memory can't hold it.
         """
-        return read_bank(path)
-
-
-def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> MomentBank:
-    """Return what a file holds; without ``sums`` only the facts, which are read in no time.
-
-    The header, with the memory that it asks for, is checked before anything is read, then the
-    digest of the file, then the numbers. InputError if it is no bank of this version, is damaged,
-    or holds what no calibration gives.
-    """
-    failure = f"MomentBank.load: {path} is not a moment bank of this version, or is damaged"
-    hint, kinds = "calibrate again and save that bank", (OSError, ValueError, SafetensorError)
-    with refusing(failure, hint, *kinds):
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            raise InputError(
-                f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
-                "--calibration TEXT --out FILE makes one"
-            ) from None
-        if not stat.S_ISREG(mode):
-            raise ValueError("it must be an ordinary file")
-        with safe_open(os.fspath(path), framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            header = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-            bank = MomentBank(source=_source(file.metadata() or {}))
-            extras = _extras(header)
-            widths = _widths({name: kind for name, kind in header.items() if name not in extras})
-            more = sum(12 * prod(header[name][1]) for name in extras)  # as int64, and before
-            _check_memory(path, list(widths.values()) if sums else [], more)
-            if sums and not is_sealed(path):
-                raise ValueError("its bytes are not those that were written")
-            tensors = {name: file.get_tensor(name) for name in extras}
-            bank.sequences, bank.documents = tensors.get(SEQUENCES), tensors.get(DOCUMENTS)
-            count = bank.source.get("sequences", 0)
-            if bank.sequences is not None and bank.sequences.shape != (count,):
-                raise ValueError(f"{SEQUENCES} must be of {count} sequences")
-            if "text/fold" in tensors:
-                bank.text = unpack(tensors, count)
-            if sums:
-                bank.moments = {name: _sums(file, name, d) for name, d in widths.items()}
-            return bank
+        failure = f"MomentBank.load: {path} is not a moment bank of this version, or is damaged"
+        hint, kinds = "calibrate again and save that bank", (OSError, ValueError, SafetensorError)
+        with refusing(failure, hint, *kinds):
+            try:
+                mode = os.stat(path).st_mode
+            except FileNotFoundError:
+                raise InputError(
+                    f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
+                    "--calibration TEXT --out FILE makes one"
+                ) from None
+            if not stat.S_ISREG(mode):
+                raise ValueError("it must be an ordinary file")
+            with safe_open(os.fspath(path), framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                header = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+                bank = cls(source=_source(file.metadata() or {}))
+                extras = _extras(header)
+                widths = _widths({name: header[name] for name in header.keys() - extras})
+                more = sum(12 * prod(header[name][1]) for name in extras)  # as int64, and before
+                _check_memory(path, list(widths.values()) if sums else [], more)
+                if sums and not is_sealed(path):
+                    raise ValueError("its bytes are not those that were written")
+                tensors = {name: file.get_tensor(name) for name in extras}
+                bank.sequences, bank.documents = tensors.get(SEQUENCES), tensors.get(DOCUMENTS)
+                count = bank.source.get("sequences", 0)
+                if bank.sequences is not None and bank.sequences.shape != (count,):
+                    raise ValueError(f"{SEQUENCES} must be of {count} sequences")
+                if "text/fold" in tensors:
+                    bank.text = unpack(tensors, count)
+                if sums:
+                    bank.moments = {name: _sums(file, name, d) for name, d in widths.items()}
+                return bank
 
 
 class Triangles:

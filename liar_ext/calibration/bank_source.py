@@ -120,6 +120,11 @@ def renumbered(text: Sequence[Mapping[str, Tensor]], own: Source, merged: Source
         number = torch.tensor([merged["texts"].index(name) for name in names])
         for batch in found:
             if (of := batch.get("source")) is not None:
+                if (of >= len(names)).any():
+                    raise InputError(
+                        f"MomentBank.merge: text is of source {int(of.max())} and the names are "
+                        f"{', '.join(names)}, counted from 0; calibrate on that text anew"
+                    )
                 batch["source"] = torch.where(of < 0, of, number[of.clamp_min(0)])
     return found
 
@@ -171,10 +176,8 @@ CHECKS: dict[str, Check] = {
 
 def text_of(batch: Batch) -> dict[str, Tensor] | None:
     """Return a batch as a bank keeps it; None where it is not text alone."""
-    ids = batch.inputs.get("input_ids")
-    if batch.labels or not set(batch.inputs) <= set(NAMES) or ids is None or ids.dim() != 2:
-        return None
-    if batch.weight is not None:
+    ids, more = batch.inputs.get("input_ids"), batch.labels or batch.weight is not None
+    if more or not batch.inputs.keys() <= {*NAMES} or ids is None or ids.dim() != 2:
         return None
     if any(each.is_floating_point() or each.shape != ids.shape for each in batch.inputs.values()):
         return None

@@ -240,12 +240,7 @@ def _sources(batch: Batch) -> list[int]:
 def _of_text(batches: Sequence[Batch]) -> Sequence[Batch]:
     """Return batches without sequences of no text; as they are if there is none of text."""
     rows = [[row for row, source in enumerate(_sources(each)) if source >= 0] for each in batches]
-    some = [
-        each if len(taken) == len(each) else each.select(taken)
-        for each, taken in zip(batches, rows, strict=True)
-        if taken
-    ]
-    return some or batches
+    return [each.select(some) for each, some in zip(batches, rows, strict=True) if some] or batches
 
 
 def _beginning(batch: Batch) -> Batch:

@@ -155,24 +155,13 @@ def collect(
         elif seen.batches > saved.done:
             saved.save(seen.batches, so_far, now=True)
         _check_alike(facts["model"], seen.digest.hexdigest())
-    return _checked(moments, facts, seen, current)
-
-
-def _checked(
-    moments: dict[str, Moments | Squares],
-    facts: dict[str, object],
-    seen: Seen,
-    current: InFlight,
-) -> MomentBank:
-    """Return the bank of all ranks' sums, with what they are over, if they are usable."""
     tokens, routed = counted(current)
     check_sums(moments, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
     weighed = {*facts.get("relative", ()), *routed}
     plain = [sums for name, sums in moments.items() if name not in weighed and not current.weighted]
-    tokens = int(plain[0].tokens.sum()) if plain else tokens
-    source = facts | seen.facts(tokens, routed)
-    return MomentBank(moments, source, seen.text, torch.tensor(seen.sequences))
+    facts |= seen.facts(int(plain[0].tokens.sum()) if plain else tokens, routed)
+    return MomentBank(moments, facts, seen.text, torch.tensor(seen.sequences))
 
 
 def _facts_of(model: nn.Module, taps: Sequence[Tap] = ()) -> dict[str, object]:
@@ -225,11 +214,6 @@ class Passes:
     def finish(self, found: Mapping[str, dict]) -> None:
         """Save what is known of a group beside its sums: nothing here."""
 
-    @property
-    def taken(self) -> int:
-        """How many passes it took."""
-        return len(self.summed)
-
     def __iter__(self) -> Iterator[Sequence[Site]]:
         return map(self._load, range(len(self.groups)))
 
@@ -245,7 +229,7 @@ class Passes:
                 self.summed.append(number)
             title, part = "calibrate", 0
             if len(self.groups) > 1:
-                title, part = f"calibrate, pass {self.taken}", number + 1
+                title, part = f"calibrate, pass {len(self.summed)}", number + 1
             of = None if self.saved is None else len(self.batches)
             how = {"saved": SavedSums(self.saved, of, part), "progress": self.progress}
             self.bank = collect_at(self.model, self.batches, group, title=title, **how)

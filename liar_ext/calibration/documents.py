@@ -72,17 +72,12 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
     return documents
 
 
-def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
-    """Raise InputError if documents of the evaluation are calibrated on.
+def check_apart(known: set[int], evaluation: Iterable[str]) -> None:
+    """Raise InputError if documents of the evaluation are among those of ``known`` digests.
 
     Documents are compared by a hash of their text without case and white space. Those of less than
     ``TELLING`` characters, such as headings, count if at least half of the evaluation is shared.
     """
-    check_apart_from(document_digests(calibration), evaluation)
-
-
-def check_apart_from(known: set[int], evaluation: Iterable[str]) -> None:
-    """Raise what :func:`check_apart` raises, of documents of which there are digests alone."""
     documents = list(evaluation)
     shared = [text for text in documents if document_digests([text]) <= known]
     telling = any(len(text) >= TELLING for text in shared)
@@ -181,10 +176,9 @@ def checked(text: str, place: str) -> str:
 def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
     documents, characters, missing = Documents(), 0, 0
     for number, row in enumerate(rows):
-        if "text" not in row:
-            raise InputError(
-                f"text: dataset {source} must have a column text, got {', '.join(row)}"
-            )
+        if not isinstance(row, Mapping) or "text" not in row:
+            came = ", ".join(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise InputError(f"text: dataset {source} must have a column text, got {came}")
         text = row["text"]
         if text is None:
             missing += 1

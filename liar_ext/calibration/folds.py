@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -30,7 +30,8 @@ class Sequences:
     """Sequences of one length, recordings or pictures, ready for a model."""
 
     # By their names, a row each; of text input_ids and attention_mask, (sequences, seq_len) int64.
-    inputs: Mapping[str, Tensor]
+    # Those of each sequence, if they are of sizes of their own.
+    inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
     fold: Tensor  # (sequences,) int64: 0 or 1; sequences of one document share it
     source: Tensor | None = None  # (sequences,) int64: which of several texts; -1 of no text
     bos: str = ""  # special tokens that every packed window begins with
@@ -61,12 +62,17 @@ class Sequences:
     def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
         """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds.
 
-        Texts of similar length share a batch, which is cut after the longest. A ``batch_size``
-        below 1 raises InputError.
+        Texts of similar length share a batch, which is cut after the longest. Inputs of sizes of
+        their own are a batch each. A ``batch_size`` below 1 raises InputError.
         """
         if batch_size < 1:
             raise InputError(f"batches: batch_size must be at least 1, got {batch_size}")
         facts = {"fold": self.fold} | ({} if self.source is None else {"source": self.source})
+        if not isinstance(self.inputs, Mapping):
+            return [
+                {**inputs, **{name: value[at : at + 1] for name, value in facts.items()}}
+                for at, inputs in enumerate(self.inputs)
+            ]
         text, batches = "attention_mask" in self.inputs, []
         lengths = self.attention_mask.sum(1) if text else torch.zeros(len(self))
         for fold in self.fold.unique():
@@ -76,12 +82,6 @@ class Sequences:
                 batch = {name: value[some, :longest] for name, value in self.inputs.items()}
                 batches.append(batch | {name: value[some] for name, value in facts.items()})
         return batches
-
-    def beside(self, more: Sequences) -> Sequences:
-        """Return these sequences and others that are as long, each with its source."""
-        inputs = {name: torch.cat([self.inputs[name], more.inputs[name]]) for name in self.inputs}
-        fold, source = torch.cat([self.fold, more.fold]), torch.cat([self.source, more.source])
-        return replace(self, inputs=inputs, fold=fold, source=source)
 
 
 def padded(rows: Iterable[Sequence[int]], pad: int | None) -> dict[str, Tensor]:

@@ -57,25 +57,15 @@ def collect_gradients(
 ) -> dict[str, SiteGradients]:
     """Run the model forward and backward over ``batches``; return the statistics by site name.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The dense model; weights, ``.grad``, ``requires_grad`` and mode are as they were afterwards.
-    batches : iterable of mapping or Tensor
-        As for :func:`liar_ext.calibrate`. A causal language model is asked for the next token:
-        ``L = −Σ_t log p(x_{t+1} | x_1 … x_t)``, targets from ``labels`` where the batch has them,
-        else from ``input_ids``; padding is neither asked nor asked for. Any other model needs
-        ``labels`` (or ``start_positions``), from which its own head computes the loss.
+    Batches are as for :func:`liar_ext.calibrate`. A causal language model is asked for the next
+    token: ``L = −Σ_t log p(x_{t+1} | x_1 … x_t)``, targets from ``labels`` where the batch has
+    them, else from ``input_ids``; padding is neither asked nor asked for. Any other model needs
+    ``labels`` (or ``start_positions``), from which its own head computes the loss. InputError is
+    raised if no loss can be computed, or it is not finite, or there is nothing to predict.
 
-    Raises
-    ------
-    InputError
-        If no loss can be computed, or it is not finite, or there is nothing to predict.
-
-    Notes
-    -----
-    Memory: beyond the model, one gradient of all weights of the sites and their running sum in
-    float32 (float64 for a float64 model), and the activations of one batch.
+    Weights, ``.grad``, ``requires_grad`` and mode of the model are as they were afterwards. Memory:
+    beyond it, one gradient of all weights of the sites and their running sum in float32 (float64
+    for a float64 model), and the activations of one batch.
     """
     check_owned(at)
     device = device_of(model)

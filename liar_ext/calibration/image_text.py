@@ -170,11 +170,7 @@ def _image(name: object, place: str, folder: Path) -> Item:
             f"put images below {folder} and name them relative to it"
         )
     path = folder / inside
-    try:
-        there = path.is_file()
-    except (OSError, ValueError):  # too long, or with a NUL
-        there = False
-    if not there:
+    if not os.path.isfile(path):  # which raises nothing for a name that is too long
         raise InputError(
             f"data: {place} names the image {said}, which is no file below {folder}; give the path "
             "of a file relative to that folder, and no address"
@@ -222,21 +218,6 @@ def _chat(
     return chat, used
 
 
-@dataclass(frozen=True)
-class Unlike(Sequences):
-    """Sequences of which each has inputs of its own sizes, and so a batch of its own."""
-
-    inputs: Sequence[Mapping[str, Tensor]]  # type: ignore[assignment]
-
-    def batches(self, batch_size: int = 1) -> list[dict[str, Tensor]]:
-        """Return a batch for each sequence, whatever ``batch_size`` is."""
-        facts = {"fold": self.fold, "source": self.source}
-        return [
-            {**inputs, **{name: value[at : at + 1] for name, value in facts.items()}}
-            for at, inputs in enumerate(self.inputs)
-        ]
-
-
 class ImageTextReader(Reader):
     """Makes the inputs of a model that reads images with text, by its ``processor``.
 
@@ -254,7 +235,7 @@ class ImageTextReader(Reader):
 
     def sequences(self, clips: Sequence[Example], *facts: Any) -> Sequences:
         """Return the inputs of the model's forward pass, for each example its own."""
-        return Unlike([self._one(each) for each in clips], *facts)
+        return Sequences([self._one(each) for each in clips], *facts)
 
     def _one(self, example: Example) -> dict[str, Tensor]:
         images = [decode_image(image) for image in example.images]

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from liar_ext.calibration import texts
-from liar_ext.calibration.bank import MomentBank, read_bank
+from liar_ext.calibration import documents, texts
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.documents import check_apart_from
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint.placing import check_place
@@ -100,7 +99,7 @@ def run_merge(options: argparse.Namespace) -> None:
     if len(options.banks) < 2:
         raise InputError("merge: needs at least two banks to add, got one; name another")
     check_bank_place(options.out, "merge", options.overwrite)
-    headers = {path: read_bank(path, sums=False) for path in options.banks}
+    headers = {path: MomentBank.load(path, sums=False) for path in options.banks}
     if len(headers) < len(options.banks):
         raise InputError("merge: one bank is named twice, which would count its text twice")
     # One order, whatever that of the arguments is: so the sum is the same to the last bit.
@@ -140,7 +139,7 @@ def check_bank_place(path: str, command: str, overwrite: bool) -> None:
     if not Path(path).exists():
         return
     with suppress(InputError):  # it is no bank
-        read_bank(path, sums=False)
+        MomentBank.load(path, sums=False)
         if overwrite:
             return
     raise InputError(
@@ -173,7 +172,7 @@ def save_bank(bank: MomentBank, path: str, command: str, overwrite: bool) -> Non
 def load_by_bank(recipe: Recipe, options: argparse.Namespace) -> Given:
     """Return what a recipe names, and the bank."""
     path = options.bank
-    header = read_bank(path, sums=False)
+    header = MomentBank.load(path, sums=False)
     recipe = recipe_of_bank(recipe, header.source, options)
     kind = kind_of(recipe.model, [recipe.eval])
     held_out = inputs.read_source(recipe.eval, kind) if recipe.eval else None
@@ -182,7 +181,7 @@ def load_by_bank(recipe: Recipe, options: argparse.Namespace) -> Given:
         if header.documents is None:
             warnings.append(UNCHECKED)
         else:
-            check_apart_from(set(header.documents.tolist()), held_out)
+            documents.check_apart(set(header.documents.tolist()), held_out)
     inputs.check_unloaded(recipe)
     model, tokenizer = inputs.load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     known = header.source.get("tokenizer")

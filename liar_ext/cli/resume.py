@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from liar_ext.calibration.bank import read_bank
+from liar_ext.calibration.bank import MomentBank
 from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.cli.inputs import WRITTEN
 from liar_ext.cli.output import check_shared, show
@@ -84,7 +84,7 @@ def is_done(folder: str, result: str) -> bool:
         if facts is None or not place.exists():
             return False
         if "plan" not in facts:
-            found = read_bank(place, sums=False).source
+            found = MomentBank.load(place, sums=False).source
             return all(found.get(name) == value for name, value in facts.items())
         written, began = (path.stat() for path in (place / PLAN_FILE, Path(folder, JOB_FILE)))
         later = written.st_mtime_ns >= began.st_mtime_ns and not strangers(place)

@@ -23,10 +23,10 @@ from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.recipe import Recipe
+from liar_ext.recipe.checks import CRITERIA
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
 from liar_ext.selection.costs import total_cost
-from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.whole_experts import bytes_of_products, layers_of
 from liar_ext.system.environment import process_memory
 from liar_ext.system.errors import InputError
@@ -117,7 +117,7 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
     passes *= job.bank is None
     sums = sum(tokens * site.active * site.d_in**2 for site in at)
     yield "calibrate", passes * count, passes * (forward + sums / len(groups)), held
-    backward = len(groups) * (get_criterion(recipe.criterion).needs == "gradient")
+    backward = len(groups) * (CRITERIA[recipe.criterion] == "gradient")
     yield "gradients", backward * count, backward * BACKWARD * (forward + head * tokens), held
     solves = 0.0
     if drawn:

@@ -30,10 +30,10 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating, inputs_read
 from liar_ext.models.sites import Site, why_whole
 from liar_ext.recipe import Recipe
+from liar_ext.recipe.checks import CRITERIA
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.layerwise import check_walk
 from liar_ext.selection.allocation import check_budget
-from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.whole_experts import count_experts_kept
 from liar_ext.system.distributed import world_size
 from liar_ext.system.errors import InputError
@@ -88,7 +88,7 @@ def prepare(job: Job) -> Job:
     job = replace(job, speed=job.timed(model))
     check_budget(at, recipe.budget, recipe.allocation, job.costs(model))
     _check_sizes(job, at)
-    backward = get_criterion(recipe.criterion).needs == "gradient"
+    backward = CRITERIA[recipe.criterion] == "gradient"
     if backward:
         check_owned(at)
     if job.saved is not None or job.walk or runs_over_text(recipe, job.known, model, at):

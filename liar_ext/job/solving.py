@@ -96,7 +96,7 @@ def reconstruct(job: Job, passes: Passes | None, plan: Plan, evaluation: Evaluat
             yield from solve_layerwise(walk, plan, *how, job.batches, job.certify_on or (), along)
         else:
             yield from passes.solve(plan, along)
-        facts["calibrate_passes"] = 0 if passes is None else passes.taken
+        facts["calibrate_passes"] = 0 if passes is None else len(passes.summed)
         facts["hidden_states_on_disk"] = walk.states.most_on_disk
 
     source = {} if passes is None else passes.bank.source
@@ -121,7 +121,7 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
                 found[each] = divergence_of(judge, passes.model, at, plan, solved[0])
             if len(found) == 1 or found[each] < found[schedule]:
                 schedule, (weights, rows) = each, solved
-    facts = {"calibrate_passes": passes.taken} | ({"schedules": found} if found else {})
+    facts = {"calibrate_passes": len(passes.summed)} | ({"schedules": found} if found else {})
     source = passes.bank.source
     if job.certify_on is not None and schedule == "one-pass":
         with job.clock("certify"):

@@ -139,7 +139,7 @@ class StreamedPasses(Passes):
             self.text.hidden.clear()
         if not known:
             self.summed.append(len(self.summed) + 1)
-        title = "from memory" if known else f"calibrate, walk {self.taken}"
+        title = "from memory" if known else f"calibrate, walk {len(self.summed)}"
         for index in self.walk.through(title, first):
             self.index = index
             group = [site for site in self.at if site.block == index]
@@ -305,6 +305,6 @@ class ProbeStreams:
             given = self.walk.model, own, self.dense.answering_for, probes
             values = mean_divergences(*given, progress=self.walk.progress)
         measured = dict.fromkeys(self.errors, 0.0)
-        for name, value in zip(probes, values, strict=True):
+        for name, value in values.items():
             measured |= dict.fromkeys(self.teams[name], value)
         return sensitivities_of(self.errors, measured)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.models.plan import Budget, Plan, SitePlan
-from liar_ext.models.sites import Site, attn_unit_of, teams_of
+from liar_ext.models.sites import Site, attn_unit_of
 from liar_ext.models.slicing import allowed_counts
 from liar_ext.selection.costs import Costs, choose
 from liar_ext.selection.error_curves import removal_order
@@ -119,7 +119,26 @@ def check_budget(
     """Raise what :func:`allocate` would raise, before any score is known."""
     if method not in _METHODS:
         raise InputError(f"allocate: method must be one of {', '.join(_METHODS)}, got {method!r}")
-    return _Problem.of(at, budget, costs or Costs.of(at, budget))
+    costs = costs or Costs.of(at, budget)
+    costs.check(at)
+    parts: dict[object, list[Site]] = {}
+    for site in at:
+        alike = (site.kind, site.units, site.width) if budget.uniform_layers else site.team
+        parts.setdefault(alike, []).append(site)
+    teams = tuple(_Team.of(some, budget, costs) for some in parts.values())
+    total, fixed = costs.total + costs.gone, costs.total - sum(team.costs[-1] for team in teams)
+    problem = _Problem(teams, budget.keep * total - fixed + 1e-9 * total)
+    least = problem.spent([0] * len(teams))
+    if least > problem.limit:
+        outside = fixed / total
+        more = ", or remove tokens or features, too (keep_vocab, keep_hidden)"
+        hint = "raise keep, or lower tile" + more * (budget.of == "params")
+        beside = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
+        raise InputError(
+            f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile={budget.tile} "
+            f"the sites can go down to {(least + fixed) / total:.4g}{beside}; {hint}"
+        )
+    return problem
 
 
 def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
@@ -165,32 +184,6 @@ class _Problem:
 
     teams: tuple[_Team, ...]
     limit: float
-
-    @classmethod
-    def of(cls, at: Sequence[Site], budget: Budget, costs: Costs) -> _Problem:
-        costs.check(at)
-        parts: dict[object, list[Site]] = teams_of(at)
-        if budget.uniform_layers:
-            parts = {}
-            for site in at:
-                parts.setdefault((site.kind, site.units, site.width), []).append(site)
-        teams = tuple(_Team.of(some, budget, costs) for some in parts.values())
-        in_sites = sum(team.costs[-1] for team in teams)
-        total, fixed = costs.total + costs.gone, costs.total - in_sites
-        limit = budget.keep * total - fixed
-        problem = cls(teams, limit + 1e-9 * total)
-        least = problem.spent([0] * len(teams))
-        if least > problem.limit:
-            outside = fixed / total
-            more = ", or remove tokens or features, too (keep_vocab, keep_hidden)"
-            hint = "raise keep, or lower tile" + more * (budget.of == "params")
-            beside = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
-            raise InputError(
-                f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile="
-                f"{budget.tile} the sites can go down to "
-                f"{(least + fixed) / total:.4g}{beside}; {hint}"
-            )
-        return problem
 
     def spent(self, steps: Sequence[int]) -> float:
         return sum(team.cost(step) for team, step in zip(self.teams, steps, strict=True))

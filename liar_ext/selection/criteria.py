@@ -41,17 +41,8 @@ class SiteStatistics:
     site: str = ""  # its name, such as "3.mlp"
 
 
-@dataclass(frozen=True)
-class Criterion:
-    """A scoring function, what it needs, and the paper that it comes from."""
-
-    name: str
-    needs: str
-    source: str
-    function: Callable[[SiteStatistics], Tensor]
-
-
-_CRITERIA: dict[str, Criterion] = {}
+# By name; CRITERIA has what each needs.
+_CRITERIA: dict[str, Callable[[SiteStatistics], Tensor]] = {}
 
 
 def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
@@ -77,15 +68,10 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
 
     def register(function: Callable[[SiteStatistics], Tensor]) -> Callable:
         CRITERIA[name] = needs
-        _CRITERIA[name] = Criterion(name, needs, source, function)
+        _CRITERIA[name] = function
         return function
 
     return register
-
-
-def get_criterion(name: str) -> Criterion:
-    """Return a registered criterion; raise InputError with the known names if there is none."""
-    return _CRITERIA[check_criterion("criterion", name)]
 
 
 def score(
@@ -133,9 +119,9 @@ def score(
     """
     if per not in PER:
         raise InputError(f"score: per must be one of {', '.join(PER)}, got {per!r}")
-    chosen = get_criterion(criterion)
+    chosen = _CRITERIA[check_criterion("criterion", criterion)]
     gradients: Mapping[str, SiteGradients] = {}
-    if chosen.needs == "gradient":
+    if CRITERIA[criterion] == "gradient":
         if batches is None:
             raise InputError(
                 f"score: criterion {criterion} needs gradients, which moments do not hold; give "
@@ -157,11 +143,11 @@ def score(
             site=site.name,
         )
         # Of an expert that no token reached only the weights are known.
-        function = chosen.function if moments.tokens.sum() > 0 else magnitude
+        function = chosen if moments.tokens.sum() > 0 else magnitude
         values = function(stats).to(device)
         if values.shape not in ((site.units,), (site.d_in,)) or not torch.isfinite(values).all():
             raise InputError(
-                f"score: criterion {chosen.name} must give {site.units} finite scores at "
+                f"score: criterion {criterion} must give {site.units} finite scores at "
                 f"{site.name}, or {site.d_in} by feature, got shape {tuple(values.shape)}"
             )
         scores[site.name] = values if per == "feature" else site.per_unit(values)

@@ -169,13 +169,11 @@ class Judge:
 
     def advance(self, index: int, chosen: Chosen | None = None) -> None:
         """Take all past a block, which is in memory, without the experts that leave it."""
+        layers = [] if chosen is None else [chosen]
         for name in self.ways if chosen is None else chosen.ways:
             own = self.ways.setdefault(name, [])
             for fold, dense in enumerate(self.dense):
-                with ExitStack() as stack:
-                    if chosen is not None:
-                        given = self.walk.model, [chosen], name, FOLDS - 1 - fold
-                        stack.enter_context(without_experts(*given))
+                with without_experts(self.walk.model, layers, name, FOLDS - 1 - fold):
                     if fold == len(own):
                         own.append(dense.branch("judged", index))
                     else:

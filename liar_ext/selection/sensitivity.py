@@ -59,28 +59,29 @@ class Measured:
             said = f"{done} of {of} divergences"
             self.saved.put(self.key, facts={"found": self.found, "said": said})
 
-    def means(self, names: Sequence[str]) -> list[float]:
-        """Return the mean over the rows of all ranks by probe; refuse what isn't finite."""
+    def means(self) -> dict[str, float]:
+        """Return the mean over rows by probe, those of all ranks; refuse what isn't finite."""
         every: dict[int, dict[str, float]] = {}
         for found in gather(self.found):
             for batch, values in found.items():
                 every.setdefault(batch, {}).update(values)
-        totals = dict.fromkeys((ROWS, *names), 0.0)
+        totals: dict[str, float] = {}
         for batch in sorted(every):  # not sum(), which rounds otherwise from Python 3.12 on
-            for name in totals:
-                totals[name] += every[batch][name]
-        if not totals[ROWS]:
+            for name, value in every[batch].items():
+                totals[name] = totals.get(name, 0.0) + value
+        rows = int(totals.pop(ROWS, 0))
+        if not rows:
             raise InputError(
                 "sensitivity: needs at least one batch to run, and outputs of the dense model that "
                 "are finite, got none; give text, or load the model in a wider dtype"
             )
-        for name in names:
-            if not math.isfinite(totals[name]):
+        for name, total in totals.items():
+            if not math.isfinite(total):
                 raise InputError(
-                    f"sensitivity: outputs must be finite, got a divergence of {totals[name]} with "
-                    f"{name} pruned; load the model in a wider dtype"
+                    f"sensitivity: outputs must be finite, got a divergence of {total} with {name} "
+                    "pruned; load the model in a wider dtype"
                 )
-        return [totals[name] / int(totals[ROWS]) for name in names]
+        return {name: total / rows for name, total in totals.items()}
 
 
 @torch.no_grad()
@@ -91,17 +92,15 @@ def mean_divergences(
     probes: Mapping[str, Having],
     *,
     saved: Measured | None = None,
-    every: Sequence[str] | None = None,
     progress: bool = False,
-) -> list[float]:
-    """Return the mean ``KL(dense ‖ pruned)`` per token of each probe, in nats.
+) -> dict[str, float]:
+    """Return the mean ``KL(dense ‖ pruned)`` per token of each probe of all ranks, in nats.
 
     Outputs are compared at ``POSITIONS`` tokens of a sequence. ``batches``, by their numbers, and
-    ``probes``, by name, are those of this rank; ``every`` names the probes of all ranks if this one
-    has not all of them. ``dense`` and each probe make the model the dense one, or that of the
-    probe. What ``saved`` has isn't measured.
+    ``probes``, by name, are those of this rank. ``dense`` and each probe make the model the dense
+    one, or that of the probe. What ``saved`` has isn't measured.
     """
-    every, measured = list(probes) if every is None else every, saved or Measured()
+    measured = saved or Measured()
     spare("sensitivity", sum(measured.has(number, name) for number in batches for name in probes))
     of = len(batches) * len(probes)
     with Bar(total=of, desc="sensitivity", disable=not progress) as bar:
@@ -118,7 +117,7 @@ def mean_divergences(
                     with pruned(number):
                         value = outputs.divergence(model, finite_only=True)
                     measured.put(number, name, value, of)
-    return measured.means(every)
+    return measured.means()
 
 
 def site_divergences(
@@ -178,16 +177,13 @@ def site_divergences(
                 stack.enter_context(pruned_site(model, site, plan, weights[site.name]))
             yield
 
-    having = {name: partial(pruned, some) for name, some in probes.items()}
-    mine = dict(list(having.items())[rank() :: world_size()])
-    numbered = dict(enumerate(read_batches(batches)))
-    how = {"saved": saved, "every": list(having), "progress": progress}
+    names = list(probes)[rank() :: world_size()]
+    mine = {name: partial(pruned, probes[name]) for name in names}
+    numbered, how = dict(enumerate(read_batches(batches))), {"saved": saved, "progress": progress}
     with evaluating(model):
         values = mean_divergences(model, numbered, dense, mine, **how)
     found = dict.fromkeys(plan.sites, 0.0)
-    for some, value in zip(probes.values(), values, strict=True):
-        found |= {site.name: value for site in some}
-    return found
+    return found | {s.name: values[name] for name, some in probes.items() for s in some}
 
 
 def blocks_before(

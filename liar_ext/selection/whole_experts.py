@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,54 +51,45 @@ MOST_TOKENS = 4096
 CHUNK = 64  # tokens whose outputs of all experts are held at a time
 
 
-class Collector:
-    """Collects what a layer of experts does with tokens that pass it, every ``stride``-th one."""
+def collect_tokens(
+    model: nn.Module, first: Site, run: Callable[[Callable[[Batch], None]], None], stride: int = 1
+) -> LayerTokens:
+    """Return what a layer of experts does with every ``stride``-th token that passes it in ``run``.
 
-    def __init__(self, model: nn.Module, first: Site, stride: int = 1) -> None:
-        self.model, self.first, self.stride, self.seen = model, first, stride, 0
-        self.experts = [each for each in sites(model, ("mlp",)) if each.team == first.team]
-        self.parts: list[tuple[Tensor, ...]] = []
-        self.used = self.fold = self.logits = torch.empty(0)  # of the batch that is run
+    That is given a function to call with each batch before the model runs it; padding isn't taken.
+    """
+    experts = [each for each in sites(model, ("mlp",)) if each.team == first.team]
+    router, choice = router_of(model, first), choice_of(model, first)
+    module, seen = model.get_submodule(called_at(first)), 0
+    now: dict[str, Tensor] = {}  # of the batch that is run
+    parts: list[tuple[Tensor, ...]] = []
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Collect of all batches that :meth:`begin` is told of."""
-        module = self.model.get_submodule(called_at(self.first))
-        with watched(router_of(self.model, self.first), self._chose), watched(module, self._ran):
-            yield
-
-    def begin(self, batch: Batch) -> None:
-        """Note which tokens of a batch are taken; padding isn't."""
+    def begin(batch: Batch) -> None:
+        nonlocal seen
         width = next(iter(batch.inputs.values())).shape[1]
         counts = batch.counting(len(batch) * width, torch.device("cpu"))
-        order = counts.cumsum(0) - 1 + self.seen
-        self.used = (counts & (order % self.stride == 0)).nonzero().flatten()
-        self.fold = batch.fold.repeat_interleave(width)
-        self.seen += count_tokens(batch)
+        order = counts.cumsum(0) - 1 + seen
+        now["used"] = (counts & (order % stride == 0)).nonzero().flatten()
+        now["fold"] = batch.fold.repeat_interleave(width)
+        seen += count_tokens(batch)
 
-    def _chose(self, _: tuple, output: tuple) -> None:
-        self.logits = output[0]
-
-    def _ran(self, arguments: tuple, _: object) -> None:
-        """Note what the experts got and gave."""
+    def ran(arguments: tuple, _: object) -> None:
         hidden, chosen, weights = arguments[:3]
-        used, fold = self.used.to(hidden.device), self.fold.to(hidden.device)
-        whole = weights.new_zeros(len(hidden), self.first.experts, dtype=torch.float64)
+        used, fold = (now[name].to(hidden.device) for name in ("used", "fold"))
+        whole = weights.new_zeros(len(hidden), first.experts, dtype=torch.float64)
         whole.scatter_(1, chosen, weights.double())
-        products = _products(self.model, self.experts, hidden[used])
-        self.parts.append((self.logits[used], whole[used], products, fold[used]))
+        products = _products(model, experts, hidden[used])
+        parts.append((now["logits"][used], whole[used], products, fold[used]))
 
-    def tokens(self) -> LayerTokens:
-        """Return what was collected of all batches, whose memory is free afterwards."""
-        parts, self.parts = self.parts, []
-        joined = [torch.cat(part) for part in zip(*parts, strict=True)]
-        router, choice = router_of(self.model, self.first), choice_of(self.model, self.first)
-        tokens = LayerTokens(self.first, router, choice, *joined)
-        if set(tokens.fold.tolist()) != set(range(FOLDS)):
-            raise InputError(
-                f"experts: each of the {FOLDS} folds needs tokens; give at least 2 sequences"
-            )
-        return tokens
+    with watched(router, lambda _, output: now.update(logits=output[0])), watched(module, ran):
+        run(begin)
+    joined = (torch.cat(part) for part in zip(*parts, strict=True))
+    tokens = LayerTokens(first, router, choice, *joined)
+    if set(tokens.fold.tolist()) != set(range(FOLDS)):
+        raise InputError(
+            f"experts: each of the {FOLDS} folds needs tokens; give at least 2 sequences"
+        )
+    return tokens
 
 
 def stride_of(tokens: int) -> int:
@@ -175,10 +166,10 @@ def choose_experts(
             check_block(walk, read, index)
         chosen = None
         if index in layers:
-            each = Collector(model, layers[index], stride_of(total))
-            with each.watching():
-                text.advance(index, each.begin)
-            chosen = _chosen(each.tokens(), count, mode, damp)
+            run, stride = partial(text.advance, index), stride_of(total)
+            tokens = collect_tokens(model, layers[index], run, stride)
+            chosen = _chosen(tokens, count, mode, damp)
+            del tokens  # its memory is for the next layer's
             found.append(chosen)
         else:
             text.advance(index)

@@ -128,6 +128,15 @@ def test_sources_of_texts_keep_their_names(model):
     assert one.text[3]["source"].tolist() == [-1, 2]
 
 
+def test_text_of_more_sources_than_are_named_is_not_added(model):
+    one, other = calibrate(model, batches(0)), calibrate(model, batches(1))
+    one.source["texts"], other.source["texts"] = ["a", "b"], ["c"]
+    before = one["0.mlp"].gram.clone(), dict(one.source)
+    with pytest.raises(InputError, match="MomentBank.merge: text is of source 1 and the names are"):
+        one.merge(other)
+    assert torch.equal(one["0.mlp"].gram, before[0]) and one.source == before[1]
+
+
 def test_text_that_one_lacks_is_dropped(model):
     one, other = calibrate(model, batches(0)), calibrate(model, batches(1), keep_text=False)
     one.merge(other)

@@ -46,6 +46,8 @@ def test_a_dataset_that_the_caller_has_prepared():
             texts.read_documents(given.remove_columns("text"))
         with pytest.raises(InputError, match="the dataset given holds no text"):
             texts.read_documents(given.filter(lambda row: row["n"] == 2))
+    with pytest.raises(InputError, match="dataset given must have a column text, got a str"):
+        texts.read_documents(["some text"])  # documents themselves
 
 
 def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
@@ -201,8 +203,12 @@ def test_documents_that_are_calibrated_on_do_not_judge(tmp_path):
     story = "Once upon a time, " * 20
     other = "Another tale altogether. " * 20
     copy = story.upper().replace(" ", "\n ")
-    texts.check_apart([story, "Title"], [other, "Title", "End"])
+
+    def check_apart(calibration, evaluation):
+        texts.check_apart(texts.document_digests(calibration), evaluation)
+
+    check_apart([story, "Title"], [other, "Title", "End"])
     with pytest.raises(InputError, match="1 of 3 documents are in the calibration text"):
-        texts.check_apart([story, "Title"], [other, copy, "End"])
+        check_apart([story, "Title"], [other, copy, "End"])
     with pytest.raises(InputError, match="2 of 3 documents"):
-        texts.check_apart(["a b", "c"], ["AB", "C", "d"])
+        check_apart(["a b", "c"], ["AB", "C", "d"])

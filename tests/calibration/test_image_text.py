@@ -15,7 +15,7 @@ from transformers import CLIPProcessor
 
 from liar_ext import InputError, calibrate, perplexity
 from liar_ext.calibration.batches import read_batches
-from liar_ext.calibration.documents import check_apart, text_digest
+from liar_ext.calibration.documents import check_apart, document_digests, text_digest
 from liar_ext.calibration.image_text import (
     Example,
     ImageTextReader,
@@ -62,7 +62,7 @@ def test_a_line_is_images_with_text_or_a_chat(tmp_path):
     other = read_examples(write_lines(tmp_path / "b.jsonl", {"image": "sub/00.png", "text": "b"}))
     assert other[0] == files[0]
     with pytest.raises(InputError, match="1 of 1 documents are in the calibration text too"):
-        check_apart(files, other)
+        check_apart(document_digests(files), other)
     changed = read_examples(write_lines(tmp_path / "b.jsonl", {"image": "sub/00.png", "text": "c"}))
     assert list(changed) == list(other) and text_digest(changed) != text_digest(other)
 

@@ -15,7 +15,7 @@ from tiny import tiny
 from transformers import ViTImageProcessorPil, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from liar_ext import InputError
-from liar_ext.calibration.documents import check_apart, text_digest
+from liar_ext.calibration.documents import check_apart, document_digests, text_digest
 from liar_ext.calibration.media import (
     AUDIO,
     IMAGES,
@@ -78,9 +78,9 @@ def test_files_are_told_apart_by_their_bytes_not_their_names(tmp_path):
     write_pictures(tmp_path / "same", 2)
     write_pictures(tmp_path / "other", 3, seed=1)
     some, same, other = (read_files(tmp_path / n, IMAGES) for n in ("a", "same", "other"))
-    check_apart(some, other)
+    check_apart(document_digests(some), other)
     with pytest.raises(InputError, match="2 of 2 documents are in the calibration text too"):
-        check_apart(some, same)
+        check_apart(document_digests(some), same)
     assert text_digest(some) != text_digest(same)
 
 

@@ -99,7 +99,7 @@ def test_batches_that_can_be_read_only_once_are_kept():
             assert passes.bank.keys() == {site.name for site in group}
             for site in group:
                 assert torch.equal(passes.bank[site.name].gram, whole[site.name].gram)
-    assert passes.taken == 2 * len(passes.groups) - 1
+    assert len(passes.summed) == 2 * len(passes.groups) - 1
 
 
 @pytest.mark.parametrize(

@@ -333,5 +333,4 @@ def test_torch_is_imported_for_a_job_alone(line, code):
 
 
 def test_the_help_names_all_criteria():
-    needs = {name: each.needs for name, each in _CRITERIA.items()}
-    assert needs == CRITERIA
+    assert _CRITERIA.keys() == CRITERIA.keys()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tiny import MOE, outputs, tiny, tiny_inputs
 from tiny import eager as each_in_turn
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import read_batches
+from liar_ext.calibration.batches import Batch, read_batches
 from liar_ext.calibration.taps import watched
 from liar_ext.models.experts import reroute, router_of
 from liar_ext.models.plan import Plan, SitePlan
@@ -19,10 +19,10 @@ from liar_ext.models.slicing import apply_plan
 from liar_ext.reconstruction.streams import InMemory, Walk
 from liar_ext.selection.expert_scales import LayerTokens
 from liar_ext.selection.whole_experts import (
-    Collector,
     KeptExperts,
     choose,
     choose_experts,
+    collect_tokens,
     layers_of,
 )
 from liar_ext.system.errors import InputError
@@ -61,15 +61,13 @@ def chosen_of(model: nn.Module, batches: list[dict], keep: float, **how) -> Kept
 @torch.no_grad()
 def collected(model: nn.Module, batches: list[dict], stride: int = 1) -> list[LayerTokens]:
     """Return what all layers of experts do with a text."""
-    found = [Collector(model, site, stride) for site in layers_of(model)]
-    with ExitStack() as stack:
-        for each in found:
-            stack.enter_context(each.watching())
+
+    def run(begin: Callable[[Batch], None]) -> None:
         for batch in read_batches(batches):
-            for each in found:
-                each.begin(batch)
+            begin(batch)
             model(**batch.inputs)
-    return [each.tokens() for each in found]
+
+    return [collect_tokens(model, site, run, stride) for site in layers_of(model)]
 
 
 def first_layer(name: str, kept: tuple[int, ...]) -> Plan:
