@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -82,6 +82,12 @@ class Sequences:
                 batch = {name: value[some, :longest] for name, value in self.inputs.items()}
                 batches.append(batch | {name: value[some] for name, value in facts.items()})
         return batches
+
+    def beside(self, more: Sequences) -> Sequences:
+        """Return these sequences and others that are as long, each with its source."""
+        inputs = {name: torch.cat([self.inputs[name], more.inputs[name]]) for name in self.inputs}
+        fold, source = torch.cat([self.fold, more.fold]), torch.cat([self.source, more.source])
+        return replace(self, inputs=inputs, fold=fold, source=source)
 
 
 def padded(rows: Iterable[Sequence[int]], pad: int | None) -> dict[str, Tensor]:

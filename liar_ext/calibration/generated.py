@@ -86,7 +86,10 @@ def write_sequences(
     """Let a model write sequences, as :func:`write_documents` does, and leave them tokens.
 
     They are ``count``, but one at least for each fold, of ``seq_len`` tokens, begin as windows of
-    text do, and go to the folds by turns. For an estimate only ``written`` tokens are written.
+    text do, and go to the folds by turns. For an estimate only ``written`` tokens are written. ::
+
+        text = calibration_sequences([read_documents("text.txt")], tokenizer, samples=64)
+        both = text.beside(write_sequences(model, tokenizer, count=21, seq_len=512))
     """
     count = max(count, FOLDS)
     prefix = torch.tensor(document_prefix(tokenizer), dtype=torch.long).expand(count, -1)

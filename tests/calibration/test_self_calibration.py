@@ -10,7 +10,7 @@ from tiny import tiny
 from liar_ext import InputError, cli
 from liar_ext.calibration import generated
 from liar_ext.calibration.generated import write_documents, write_sequences
-from liar_ext.calibration.texts import document_prefix
+from liar_ext.calibration.texts import calibration_sequences, document_prefix
 from liar_ext.models.running import computes_bfloat16
 
 
@@ -177,10 +177,15 @@ def test_sequences_are_those_tokens_in_turns(tokenizer):
 
 def test_sequences_beside_others_are_of_no_text(tokenizer):
     model = tiny("llama")
-    own = write_sequences(model, tokenizer, count=3, seq_len=12)
-    assert own.source.tolist() == [-1, -1, -1]
-    (folds,) = {len(batch["fold"].unique()) for batch in own.batches()}
-    assert folds == 1
+    text = calibration_sequences(
+        [["ab" * 300] * 9, ["cd" * 300] * 9], tokenizer, samples=8, seq_len=12, random_tokens=0.5
+    )
+    both = text.beside(write_sequences(model, tokenizer, count=3, seq_len=12))
+    assert both.source.tolist() == [*text.source.tolist(), -1, -1, -1]
+    assert len(both) == 8 + 8 + 3 and both.bos == text.bos
+    assert torch.equal(both.input_ids[:16], text.input_ids)
+    (own,) = {len(batch["fold"].unique()) for batch in both.batches()}
+    assert own == 1
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])
