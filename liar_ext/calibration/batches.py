@@ -240,7 +240,12 @@ def _sources(batch: Batch) -> list[int]:
 def _of_text(batches: Sequence[Batch]) -> Sequence[Batch]:
     """Return batches without sequences of no text; as they are if there is none of text."""
     rows = [[row for row, source in enumerate(_sources(each)) if source >= 0] for each in batches]
-    return [each.select(some) for each, some in zip(batches, rows, strict=True) if some] or batches
+    kept = [
+        each if len(some) == len(each) else each.select(some)  # which copies
+        for each, some in zip(batches, rows, strict=True)
+        if some
+    ]
+    return kept or batches
 
 
 def _beginning(batch: Batch) -> Batch:

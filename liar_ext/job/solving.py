@@ -129,8 +129,8 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
             given = passes.model, job.certify_on, job.sites(passes.model), job.room
             unseen = Passes(*given, progress=job.progress)  # no decision saw it: without bias
             for site in (site for group in unseen for site in group):
-                new, sums = weights[site.name], unseen.bank[site.name]
-                error = error_on(passes.model, site, plan, new, sums)
+                given = passes.model, site, plan, weights[site.name]
+                error = error_on(*given, unseen.bank[site.name])  # a name would keep the sums
                 rows[site.name] = replace(rows[site.name], certified_error=error)
     return Solved([(None, weights, rows)], schedule, source, facts)
 

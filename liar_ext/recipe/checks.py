@@ -105,27 +105,33 @@ def share(example: str) -> Check:
     return check
 
 
-def share_or_count(must: str) -> Check:
-    """Return the check of a fraction in (0, 1], or of an integer above 1 that counts."""
-
-    def check(name: str, value: Any) -> float | int:
-        if is_number(value) and 0 < value <= 1:
-            return float(value)
-        if is_number(value, numbers.Integral) and 1 < value <= MOST:
-            return int(value)
-        raise wrong(name, must, value)
-
-    return check
+def _share_or_count(value: Any) -> float | int:
+    """Return a fraction in (0, 1], or an integer above 1 that counts; else raise ValueError."""
+    if is_number(value) and 0 < value <= 1:
+        return float(value)
+    if is_number(value, numbers.Integral) and 1 < value <= MOST:
+        return int(value)
+    raise ValueError(value)
 
 
-experts = share_or_count("be a fraction in (0, 1], or a number of experts such as 48")
+experts = checked(
+    "be a fraction in (0, 1], or a number of experts such as 48",
+    lambda value: True,
+    _share_or_count,
+)
 
 
-def vocabulary(name: str, value: Any) -> float | int | str:
-    """Check a fraction in (0, 1], a number of tokens, which may be text as 32k, or "auto"."""
+def _tokens(value: Any) -> float | int | str:
     found = read_tokens(value) if isinstance(value, str) else value
-    must = 'be a fraction in (0, 1], a number of tokens such as 32k, or "auto"'
-    return found if found == "auto" else share_or_count(must)(name, found)
+    return found if found == "auto" else _share_or_count(found)
+
+
+# A number of tokens may be text.
+vocabulary = checked(
+    'be a fraction in (0, 1], a number of tokens such as 32k, or "auto"',
+    lambda value: True,
+    _tokens,
+)
 
 
 def scripts(name: str, value: Any) -> tuple[str, ...]:

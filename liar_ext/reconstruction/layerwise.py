@@ -137,6 +137,7 @@ def solve_layerwise(
 
     def steps(done: int, streams: Streams) -> Iterator[Solved]:
         solver.resume(streams)
+        streams.clear()  # the first states, which the parts will have left behind
         title = "layerwise" if plan.sites else "save"
         for index in walk.through("gaps" if gone else title, done, count):
             if index <= planned:

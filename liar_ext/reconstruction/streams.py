@@ -196,7 +196,7 @@ class StreamedBatches:
     name: str  # of their hidden states in a checkpoint
     walk: Walk
     batches: Iterable[Batch]
-    numbers: Sequence[int] | None = None  # of those of this rank; None if no other rank has some
+    numbers: Sequence[int] | None = None  # of those of this rank in the whole text; None: from 0 on
     hidden: list[Held] = field(default_factory=list)  # given if they have begun
 
     def __post_init__(self) -> None:

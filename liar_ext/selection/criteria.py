@@ -61,7 +61,7 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
         backward over the calibration text, beside weight and moments. Anything else raises
         InputError.
     source : str
-        Where it was published, e.g. ``"arXiv:2306.11695"``.
+        Where it was published, e.g. ``"arXiv:2306.11695"``, for readers of the code.
     """
     if needs not in NEEDS:
         raise InputError(f"criterion: needs must be one of {', '.join(NEEDS)}, got {needs!r}")
