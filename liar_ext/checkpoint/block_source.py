@@ -79,7 +79,7 @@ class BlockStore:
                     f"says {tuple(parameter.shape)}; copy it again"
                 )
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
-        self._ahead: dict[int, Future] = {}  # of the block that is read in advance
+        self._next: tuple[int, Future] | None = None
         check_finite_tensors((n, p) for n, p in self.model.named_parameters() if not p.is_meta)
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class BlockStore:
         path = self._paths[index]
         self._install(self._taken(index))
         if self.prefetch and index + 1 < len(self):
-            self._ahead[index + 1] = self._reader.submit(self._read_below, self._paths[index + 1])
+            self._next = index + 1, self._reader.submit(self._read_below, self._paths[index + 1])
         try:
             yield self.model.get_submodule(path)
         finally:
@@ -138,14 +138,17 @@ class BlockStore:
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._ahead.clear()
+        self._next = None
         self._reader.shutdown(cancel_futures=True)
         self._weights.close()
 
     def _taken(self, index: int) -> dict[str, Tensor]:
-        ahead = self._ahead.pop(index, None)
-        self._ahead.clear()  # the memory of another block, before this one is read
-        return (ahead or self._reader.submit(self._read_below, self._paths[index])).result()
+        ahead, self._next = self._next, None
+        tensors = ahead[1].result() if ahead is not None else None
+        if ahead is not None and ahead[0] == index:
+            return tensors
+        del tensors, ahead  # before others are read
+        return self._read_below(self._paths[index])
 
     def _read_below(self, path: str) -> dict[str, Tensor]:
         leaves = (name for name, _ in self.model.get_submodule(path).named_parameters())
@@ -246,13 +249,15 @@ def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str,
     inside = tuple(f"{path}." for path in apart)
     named = (model.named_parameters, model.named_buffers)
     all_names = [name for each in named for name, _ in each(remove_duplicate=False)]
-    here = {}
-    for name in all_names:
-        if not name.startswith(inside):
-            owner = name.rpartition(".")[0]
-            single = not owner or any(path.startswith(f"{owner}.") for path in apart)
-            here[name if single else owner] = device
+    outside = [name for name in all_names if not name.startswith(inside)]
+    here = {_mapped(name, apart): device for name in outside}
     return blocks, head, here | dict.fromkeys(apart, "disk")
+
+
+def _mapped(name: str, apart: tuple[str, ...]) -> str:
+    """Return a tensor's module, or its own name if the module has what is mapped apart."""
+    owner = name.rpartition(".")[0]
+    return name if not owner or any(path.startswith(f"{owner}.") for path in apart) else owner
 
 
 class OpenWeights:
