@@ -171,7 +171,7 @@ def _reason(entry: Entry, before: str, after: str = "") -> str:
 
 
 def main() -> None:
-    """Write the three pages."""
+    """Write both pages."""
     table = overview()
     (ROOT / "docs" / "families.md").write_text(markdown(table), encoding="utf-8")
     path = ROOT / "README.md"

@@ -40,11 +40,15 @@ class Timed(Known):
         def timed(missing: Sequence[Site]) -> Mapping:
             start, values = time.process_time(), compute(missing)
             seconds = (time.process_time() - start) / len(missing)
-            self.took |= {(what, key, site.name, site.unit): seconds for site in missing}
+            self.took |= {(what, key, *_shape(site)): seconds for site in missing}
             return values
 
-        self.spared += sum(self.took.get((what, key, s.name, s.unit), 0.0) for s in at)
+        self.spared += sum(self.took.get((what, key, *_shape(site)), 0.0) for site in at)
         return super().get(what, key, at, timed)
+
+
+def _shape(site: Site) -> tuple[str, ...]:
+    return site.name, site.unit, str(site.units)
 
 
 @dataclass

@@ -31,7 +31,7 @@ PATHS = (  # options that name something to read
     *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
     *("folder", "folders", "against"),
 )
-FIELD = re.compile(r"^(?:recipe|Budget): (\w+)")  # of a recipe, where an error begins
+FIELD = re.compile(r"^(?:recipe|Budget): (\w+)(?= )")  # of a recipe, where an error begins
 OPTIONS = {each.name: option_of(each) for each in recipe_fields() if each.name != "model"}
 
 

@@ -549,6 +549,8 @@ def test_colours_are_of_a_terminal(no_color, painted, monkeypatch):
     assert error_lines("load: it is; do this") == "error: it is\nhint: do this"
     said = error_lines("""latency: no; use of="flops" or attn_unit='head', not size="x\"""")
     assert said == """error: no\nhint: use --of flops or --attn-unit head, not size="x\""""
+    for name, shown in (("eval", "--eval"), ("eval.txt", "eval.txt"), ("my_eval", "my_eval")):
+        assert error_lines(f"recipe: {name} changed") == f"error: {shown} changed"
 
 
 def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
