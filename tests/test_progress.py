@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
+import sys
 import threading
 import time
 
@@ -97,6 +99,21 @@ def test_outside_of_a_job_a_bar_is_that_of_tqdm():
     out = Terminal()
     list(Bar(range(4), desc="evaluate", file=out))
     assert "evaluate: 100%" in out.getvalue() and out.getvalue().endswith("\n")
+
+
+def test_a_bar_that_is_interrupted_in_its_making_goes_without_a_word(monkeypatch):
+    """Python would print what is raised where an object is deleted."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tqdm, "__init__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Bar(range(3))
+    gc.collect()
+    assert not said
 
 
 def test_where_there_is_no_terminal_nothing_is_written():

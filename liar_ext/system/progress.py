@@ -53,6 +53,9 @@ class Bar(tqdm):
     each step instead. ``desc`` names the stage, up to a comma.
     """
 
+    # Of a bar that Ctrl-C stops in its making, which is closed all the same.
+    job, logs, disable, _ended = None, False, True, threading.Event()
+
     def __init__(
         self, *args: object, disable: bool = False, desc: str = "", **settings: object
     ) -> None:
