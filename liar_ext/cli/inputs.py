@@ -174,8 +174,8 @@ def _documents(
     held_out = read_source(recipe.eval, kind) if recipe.eval else None
     docs.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
-        read_before = docs.document_digests(text for some in read.values() for text in some)
-        docs.check_apart(read_before, held_out)
+        known = docs.document_digests(text for some in read.values() for text in some)
+        docs.check_apart(known, held_out)
     return read, held_out
 
 

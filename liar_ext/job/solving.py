@@ -126,11 +126,11 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
     if job.certify_on is not None and schedule == "one-pass":
         with job.clock("certify"):
             passes.bank = MomentBank()  # its memory is for the fresh sums
-            given = passes.model, job.certify_on, job.sites(passes.model), job.room
-            unseen = Passes(*given, progress=job.progress)  # no decision saw it: without bias
+            text = passes.model, job.certify_on, job.sites(passes.model), job.room
+            unseen = Passes(*text, progress=job.progress)  # no decision saw it: without bias
             for site in (site for group in unseen for site in group):
-                given = passes.model, site, plan, weights[site.name]
-                error = error_on(*given, unseen.bank[site.name])  # a name would keep the sums
+                new = passes.model, site, plan, weights[site.name]
+                error = error_on(*new, unseen.bank[site.name])  # a name would keep the sums
                 rows[site.name] = replace(rows[site.name], certified_error=error)
     return Solved([(None, weights, rows)], schedule, source, facts)
 

@@ -121,8 +121,8 @@ class StreamedPasses(Passes):
         for index, batch in enumerate(self.batches):
             check_not_padding(index, batch)
         sequences, model_type = sum(map(len, self.batches)), type_of(self.model)
-        self.source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
-        self.bank = MomentBank(source=self.source)
+        source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
+        self.bank = MomentBank(source=source)
         self.index = 0  # of the block that is given
         self.first = 0  # the block to begin with
         self.kept: dict[str, Moments] = {}
@@ -178,15 +178,16 @@ class StreamedPasses(Passes):
         with summing(self.model, taps) as (moments, current):
             self.text.advance(index, current.set)
         _, routed = counted(current)
-        check_sums(moments, self.source["sequences"], routed)
+        source = self.bank.source
+        check_sums(moments, source["sequences"], routed)
         if routed:
-            self.source["routed"] = self.source.get("routed", {}) | routed
+            source["routed"] = source.get("routed", {}) | routed
         if group:
             # All sites see all tokens, but for rows that are not finite: those of the first count.
             tokens = int(moments[group[0].name].tokens.sum())
             if is_relative(group[0]) or group[0].expert is not None:
                 tokens = sum(map(count_tokens, self.batches))
-            self.source["tokens"] = self.source["tokens"] or tokens
+            source["tokens"] = source["tokens"] or tokens
         return moments
 
     def restore(self, found: Mapping[str, dict]) -> None:
@@ -199,9 +200,9 @@ class StreamedPasses(Passes):
                     values |= facts.get(what, {})
                     names = [name for name in stored if name.startswith(f"{what}/")]
                     values |= {name.removeprefix(f"{what}/"): stored[name] for name in names}
-                self.source["tokens"] = facts["tokens"]
+                self.bank.source["tokens"] = facts["tokens"]
                 if "routed" in facts:
-                    self.source["routed"] = facts["routed"]
+                    self.bank.source["routed"] = facts["routed"]
         if self.keep:
             self._restore_sums(range(done))
         if self.probes is not None:
@@ -215,7 +216,8 @@ class StreamedPasses(Passes):
         saved, names = self.walk.saved, [site.name for site in self.at if site.block == self.index]
         if saved is None:
             return
-        tensors, facts = {}, {n: self.source[n] for n in ("tokens", "routed") if n in self.source}
+        tensors, source = {}, self.bank.source
+        facts = {name: source[name] for name in ("tokens", "routed") if name in source}
         for what, values in found.items():
             here = {name: values[name] for name in names if name in values}
             if all(isinstance(value, Tensor) for value in here.values()):

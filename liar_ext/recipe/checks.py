@@ -30,14 +30,16 @@ def wrong(name: str, must: str, value: Any) -> InputError:
 
 
 def checked(
-    must: str, accepts: Callable[[Any], bool], make: Callable[[Any], Any] | None = None
+    must: str,
+    accepts: Callable[[Any], bool] = lambda value: True,
+    make: Callable[[Any], Any] = lambda value: value,
 ) -> Check:
-    """Return the check of what a test accepts, which ``make`` gives its type."""
+    """Return the check of what a test accepts and ``make`` gives its type, or refuses."""
 
     def check(name: str, value: Any) -> Any:
         with suppress(ValueError, OverflowError):  # an integer beyond the largest float, for one
             if accepts(value):
-                return value if make is None else make(value)
+                return make(value)
         raise wrong(name, must, value)
 
     return check
@@ -115,9 +117,7 @@ def _share_or_count(value: Any) -> float | int:
 
 
 experts = checked(
-    "be a fraction in (0, 1], or a number of experts such as 48",
-    lambda value: True,
-    _share_or_count,
+    "be a fraction in (0, 1], or a number of experts such as 48", make=_share_or_count
 )
 
 
@@ -128,9 +128,7 @@ def _tokens(value: Any) -> float | int | str:
 
 # A number of tokens may be text.
 vocabulary = checked(
-    'be a fraction in (0, 1], a number of tokens such as 32k, or "auto"',
-    lambda value: True,
-    _tokens,
+    'be a fraction in (0, 1], a number of tokens such as 32k, or "auto"', make=_tokens
 )
 
 

@@ -315,6 +315,12 @@ def test_tiles(text):
     assert read("--tile", text) == read() if text == "auto" else read("--tile", text).tile == value
 
 
+@pytest.mark.parametrize(("text", "value"), [("0.75", 0.75), ("1", 1.0), ("2", 2)])
+def test_experts_are_a_fraction_or_a_number(text, value):
+    found = read("--keep-experts", text).keep_experts
+    assert found == value and type(found) is type(value)
+
+
 def test_other_tiles_are_refused():
     with pytest.raises(InputError, match="tile must be an integer .* got 'x'"):
         read("--tile", "x")
@@ -334,3 +340,13 @@ def test_torch_is_imported_for_a_job_alone(line, code):
 
 def test_the_help_names_all_criteria():
     assert _CRITERIA.keys() == CRITERIA.keys()
+
+
+def test_the_table_says_what_each_criterion_is_registered_with():
+    """The command reads the table before the criteria are imported, which write into it."""
+    code = (
+        "from liar_ext.recipe.checks import CRITERIA; table = dict(CRITERIA)\n"
+        "import liar_ext.selection.criteria\n"
+        "assert table == CRITERIA, (table, CRITERIA)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
