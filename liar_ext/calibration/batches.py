@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from liar_ext.models.running import complete_inputs
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, complete_inputs
 from liar_ext.system.errors import InputError
 
 FOLDS = 2
@@ -67,6 +67,11 @@ class Batch:
     def mask_of(self, name: str) -> Tensor | None:
         """Return the mask that an input of this name is, in the form of :attr:`mask`."""
         return self.mask if name == "attention_mask" else _padding(self.inputs.get(name))
+
+    @property
+    def output_mask(self) -> Tensor | None:
+        """The mask of what a model puts out for the batch: of its decoder, if it has one."""
+        return self.mask_of(DECODER_MASK) if DECODER_IDS in self.inputs else self.mask
 
     def counting(self, tokens: int, device: torch.device, name: str = "attention_mask") -> Tensor:
         """Return which of all ``tokens`` are not padding by a mask, ``(tokens,)`` bool."""

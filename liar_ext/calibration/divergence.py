@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
-from liar_ext.models.running import (
-    DECODER_IDS,
-    DECODER_MASK,
-    LOGITS,
-    device_of,
-    evaluating,
-    output_of,
-)
+from liar_ext.models.running import DECODER_IDS, LOGITS, device_of, evaluating, output_of
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
 
@@ -50,8 +43,7 @@ class DenseOutputs:
         inputs = self._batch.inputs
         # The outputs are those of the decoder, if there is one.
         ids = inputs.get(DECODER_IDS, inputs.get("input_ids"))
-        self._mask = DECODER_MASK if DECODER_IDS in inputs else "attention_mask"
-        self._positions = _spread(ids, self._batch.mask_of(self._mask), positions)
+        self._positions = _spread(ids, self._batch.output_mask, positions)
         self._usable: Tensor | None = None
         self.has_logits, rows = self._run(dense)
         self.features = rows.shape[-1]
@@ -118,7 +110,7 @@ class DenseOutputs:
         """Return whether there are logits, and them or the last hidden states, (rows, features)."""
         device = device_of(model)
         batch = self._batch.to(device)
-        mask, at, extra = batch.mask_of(self._mask), self._positions, {}
+        mask, at, extra = batch.output_mask, self._positions, {}
         if at is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
             extra["logits_to_keep"] = at.to(device)
         outputs = model(**batch.inputs, **extra)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liar_ext.calibration.batches import Batch, completed
-from liar_ext.models.running import DECODER_IDS, DECODER_MASK, LOGITS, device_of, output_of
+from liar_ext.models.running import LOGITS, device_of, output_of
 from liar_ext.system.distributed import all_reduce, local_world_size, rank, world_size
 from liar_ext.system.environment import available_memory
 from liar_ext.system.errors import InputError
@@ -44,7 +44,7 @@ class Teacher:
             return self.known[id(batch)][1]
         read = completed(self.model, batch)
         name, value = _run(self.model, read)
-        mask = _mask_of(read)
+        mask = read.output_mask
         alike = mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]
         if name == "spans" or not alike:
             mask = None  # outputs are of each sequence
@@ -108,11 +108,7 @@ def mean_loss(student: nn.Module, teacher: Teacher, batches: Sequence[Batch]) ->
 
 def _run(model: nn.Module, batch: Batch) -> tuple[str, Tensor]:
     outputs = model(**batch.to(device_of(model)).inputs)
-    return output_of(model, outputs, _mask_of(batch))
-
-
-def _mask_of(batch: Batch) -> Tensor | None:
-    return batch.mask_of(DECODER_MASK if DECODER_IDS in batch.inputs else "attention_mask")
+    return output_of(model, outputs, batch.output_mask)
 
 
 class KLDivergence(torch.autograd.Function):

@@ -9,11 +9,14 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from liar_ext.system.errors import InputError
 
 CODE_WIDTH = 88  # of a row as code
+# What a step of a stream may do; all but the sites of a block may be "..._if".
+DOES = ("write", "norm", "branch_norm", "read", "read_first", "take", "aside", "site")
 WITHOUT = ("attn", "kv_group", "mlp", "experts", "hidden", "stock", "layerwise")
 
 
@@ -195,6 +198,11 @@ class Stream:
     # Whether embeddings are multiplied by the root of the hidden size, which their table keeps as
     # the buffer embed_scale and the number scalar_embed_scale.
     scaled: bool = False
+
+    def __post_init__(self) -> None:
+        for step in chain(self.start, self.block, *self.ends):
+            if step.does.removesuffix("_if") not in DOES:
+                raise InputError(f"Stream: a step may {', '.join(DOES)}, got {step.does!r}")
 
 
 @dataclass(frozen=True)

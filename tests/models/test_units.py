@@ -12,7 +12,7 @@ from folders import check_sliced, make_plan, zero_removed
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
-from liar_ext.models.family import Family, Stack, Wiring
+from liar_ext.models.family import Family, Stack, Wiring, stream
 from liar_ext.models.plan import Budget, Plan, SitePlan
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
@@ -188,6 +188,8 @@ def test_old_and_wrong_stacks_are_refused() -> None:
             Wiring(("fc1",), "fc2", stacked=stacked)
     with pytest.raises(InputError, match="without may name attn, .*, got heads"):
         Family("x", "layers", None, None, without={"heads": "no"})
+    with pytest.raises(InputError, match="a step may write, norm, .*, got 'reads'"):
+        stream(["write embed"], ["reads fc1", "write fc2"], ["norm norm", "read lm_head"])
 
 
 def test_a_family_without_a_kind_of_site_lists_the_others(monkeypatch) -> None:
