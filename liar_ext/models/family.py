@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from liar_ext.system.errors import InputError
 
 CODE_WIDTH = 88  # of a row as code
-# What a step of a stream may do; all but the sites of a block may be "..._if".
-DOES = ("write", "norm", "branch_norm", "read", "read_first", "take", "aside", "site")
+DOES = ("write", "norm", "branch_norm", "read", "read_first", "take", "aside")  # or "..._if"
 WITHOUT = ("attn", "kv_group", "mlp", "experts", "hidden", "stock", "layerwise")
 
 
@@ -200,7 +199,8 @@ class Stream:
     scaled: bool = False
 
     def __post_init__(self) -> None:
-        for step in chain(self.start, self.block, *self.ends):
+        named = [step for step in self.block if step.does != "site"]
+        for step in chain(self.start, named, *self.ends):
             if step.does.removesuffix("_if") not in DOES:
                 raise InputError(f"Stream: a step may {', '.join(DOES)}, got {step.does!r}")
 

@@ -188,8 +188,9 @@ def test_old_and_wrong_stacks_are_refused() -> None:
             Wiring(("fc1",), "fc2", stacked=stacked)
     with pytest.raises(InputError, match="without may name attn, .*, got heads"):
         Family("x", "layers", None, None, without={"heads": "no"})
-    with pytest.raises(InputError, match="a step may write, norm, .*, got 'reads'"):
-        stream(["write embed"], ["reads fc1", "write fc2"], ["norm norm", "read lm_head"])
+    for start, block in (("write", "reads"), ("write", "site_if"), ("site", "read")):
+        with pytest.raises(InputError, match="a step may write, norm, .*, got '(reads|site.*)'"):
+            stream([f"{start} embed"], [f"{block} fc1", "write fc2"], ["norm norm", "read lm_head"])
 
 
 def test_a_family_without_a_kind_of_site_lists_the_others(monkeypatch) -> None:
