@@ -45,7 +45,9 @@ class Text:
         Sequences to draw, half of them for each fold, or all there are. Of documents that aren't
         packed as many are drawn as make ``samples · seq_len`` tokens.
     seq_len : int
-        Tokens per sequence, special ones included.
+        Tokens per sequence, special ones included. Documents that aren't packed are cut where
+        sentence-transformers cuts them, or after ``model_max_length`` of the tokenizer, if that is
+        less.
     seed : int
         Seed of the split and of the draw.
     packed : bool
@@ -136,7 +138,7 @@ def calibration_sequences(
             f"calibration: needs the tokenizer of the model, got {tokenizer!r}; load_model of "
             "liar_ext.checkpoint gives it beside the model"
         )
-    text = replace(text or Text(), **choices)
+    text = _cut_as_in_use(replace(text or Text(), **choices), tokenizer)
     shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
     prefix = document_prefix(tokenizer) if text.packed else []
     split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
@@ -184,7 +186,7 @@ def evaluation_sequences(
     """Cut text into consecutive windows of ``seq_len`` tokens; ``samples`` takes every n-th.
 
     Windows begin as those of :func:`calibration_sequences` do. Not ``packed``, for encoders, each
-    document is a sequence, cut after ``seq_len`` tokens, or each such piece of a lone document.
+    document is a sequence, cut as there, or each such piece of a lone document.
 
     Raises
     ------
@@ -206,6 +208,7 @@ def evaluation_sequences(
         if samples is not None:
             rows = rows[:: len(rows) // samples or 1][:samples]
     else:
+        seq_len = longest_read(tokenizer, seq_len)
         documents = unpacked(documents, seq_len, samples)
         prefix, most = [], len(documents) * seq_len
         rows = _single_sequences(iter(documents), tokenizer, seq_len, most)
@@ -257,6 +260,26 @@ def check_seq_len(model: nn.Module, seq_len: int) -> None:
             f"text: {type(model).__name__} has {positions} positions, got seq_len {seq_len}; "
             f"give a seq_len of at most {positions}"
         )
+
+
+def _cut_as_in_use(text: Text, tokenizer) -> Text:
+    """Return sequences that an encoder reads whole, of as many tokens in all."""
+    longest = text.seq_len if text.packed else longest_read(tokenizer, text.seq_len)
+    counts = {name: getattr(text, name) for name in ("samples", "certify", "judge")}
+    more = {name: n * text.seq_len // longest for name, n in counts.items()}
+    return replace(text, seq_len=longest, **more)
+
+
+def longest_read(tokenizer, seq_len: int) -> int:
+    """Return the tokens of the longest sequence that an encoder reads, at most ``seq_len``."""
+    longest = getattr(tokenizer, "model_max_length", seq_len)
+    longest = getattr(tokenizer, "liar_longest", longest)  # of sentence-transformers
+    if not isinstance(longest, int | float) or not longest >= 2:
+        raise InputError(
+            f"text: the tokenizer cuts texts after {str(longest)[:80]!r} tokens; set its "
+            "model_max_length, or max_seq_length of sentence-transformers, to 2 or more"
+        )
+    return int(min(longest, seq_len))
 
 
 def _split(

@@ -26,6 +26,7 @@ from torch import nn
 from liar_ext.calibration.image_text import ImageTextReader, holds_images
 from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, INPUTS, Reader
 from liar_ext.checkpoint import folder as saved
+from liar_ext.checkpoint.carrying import source_folder
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
 from liar_ext.checkpoint.reading import (
     SAFELY,
@@ -37,10 +38,11 @@ from liar_ext.checkpoint.reading import (
     settled,
     stock_class,
 )
+from liar_ext.checkpoint.sentence import longest_text
 from liar_ext.checkpoint.stock_config import dense_config, wear
 from liar_ext.models.liar_loader import resize
 from liar_ext.models.plan import Plan
-from liar_ext.models.running import DECODER_IDS, inputs_read, known_tokens
+from liar_ext.models.running import DECODER_IDS, inputs_read, known_tokens, predicts_next_token
 from liar_ext.system.errors import InputError, asking_hub, one_line, refusing
 from liar_ext.system.progress import obedient_bar, quiet
 
@@ -244,7 +246,10 @@ def _alone(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def load_tokenizer(name: str | os.PathLike[str], model: nn.Module) -> Any | None:
-    """Return the tokenizer of a model, or None where there is none."""
+    """Return the tokenizer of a model, or None where there is none.
+
+    Its ``liar_longest`` is the ``max_seq_length`` of sentence-transformers, if there is one.
+    """
     from transformers import AutoTokenizer
 
     path = Path(name)
@@ -274,6 +279,9 @@ def load_tokenizer(name: str | os.PathLike[str], model: nn.Module) -> Any | None
             f"load_model: the tokenizer of {name} has tokens up to {largest}, the model knows "
             f"{rows}; put the tokenizer of this model there"
         )
+    folder = None if predicts_next_token(model) else source_folder(os.fspath(name))
+    if folder is not None and (longest := longest_text(folder)) is not None:
+        tokenizer.liar_longest = longest
     return tokenizer
 
 

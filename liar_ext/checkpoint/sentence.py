@@ -139,6 +139,14 @@ def read_sentence(folder: Path) -> Sentence | None:
     return sentence
 
 
+def longest_text(folder: Path) -> Any:
+    """Return after how many tokens sentence-transformers cuts a text; None if no file says it."""
+    there = sorted(folder.iterdir()) if os.path.lexists(folder / MODULES_FILE) else []
+    names = (PurePosixPath(path.name) for path in there if SETTINGS.fullmatch(path.name))
+    found = (read_json(_inside(folder, name), "load_model").get("max_seq_length") for name in names)
+    return next((longest for longest in found if longest is not None), None)
+
+
 def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
     path, chain = _inside(folder, PurePosixPath(MODULES_FILE)), []
     what, kinds = f"sentence encoder: {folder} holds no readable {MODULES_FILE}", UNREADABLE

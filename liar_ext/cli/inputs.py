@@ -202,6 +202,8 @@ def _draw(
         draw, asked["must_judge"] = media.calibration_inputs, must_judge
     else:
         draw = texts.calibration_sequences
+        if not causal:
+            facts["seq_len"] = texts.longest_read(reads, recipe.seq_len)
         asked |= {"seq_len": recipe.seq_len, "packed": causal}
         asked["vocab_size"] = known_tokens(model, model.config)
         written = named or writes(recipe, model)

@@ -275,6 +275,29 @@ def test_blank_documents_have_no_pieces(tokenizer):
     assert drawn.attention_mask.sum(1).unique().tolist() == [1, 64]
 
 
+def test_an_encoder_reads_no_more_of_a_document_than_its_tokenizer(tokenizer, monkeypatch):
+    """Positions that are never used would get most of the tokens."""
+    pages = [60 * f"{letter}{number} " for letter in LETTERS for number in range(9)]
+    asked = {"samples": 64, "judge": 8, "certify": 12}
+    expected = draw([pages], tokenizer, seq_len=8, packed=False, **asked)
+    monkeypatch.setattr(tokenizer, "model_max_length", 8)
+    fewer = {name: number // 4 for name, number in asked.items()}
+    found = draw([pages], tokenizer, seq_len=32, packed=False, **fewer)
+    for part in (lambda x: x, lambda x: x.judging, lambda x: x.certification):
+        assert torch.equal(part(found).input_ids, part(expected).input_ids)
+    assert found.tokens == 16 * 32
+    assert draw([pages], tokenizer, seq_len=32, **fewer).input_ids.shape[1] == 32, "joined pages"
+    held_out = texts.evaluation_sequences(pages, tokenizer, seq_len=32, packed=False)
+    assert held_out.input_ids.shape[1] == 8
+
+
+@pytest.mark.parametrize("longest", ["128", 1, 0, -4, True, None, [8], float("nan")])
+def test_a_tokenizer_with_a_length_that_is_none_is_refused(tokenizer, monkeypatch, longest):
+    monkeypatch.setattr(tokenizer, "model_max_length", longest)
+    with pytest.raises(InputError, match="cuts texts after .* tokens; set its model_max_length"):
+        draw([[*LETTERS]], tokenizer, samples=4, seq_len=8, packed=False)
+
+
 @pytest.mark.parametrize(("size", "seq_len"), [(300, 24), (100, 32)])
 def test_other_lengths_split_no_document_between_the_folds(tokenizer, size, seq_len):
     documents = [letter * size for letter in LETTERS]

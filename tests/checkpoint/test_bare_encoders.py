@@ -77,6 +77,24 @@ def test_from_prune_to_sentence_transformers(name, tmp_path, corpus, capsys):
     assert torch.allclose(found, states.mean(1), atol=1e-5)
 
 
+@pytest.mark.parametrize("longest", [12, None, "twelve"])
+def test_texts_are_cut_where_sentence_transformers_cuts_them(longest, tmp_path, corpus, capsys):
+    write(tmp_path / "dense", "bert", head="BertModel", modules=True)
+    settings = json.dumps({"max_seq_length": longest, "do_lower_case": False})
+    (tmp_path / "dense" / "sentence_bert_config.json").write_text(settings)
+    job = ["prune", str(tmp_path / "dense"), "--calibration", str(corpus[0]), "--seq-len", "16"]
+    job += ["--samples", "8", "--keep", "0.7", "--allocation", "uniform", "--quiet"]
+    code = cli.main([*job, "--out", str(tmp_path / "pruned")])
+    if longest == "twelve":
+        assert code == 2 and "cuts texts after 'twelve' tokens" in capsys.readouterr().err
+        return
+    report = json.loads((tmp_path / "pruned" / "liar" / "report.json").read_text())
+    assert (code, report["settings"]["seq_len"]) == (0, longest or 16)
+    read = load_model(tmp_path / "pruned")[1]
+    assert getattr(read, "liar_longest", None) == longest
+    assert read.model_max_length > 16, "the tokenizer is saved as it was"
+
+
 def test_a_pooler_that_the_folder_lacks_is_silent(tmp_path):
     write(tmp_path / "dense", "bert", head="BertModel", without=("pooler",))
     model, _ = load_model(tmp_path / "dense")
