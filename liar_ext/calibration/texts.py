@@ -24,7 +24,7 @@ from liar_ext.calibration.folds import (
     split_documents,
 )
 from liar_ext.models.plan import check_fraction
-from liar_ext.models.running import positions_of
+from liar_ext.models.running import positions_of, predicts_next_token
 from liar_ext.system.errors import InputError
 
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
@@ -252,9 +252,10 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return blake2b(facts.encode(), digest_size=16).hexdigest()
 
 
-def check_seq_len(model: nn.Module, seq_len: int) -> None:
+def check_seq_len(model: nn.Module, tokenizer, seq_len: int) -> None:
     """Raise InputError if sequences are longer than the positions that a model knows."""
     positions = positions_of(model)
+    seq_len = seq_len if predicts_next_token(model) else longest_read(tokenizer, seq_len)
     if positions is not None and seq_len > positions:
         raise InputError(
             f"text: {type(model).__name__} has {positions} positions, got seq_len {seq_len}; "

@@ -78,7 +78,7 @@ def _text(options: argparse.Namespace) -> Result:
     documents = read_documents(options.text) if options.text else None
     pairs = read_pairs(options.pairs) if options.pairs else None
     model, tokenizer = _load(options, options.model)
-    check_seq_len(model, options.seq_len)
+    check_seq_len(model, tokenizer, options.seq_len)
     name, causal = type(model).__name__, _is_causal(options, model)
     if not causal and "input_ids" not in inputs_read(model):
         raise InputError(

@@ -116,7 +116,7 @@ def load(
     read, held_out = _documents(recipe, kind) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     if kind is None:
-        texts.check_seq_len(model, recipe.seq_len)
+        texts.check_seq_len(model, tokenizer, recipe.seq_len)
     if sketch and shares_budget(recipe):
         raise InputError(
             "prune: --dry-run can't tell how --keep-vocab auto shares a budget of params, which it "

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import string
-from copy import deepcopy
+from contextlib import nullcontext
+from copy import copy, deepcopy
 
 import pytest
 import torch
@@ -188,12 +189,15 @@ def test_windows_begin_as_the_tokenizer_begins_a_document(tokenizer, with_bos):
 @pytest.mark.parametrize(
     ("name", "positions"), [("llama", 64), ("gpt2", 64), ("opt", 64), ("bert", 64), ("roberta", 63)]
 )
-def test_sequences_fit_the_positions_of_the_model(name, positions):
-    model = tiny(name)
-    texts.check_seq_len(model, positions)
+def test_sequences_fit_the_positions_of_the_model(tokenizer, name, positions):
+    model, short = tiny(name), copy(tokenizer)
+    texts.check_seq_len(model, tokenizer, positions)
     outputs(model, tiny_inputs(model, tokens=positions))
     with pytest.raises(InputError, match=f"has {positions} positions, got seq_len {positions + 1}"):
-        texts.check_seq_len(model, positions + 1)
+        texts.check_seq_len(model, tokenizer, positions + 1)
+    short.model_max_length = positions
+    with nullcontext() if "bert" in name else pytest.raises(InputError):  # it joins no documents
+        texts.check_seq_len(model, short, 512)
 
 
 def test_sources_contribute_evenly(tokenizer):
