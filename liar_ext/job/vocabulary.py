@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.folds import cut_pieces
-from liar_ext.calibration.texts import evaluation_sequences, unpacked
+from liar_ext.calibration.texts import evaluation_sequences, longest_read, unpacked
 from liar_ext.measure.embeddings import DenseEncoder
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.measure.latency import light_copy
@@ -67,7 +67,8 @@ class VocabularyQuality:
         batch_size: int,
         samples: int | None = None,
     ) -> None:
-        self.texts, self.seq_len, self.batch_size = texts, seq_len, batch_size
+        self.texts, self.batch_size = texts, batch_size
+        self.seq_len = seq_len = longest_read(tokenizer, seq_len)
         self.samples, self.causal = samples, predicts_next_token(model)
         backend = plain(json.dumps(spec_of(tokenizer)))
         if self.causal:

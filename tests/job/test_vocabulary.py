@@ -61,10 +61,14 @@ def test_bits_per_byte_are_those_of_one_text(tokenizer, texts):
     assert quality.loss(found) == pytest.approx(after / before - 1)
 
 
-def test_text_that_becomes_too_long_is_infinitely_bad():
-    long = byte_level_tokenizer(["abcdefghijklmnop " * 9])
+@pytest.mark.parametrize(("seq_len", "longest"), [(8, 512), (32, 8)])
+def test_text_that_becomes_too_long_is_infinitely_bad(seq_len, longest):
+    """Also where the tokenizer cuts it earlier: the bits of what is left are not those of all."""
+    text = "abcdefghijklmnop " * 9
+    long = byte_level_tokenizer([text])
+    long.model_max_length = longest
     model = tiny("llama", vocab_size=len(long))
-    quality = VocabularyQuality(model, long, ["abcdefghijklmnop " * 9], seq_len=8, batch_size=2)
+    quality = VocabularyQuality(model, long, [text], seq_len=seq_len, batch_size=2)
     found = quality.compare(model, keep_tokens(model, long, list(range(259))))
     assert found["bits_per_byte"][1] == math.inf == quality.loss(found)
 
