@@ -111,7 +111,10 @@ def write_folder(
     pooling: str,
     longest: int,
 ) -> None:
-    """Write a folder for transformers and sentence-transformers, which cuts texts after tokens."""
+    """Write a folder that both transformers and sentence-transformers load.
+
+    The latter cuts texts after ``longest`` tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in tokenizer.iterdir():
         if path.name.startswith(("tokenizer", "vocab", "special_tokens")):

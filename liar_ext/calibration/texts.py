@@ -186,7 +186,7 @@ def evaluation_sequences(
     """Cut text into consecutive windows of ``seq_len`` tokens; ``samples`` takes every n-th.
 
     Windows begin as those of :func:`calibration_sequences` do. Not ``packed``, for encoders, each
-    document is a sequence, cut as there, or each such piece of a lone document.
+    document is a sequence, cut as those are, or each such piece of a lone document.
 
     Raises
     ------
@@ -264,7 +264,7 @@ def check_seq_len(model: nn.Module, tokenizer, seq_len: int) -> None:
 
 
 def _cut_as_in_use(text: Text, tokenizer) -> Text:
-    """Return sequences that an encoder reads whole, of as many tokens in all."""
+    """Return the same draw with sequences that an encoder reads whole, of as many tokens."""
     longest = text.seq_len if text.packed else longest_read(tokenizer, text.seq_len)
     counts = {name: getattr(text, name) for name in ("samples", "certify", "judge")}
     more = {name: n * text.seq_len // longest for name, n in counts.items()}

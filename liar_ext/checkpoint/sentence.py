@@ -125,9 +125,7 @@ def read_sentence(folder: Path) -> Sentence | None:
         for index, (kind, path) in enumerate(chain)
     ]
     files = {MODULES_FILE: _text(entries)}
-    for path in sorted(folder.iterdir()):
-        if SETTINGS.fullmatch(path.name):
-            files[path.name] = _text(read_inside(folder, PurePosixPath(path.name)))
+    files |= {name: _text(fields) for name, fields in _settings(folder, "export").items()}
     sentence = Sentence(_read_pooling(folder, chain[1][1], files), nn.Sequential(), files)
     for kind, path in chain[2:]:
         if kind == "Normalize":
@@ -141,10 +139,16 @@ def read_sentence(folder: Path) -> Sentence | None:
 
 def longest_text(folder: Path) -> Any:
     """Return after how many tokens sentence-transformers cuts a text; None if no file says it."""
-    there = sorted(folder.iterdir()) if os.path.lexists(folder / MODULES_FILE) else []
-    names = (PurePosixPath(path.name) for path in there if SETTINGS.fullmatch(path.name))
-    found = (read_json(_inside(folder, name), "load_model").get("max_seq_length") for name in names)
+    if not os.path.lexists(folder / MODULES_FILE):
+        return None
+    found = (each.get("max_seq_length") for each in _settings(folder, "load_model").values())
     return next((longest for longest in found if longest is not None), None)
+
+
+def _settings(folder: Path, operation: str) -> dict[str, dict[str, Any]]:
+    """Return what the files of settings of the whole chain hold, by their names."""
+    names = [path.name for path in sorted(folder.iterdir()) if SETTINGS.fullmatch(path.name)]
+    return {name: read_json(_inside(folder, PurePosixPath(name)), operation) for name in names}
 
 
 def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
