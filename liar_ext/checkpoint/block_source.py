@@ -24,6 +24,7 @@ from liar_ext.calibration.bank_source import fingerprint_of
 from liar_ext.calibration.collect import check_finite_tensors
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import (
+    dtype_of,
     load_pruned,
     load_tokenizer,
     placement,
@@ -197,7 +198,7 @@ def _loaded(
             "load_model: reading block by block is for one device, got auto; give cpu or cuda, or "
             "leave --max-memory out"
         )
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = dtype_of(dtype)
     blocks, head, device_map = _device_map(name, device)
     is_pruned = path.is_dir() and "liar" in read_config(path, "load_model")
     read = load_pruned if is_pruned else read_dense

@@ -134,10 +134,7 @@ def load_model(
         raise InputError(
             f"load_model: the model must be a folder, a hub id or a GGUF file, got {name!r}"
         )
-    spread, given = placement(device), dtype
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"load_model: dtype must be one of torch, such as float32, got {given!r}")
+    spread, dtype = placement(device), dtype_of(dtype)
     with refusing(f"load_model: {os.fspath(name)!r} can't be read", "", OSError, ValueError):
         path = Path(name)
         there = path.exists()
@@ -153,6 +150,14 @@ def load_model(
         model = read_dense(name, dtype=dtype, **spread)
     model = model if spread else model.to(device)
     return model.eval(), load_tokenizer(name, model)
+
+
+def dtype_of(given: str | torch.dtype) -> torch.dtype:
+    """Return a data type by its name, or as it is."""
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"load_model: dtype must be one of torch, such as float32, got {given!r}")
+    return dtype
 
 
 def placement(device: str) -> dict[str, str]:

@@ -45,7 +45,7 @@ class SiteStatistics:
 _CRITERIA: dict[str, Callable[[SiteStatistics], Tensor]] = {}
 
 
-def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
+def criterion(name: str, *, needs: str = "moments") -> Callable:
     """Register a function ``SiteStatistics -> scores`` as the criterion ``name``.
 
     It returns scores of features, ``(d_in,)``, if it has them; :func:`score` sums them to units.
@@ -60,8 +60,6 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
         With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, for which the model is run
         backward over the calibration text, beside weight and moments. Anything else raises
         InputError.
-    source : str
-        Where it was published, e.g. ``"arXiv:2306.11695"``, for readers of the code.
     """
     if needs not in NEEDS:
         raise InputError(f"criterion: needs must be one of {', '.join(NEEDS)}, got {needs!r}")
@@ -154,33 +152,33 @@ def score(
     return scores
 
 
-@criterion("random", source="baseline")
+@criterion("random")
 def random(stats: SiteStatistics) -> Tensor:
     """Uniform noise: what any other criterion has to beat."""
     units = stats.weight.shape[1] // stats.width
     return torch.rand(units, generator=stats.generator, dtype=torch.float64)
 
 
-@criterion("magnitude", source="Han et al. 2015")
+@criterion("magnitude")
 def magnitude(stats: SiteStatistics) -> Tensor:
-    """``‖W_:j‖²`` by feature, the consumer's columns; blind to the activations."""
+    """``‖W_:j‖²`` by feature, the consumer's columns (Han et al. 2015); blind to activations."""
     return stats.weight.square().sum(0)
 
 
-@criterion("wanda", source="arXiv:2306.11695")
+@criterion("wanda")
 def wanda(stats: SiteStatistics) -> Tensor:
-    """``Σ_i |W_ij| · ‖x_j‖`` by feature, the Wanda score of a column (Wanda-sp in FLAP)."""
+    """``Σ_i |W_ij| · ‖x_j‖`` by feature, the score of Wanda-sp (arXiv:2306.11695)."""
     norm = stats.moments.second_moment().sqrt()
     return stats.weight.abs().sum(0) * norm
 
 
-@criterion("wifv", source="arXiv:2312.11983")
+@criterion("wifv")
 def wifv(stats: SiteStatistics) -> Tensor:
-    """``Var(x_j) · ‖W_:j‖²`` by feature: what a bias cannot restore (FLAP)."""
+    """``Var(x_j) · ‖W_:j‖²`` by feature: what a bias can't restore (FLAP, arXiv:2312.11983)."""
     return stats.weight.square().sum(0) * stats.moments.variance()
 
 
-@criterion("obs", source="output error after reconstruction, as in Optimal Brain Surgeon")
+@criterion("obs")
 def obs(stats: SiteStatistics) -> Tensor:
     """Error per token once ``u`` is gone, units going by least error after reconstruction.
 
@@ -200,32 +198,33 @@ def obs(stats: SiteStatistics) -> Tensor:
     return scores
 
 
-@criterion("snip", needs="gradient", source="arXiv:1810.02340")
+@criterion("snip", needs="gradient")
 def snip(stats: SiteStatistics) -> Tensor:
     """``Σ_w |w · ∂L/∂w|`` over all weights of the unit: the SNIP score of connections, summed.
 
-    SNIP divides by the sum over the whole network, a constant that changes no choice and is left
-    out. It is also the element form of LLM-Pruner's first-order importance.
+    SNIP (arXiv:1810.02340) divides by the sum over the whole network, a constant that changes no
+    choice and is left out. It is also the element form of LLM-Pruner's first-order importance.
     """
     return stats.gradients.absolute.sum(0)
 
 
-@criterion("taylor", needs="gradient", source="arXiv:2305.11627")
+@criterion("taylor", needs="gradient")
 def taylor(stats: SiteStatistics) -> Tensor:
     """``Σ_i |W_i · ∂L/∂W_i|``: LLM-Pruner's importance, first order, vector form, summed.
 
-    ``W_i`` is all that the unit owns in layer i, as one vector: within a layer products may cancel,
-    across layers they may not. Of the element form the first-order part is ``snip``.
+    From arXiv:2305.11627. ``W_i`` is all that the unit owns in layer i, as one vector: within a
+    layer products may cancel, across layers they may not. Of the element form the first-order part
+    is ``snip``.
     """
     return stats.gradients.signed.abs().sum(0)
 
 
-@criterion("fisher", needs="gradient", source="arXiv:2204.09656")
+@criterion("fisher", needs="gradient")
 def fisher(stats: SiteStatistics) -> Tensor:
     """``(1/S) Σ_s (∂L_s/∂m_u)²``: the diagonal of the empirical Fisher information of the masks.
 
-    A sample s is a sequence. This is what Kwon et al. search masks by; they then rearrange them by
-    whole blocks of that matrix, which is not done here, and tune them, for which reconstruction
-    stands in.
+    A sample s is a sequence. This is what Kwon et al. (arXiv:2204.09656) search masks by; they then
+    rearrange them by whole blocks of that matrix, which is not done here, and tune them, for which
+    reconstruction stands in.
     """
     return stats.gradients.fisher

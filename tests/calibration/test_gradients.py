@@ -281,7 +281,7 @@ def test_users_register_their_own():
     at, batches = sites(model), [tiny_inputs(model, batch=4)]
     bank = calibrate(model, batches, at)
 
-    @criterion("consumer_taylor", needs="gradient", source="test")
+    @criterion("consumer_taylor", needs="gradient")
     def consumer_taylor(stats):
         return stats.gradients.signed[-1].abs()
 

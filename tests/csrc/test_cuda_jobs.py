@@ -181,7 +181,7 @@ def test_a_criterion_may_weigh_gradients_by_moments_that_were_loaded():
     at = sites(dense)
     bank = calibrate(dense, batches(dense), at)
 
-    @criterion("mixed", needs="gradient", source="test")
+    @criterion("mixed", needs="gradient")
     def mixed(stats):
         return stats.gradients.fisher * stats.moments.variance().view(-1, stats.width).sum(1)
 

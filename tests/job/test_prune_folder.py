@@ -430,6 +430,11 @@ def test_a_gguf_file_is_refused(tmp_path):
         BlockStore(tmp_path / "model.gguf")
 
 
+def test_an_unknown_data_type_is_refused(llama):
+    with pytest.raises(InputError, match="dtype must be one of torch, .*, got 'float3'"):
+        BlockStore(llama, dtype="float3")
+
+
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
     monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     store = BlockStore(llama)

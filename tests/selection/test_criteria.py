@@ -92,12 +92,12 @@ def test_a_dead_unit_scores_least():
 def test_users_register_their_own(job):
     model, bank, at, _ = job
 
-    @criterion("last", source="test")
+    @criterion("last")
     def last(stats):
         assert stats.site in [site.name for site in at]
         return torch.arange(stats.weight.shape[1] // stats.width).double()
 
-    @criterion("last_feature", source="test")
+    @criterion("last_feature")
     def last_feature(stats):
         return torch.arange(stats.weight.shape[1]).double()
 
@@ -114,9 +114,9 @@ def test_unknown_and_broken_criteria(job):
     with pytest.raises(InputError, match="unknown criterion 'best'; known: fisher, magnitude, obs"):
         score(model, bank, at, "best")
     with pytest.raises(InputError, match="needs must be one of"):
-        criterion("x", needs="magic", source="test")
+        criterion("x", needs="magic")
 
-    @criterion("nan", source="test")
+    @criterion("nan")
     def nan(stats):
         return torch.full((stats.weight.shape[1] // stats.width,), float("nan"))
 
