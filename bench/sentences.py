@@ -12,7 +12,6 @@ that take turns, from text to embedding.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from assets import write_documents
 from common import parser_of, table, write_json
 from encoder_tasks import read_sts
 
+from liar_ext.checkpoint.sentence import longest_text
 from liar_ext.measure.embeddings import pair_quality
 
 Encode = Callable[[Sequence[str], int], np.ndarray]
@@ -131,8 +131,7 @@ def onnxruntime_encoder(folder: Path) -> Encode:
     session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", options)
     inputs = {each.name for each in session.get_inputs()}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    chain = json.loads((folder / "sentence_bert_config.json").read_text())
-    longest = chain.get("max_seq_length", tokenizer.model_max_length)
+    longest = longest_text(folder) or tokenizer.model_max_length
 
     def encode(texts: Sequence[str], batch: int) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda at: -len(texts[at]))
