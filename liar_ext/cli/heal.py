@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from liar_ext.healing.heal import heal
 from liar_ext.healing.losses import Teacher, mean_loss
 from liar_ext.job.sharing import SAME_VOCABULARY
 from liar_ext.measure.embeddings import Evaluator
+from liar_ext.models.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.reading import bench_file, read_report, report_digest, stored_bench
 from liar_ext.report.report import Report
@@ -86,9 +87,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Load both models and the text, train, save; return the section ``heal`` of the report."""
     report = Report.load(options.folder, "heal")
     plan = read_plan(Path(options.folder, PLAN_FILE), "heal")
-    in_place = os.path.realpath(options.out) == os.path.realpath(options.folder)
-    overwrite = in_place or options.overwrite
-    check_folder(options.out, overwrite)
+    check_folder(options.out, _overwrites(options))
     check_apart(options)
     with checkpoint_of(recipe, options) as saved:
         given = load(
@@ -122,40 +121,61 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         rows.append(quality(model) if found["improved"] else rows[-1])
         names = [name for name in rows[0] if name in rows[1]]
         found["quality"] = {name: [row[name] for row in rows] for name in names}
-        found["teacher"] = recipe.model
-        found |= {"text": list(recipe.calibration), "self_text": recipe.self_text}
-        before = [line for line in report.heal.get("notes", ()) if line.startswith(HEALED_BEFORE)]
-        before += [f"{HEALED_BEFORE}{line}" for line in healing_lines(report.heal)[:1]]
-        as_before = in_place and not found["improved"]  # so is what was made of the folder
-        outdated = in_place and found["improved"] and Path(options.folder, EXPORTS_FILE).is_file()
-        old = [OUTDATED.format(options.folder)] * outdated
+        found |= {"teacher": recipe.model, "text": list(recipe.calibration)}
+        found["self_text"] = recipe.self_text
         times = round(found["tokens"] / sum(map(count_tokens, batches)))
-        fewer = kept_tokens(Path(options.folder), "heal") is not None
-        same = [SAME_VOCABULARY] * (fewer and bool(names))  # of both models
-        found["notes"] = [*_notes(given.notes, times, options), *same, *before, *old]
+        on_text = _on_text(given.notes, times, options)
+        found["notes"] = [*on_text, *_on_folder(report.heal, found, options)]
         report.heal = found
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
         if is_first():
-            bench = stored_bench(options.folder)[0] if as_before else None
-            files = [VOCABULARY_FILE, *([EXPORTS_FILE] if as_before else ())]
-            save = partial(_save, report, options.folder, files)
-            # Without seconds: those of the report stay those of pruning.
-            written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
-            with writing(options.out, overwrite) as path:
-                fill_folder(model, path, plan, report=written, source=options.folder)
-            if bench is not None:
-                bench = replace(bench, report_digest=report_digest(options.folder))
-                write_whole(bench_file(options.folder), bench.to_json(), "heal", "liar bench --out")
+            _write(model, plan, report, options)
     return found
 
 
-def _notes(drawn: Sequence[str], times: int, options: argparse.Namespace) -> list[str]:
+def _in_place(options: argparse.Namespace) -> bool:
+    return os.path.realpath(options.out) == os.path.realpath(options.folder)
+
+
+def _overwrites(options: argparse.Namespace) -> bool:
+    return _in_place(options) or options.overwrite
+
+
+def _write(model: nn.Module, plan: Plan, report: Report, options: argparse.Namespace) -> None:
+    """Write the healed folder; what was made of the pruned one stays, if nothing improved."""
+    as_before = _in_place(options) and not report.heal["improved"]
+    bench = stored_bench(options.folder)[0] if as_before else None
+    files = [VOCABULARY_FILE, *([EXPORTS_FILE] if as_before else ())]
+    save = partial(_save, report, options.folder, files)
+    # Without seconds: those of the report stay those of pruning.
+    written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
+    with writing(options.out, _overwrites(options)) as path:
+        fill_folder(model, path, plan, report=written, source=options.folder)
+    if bench is not None:
+        bench = replace(bench, report_digest=report_digest(options.folder))
+        write_whole(bench_file(options.folder), bench.to_json(), "heal", "liar bench --out")
+
+
+def _on_text(drawn: Sequence[str], times: int, options: argparse.Namespace) -> list[str]:
     """Return notes on the text: how often it was read stands for how many sequences it gave."""
     found = [note for note in drawn if not SHORT.search(note)]
     (unit,) = _budget(options)
     again = f"The text is read {times} times: give more text or fewer {unit}."
     return [*found, *([again] if times > 1 else ())]
+
+
+def _on_folder(
+    earlier: Mapping[str, Any], found: Mapping[str, Any], options: argparse.Namespace
+) -> list[str]:
+    """Return notes on the folder: its vocabulary, earlier healing, and what is outdated now."""
+    folder = Path(options.folder)
+    fewer = kept_tokens(folder, "heal") is not None
+    same = [SAME_VOCABULARY] * (fewer and bool(found["quality"]))  # of both models
+    before = [line for line in earlier.get("notes", ()) if line.startswith(HEALED_BEFORE)]
+    before += [f"{HEALED_BEFORE}{line}" for line in healing_lines(earlier)[:1]]
+    outdated = _in_place(options) and found["improved"] and (folder / EXPORTS_FILE).is_file()
+    return [*same, *before, *[OUTDATED.format(options.folder)] * outdated]
 
 
 def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:

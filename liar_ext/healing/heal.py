@@ -115,23 +115,8 @@ def heal(
     ``accumulate``, within rounding. Each holds the whole dense model, but only a part of what is
     trained, of its gradients and of the state of AdamW, as FSDP does.
     """
-    if model is teacher:
-        raise InputError(
-            "heal: model and teacher are the same object, which has nothing to learn from itself; "
-            "give the dense model as teacher, loaded on its own"
-        )
-    batches, held_out = list(read_batches(batches)), list(read_batches(held_out))
+    batches, held_out = _readable(model, teacher, batches, held_out)
     training = Training(budget, **training).on(device_of(model))
-    if not batches or not held_out:
-        raise InputError("heal: needs text to train on and held-out text; give more text")
-    for some in (batches, held_out):
-        for index, batch in enumerate(some):
-            check_not_padding(index, batch, "heal")
-    if any(each.is_meta for one in (model, teacher) for each in one.parameters()):
-        raise InputError(
-            "heal: all weights must be in memory, and some are offloaded; use a larger device, or "
-            "the CPU"
-        )
     settings, recompute = training.facts(), training.gradient_checkpointing
     paths = dict.fromkeys(site.path for site in sites(model))
     original = {name: each.detach().cpu().clone() for name, each in model.named_parameters()}
@@ -183,6 +168,29 @@ def heal(
         "budget": f"{training.amount:,} {training.unit}",
         "gradient_checkpointing": recompute,
     }
+
+
+def _readable(
+    model: nn.Module, teacher: nn.Module, batches: Batches, held_out: Batches
+) -> tuple[list[Batch], list[Batch]]:
+    """Return the text to train on and that to judge by; refuse models and text without use."""
+    if model is teacher:
+        raise InputError(
+            "heal: model and teacher are the same object, which has nothing to learn from itself; "
+            "give the dense model as teacher, loaded on its own"
+        )
+    if any(each.is_meta for one in (model, teacher) for each in one.parameters()):
+        raise InputError(
+            "heal: all weights must be in memory, and some are offloaded; use a larger device, or "
+            "the CPU"
+        )
+    batches, held_out = list(read_batches(batches)), list(read_batches(held_out))
+    if not batches or not held_out:
+        raise InputError("heal: needs text to train on and held-out text; give more text")
+    for some in (batches, held_out):
+        for index, batch in enumerate(some):
+            check_not_padding(index, batch, "heal")
+    return batches, held_out
 
 
 @dataclass
