@@ -55,14 +55,7 @@ def prepare(job: Job) -> Job:
     """
     if job.batches is not None:
         check_batches(job.batches)
-    for mark, why in WRAPPED.items():
-        if hasattr(job.model, mark):
-            raise InputError(f"prune: the model {why}")
-    if type(job.model).__name__.endswith("ForMultipleChoice"):
-        raise InputError(
-            f"prune: {type(job.model).__name__} reads several texts at once, which no calibration "
-            "text gives; prune its base model"
-        )
+    _check_kind(job.model)
     model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
     job = replace(job, asked=job.recipe, recipe=job.recipe.settled(), notes=notes)
     job = replace(job, known=job.known or Known.of_bank(job.bank))
@@ -109,6 +102,18 @@ def prepare(job: Job) -> Job:
     room = room_for_sums(model, recipe.memory)
     job = replace(job, earlier=earlier, params=params, room=room)
     return job if job.walk is None else share_out(job)
+
+
+def _check_kind(model: nn.Module) -> None:
+    """Refuse models whose weights or inputs are of a kind that can't be pruned."""
+    for mark, why in WRAPPED.items():
+        if hasattr(model, mark):
+            raise InputError(f"prune: the model {why}")
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise InputError(
+            f"prune: {type(model).__name__} reads several texts at once, which no calibration text "
+            "gives; prune its base model"
+        )
 
 
 def _check_plain(model: nn.Module, at: Sequence[Site]) -> None:
