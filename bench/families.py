@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from liar_ext.models.registry import COLUMNS, NO, NONE, Entry, overview
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+OFTEN = 5  # families for which a reason is written once, above the table
 UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
 KINDS = {
     "language models": "decoders gpt",
@@ -109,8 +111,16 @@ def placed(page: str, table: Mapping[str, Mapping[str, Entry]]) -> str:
     return re.sub(f"{BEGIN}.*?{END}", f"{BEGIN}\n\n{summary(table)}\n\n{END}", page, flags=re.S)
 
 
+def numbered(table: Mapping[str, Mapping[str, Entry]]) -> dict[str, int]:
+    """Return reasons that recur, with the numbers that stand for them in the table."""
+    found = Counter(why for row in table.values() for _, why in (*_refused(row), _of_stock(row)))
+    often = [why for why, count in found.most_common() if why and count >= OFTEN]
+    return {why: number for number, why in enumerate(often, 1)}
+
+
 def markdown(table: Mapping[str, Mapping[str, Entry]]) -> str:
     """Return the page of families."""
+    numbers = numbered(table)
     lines = [
         "# Families that you can prune",
         "",
@@ -128,10 +138,14 @@ def markdown(table: Mapping[str, Mapping[str, Entry]]) -> str:
         "",
         *(f"- **{name}**: {' '.join(text.split())}" for name, text in LEGEND.items()),
         "",
+        "Reasons that recur have numbers:",
+        "",
+        *(f"{number}. {why}" for why, number in numbers.items()),
+        "",
         f"| family | {' | '.join(LEGEND)} |",
         "|" + "---|" * (len(LEGEND) + 1),
         *(
-            f"| {name} | {' | '.join(_cells(row))} |".replace("  ", " ")
+            f"| {name} | {' | '.join(_cells(row, numbers))} |".replace("  ", " ")
             for name, row in table.items()
         ),
         "",
@@ -148,26 +162,43 @@ def _applies(entry: Entry) -> bool:
     return entry.applies not in (NO, NONE)
 
 
-def _cells(row: Mapping[str, Entry]) -> list[str]:
-    yes = [COLUMNS[unit] + _reason(row[unit], " (", ")") for unit in UNITS if _applies(row[unit])]
-    no = [
-        name + _reason(row[unit], ": ")
-        for unit, name in {
-            **{unit: COLUMNS[unit] for unit in UNITS},
-            "layerwise": "layer by layer",
-        }.items()
-        if (row[unit].applies == NO or (unit == "layerwise" and row[unit].reason))
-        and row[unit].reason != "every head has keys and values of its own"
+def _cells(row: Mapping[str, Entry], numbers: Mapping[str, int]) -> list[str]:
+    yes = [
+        COLUMNS[unit] + (f" ({row[unit].reason})" if row[unit].reason else "")
+        for unit in UNITS
+        if _applies(row[unit])
     ]
-    stock = row["stock"].applies + _reason(
-        row["stock"], "; not " if _applies(row["stock"]) else ": "
-    )
+    no = [_said(*each, numbers) for each in _refused(row)]
+    stock = row["stock"].applies
+    if row["stock"].reason:
+        stock += "; not " if _applies(row["stock"]) else ": "
+        stock += _said(*_of_stock(row), numbers)
     biases = row["biases"].applies if _applies(row["biases"]) else NONE
     return [each.replace("|", "\\|") for each in (", ".join(yes), "; ".join(no), stock, biases)]
 
 
-def _reason(entry: Entry, before: str, after: str = "") -> str:
-    return f"{before}{entry.reason}{after}" if entry.reason else ""
+def _refused(row: Mapping[str, Entry]) -> list[tuple[str, str]]:
+    """Return what is not possible for a family, and why; of encoders the legend says the rest."""
+    names = {**{unit: COLUMNS[unit] for unit in UNITS}, "layerwise": "layer by layer"}
+    return [
+        (name, row[unit].reason)
+        for unit, name in names.items()
+        if (row[unit].applies == NO or (unit == "layerwise" and row[unit].reason))
+        and row[unit].reason != "every head has keys and values of its own"
+    ]
+
+
+def _of_stock(row: Mapping[str, Entry]) -> tuple[str, str]:
+    """Return the units whose number the stock config can't say, if named, and why not."""
+    units, _, why = row["stock"].reason.rpartition(": ")
+    return (units, why) if ": " not in units else ("", row["stock"].reason)
+
+
+def _said(name: str, why: str, numbers: Mapping[str, int]) -> str:
+    """Return what is not possible, and why, or the number of the reason."""
+    if why in numbers:
+        return f"{name} ({numbers[why]})"
+    return f"{name}: {why}" if name and why else name or why
 
 
 def main() -> None:
