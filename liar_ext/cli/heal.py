@@ -87,7 +87,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Load both models and the text, train, save; return the section ``heal`` of the report."""
     report = Report.load(options.folder, "heal")
     plan = read_plan(Path(options.folder, PLAN_FILE), "heal")
-    check_folder(options.out, _overwrites(options))
+    in_place = os.path.realpath(options.out) == os.path.realpath(options.folder)
+    check_folder(options.out, in_place or options.overwrite)
     check_apart(options)
     with checkpoint_of(recipe, options) as saved:
         given = load(
@@ -125,32 +126,26 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         found["self_text"] = recipe.self_text
         times = round(found["tokens"] / sum(map(count_tokens, batches)))
         on_text = _on_text(given.notes, times, options)
-        found["notes"] = [*on_text, *_on_folder(report.heal, found, options)]
+        found["notes"] = [*on_text, *_on_folder(report.heal, found, options.folder, in_place)]
         report.heal = found
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
         if is_first():
-            _write(model, plan, report, options)
+            _write(model, plan, report, options, in_place)
     return found
 
 
-def _in_place(options: argparse.Namespace) -> bool:
-    return os.path.realpath(options.out) == os.path.realpath(options.folder)
-
-
-def _overwrites(options: argparse.Namespace) -> bool:
-    return _in_place(options) or options.overwrite
-
-
-def _write(model: nn.Module, plan: Plan, report: Report, options: argparse.Namespace) -> None:
+def _write(
+    model: nn.Module, plan: Plan, report: Report, options: argparse.Namespace, in_place: bool
+) -> None:
     """Write the healed folder; what was made of the pruned one stays, if nothing improved."""
-    as_before = _in_place(options) and not report.heal["improved"]
+    as_before = in_place and not report.heal["improved"]
     bench = stored_bench(options.folder)[0] if as_before else None
     files = [VOCABULARY_FILE, *([EXPORTS_FILE] if as_before else ())]
     save = partial(_save, report, options.folder, files)
     # Without seconds: those of the report stay those of pruning.
     written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
-    with writing(options.out, _overwrites(options)) as path:
+    with writing(options.out, in_place or options.overwrite) as path:
         fill_folder(model, path, plan, report=written, source=options.folder)
     if bench is not None:
         bench = replace(bench, report_digest=report_digest(options.folder))
@@ -166,16 +161,15 @@ def _on_text(drawn: Sequence[str], times: int, options: argparse.Namespace) -> l
 
 
 def _on_folder(
-    earlier: Mapping[str, Any], found: Mapping[str, Any], options: argparse.Namespace
+    earlier: Mapping[str, Any], found: Mapping[str, Any], folder: str, in_place: bool
 ) -> list[str]:
     """Return notes on the folder: its vocabulary, earlier healing, and what is outdated now."""
-    folder = Path(options.folder)
-    fewer = kept_tokens(folder, "heal") is not None
+    fewer = kept_tokens(Path(folder), "heal") is not None
     same = [SAME_VOCABULARY] * (fewer and bool(found["quality"]))  # of both models
     before = [line for line in earlier.get("notes", ()) if line.startswith(HEALED_BEFORE)]
     before += [f"{HEALED_BEFORE}{line}" for line in healing_lines(earlier)[:1]]
-    outdated = _in_place(options) and found["improved"] and (folder / EXPORTS_FILE).is_file()
-    return [*same, *before, *[OUTDATED.format(options.folder)] * outdated]
+    outdated = in_place and found["improved"] and Path(folder, EXPORTS_FILE).is_file()
+    return [*same, *before, *[OUTDATED.format(folder)] * outdated]
 
 
 def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
