@@ -167,7 +167,7 @@ def magnitude(stats: SiteStatistics) -> Tensor:
 
 @criterion("wanda")
 def wanda(stats: SiteStatistics) -> Tensor:
-    """``Σ_i |W_ij| · ‖x_j‖`` by feature, the score of Wanda-sp (arXiv:2306.11695)."""
+    """``Σ_i |W_ij| · ‖x_j‖`` by feature: Wanda (arXiv:2306.11695), summed to Wanda-sp."""
     norm = stats.moments.second_moment().sqrt()
     return stats.weight.abs().sum(0) * norm
 
@@ -182,9 +182,9 @@ def wifv(stats: SiteStatistics) -> Tensor:
 def obs(stats: SiteStatistics) -> Tensor:
     """Error per token once ``u`` is gone, units going by least error after reconstruction.
 
-    The next to go is the unit of least ``tr W_u [(G_KK + Λ)⁻¹]_uu⁻¹ W_uᵀ``. The scores rise along
-    the greedy order, so that the best k of them are what is left of it, and they are the error
-    curve itself; see :func:`liar_ext.ops.obs_curve`.
+    The next to go is the unit of least ``tr W_u [(G_KK + Λ)⁻¹]_uu⁻¹ W_uᵀ``, as in Optimal Brain
+    Surgeon. The scores rise along the greedy order, so that the best k of them are what is left of
+    it, and they are the error curve itself; see :func:`liar_ext.ops.obs_curve`.
     """
     gram, _, tokens = stats.moments.pooled()
     order, error, info = ops.obs_curve(stats.weight, gram, stats.width, OBS_DAMP, 0, stats.groups)
@@ -212,9 +212,9 @@ def snip(stats: SiteStatistics) -> Tensor:
 def taylor(stats: SiteStatistics) -> Tensor:
     """``Σ_i |W_i · ∂L/∂W_i|``: LLM-Pruner's importance, first order, vector form, summed.
 
-    From arXiv:2305.11627. ``W_i`` is all that the unit owns in layer i, as one vector: within a
-    layer products may cancel, across layers they may not. Of the element form the first-order part
-    is ``snip``.
+    LLM-Pruner is arXiv:2305.11627. ``W_i`` is all that the unit owns in layer i, as one vector:
+    within a layer products may cancel, across layers they may not. Of the element form the
+    first-order part is ``snip``.
     """
     return stats.gradients.signed.abs().sum(0)
 
