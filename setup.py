@@ -74,7 +74,7 @@ def without(why):
 
 
 def compiler_name():
-    """First line of the compiler's version, for `liar info`."""
+    """First line of the compiler's version, for `liar doctor`."""
     try:
         command = [*COMPILER, "--version"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

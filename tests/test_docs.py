@@ -125,7 +125,7 @@ def parses(line: str) -> None:
     name, *words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line)[1:]]
     known = subcommands()
     if name in ("COMMAND", "--version"):
-        name = "info"
+        name = "doctor"
     assert name in known, f"no subcommand {name}: {line}"
     words = [word for word in words if word]
     if not any(not word.startswith("-") for word in words):

@@ -95,9 +95,9 @@ def test_a_block_that_fails_would_be_seen(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="exit code 2"):
         pages.run(write(tmp_path / "b.md", "```console\n$ liar verify nowhere\n```\n"))
     with pytest.raises(AssertionError, match="begins with a command"):
-        pages.run(write(tmp_path / "c.md", "```console\nliar info\n```\n"))
+        pages.run(write(tmp_path / "c.md", "```console\nliar doctor\n```\n"))
     with pytest.raises(AssertionError, match="no line like 'torch 1.2 or so'"):
-        pages.run(write(tmp_path / "d.md", "```console\n$ liar info\ntorch 1.2 or so\n```\n"))
+        pages.run(write(tmp_path / "d.md", "```console\n$ liar doctor\ntorch 1.2 or so\n```\n"))
     pages.run(write(tmp_path / "e.md", "```py\n1 / 0\n```\n"))
     with pytest.raises(ZeroDivisionError):
         pages.run(tmp_path / "e.md", ("py",))

@@ -336,7 +336,7 @@ def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_
             (command(llama_folder, corpus, out, "--device", "auto"), "--device auto spreads"),
             (command(llama_folder, corpus, out, "--device", "cuda"), "need a GPU each"),
             (command(llama_folder, [short], out), "the text is too short"),
-            (["info"], "runs in one process"),
+            (["families"], "runs in one process"),
             (["prune", "--keep", "2"], "keep must be"),
         )
         arguments, reason = lines[int((tmp_path / "case").read_text())]
@@ -371,7 +371,7 @@ def test_an_environment_that_torchrun_would_not_set_is_refused(name, value, monk
     for each, given in {**of_torchrun, name: value}.items():
         monkeypatch.setenv(each, given)
     before = get_verbosity(), list(warnings.filters)
-    assert main(["info"]) == 2
+    assert main(["families"]) == 2
     assert (get_verbosity(), list(warnings.filters)) == before  # as another rank it says less
     said = capsys.readouterr().err.replace("\nhint: ", "; ")
     assert len(said.splitlines()) == 1

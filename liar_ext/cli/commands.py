@@ -370,12 +370,11 @@ def _families(commands: Any) -> None:
     add(parser, ("--suggest", path("MODEL"), row), JSON)
 
 
-def _info(commands: Any) -> None:
-    add(commands.add_parser("info", help="versions, kernels in use, what can be loaded"), JSON)
+def _doctor(commands: Any) -> None:
     add(commands.add_parser("doctor", help="check that this installation works here"), JSON)
 
 
 COMMANDS = (  # in the order of the help
     *(_prune, _calibrate, _merge, _resume, _sweep, _heal, _eval, _verify),
-    *(_bench, _report, _compare, _compare_methods, _export, _families, _info),
+    *(_bench, _report, _compare, _compare_methods, _export, _families, _doctor),
 )

@@ -1,4 +1,4 @@
-"""Commands that prune nothing: ``info``, ``doctor``, ``families``, ``export``, pages of reports."""
+"""Commands that prune nothing: ``doctor``, ``families``, ``export``, pages of reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,8 +15,7 @@ import torch
 from liar_ext import ops
 from liar_ext.cli.output import show
 from liar_ext.export import export
-from liar_ext.models.registry import COLUMNS, FAMILIES, Entry, overview
-from liar_ext.recipe.checks import CRITERIA
+from liar_ext.models.registry import COLUMNS, Entry, overview
 from liar_ext.report.page import write_comparison, write_page
 from liar_ext.report.report import versions
 from liar_ext.report.tables import Table, to_text
@@ -25,26 +23,6 @@ from liar_ext.system.environment import available_memory, version_of
 from liar_ext.system.errors import install, one_line
 
 PLACE = str(Path(__file__).parents[1])
-OPTIONAL = {
-    "gguf": "GGUF files",
-    "llama_cpp_py_sync": "GGUF files quantised",
-    "datasets": "datasets by name",
-    "accelerate": "device_map",
-}
-
-
-def run(options: argparse.Namespace) -> None:
-    """Print versions, kernels in use, criteria, families and optional packages."""
-    there = {package: find_spec(package) is not None for package in OPTIONAL}
-    facts = {"versions": versions(), "criteria": sorted(CRITERIA), "families": list(FAMILIES)}
-    facts |= {"optional": there, "extension": PLACE}
-    rows = {**facts["versions"], "criteria": ", ".join(facts["criteria"])}
-    for package, what in OPTIONAL.items():
-        rows[what] = "available" if there[package] else f"pip install {package}"
-    rows |= {"families": ", ".join(FAMILIES), "extension": PLACE}
-    show(options, facts, [f"{key:32} {value}" for key, value in rows.items()])
-
-
 # Optional packages, and the extra of a checkout that installs each.
 PACKAGES = {
     "gguf": "gguf",

@@ -31,7 +31,7 @@ def _call(place: str, options: argparse.Namespace) -> int:
 
 
 PLACES = {  # module and function
-    **{name: f"{name}:run" for name in ("prune", "calibrate", "resume", "sweep", "info", "heal")},
+    **{name: f"{name}:run" for name in ("prune", "calibrate", "resume", "sweep", "heal")},
     **{name: f"info:run_{name}" for name in ("compare", "doctor", "export", "families", "report")},
     "bench": "evaluate:run_bench",
     "compare-methods": "sweep:run_compare_methods",

@@ -51,7 +51,7 @@ def test_running_the_model_or_success_would_be_seen(inputs):
     line = ["eval", paths["model"], "--text", paths["text"], "--seq-len", "8"]
     verdict, said = commands.attempt(line, work)
     assert verdict == "traceback" and "the model was run" in said
-    verdict, said = commands.attempt(["info"], work)
+    verdict, said = commands.attempt(["families"], work)
     assert verdict == "traceback" and "exit code 0" in said
 
 

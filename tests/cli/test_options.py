@@ -150,7 +150,7 @@ def test_all_help_groups_the_options_by_stage(capsys):
 
 
 def test_every_subcommand_has_help(capsys):
-    for command in ("prune", "eval", "verify", "info"):
+    for command in ("prune", "eval", "verify", "doctor"):
         with pytest.raises(SystemExit) as stop:
             parser().parse_args([command, "--help"])
         assert stop.value.code == 0 and f"liar {command}" in capsys.readouterr().out
@@ -160,9 +160,9 @@ def test_a_passive_wait_policy():
     """The policy must be there before torch loads OpenMP, which shows it when it is asked to."""
     environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
     environment.pop("OMP_WAIT_POLICY", None)
-    command = [sys.executable, "-m", "liar_ext", "info"]
+    command = [sys.executable, "-m", "liar_ext", "families"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stdout.startswith("liar_ext ")
+    assert done.returncode == 0 and done.stdout.startswith("family ")
     shown = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     assert all(line.endswith("= '0'") for line in shown), shown
     assert shown or sys.platform != "linux"
@@ -183,9 +183,9 @@ def test_only_the_command_sets_a_policy_and_only_where_none_is(name, policy, fou
 
 
 def test_what_is_the_command():
-    assert is_command(["/env/bin/liar", "info"], [])
+    assert is_command(["/env/bin/liar", "families"], [])
     assert is_command(["liar.exe"], [])
-    assert is_command(["-m"], ["python", "-X", "dev", "-m", "liar_ext", "info"])
+    assert is_command(["-m"], ["python", "-X", "dev", "-m", "liar_ext", "families"])
     assert not is_command(["-m"], ["python", "-m", "pytest", "liar_ext"])
     assert not is_command(["-c"], ["python", "-c", "..."])
     assert not is_command(["liar.py"], []) and not is_command([""], []) and not is_command([], [])
@@ -209,7 +209,7 @@ def test_an_interrupt_while_modules_are_imported_shows_no_traceback(tmp_path):
     (tmp_path / "liar").write_text("from liar_ext.cli import main; main()")
     paths = os.pathsep.join([str(tmp_path), str(Path(liar_ext.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": paths}
-    command = [sys.executable, str(tmp_path / "liar"), "info"]
+    command = [sys.executable, str(tmp_path / "liar"), "families"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGINT and done.stderr == ""
 
@@ -222,7 +222,7 @@ def test_an_output_that_cannot_be_written_is_no_traceback(shell, code, monkeypat
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     program = (
         "import sys; from liar_ext.cli import main; module = sys.modules[main.__module__]; "
-        "module.COMMANDS['info'] = lambda _: print('done'); sys.exit(main(['info']))"
+        "module.COMMANDS['families'] = lambda _: print('done'); sys.exit(main(['families']))"
     )
     command = f"{shlex.join([sys.executable, '-c', program])} {shell}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
