@@ -24,9 +24,10 @@ class DenseOutputs:
     """What the dense model gives for one batch, to tell how far pruned models are from it.
 
     With logits the divergence of a row, a token or a sequence, is ``KL(p ‖ q) = Σ p (log p −
-    log q)`` in nats, p the dense model's distribution and q the pruned one's. Without it is
-    ``½ |h − h'|² / |h|²`` of the last hidden state, or of the embeddings of images and texts: the
-    same to second order but for its scale. Rows where the dense output isn't finite are left out.
+    log q)`` in nats, p the dense model's distribution and q the pruned one's. Of a lone logit, such
+    as a score, it is ``½ (z − z')²``. Without logits it is ``½ |h − h'|² / |h|²`` of the last
+    hidden state, or of the embeddings of images and texts: the same to second order but for its
+    scale. Rows where the dense output isn't finite are left out.
 
     The dense model, in evaluation mode, is run now. Padding doesn't count. Outputs are compared at
     as many ``positions``, evenly spread over the sequences, or at all of them. ``has_logits`` says
@@ -47,13 +48,19 @@ class DenseOutputs:
         self._usable: Tensor | None = None
         self.has_logits, rows = self._run(dense)
         self.features = rows.shape[-1]
+        self._has_classes = self.has_logits and self.features > 1
         usable = torch.isfinite(rows).all(-1)
         if not usable.all():
             self._usable, rows = usable, rows[usable]
-        self._rows = rows.float().log_softmax(-1) if self.has_logits else rows.float()
+        self._rows = rows.float().log_softmax(-1) if self._has_classes else rows.float()
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def dense(self) -> Tensor:
+        """The dense model's outputs, (rows, features): logarithms of probabilities of classes."""
+        return self._rows
 
     def divergence(self, pruned: nn.Module, *, finite_only: bool = False) -> float:
         """Return the sum over rows of the divergence of a model, which is run for it.
@@ -82,10 +89,11 @@ class DenseOutputs:
         total, at_once = 0.0, max(1, CHUNK // self.features)
         for p, q in zip(dense.split(at_once), rows.split(at_once), strict=True):
             q = q.to(p)
-            if self.has_logits:
+            if self._has_classes:
                 each = torch.linalg.vecdot(p.exp(), p - q.log_softmax(-1))
             else:
-                each = 0.5 * (p - q).square().sum(-1) / p.square().sum(-1)
+                size = 1.0 if self.has_logits else p.square().sum(-1)
+                each = 0.5 * (p - q).square().sum(-1) / size
             total += float(each.sum())
         return total
 
@@ -98,12 +106,14 @@ class DenseOutputs:
 
         With J what they change by, less its mean under the third that is returned if there is one,
         the divergence changes by ``Σ slope · J + ½ Σ (root · J)²``: ``q − p``, ``√q`` and q of
-        logits, ``(h' − h) / |h|²`` and ``1 / |h|`` of hidden states.
+        logits, ``z' − z`` and 1 of a lone one, ``(h' − h) / |h|²`` and ``1 / |h|`` of hidden
+        states.
         """
-        if self.has_logits:
+        if self._has_classes:
             q = rows.softmax(-1)
             return q - self._rows.exp(), q.sqrt(), q
         size = self._rows.norm(dim=-1, keepdim=True)
+        size = torch.ones_like(size) if self.has_logits else size
         return (rows - self._rows) / size.square(), 1 / size, None
 
     def _run(self, model: nn.Module) -> tuple[bool, Tensor]:

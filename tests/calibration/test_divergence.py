@@ -88,6 +88,19 @@ def test_hidden_states_are_compared_relative_to_their_energy():
     assert got == pytest.approx(0.5 * (1 / 25 + 4 / 4))
 
 
+def test_a_lone_logit_is_compared_by_its_value():
+    """Of one class alone the divergence of distributions is 0 whatever the model does."""
+    ids = torch.ones(3, 2, dtype=torch.long)
+    scores = torch.tensor([[1.0], [-3.0], [0.0]])
+    dense, other = DenseOutputs(Fixed(scores), {"input_ids": ids}), scores + 0.5
+    assert dense.divergence(Fixed(other)) == pytest.approx(3 * 0.5 * 0.25)
+    change = torch.tensor([[0.1], [0.2], [-0.3]])
+    slope, root, centre = dense.metric(other)
+    expanded = float((slope * change).sum() + 0.5 * (root * change).square().sum())
+    found = dense.divergence(Fixed(other + change)) - dense.divergence(Fixed(other))
+    assert centre is None and found == pytest.approx(expanded, rel=1e-5)
+
+
 def test_rows_that_the_dense_model_cannot_give_are_left_out():
     ids = torch.ones(1, 3, dtype=torch.long)
     value = logits(0.5, 0.5, 0.9)
