@@ -29,13 +29,29 @@ class Documents(list):
         self.notes = list(notes)
 
 
+class Pair(str):
+    """Two texts that a model reads at once, such as a question and a passage; as a string, lines.
+
+    ``texts`` has both, as a tokenizer takes them.
+    """
+
+    texts: tuple[str, str]
+
+    def __new__(cls, text: str, text_pair: str) -> Pair:
+        """Return the pair of two texts."""
+        pair = super().__new__(cls, f"{text}\n{text_pair}")
+        pair.texts = (text, text_pair)
+        return pair
+
+
 def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object]]) -> Documents:
     """Return the documents of a text file, a JSON-lines file, a folder or a dataset.
 
     A file is one document, a line of a ``.jsonl`` file one in its field ``text``, and a folder has
     one per file. A dataset of the ``datasets`` library, ``NAME[:CONFIG[:SPLIT]]``, split ``train``
     if not given, or a ``Dataset`` itself, has one per row in its column ``text``; the first
-    ``MOST_OF_A_DATASET`` characters are read, and the notes say so if there is more.
+    ``MOST_OF_A_DATASET`` characters are read, and the notes say so if there is more. A line or row
+    with a ``text_pair`` is a :class:`Pair`.
 
     Raises
     ------
@@ -158,7 +174,18 @@ def _read_line(line: str, place: str) -> str:
             f'text: {place} must be a JSON object with a field "text", a string, got {came}; write '
             '{"text": "..."} on each line'
         )
-    return checked(fields["text"], place)
+    second = fields.get("text_pair")
+    if not isinstance(second, str | None):
+        raise InputError(
+            f"text: {place} must have a string in its field text_pair, got "
+            f"{type(second).__name__}; write the second of two texts, or leave it out"
+        )
+    return _document(fields["text"], second, place)
+
+
+def _document(text: str, second: str | None, place: str) -> str:
+    text = checked(text, place)
+    return text if second is None else Pair(text, checked(second, place))
 
 
 def checked(text: str, place: str) -> str:
@@ -183,19 +210,21 @@ def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
         if text is None:
             missing += 1
             continue
-        if not isinstance(text, str):
-            raise InputError(
-                f"text: dataset {source} must have text in its column text, got "
-                f"{type(text).__name__} in row {number}"
-            )
+        second = row.get("text_pair")
+        for name, value in {"text": text, "text_pair": second or ""}.items():
+            if not isinstance(value, str):
+                raise InputError(
+                    f"text: dataset {source} must have text in its column {name}, got "
+                    f"{type(value).__name__} in row {number}"
+                )
         if characters >= MOST_OF_A_DATASET:
             documents.notes.append(
                 f"Of the dataset {source} the first {len(documents):,} documents were read, "
                 f"{characters:,} characters."
             )
             break
-        documents.append(checked(text, f"dataset {source} row {number}"))
-        characters += len(text)
+        documents.append(_document(text, second, f"dataset {source} row {number}"))
+        characters += len(documents[-1])
     if missing:
         documents.notes.append(f"{missing:,} rows of the dataset {source} have no text.")
     return documents

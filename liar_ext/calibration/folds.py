@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from liar_ext.calibration.batches import FOLDS
+from liar_ext.calibration.documents import Pair
 from liar_ext.system.errors import InputError
 
 # A lone text is cut into blocks of this many sequences or more, at most so many for each part; of
 # a block an eighth at most is left out, so that neighbours in different folds do not touch.
 BLOCK_SEQUENCES, MOST_BLOCKS, GAP = 16, 8, 8
 CHARACTERS = 4  # per token, about, in English
+TYPES = "token_type_ids"
 NO_TEXT = -1  # the source of what comes beside, where texts count from 0
 RANDOM_TOKENS = 0.25  # of all sequences; docs/quality.md shows the effect
 Part = list[tuple[Any, int]]  # files, and the source of each
@@ -90,12 +92,38 @@ class Sequences:
         return replace(self, inputs=inputs, fold=fold, source=source)
 
 
+class OfPair(list):
+    """The token ids of a pair of texts, with their ``types``: 0 of the first, 1 of the second."""
+
+    types: Sequence[int] = ()  # where the model reads none
+
+
+def tokenised(tokenizer: Any, documents: Sequence[str], seq_len: int) -> list[list[int]]:
+    """Return the token ids of documents as an encoder reads them, cut after ``seq_len`` tokens."""
+    how = {"truncation": True, "max_length": seq_len}
+    if not any(isinstance(each, Pair) for each in documents):
+        return tokenizer(list(documents), **how)["input_ids"]
+    rows = []
+    for document in documents:
+        found = tokenizer(*getattr(document, "texts", (document,)), **how)
+        rows.append(OfPair(found["input_ids"]))
+        rows[-1].types = found.get(TYPES, ())
+    return rows
+
+
 def padded(rows: Iterable[Sequence[int]], pad: int | None) -> dict[str, Tensor]:
-    """Return token ids padded to the longest row, and their mask."""
+    """Return token ids padded to the longest row, their mask, and their types if some differ."""
+    rows = list(rows)
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     ids = pad_sequence(tensors, batch_first=True, padding_value=pad or 0)
     mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
-    return {"input_ids": ids, "attention_mask": mask}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    types = [getattr(row, "types", ()) for row in rows]
+    if any(map(any, types)):
+        inputs[TYPES] = torch.zeros_like(ids)
+        for into, some in zip(inputs[TYPES], types, strict=True):
+            into[: len(some)] = torch.tensor(some, dtype=torch.long)
+    return inputs
 
 
 def in_turns(count: int) -> Tensor:
@@ -113,6 +141,11 @@ def split_documents(
     cut into blocks first, see :func:`cut_blocks`.
     """
     if len(documents) < len(shares):
+        if any(isinstance(document, Pair) for document in documents):
+            raise InputError(
+                f"calibration: {len(documents)} pair(s) of texts are too few for {len(shares)} "
+                "parts that share none; give more lines with a text and a text_pair"
+            )
         parts = cut_blocks("\n\n".join(documents), len(shares), seq_len, most)
         blocks = sum(map(len, parts))
         return parts, (

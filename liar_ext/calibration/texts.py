@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.batches import FOLDS
+from liar_ext.calibration.documents import Pair
 from liar_ext.calibration.folds import (
     CHARACTERS,
     NO_TEXT,
@@ -22,6 +23,7 @@ from liar_ext.calibration.folds import (
     padded,
     random_sequences,
     split_documents,
+    tokenised,
 )
 from liar_ext.models.plan import check_fraction
 from liar_ext.models.running import positions_of, predicts_next_token
@@ -54,7 +56,7 @@ class Text:
         True (causal models): documents of a fold are joined and cut into full windows, each of
         which begins as the tokenizer begins a document. False (encoders): one sequence per
         document, with special tokens, truncated and padded; up to an eighth of the tokens is in
-        sequences of other lengths.
+        sequences of other lengths. A pair of texts is a sequence, too, and in no other length.
     certify, judge : int
         Sequences of documents that no other sequence comes from, returned as
         :attr:`Sequences.certification` and :attr:`Sequences.judging`.
@@ -224,7 +226,7 @@ def evaluation_sequences(
 
 def unpacked(documents: Sequence[str], seq_len: int, samples: int | None) -> Sequence[str]:
     """Return the documents that are a sequence each, or pieces of a lone one: every n-th."""
-    if len(documents) == 1:
+    if len(documents) == 1 and not isinstance(documents[0], Pair):
         documents = cut_pieces(documents[0], seq_len * CHARACTERS)
     if samples is None:
         return documents
@@ -323,7 +325,7 @@ def _queue(
     size, rows = sum(map(len, pieces)), []
     reach = min(tokens, size // CHARACTERS)
     some = round(reach / OTHER_LENGTHS / text.seq_len) * text.seq_len
-    if some:
+    if some and not any(isinstance(piece, Pair) for piece in pieces):
         mean = size / len(pieces) / CHARACTERS  # tokens, about
         if mean < text.seq_len:
             long = _joined(chosen, text.seq_len)
@@ -370,7 +372,7 @@ def _single_sequences(
 ) -> list[list[int]]:
     rows, left = [], tokens
     while left > 0 and (some := list(islice(documents, -(-left // seq_len)))):
-        more = tokenizer(some, truncation=True, max_length=seq_len)["input_ids"]
+        more = tokenised(tokenizer, some, seq_len)
         rows, left = rows + more, left - sum(map(len, more))
     return rows
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.folds import cut_pieces
 from liar_ext.calibration.texts import evaluation_sequences, longest_read, unpacked
-from liar_ext.measure.embeddings import DenseEncoder
+from liar_ext.measure.embeddings import DenseEncoder, correlation
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.measure.latency import light_copy
 from liar_ext.models.running import (
@@ -42,7 +42,7 @@ from liar_ext.vocabulary.keep import (
 )
 
 # Measures by which ``auto`` takes a size, and the loss at which it stops: a fraction.
-LOSSES = {"bits_per_byte": 0.01, "cosine": 0.005, "agreement": 0.005}
+LOSSES = {"bits_per_byte": 0.01, "cosine": 0.005, "agreement": 0.005, "correlation": 0.005}
 PIECE = 256  # tokens, at most, of a piece of text that a language model reads
 HELD_OUT, LEAST_DOCUMENTS = 5, 20  # every fifth document; with fewer, pieces of them
 CHARACTERS = 2000  # of such a piece
@@ -88,7 +88,9 @@ class VocabularyQuality:
         """The measure by which sizes are judged; None if none is comparable."""
         if self.causal or self.logits is None:
             return "bits_per_byte" if self.causal else "cosine"
-        return "agreement" if self.logits.dim() == 2 and self.logits.shape[1] > 1 else None
+        if self.logits.dim() != 2:
+            return None
+        return "agreement" if self.logits.shape[1] > 1 else "correlation"
 
     def check_judges(self, model: nn.Module) -> None:
         """Raise InputError if no measure compares the model's outputs between vocabularies."""
@@ -110,7 +112,10 @@ class VocabularyQuality:
             return found | {n: likeness[n] for n in ("cosine", "neighbours") if n in likeness}
         if self.judged_by is None:
             return found
-        p, q = self.logits.log_softmax(-1), _logits(model, batches).log_softmax(-1)
+        own = _logits(model, batches)
+        if self.judged_by == "correlation":
+            return found | {"correlation": correlation(self.logits, own)}
+        p, q = self.logits.log_softmax(-1), own.log_softmax(-1)
         same = (p.argmax(-1) == q.argmax(-1)).double().mean()
         divergence = (p.exp() * (p - q)).sum(-1).mean()
         return found | {"divergence": max(float(divergence), 0.0), "agreement": float(same)}

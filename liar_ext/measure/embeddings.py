@@ -71,6 +71,10 @@ class DenseEncoder:
     - ``divergence``: ``(1/N) Σ KL(p ‖ q)`` in nats
     - ``agreement``: fraction of outputs where both models find the same class most likely
 
+    Of one with a lone logit, such as the score of two texts:
+
+    - ``correlation``: that of both models' scores (Pearson)
+
     The model is run when this is made. ``own`` is what it has itself: 1 for all but the divergence,
     which is 0; ``sequences``, and of text ``tokens`` and ``seq_len``, the longest. InputError is
     raised if there is no batch, or the outputs can't be compared.
@@ -91,14 +95,12 @@ class DenseEncoder:
                 names = ("cosine", "neighbours") if self._has_neighbours else ("cosine",)
                 self.own = {**dict.fromkeys(names, 1.0), **facts}
                 return
-            if first.features < 2:
-                raise InputError(
-                    f"evaluation: {type(dense).__name__} gives one number for each input, which "
-                    "has no class to compare; judge it by its own task"
-                )
             for at, batch in enumerate(Bar(batches, desc="evaluate", disable=not progress)):
                 self._outputs.append(DenseOutputs(dense, batch, positions) if at else first)
         self.own = {"divergence": 0.0, "agreement": 1.0, **facts}
+        if first.features == 1:
+            self._scores = torch.cat([each.dense for each in self._outputs])
+            self.own = {"correlation": correlation(self._scores, self._scores), **facts}
 
     @torch.no_grad()
     def compare(
@@ -129,12 +131,17 @@ class DenseEncoder:
         return len(self._embeddings) > NEIGHBOURS + 1
 
     def _predictions(self, pruned: nn.Module, progress: bool) -> dict[str, float]:
-        divergence, same, count = 0.0, 0, 0
+        divergence, same, count, scores = 0.0, 0, 0, []
         with evaluating(pruned):
             for dense in Bar(self._outputs, desc="evaluate", disable=not progress):
                 rows = dense.outputs(pruned)
+                if rows.shape[1] == 1:
+                    scores.append(rows)
+                    continue
                 divergence, same = divergence + dense.divergence_of(rows), same + dense.same(rows)
                 count += len(dense)
+        if scores:
+            return {"correlation": correlation(self._scores, torch.cat(scores))}
         return {"divergence": max(divergence / count, 0.0), "agreement": same / count}
 
 
@@ -143,8 +150,9 @@ def encoder_similarity(
 ) -> dict[str, float]:
     """Return how much of a dense encoder's outputs a pruned one keeps, on held-out inputs.
 
-    That is ``cosine`` and ``neighbours`` of their embeddings, or ``divergence`` and ``agreement``
-    of their predictions; see :class:`liar_ext.measure.embeddings.DenseEncoder`.
+    That is ``cosine`` and ``neighbours`` of their embeddings, ``divergence`` and ``agreement`` of
+    their predictions, or the ``correlation`` of their scores; see
+    :class:`liar_ext.measure.embeddings.DenseEncoder`.
 
     Parameters
     ----------
@@ -190,6 +198,21 @@ def embed(
     if not rows:
         raise InputError("evaluation: needs at least one batch, got none; give more text")
     return torch.cat(rows)
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Return the correlation (Pearson) of two models' scores of the same inputs, ``(inputs, 1)``.
+
+    InputError if one model gives all inputs the same score, or there are fewer than two.
+    """
+    both = torch.cat([x, y], 1).double().T.cpu()
+    found = float(torch.corrcoef(both)[0, 1]) if both.shape[1] > 1 else math.nan
+    if math.isnan(found):
+        raise InputError(
+            f"evaluation: scores correlate if they differ, got {both.shape[1]} inputs with "
+            "scores that do not; give more text"
+        )
+    return found
 
 
 def shared_neighbours(x: Tensor, y: Tensor, count: int = NEIGHBOURS) -> float:

@@ -118,8 +118,10 @@ def evaluation(value: Any) -> dict[str, dict[str, float]]:
     """Read what was measured of the whole model."""
     found = {}
     for name, known in {"dense": MEASURES, "pruned": MEASURES, "certified": {"divergence"}}.items():
-        facts = mapping(value).get(name)
-        facts = numbers(facts) | (record(facts, cosine=number) or {})  # which may be negative
+        stored = mapping(value).get(name)
+        facts = numbers(stored)
+        for signed in ("cosine", "correlation"):  # which may be negative
+            facts |= record(stored, **{signed: number}) or {}
         if facts.keys() & known and facts.get("perplexity") != 0:
             found[name] = facts
     return found

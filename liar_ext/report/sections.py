@@ -24,7 +24,7 @@ WAYS = {"one-pass": "in one pass", "layerwise": "layer by layer"}
 APART = "Errors, perplexity and divergence elsewhere in this report were measured before healing."
 # Of a vocabulary on held-out text: with both tokenizers, and compared with all tokens.
 PAIRS = ("tokens_per_byte", "bits_per_byte")
-LIKENESS = ("cosine", "neighbours", "divergence", "agreement")
+LIKENESS = ("cosine", "neighbours", "divergence", "agreement", "correlation")
 
 
 def facts(title: str, found: Mapping[str, Any], note: str = "") -> Table:

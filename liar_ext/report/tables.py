@@ -23,6 +23,7 @@ MEASURES = {  # of the whole model on held-out inputs, and what they are
     "cosine": "cosine with the dense embeddings",
     "neighbours": "shared part of the ten nearest neighbours",
     "agreement": "agreement with the dense predictions",
+    "correlation": "correlation with the dense scores",
     "divergence": "divergence from the dense predictions",
 }
 

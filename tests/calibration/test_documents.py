@@ -147,6 +147,8 @@ def test_json_lines_end_at_line_feeds_only(tmp_path, separator):
         ("[" * 100_000, "is no JSON"),
         ('{"text": ' + "9" * 5000 + "}", "is no JSON"),
         (r'{"text": "x\ud800"}', r"line 2 must be Unicode, got the lone surrogate U\+D800"),
+        ('{"text": "x", "text_pair": 3}', "line 2 must have a string in its field text_pair"),
+        (r'{"text": "x", "text_pair": "\udfff"}', r"the lone surrogate U\+DFFF"),
     ],
 )
 def test_unusable_json_lines(tmp_path, line, message):
@@ -154,6 +156,18 @@ def test_unusable_json_lines(tmp_path, line, message):
     path.write_text('{"text": "x"}\n' + line)
     with pytest.raises(InputError, match=message):
         texts.read_documents(str(path))
+
+
+def test_pairs_of_texts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "text_pair": "b"}\n{"text": "c", "text_pair": null}\n')
+    pair, single = texts.read_documents(str(path))
+    assert pair.texts == ("a", "b") and not isinstance(single, texts.Pair)
+    assert texts.document_digests([pair]) != texts.document_digests(["a"])
+    rows = [{"text": "a", "text_pair": "b"}, {"text": "c", "text_pair": None}]
+    assert texts.read_documents(rows) == [pair, single]
+    with pytest.raises(InputError, match="in its column text_pair, got int in row 0"):
+        texts.read_documents([{"text": "a", "text_pair": 3}])
 
 
 @pytest.mark.parametrize("source", ["", " "])

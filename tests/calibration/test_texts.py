@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from liar_ext import InputError
 from liar_ext.calibration import texts
 from liar_ext.calibration.batches import probe_batches
+from liar_ext.calibration.documents import Pair
 from liar_ext.calibration.folds import Sequences, block_spans, cut_blocks, cut_pieces
 
 
@@ -405,16 +406,52 @@ def test_random_tokens_come_beside_the_text(tokenizer):
     assert probe_batches(alone)
 
 
-def test_random_tokens_leave_special_ones_in_their_place(tokenizer):
-    words = ["a b", "abc " * 9, "cab"] * 8
+def of_bert(tokenizer, *reads):
+    """Return the tokenizer as BERT's is, whose model may read token types, too."""
     tokenizer = deepcopy(tokenizer)  # other tests share it
     tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    names = ("[CLS]", "[SEP]")
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
-        special_tokens=[
-            (name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[SEP]")
-        ],
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names],
     )
+    tokenizer.model_input_names = ["input_ids", "attention_mask", *reads]
+    return tokenizer
+
+
+@pytest.mark.parametrize("reads", [(), ("token_type_ids",)])
+def test_pairs_are_what_the_tokenizer_makes_of_both_texts(tokenizer, reads):
+    tokenizer = of_bert(tokenizer, *reads)
+    pairs = [Pair(a, b * 9) for a in "abcdefgh" for b in "xyz"]
+    drawn = draw([pairs], tokenizer, samples=16, seq_len=10, packed=False, judge=2)
+    held_out = texts.evaluation_sequences(pairs, tokenizer, seq_len=10, packed=False)
+    wanted = [tokenizer(*each.texts, truncation=True, max_length=10) for each in pairs]
+    assert drawn.input_ids.shape[1] == 10  # and none is of joined or shorter texts
+    for found, whole in ((drawn, False), (drawn.judging, False), (held_out, True)):
+        assert found.inputs.keys() == {"input_ids", "attention_mask", *reads}
+        for batch in found.batches(3):
+            assert {*reads} <= batch.keys()
+        rows = [
+            {n: row.tolist() for n, row in zip(found.inputs, each, strict=True)}
+            for each in zip(*found.inputs.values(), strict=True)
+        ]
+        assert all(row in [dict(each) for each in wanted] for row in rows)
+        assert not whole or rows == [dict(each) for each in wanted]
+    assert texts.evaluation_sequences(pairs[:1], tokenizer, packed=False).input_ids.shape[0] == 1
+    with pytest.raises(InputError, match="1 pair.s. of texts are too few for 2 parts"):
+        draw([pairs[:1]], tokenizer, packed=False)
+
+
+def test_pairs_and_texts_may_lie_in_one_file(tokenizer):
+    tokenizer = of_bert(tokenizer, "token_type_ids")
+    found = texts.evaluation_sequences(["ab", Pair("a", "b")], tokenizer, packed=False).inputs
+    assert found["token_type_ids"].tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
+
+
+def test_random_tokens_leave_special_ones_in_their_place(tokenizer):
+    words = ["a b", "abc " * 9, "cab"] * 8
+    tokenizer = of_bert(tokenizer)
     drawn = draw([words], tokenizer, samples=8, seq_len=12, packed=False, random_tokens=0.5)
     random = drawn.source == -1
     assert 2 * int(random.sum()) == len(drawn)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
 from command import run
 from tiny import tiny
+from tokenizers import processors
 from transformers import BertForSequenceClassification, BertModel
 
 from liar_ext import encoder_similarity
@@ -172,3 +174,41 @@ def test_a_sweep_has_a_column_for_each_measure(files, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["dense"]["cosine"] == found["dense"]["neighbours"] == 1.0
     assert 0 < found["budgets"][0]["cosine"] < 1
+
+
+def test_a_cross_encoder_is_pruned_on_pairs(tmp_path, tokenizer, capsys):
+    """Its one score per pair has no distribution, and each layer's sensitivity is above 0."""
+    tokenizer, generator = deepcopy(tokenizer), random.Random(0)  # other tests share it
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        pair="$A [EOS] $B:1", special_tokens=[("[EOS]", 2)]
+    )
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    tiny("bert", num_labels=1).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    settings = tmp_path / "dense/tokenizer_config.json"  # a class of its own, as BERT's, has these
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | names))
+    tokenizer = load_model(tmp_path / "dense")[1]
+    for name, count in (("text", 40), ("held_out", 20)):
+        rows = [
+            {"text": sentence(generator)[:9], "text_pair": sentence(generator)}
+            for _ in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = ("--calibration", tmp_path / "text.jsonl", "--eval", tmp_path / "held_out.jsonl")
+    options = ("--samples", 16, "--seq-len", 32, "--keep", 0.5, "--out", tmp_path / "small")
+    assert run("prune", tmp_path / "dense", *text, *options) == 0
+    report = json.loads((tmp_path / "small/liar/report.json").read_text())
+    assert all(row["sensitivity"] > 0 for row in report["sites"])
+    kept = report["evaluation"]["pruned"]["correlation"]
+    assert report["evaluation"]["dense"]["correlation"] == pytest.approx(1) and 0 < kept < 1
+    capsys.readouterr()
+    again = evaluated(capsys, tmp_path / "small", "--text", tmp_path / "held_out.jsonl")
+    assert again["correlation"] == pytest.approx(kept, rel=1e-5) and again["sequences"] == 20
+    models = [load_model(tmp_path / name)[0] for name in ("dense", "small")]
+    rows = map(json.loads, (tmp_path / "held_out.jsonl").read_text().splitlines())
+    how = {"truncation": True, "max_length": 32, "return_tensors": "pt"}
+    pairs = [tokenizer(row["text"], row["text_pair"], **how) for row in rows]
+    assert all(pair["token_type_ids"].any() for pair in pairs)
+    with torch.no_grad():
+        scores = [torch.cat([model(**pair).logits for pair in pairs]) for model in models]
+    assert kept == pytest.approx(float(torch.corrcoef(torch.cat(scores, 1).T)[0, 1]), rel=1e-4)

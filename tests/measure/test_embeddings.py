@@ -165,9 +165,24 @@ def test_predictions_of_a_classifier_are_compared():
     assert found["agreement"] == pytest.approx(float(same)) and same < 1
     assert (own["divergence"], own["agreement"]) == (0.0, 1.0)
     assert own["sequences"] == found["sequences"] == 14
+
+
+def test_scores_are_compared_by_their_correlation():
+    config = copy.deepcopy(bert().config)
     config.num_labels = 1
-    with pytest.raises(InputError, match="gives one number for each input"):
-        Evaluator()(transformers.BertForSequenceClassification(config), batches)
+    torch.manual_seed(0)
+    dense = transformers.BertForSequenceClassification(config).eval()
+    pruned = other(dense)
+    batches = texts(dense)
+    with torch.no_grad():
+        scores = [torch.cat([m(**each).logits for each in batches]) for m in (dense, pruned)]
+    evaluator = Evaluator()
+    own, found = evaluator(dense, batches), evaluator(pruned, batches)
+    wanted = torch.corrcoef(torch.cat(scores, 1).T)[0, 1]
+    assert found["correlation"] == pytest.approx(float(wanted), abs=1e-5) and wanted < 0.999
+    assert own["correlation"] == pytest.approx(1) and own["sequences"] == 14
+    with pytest.raises(InputError, match="scores correlate if they differ, got 1 inputs"):
+        Evaluator()(dense, [{name: each[:1] for name, each in batches[0].items()}])
 
 
 @pytest.mark.parametrize("family", ["vit", "clip", "whisper", "t5", "albert", "mpnet"])
