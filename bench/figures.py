@@ -116,7 +116,7 @@ def default(figure) -> None:
 
 def encoders(figure) -> None:
     """Draw what encoders keep of the dense model's score, against the fraction kept."""
-    names = ("MPNet", "MiniLM-L3", "MiniLM-L6", "bge-small")
+    names = ("MPNet", "MiniLM-L3", "MiniLM-L6", "bge-small", "e5-small")
     colours = dict(zip(names, COLOURS.values(), strict=False))
     titles = {"STS-B": "STS-B, text like the calibration's", "news": "news, other text"}
     for axes, (task, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
