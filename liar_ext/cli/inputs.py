@@ -40,6 +40,10 @@ ONE_KIND = (
     "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
     "another kind as well"
 )
+ONE_SCORE = (
+    "The model gives one score for each input, as cross-encoders do: if it reads two texts at "
+    'once, calibrate it on lines {"text": "...", "text_pair": "..."} of a .jsonl file.'
+)
 OWN_SHARE = ", or let the model write a share of its own with --self-text 0.25"
 UNMEASURED = (
     "The text is too short to measure --schedule auto on: layers are solved layer by layer, or in "
@@ -220,7 +224,10 @@ def _draw(
         short = [UNMEASURED] if judge and len(drawn) < LEAST else []
     facts |= {"bos": drawn.bos, **({"eval": recipe.eval} if recipe.eval else {})}
     kinds = warnings_of(recipe.calibration, causal, recipe.self_text)
-    every = (text for documents in read.values() for text in documents)
+    every = [text for documents in read.values() for text in documents]
+    alone = not any(isinstance(text, docs.Pair) for text in every)
+    if alone and getattr(model.config, "num_labels", 0) == 1 and kind_of(recipe.model) is None:
+        kinds.append(ONE_SCORE)
     whole = {**read, recipe.eval: held_out}
     parts = {"calibration": drawn, "certification": drawn.certification, "judging": drawn.judging}
     return {

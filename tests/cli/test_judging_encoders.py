@@ -198,6 +198,7 @@ def test_a_cross_encoder_is_pruned_on_pairs(tmp_path, tokenizer, capsys):
     options = ("--samples", 16, "--seq-len", 32, "--keep", 0.5, "--out", tmp_path / "small")
     assert run("prune", tmp_path / "dense", *text, *options) == 0
     report = json.loads((tmp_path / "small/liar/report.json").read_text())
+    assert not any("text_pair" in said for said in report["warnings"])
     assert all(row["sensitivity"] > 0 for row in report["sites"])
     kept = report["evaluation"]["pruned"]["correlation"]
     assert report["evaluation"]["dense"]["correlation"] == pytest.approx(1) and 0 < kept < 1
@@ -212,3 +213,8 @@ def test_a_cross_encoder_is_pruned_on_pairs(tmp_path, tokenizer, capsys):
     with torch.no_grad():
         scores = [torch.cat([model(**pair).logits for pair in pairs]) for model in models]
     assert kept == pytest.approx(float(torch.corrcoef(torch.cat(scores, 1).T)[0, 1]), rel=1e-4)
+    alone = [json.dumps({"text": sentence(generator)}) for _ in range(40)]
+    (tmp_path / "alone.jsonl").write_text("\n".join(alone))
+    options = ("--calibration", tmp_path / "alone.jsonl", *options[:-1], tmp_path / "alone")
+    assert run("prune", tmp_path / "dense", *options) == 0
+    assert "warning: The model gives one score" in capsys.readouterr().err
