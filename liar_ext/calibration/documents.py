@@ -211,8 +211,8 @@ def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
             missing += 1
             continue
         second = row.get("text_pair")
-        for name, value in {"text": text, "text_pair": second or ""}.items():
-            if not isinstance(value, str):
+        for name, value in {"text": text, "text_pair": second}.items():
+            if not isinstance(value, str) and not (value is None and name == "text_pair"):
                 raise InputError(
                     f"text: dataset {source} must have text in its column {name}, got "
                     f"{type(value).__name__} in row {number}"

@@ -101,6 +101,11 @@ class DenseEncoder:
         if first.features == 1:
             self._scores = torch.cat([each.dense for each in self._outputs])
             self.own = {"correlation": correlation(self._scores, self._scores), **facts}
+            if not self.own["correlation"]:
+                raise InputError(
+                    "evaluation: scores correlate if they differ, and those of "
+                    f"{len(self._scores)} inputs do not; give more text"
+                )
 
     @torch.no_grad()
     def compare(
@@ -203,16 +208,11 @@ def embed(
 def correlation(x: Tensor, y: Tensor) -> float:
     """Return the correlation (Pearson) of two models' scores of the same inputs, ``(inputs, 1)``.
 
-    InputError if one model gives all inputs the same score, or there are fewer than two.
+    It is 0 if one model gives all inputs the same score, or one that isn't finite.
     """
     both = torch.cat([x, y], 1).double().T.cpu()
     found = float(torch.corrcoef(both)[0, 1]) if both.shape[1] > 1 else math.nan
-    if math.isnan(found):
-        raise InputError(
-            f"evaluation: scores correlate if they differ, got {both.shape[1]} inputs with "
-            "scores that do not; give more text"
-        )
-    return found
+    return 0.0 if math.isnan(found) else found
 
 
 def shared_neighbours(x: Tensor, y: Tensor, count: int = NEIGHBOURS) -> float:

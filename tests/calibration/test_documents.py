@@ -167,7 +167,7 @@ def test_pairs_of_texts(tmp_path):
     rows = [{"text": "a", "text_pair": "b"}, {"text": "c", "text_pair": None}]
     assert texts.read_documents(rows) == [pair, single]
     with pytest.raises(InputError, match="in its column text_pair, got int in row 0"):
-        texts.read_documents([{"text": "a", "text_pair": 3}])
+        texts.read_documents([{"text": "a", "text_pair": 0}])
 
 
 @pytest.mark.parametrize("source", ["", " "])
