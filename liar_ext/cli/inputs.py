@@ -41,7 +41,7 @@ ONE_KIND = (
     "another kind as well"
 )
 ONE_SCORE = (
-    "The model gives one score for each input, as cross-encoders do: if it reads two texts at "
+    "The model gives one score for each input, as cross-encoders do. If it reads two texts at "
     'once, calibrate it on lines {"text": "...", "text_pair": "..."} of a .jsonl file.'
 )
 OWN_SHARE = ", or let the model write a share of its own with --self-text 0.25"
@@ -226,7 +226,8 @@ def _draw(
     kinds = warnings_of(recipe.calibration, causal, recipe.self_text)
     every = [text for documents in read.values() for text in documents]
     alone = not any(isinstance(text, docs.Pair) for text in every)
-    if alone and getattr(model.config, "num_labels", 0) == 1 and kind_of(recipe.model) is None:
+    one_score = getattr(model.config, "num_labels", 0) == 1
+    if alone and one_score and not isinstance(reads, media.Reader):
         kinds.append(ONE_SCORE)
     whole = {**read, recipe.eval: held_out}
     parts = {"calibration": drawn, "certification": drawn.certification, "judging": drawn.judging}
