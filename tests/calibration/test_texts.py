@@ -423,8 +423,8 @@ def of_bert(tokenizer, *reads):
 @pytest.mark.parametrize("reads", [(), ("token_type_ids",)])
 def test_pairs_are_what_the_tokenizer_makes_of_both_texts(tokenizer, reads):
     tokenizer = of_bert(tokenizer, *reads)
-    pairs = [Pair(a, b * 9) for a in "abcdefgh" for b in "xyz"]
-    drawn = draw([pairs], tokenizer, samples=16, seq_len=10, packed=False, judge=2)
+    pairs = [Pair(a, b * 9) for a in string.ascii_lowercase for b in string.ascii_lowercase]
+    drawn = draw([pairs], tokenizer, samples=64, seq_len=10, packed=False, judge=2)
     held_out = texts.evaluation_sequences(pairs, tokenizer, seq_len=10, packed=False)
     wanted = [tokenizer(*each.texts, truncation=True, max_length=10) for each in pairs]
     assert drawn.input_ids.shape[1] == 10  # and none is of joined or shorter texts
