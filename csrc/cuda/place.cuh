@@ -17,7 +17,8 @@ inline void require(const char* op, cudaError_t error) {
         "; this build holds no kernels for this GPU or driver: of compute capability 8.0 and more, "
         "rebuild with LIAR_CUDA_ARCHS set to it or update the driver; else set LIAR_REFERENCE=1";
   if (error == cudaErrorInsufficientDriver)
-    text += "; `liar doctor` has both versions: update the driver, or rebuild with its CUDA toolkit";
+    text +=
+        "; `liar doctor` has both versions: update the driver, or rebuild with its CUDA toolkit";
   throw std::runtime_error(text);
 }
 
