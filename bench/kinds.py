@@ -32,7 +32,7 @@ from liar_ext.calibration.media import AUDIO, IMAGES, evaluation_inputs, read_fi
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.loading import load_reader
 from liar_ext.measure.evaluation import word_errors
-from liar_ext.models.running import output_of
+from liar_ext.models.outputs import output_of
 
 COLUMNS = "kind,model,kept,measure,dense,pruned,speed,minutes".split(",")
 SPEECH = {  # the fraction to keep, and of which layers

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
-from liar_ext.models.running import DECODER_IDS, LOGITS, device_of, evaluating, output_of
+from liar_ext.models.outputs import LOGITS, agree, log_probabilities, output_of
+from liar_ext.models.running import DECODER_IDS, device_of, evaluating
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
 
@@ -24,14 +25,14 @@ class DenseOutputs:
     """What the dense model gives for one batch, to tell how far pruned models are from it.
 
     With logits the divergence of a row, a token or a sequence, is ``KL(p ‖ q) = Σ p (log p −
-    log q)`` in nats, p the dense model's distribution and q the pruned one's. Of a lone logit, such
-    as a score, it is ``½ (z − z')²``. Without logits it is ``½ |h − h'|² / |h|²`` of the last
-    hidden state, or of the embeddings of images and texts: the same to second order but for its
-    scale. Rows where the dense output isn't finite are left out.
+    log q)`` in nats, p the dense model's distribution and q the pruned one's, summed over labels
+    that are right or not by themselves. Of scores it is ``½ |z − z'|²``. Without logits it is ``½
+    |h − h'|² / |h|²`` of the last hidden state, or of the embeddings of images and texts: the same
+    to second order but for its scale. Rows where the dense output isn't finite are left out.
 
     The dense model, in evaluation mode, is run now. Padding doesn't count. Outputs are compared at
-    as many ``positions``, evenly spread over the sequences, or at all of them. ``has_logits`` says
-    whether outputs are logits, ``features`` how many classes, or hidden features, they have.
+    as many ``positions``, evenly spread over the sequences, or at all of them. ``name`` says what
+    outputs are, see :func:`liar_ext.models.outputs.output_of`.
     """
 
     def __init__(
@@ -46,20 +47,21 @@ class DenseOutputs:
         ids = inputs.get(DECODER_IDS, inputs.get("input_ids"))
         self._positions = _spread(ids, self._batch.output_mask, positions)
         self._usable: Tensor | None = None
-        self.has_logits, rows = self._run(dense)
-        self.features = rows.shape[-1]
-        self._has_classes = self.has_logits and self.features > 1
+        self.name, rows = self._run(dense)
+        self.has_logits = self.name in LOGITS
+        self._has_odds = self.has_logits and self.name != "scores"
         usable = torch.isfinite(rows).all(-1)
         if not usable.all():
             self._usable, rows = usable, rows[usable]
-        self._rows = rows.float().log_softmax(-1) if self._has_classes else rows.float()
+        rows = rows.float()
+        self._rows = log_probabilities(self.name, rows) if self._has_odds else rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def dense(self) -> Tensor:
-        """The dense model's outputs, (rows, features): logarithms of probabilities of classes."""
+        """The dense model's outputs, (rows, features), or :func:`log_probabilities`."""
         return self._rows
 
     def divergence(self, pruned: nn.Module, *, finite_only: bool = False) -> float:
@@ -86,11 +88,11 @@ class DenseOutputs:
 
     def _sum(self, dense: Tensor, rows: Tensor) -> float:
         """Return the sum of the divergence of rows from those of the dense model."""
-        total, at_once = 0.0, max(1, CHUNK // self.features)
+        total, at_once = 0.0, max(1, CHUNK // dense.shape[-1])
         for p, q in zip(dense.split(at_once), rows.split(at_once), strict=True):
             q = q.to(p)
-            if self._has_classes:
-                each = torch.linalg.vecdot(p.exp(), p - q.log_softmax(-1))
+            if self._has_odds:
+                each = torch.linalg.vecdot(p.exp(), p - log_probabilities(self.name, q))
             else:
                 size = 1.0 if self.has_logits else p.square().sum(-1)
                 each = 0.5 * (p - q).square().sum(-1) / size
@@ -98,26 +100,29 @@ class DenseOutputs:
         return total
 
     def same(self, rows: Tensor) -> int:
-        """Count the rows whose most likely class is that of the dense model."""
-        return int((rows.argmax(-1) == self._rows.argmax(-1)).sum())
+        """Count the rows whose most likely class is that of the dense model, or all labels."""
+        return int(agree(self.name, self._rows, log_probabilities(self.name, rows)).sum())
 
     def metric(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what a small change of a model's outputs does to the divergence.
 
         With J what they change by, less its mean under the third that is returned if there is one,
         the divergence changes by ``Σ slope · J + ½ Σ (root · J)²``: ``q − p``, ``√q`` and q of
-        logits, ``z' − z`` and 1 of a lone one, ``(h' − h) / |h|²`` and ``1 / |h|`` of hidden
-        states.
+        classes, ``q − p`` and ``√(q (1 − q))`` of labels, ``z' − z`` and 1 of scores, ``(h' − h) /
+        |h|²`` and ``1 / |h|`` of hidden states.
         """
-        if self._has_classes:
+        if self.name == "labels":
+            q = rows.sigmoid()
+            return q - self._rows[:, : q.shape[-1]].exp(), (q * (1 - q)).sqrt(), None
+        if self._has_odds:
             q = rows.softmax(-1)
             return q - self._rows.exp(), q.sqrt(), q
         size = self._rows.norm(dim=-1, keepdim=True)
         size = torch.ones_like(size) if self.has_logits else size
         return (rows - self._rows) / size.square(), 1 / size, None
 
-    def _run(self, model: nn.Module) -> tuple[bool, Tensor]:
-        """Return whether there are logits, and them or the last hidden states, (rows, features)."""
+    def _run(self, model: nn.Module) -> tuple[str, Tensor]:
+        """Return the name of the outputs, and them, (rows, features)."""
         device = device_of(model)
         batch = self._batch.to(device)
         mask, at, extra = batch.output_mask, self._positions, {}
@@ -134,7 +139,7 @@ class DenseOutputs:
             value = value[mask.to(value.device)]
         rows = value.flatten(0, -2)
         rows = rows if self._usable is None else rows[self._usable.to(rows.device)]
-        return name in LOGITS, rows
+        return name, rows
 
 
 class Divergence:

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from liar_ext.models import liar_loader
-from liar_ext.models.running import draw_inputs, evaluating, inputs_read, output_of, positions_of
+from liar_ext.models.outputs import output_of
+from liar_ext.models.running import draw_inputs, evaluating, inputs_read, positions_of
 from liar_ext.system.atomic_write import atomic_write
 from liar_ext.system.errors import InputError, refusing
 from liar_ext.system.untrusted import UNREADABLE

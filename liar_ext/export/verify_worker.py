@@ -129,7 +129,7 @@ def _saved(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Tensor], Tens
 
 @torch.no_grad()
 def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return what a model puts out, as :func:`liar_ext.models.running.output_of`, on the CPU."""
+    """Return what a model puts out, as :func:`liar_ext.models.outputs.output_of`, on the CPU."""
     given = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()

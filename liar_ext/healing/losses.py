@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liar_ext.calibration.batches import Batch, completed
-from liar_ext.models.running import LOGITS, device_of, output_of
+from liar_ext.models.outputs import LOGITS, output_of
+from liar_ext.models.running import device_of
 from liar_ext.system.distributed import all_reduce, local_world_size, rank, world_size
 from liar_ext.system.environment import available_memory
 from liar_ext.system.errors import InputError
@@ -65,7 +66,8 @@ def losses(student: nn.Module, target: Target) -> Tensor:
     logits         ``KL(p ‖ q) = Σ p (log p − log q)``                token, or
                                                                       sequence
     spans          the same over the tokens of a sequence             start, and end
-    a single logit ``(z − z')²``                                      sequence
+    labels         the same of each label: right, or not              label
+    scores         ``mean (z − z')²``                                 sequence
     hidden states  ``1 − cos(m, m') + mean (h − h')²``, where m is    sequence
                    the mean of h over the tokens
     ============== ================================================== ================
@@ -86,9 +88,11 @@ def losses(student: nn.Module, target: Target) -> Tensor:
         return _of_states(value.float(), dense.float(), mask)
     if mask is not None:
         value, dense = value[mask], dense[mask]
+    if target.name == "labels":  # softmax([z, 0]) has the sigmoid of z
+        value, dense = (torch.stack([z, torch.zeros_like(z)], -1) for z in (value, dense))
     value, dense = value.flatten(0, -2), dense.flatten(0, -2)
-    if value.shape[-1] == 1:
-        return (value.float() - dense.float()).square().flatten()
+    if target.name == "scores":
+        return (value.float() - dense.float()).square().mean(-1)
     return KLDivergence.apply(value, dense)
 
 

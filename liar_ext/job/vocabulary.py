@@ -21,11 +21,11 @@ from liar_ext.calibration.texts import evaluation_sequences, longest_read, unpac
 from liar_ext.measure.embeddings import DenseEncoder, correlation
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.measure.latency import light_copy
+from liar_ext.models.outputs import LOGITS, agree, log_probabilities, output_of
 from liar_ext.models.running import (
     complete_inputs,
     device_of,
     evaluating,
-    output_of,
     predicts_next_token,
 )
 from liar_ext.system.errors import InputError
@@ -80,7 +80,7 @@ class VocabularyQuality:
             self.bits = self._bits_per_byte(model, tokenizer)
             return
         batches = self._batches(tokenizer)
-        self.logits = _logits(model, batches)
+        self.name, self.logits = _logits(model, batches)
         self.dense = DenseEncoder(model, batches) if self.logits is None else None
 
     @property
@@ -90,7 +90,7 @@ class VocabularyQuality:
             return "bits_per_byte" if self.causal else "cosine"
         if self.logits.dim() != 2:
             return None
-        return "agreement" if self.logits.shape[1] > 1 else "correlation"
+        return "correlation" if self.name == "scores" else "agreement"
 
     def check_judges(self, model: nn.Module) -> None:
         """Raise InputError if no measure compares the model's outputs between vocabularies."""
@@ -112,11 +112,11 @@ class VocabularyQuality:
             return found | {n: likeness[n] for n in ("cosine", "neighbours") if n in likeness}
         if self.judged_by is None:
             return found
-        own = _logits(model, batches)
+        _, own = _logits(model, batches)
         if self.judged_by == "correlation":
             return found | {"correlation": correlation(self.logits, own)}
-        p, q = self.logits.log_softmax(-1), own.log_softmax(-1)
-        same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+        p, q = (log_probabilities(self.name, each) for each in (self.logits, own))
+        same = agree(self.name, p, q).double().mean()
         divergence = (p.exp() * (p - q)).sum(-1).mean()
         return found | {"divergence": max(float(divergence), 0.0), "agreement": float(same)}
 
@@ -223,16 +223,16 @@ def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice | None) -> tup
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor | None:
-    """Return the logits of all sequences; those of one batch if it has some for each token."""
+def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[str, Tensor | None]:
+    """Return name and logits of all sequences; those of one batch if it has some for each token."""
     found, device = [], device_of(model)
     with evaluating(model):
         for batch in read_batches(batches):
             inputs = complete_inputs(model, batch.to(device).inputs, batch.labels)
             name, value = output_of(model, model(**inputs))
-            if name != "logits":
-                return None
+            if name not in LOGITS:
+                return name, None
             if value.dim() != 2:
-                return value
+                return name, value
             found.append(value.float().cpu())
-    return torch.cat(found)
+    return name, torch.cat(found)

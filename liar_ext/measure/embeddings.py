@@ -20,12 +20,11 @@ from liar_ext.calibration.taps import watched
 from liar_ext.checkpoint.carrying import source_folder
 from liar_ext.checkpoint.sentence import Pooling, Sentence, read_sentence
 from liar_ext.measure.evaluation import perplexity
+from liar_ext.models.outputs import LOGITS, output_of
 from liar_ext.models.running import (
-    LOGITS,
     complete_inputs,
     device_of,
     evaluating,
-    output_of,
     predicts_next_token,
 )
 from liar_ext.system.errors import InputError
@@ -69,11 +68,12 @@ class DenseEncoder:
     Of a model with logits:
 
     - ``divergence``: ``(1/N) Σ KL(p ‖ q)`` in nats
-    - ``agreement``: fraction of outputs where both models find the same class most likely
+    - ``agreement``: fraction of outputs where both models find the same class most likely, or, of
+      labels that are right or not by themselves, all of them
 
-    Of one with a lone logit, such as the score of two texts:
+    Of one with scores, such as that of two texts:
 
-    - ``correlation``: that of both models' scores (Pearson)
+    - ``correlation``: that of both models' scores (Pearson), the mean if there are several
 
     The model is run when this is made. ``own`` is what it has itself: 1 for all but the divergence,
     which is 0; ``sequences``, and of text ``tokens`` and ``seq_len``, the longest. InputError is
@@ -98,7 +98,7 @@ class DenseEncoder:
             for at, batch in enumerate(Bar(batches, desc="evaluate", disable=not progress)):
                 self._outputs.append(DenseOutputs(dense, batch, positions) if at else first)
         self.own = {"divergence": 0.0, "agreement": 1.0, **facts}
-        if first.features == 1:
+        if first.name == "scores":
             self._scores = torch.cat([each.dense for each in self._outputs])
             self.own = {"correlation": correlation(self._scores, self._scores), **facts}
             if not self.own["correlation"]:
@@ -140,7 +140,7 @@ class DenseEncoder:
         with evaluating(pruned):
             for dense in Bar(self._outputs, desc="evaluate", disable=not progress):
                 rows = dense.outputs(pruned)
-                if rows.shape[1] == 1:
+                if dense.name == "scores":
                     scores.append(rows)
                     continue
                 divergence, same = divergence + dense.divergence_of(rows), same + dense.same(rows)
@@ -206,13 +206,15 @@ def embed(
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Return the correlation (Pearson) of two models' scores of the same inputs, ``(inputs, 1)``.
+    """Return the correlation (Pearson) of two models' scores, ``(inputs, scores)``: the mean.
 
-    It is 0 if one model gives all inputs the same score, or one that isn't finite.
+    It is 0 of a score that one model gives all inputs alike, or that isn't finite.
     """
-    both = torch.cat([x, y], 1).double().T.cpu()
-    found = float(torch.corrcoef(both)[0, 1]) if both.shape[1] > 1 else math.nan
-    return 0.0 if math.isnan(found) else found
+    if len(x) < 2:
+        return 0.0
+    both = torch.stack([x, y], 2).double().cpu().unbind(1)
+    found = [torch.corrcoef(each.mT)[0, 1].nan_to_num(nan=0.0) for each in both]
+    return float(torch.stack(found).mean())
 
 
 def shared_neighbours(x: Tensor, y: Tensor, count: int = NEIGHBOURS) -> float:

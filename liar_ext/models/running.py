@@ -182,37 +182,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-LOGITS = ("logits", "spans")  # outputs whose last dimension is classes
-
-
-def output_of(model: nn.Module, outputs: Any, mask: Tensor | None = None) -> tuple[str, Tensor]:
-    """Return name and value of what a model puts out: logits, or what a head would read.
-
-    That is the last hidden state, or, of towers side by side, the embeddings of all of them in one;
-    of a diffusion transformer the noise, or velocity, of each sample, ``(samples, features)``.
-    Spans are the logits of where an answer starts and ends, ``(sequences, 2, tokens)``; tokens that
-    the ``mask`` leaves out are none of their classes.
-    """
-    if outputs.get("sample") is not None:
-        return "sample", outputs["sample"].flatten(1)
-    if outputs.get("start_logits") is not None:
-        spans = torch.stack([outputs["start_logits"], outputs["end_logits"]], 1)
-        if mask is not None:
-            unread = ~mask.bool().to(spans.device)[:, None]
-            spans = spans.masked_fill(unread, -1e4)  # whose probability is zero
-        return "spans", spans
-    for name in ("logits", "last_hidden_state"):
-        if outputs.get(name) is not None:
-            return name, outputs[name]
-    embedded = [outputs[name] for name in ("image_embeds", "text_embeds") if name in outputs]
-    if embedded:
-        return "embeddings", torch.cat(embedded)
-    raise InputError(
-        f"outputs: {type(model).__name__} gives neither logits nor hidden states, got "
-        f"{', '.join(outputs)}; give a model with another head, or its base model"
-    )
-
-
 def block_config(part: Part, config: Any) -> Any:
     """Return the part of a model's config that describes the blocks."""
     return get_path(config, part.config) if part.config else config

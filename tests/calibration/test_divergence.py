@@ -101,6 +101,43 @@ def test_a_lone_logit_is_compared_by_its_value():
     assert centre is None and found == pytest.approx(expanded, rel=1e-5)
 
 
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_each_output_counts_by_itself_where_several_may_be_right(problem):
+    """A softmax over them would not see that all of them rise."""
+    ids, z = torch.ones(3, 2, dtype=torch.long), torch.randn(3, 4)
+    other, change = z + torch.randn(3, 4), 1e-2 * torch.randn(3, 4)
+
+    def model(value: Tensor) -> Fixed:
+        made = Fixed(value)
+        made.config.problem_type = problem
+        return made
+
+    def distance(value: Tensor) -> Tensor:
+        if problem == "regression":
+            return (value - z).square() / 2
+        pairs = zip(z.sigmoid().flatten(), value.sigmoid().flatten(), strict=True)
+        return torch.tensor([kl(float(p), float(q)) for p, q in pairs])
+
+    dense = DenseOutputs(model(z), {"input_ids": ids})
+    assert len(dense) == 3
+    for value in (z, z + 1.0, other):
+        wanted = float(distance(value).sum())
+        assert dense.divergence(model(value)) == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    slope, root, centre = dense.metric(other)
+    expanded = float((slope * change).sum() + 0.5 * (root * change).square().sum())
+    found = dense.divergence(model(other + change)) - dense.divergence(model(other))
+    assert centre is None and found == pytest.approx(expanded, rel=0.02)
+    if problem != "regression":
+        assert dense.same(other) == int(((other > 0) == (z > 0)).all(1).sum())
+    target = Teacher(model(z))(read_batch({"input_ids": ids}))
+    assert float(losses(model(z), target).sum()) == pytest.approx(0.0, abs=1e-6)
+    scale = 2 / 4 if problem == "regression" else 1.0
+    value = other.clone().requires_grad_()
+    loss = losses(model(value), target).sum()
+    assert float(loss) == pytest.approx(scale * float(distance(other).sum()), rel=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(loss, value)[0], scale * slope)
+
+
 def test_rows_that_the_dense_model_cannot_give_are_left_out():
     ids = torch.ones(1, 3, dtype=torch.long)
     value = logits(0.5, 0.5, 0.9)

@@ -91,6 +91,8 @@ def test_encoders_and_classifiers_read_the_new_tokens(tokenizer, texts):
         (tiny("mpnet", vocab_size=TOKENS), "cosine"),
         (tiny("bert", vocab_size=TOKENS), "agreement"),
         (tiny("bert", vocab_size=TOKENS, num_labels=1), "correlation"),
+        (tiny("bert", vocab_size=TOKENS, problem_type="multi_label_classification"), "agreement"),
+        (tiny("bert", vocab_size=TOKENS, problem_type="regression"), "correlation"),
     ):
         quality = VocabularyQuality(model, tokenizer, some, **HOW)
         same = quality.compare(model, tokenizer)
