@@ -29,8 +29,8 @@ from liar_ext import (
 from liar_ext.calibration.bank_source import digest_of
 from liar_ext.calibration.batches import probe_batches, read_batches
 from liar_ext.cli.messages import error_lines
-from liar_ext.models.plan import SitePlan, kind_of
 from liar_ext.models.outputs import output_of
+from liar_ext.models.plan import SitePlan, kind_of
 from liar_ext.models.running import layer_of
 from liar_ext.models.sites import Site, get_consumer_weight, sites
 from liar_ext.selection.sensitivity import pruned_site
