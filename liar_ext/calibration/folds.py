@@ -137,8 +137,9 @@ def split_documents(
     """Split the documents of one source into parts, and say what was done to few documents.
 
     In an order drawn with ``seed`` each goes to the part that has least of its share, the number
-    of sequences wanted, until a part has ``most`` characters, about. Fewer documents than parts are
-    cut into blocks first, see :func:`cut_blocks`.
+    of sequences wanted, until a part has ``most`` characters, about. Pairs with one first text,
+    such as a question, go together, if there are several. Fewer documents than parts are cut into
+    blocks first, see :func:`cut_blocks`.
     """
     if len(documents) < len(shares):
         if any(isinstance(document, Pair) for document in documents):
@@ -154,14 +155,20 @@ def split_documents(
             "with a gap between them: held-out errors are those on the same document. Give more "
             "documents."
         )
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    together: dict[str | int, list[str]] = {}
+    for index, each in enumerate(documents):
+        together.setdefault(each.texts[0] if isinstance(each, Pair) else index, []).append(each)
+    groups = [*together.values()]
+    if len(groups) < len(shares):
+        groups = [[each] for each in documents]
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
     sizes, parts = [0] * len(shares), [[] for _ in shares]
     for index in order.tolist():
         filled = [size / share for size, share in zip(sizes, shares, strict=True)]
         least = filled.index(min(filled))
         if sizes[least] < most:
-            parts[least].append(documents[index])
-        sizes[least] += len(documents[index])
+            parts[least] += groups[index]
+        sizes[least] += sum(map(len, groups[index]))
     return parts, ""
 
 

@@ -428,6 +428,9 @@ def test_pairs_are_what_the_tokenizer_makes_of_both_texts(tokenizer, reads):
     held_out = texts.evaluation_sequences(pairs, tokenizer, seq_len=10, packed=False)
     wanted = [tokenizer(*each.texts, truncation=True, max_length=10) for each in pairs]
     assert drawn.input_ids.shape[1] == 10  # and none is of joined or shorter texts
+    firsts = [drawn.judging.input_ids, *(drawn.input_ids[drawn.fold == fold] for fold in (0, 1))]
+    firsts = [{*rows[:, 1].tolist()} for rows in firsts]  # after [CLS], one letter
+    assert all(firsts) and sum(map(len, firsts)) == len(set.union(*firsts))
     for found, whole in ((drawn, False), (drawn.judging, False), (held_out, True)):
         assert found.inputs.keys() == {"input_ids", "attention_mask", *reads}
         for batch in found.batches(3):
@@ -439,6 +442,8 @@ def test_pairs_are_what_the_tokenizer_makes_of_both_texts(tokenizer, reads):
         assert all(row in [dict(each) for each in wanted] for row in rows)
         assert not whole or rows == [dict(each) for each in wanted]
     assert texts.evaluation_sequences(pairs[:1], tokenizer, packed=False).input_ids.shape[0] == 1
+    alike = draw([pairs[:26]], tokenizer, samples=8, seq_len=10, packed=False)  # one first text
+    assert {*alike.fold.tolist()} == {0, 1}
     with pytest.raises(InputError, match="1 pair.s. of texts are too few for 2 parts"):
         draw([pairs[:1]], tokenizer, packed=False)
 
