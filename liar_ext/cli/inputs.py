@@ -223,12 +223,10 @@ def _draw(
             raise InputError(f"calibration: an eighth can't be held out: {why}") from error
         short = [UNMEASURED] if judge and len(drawn) < LEAST else []
     facts |= {"bos": drawn.bos, **({"eval": recipe.eval} if recipe.eval else {})}
-    kinds = warnings_of(recipe.calibration, causal, recipe.self_text)
     every = [text for documents in read.values() for text in documents]
-    alone = not any(isinstance(text, docs.Pair) for text in every)
-    one_score = getattr(model.config, "num_labels", 0) == 1
-    if alone and one_score and not isinstance(reads, media.Reader):
-        kinds.append(ONE_SCORE)
+    kinds = warnings_of(recipe.calibration, causal, recipe.self_text)
+    if not isinstance(reads, media.Reader):
+        kinds += _of_scores(model, every)
     whole = {**read, recipe.eval: held_out}
     parts = {"calibration": drawn, "certification": drawn.certification, "judging": drawn.judging}
     return {
@@ -246,6 +244,11 @@ def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[st
     """Return what a user has to know of the kinds of calibration text."""
     alone = len(set(names)) == 1 and SELF not in names and self_text == 0
     return [f"{ONE_KIND}{OWN_SHARE}."] if alone and causal else []
+
+
+def _of_scores(model: nn.Module, documents: Sequence[str]) -> list[str]:
+    alone = not any(isinstance(text, docs.Pair) for text in documents)
+    return [ONE_SCORE] if alone and getattr(model.config, "num_labels", 0) == 1 else []
 
 
 def evaluation_batches(

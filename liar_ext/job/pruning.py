@@ -296,27 +296,10 @@ def report_of(
     """Return every number that a user needs to trust the result."""
     model, recipe, plan, speed = job.model, job.recipe, decision.plan, decision.speed
     source = solved.source or base.source
-    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
-    settings = {
-        "schedule": solved.schedule,
-        "attn_unit": plan.attn_unit,
-        "calibration_sequences": source["sequences"],
-        "calibration_tokens": source["tokens"],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": ", ".join(sorted(devices)),
-        "threads": torch.get_num_threads(),
-        **decision.facts,
-        **solved.facts,
-    }
     hidden, grid = [], dict(decision.grid)
     if base.narrowing is not None:
         hidden = base.narrowing.rows
-        settings["narrow_passes"] = base.source["passes"]
         grid |= {"tile": recipe.tile, "hidden": base.narrowing.grid}
-    if base.experts is not None and base.experts.divergences:
-        settings["expert_scales"] = base.experts.divergences
-    if base.blocks is not None:
-        settings["blocks_gone"] = base.blocks.divergences
     left = sum(each.params_after for each in rows) if rows else sum(s.params for s in base.at)
     said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
     if rows or hidden:
@@ -330,7 +313,7 @@ def report_of(
         recipe=as_run(asked, model, source),
         budget=recipe.budget.to_dict(),
         earlier=list(job.earlier),
-        settings=settings,
+        settings=_settings(model, base, decision, solved),
         versions=versions(),
         sites=(base.blocks.rows if base.blocks else [])
         + (base.experts.rows if base.experts else [])
@@ -344,3 +327,27 @@ def report_of(
         warnings=said + ([] if speed is None else speed.warnings()),
         loading=stock_config.how_to_load(model, plan),
     )
+
+
+def _settings(model: nn.Module, base: Base, decision: Decision, solved: Solved) -> dict[str, Any]:
+    """Return what was decided on the way, and on what."""
+    source = solved.source or base.source
+    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
+    settings = {
+        "schedule": solved.schedule,
+        "attn_unit": decision.plan.attn_unit,
+        "calibration_sequences": source["sequences"],
+        "calibration_tokens": source["tokens"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ", ".join(sorted(devices)),
+        "threads": torch.get_num_threads(),
+        **decision.facts,
+        **solved.facts,
+    }
+    if base.narrowing is not None:
+        settings["narrow_passes"] = base.source["passes"]
+    if base.experts is not None and base.experts.divergences:
+        settings["expert_scales"] = base.experts.divergences
+    if base.blocks is not None:
+        settings["blocks_gone"] = base.blocks.divergences
+    return settings

@@ -52,7 +52,7 @@ def sizes(params: Mapping, evaluation: Mapping, latency: Mapping, dtype: str = "
     if certified:
         title = (
             f"divergence from the dense model, {figure(certified.get('rows'), ',')} outputs no "
-            "decision has seen: KL in nats, half the squared difference of lone scores, or without "
+            "decision has seen: KL in nats, half the squared difference of scores, or without "
             "logits half the squared relative distance"
         )
         rows.append((title, "0", figure(certified["divergence"]), ""))
