@@ -182,3 +182,14 @@ def same(got, want, dtype):
     return all(
         (a - b).abs().max() <= 64 * eps * b.abs().max() for a, b in zip(got, want, strict=True)
     )
+
+
+def by_states(p: Tensor, q: Tensor, counted: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the divergence of states, at tokens that are counted, and of means by a mask."""
+    mask = torch.ones_like(counted) if mask is None else mask
+
+    def relative(p: Tensor, q: Tensor) -> Tensor:
+        return 0.5 * (p - q).square().sum(-1) / p.square().sum(-1)
+
+    means = [(each * mask[..., None]).sum(1) / mask.sum(1)[:, None] for each in (p, q)]
+    return (counted * (relative(p, q) + relative(*means)[:, None])).sum()

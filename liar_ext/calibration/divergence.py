@@ -27,8 +27,9 @@ class DenseOutputs:
     With logits the divergence of a row, a token or a sequence, is ``KL(p ‖ q) = Σ p (log p −
     log q)`` in nats, p the dense model's distribution and q the pruned one's, summed over labels
     that are right or not by themselves. Of scores it is ``½ |z − z'|²``. Without logits it is ``½
-    |h − h'|² / |h|²`` of the last hidden state, or of the embeddings of images and texts: the same
-    to second order but for its scale. Rows where the dense output isn't finite are left out.
+    |h − h'|² / |h|²`` of embeddings, or of the last hidden state of a token, and as much again of
+    the mean over the tokens of its sequence, which encoders are used for: the same to second order
+    but for its scale. Rows where the dense output isn't finite are left out.
 
     The dense model, in evaluation mode, is run now. Padding doesn't count. Outputs are compared at
     as many ``positions``, evenly spread over the sequences, or at all of them. ``name`` says what
@@ -132,10 +133,12 @@ class DenseOutputs:
         name, value = output_of(model, outputs, mask)
         if name == "spans":  # two of a sequence
             at = mask = None
-        if at is not None and value.dim() == 3:
+        if name == "last_hidden_state" and value.dim() == 3:
+            value = torch.stack([value, _mean(value, mask)], 2)
+        if at is not None and value.dim() > 2:
             value = value if value.shape[1] == len(at) else value[:, at]
             mask = None if mask is None else mask[:, at]
-        if mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]:
+        if mask is not None and value.dim() > 2 and mask.shape == value.shape[:2]:
             value = value[mask.to(value.device)]
         rows = value.flatten(0, -2)
         rows = rows if self._usable is None else rows[self._usable.to(rows.device)]
@@ -177,6 +180,15 @@ class Divergence:
         total = sum(found[at][0] for at in sorted(found))
         rows = sum(found[at][1] for at in found)
         return {"divergence": total / rows if rows else math.nan, "rows": rows}
+
+
+def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Return for each token, (sequences, tokens, features), the mean over those of its sequence."""
+    weight = torch.ones(states.shape[:2], device=states.device)
+    if mask is not None and mask.shape == weight.shape:
+        weight = mask.to(weight)
+    weight = weight / weight.sum(1, keepdim=True)
+    return (weight[..., None] * states.float()).sum(1, keepdim=True).expand_as(states)
 
 
 def _spread(ids: Tensor | None, mask: Tensor | None, count: int | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from oracle import by_states
 from tiny import outputs, tiny, tiny_inputs
 from torch import Tensor, nn
 
@@ -79,13 +80,18 @@ def test_spans_are_two_distributions_over_the_tokens_that_are_read():
     assert float(rows.sum()) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_hidden_states_are_compared_relative_to_their_energy():
-    ids = torch.ones(1, 2, dtype=torch.long)
-    state = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
-    dense = DenseOutputs(Fixed(state, "last_hidden_state"), {"input_ids": ids})
-    other = state + torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
-    got = dense.divergence(Fixed(other, "last_hidden_state"))
-    assert got == pytest.approx(0.5 * (1 / 25 + 4 / 4))
+def test_hidden_states_are_compared_by_token_and_by_sequence_relative_to_their_energy():
+    state = torch.tensor([[[3.0, 4.0], [0.0, 2.0], [9.0, 9.0]]])
+    batch = {
+        "input_ids": torch.ones(1, 3, dtype=torch.long),
+        "attention_mask": torch.tensor([[1, 1, 0]]),
+    }
+    other = state + torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 0.0]]])
+    of_mean = (0.5**2 + 1.0**2) / (1.5**2 + 3.0**2)
+    for positions, wanted in ((None, 1 / 25 + 4 / 4 + 2 * of_mean), (1, 4 / 4 + of_mean)):
+        dense = DenseOutputs(Fixed(state, "last_hidden_state"), batch, positions)
+        got = dense.divergence(Fixed(other, "last_hidden_state"))
+        assert got == pytest.approx(0.5 * wanted)
 
 
 def test_a_lone_logit_is_compared_by_its_value():
@@ -172,14 +178,16 @@ def test_some_positions_are_those_of_the_whole_output(family):
     batch = tiny_inputs(model, batch=2, tokens=9)
     dense = DenseOutputs(model, batch, 4)
     p, q = outputs(model, batch).double(), outputs(other, batch).double()
-    if p.dim() == 3 and "input_ids" in batch:
-        at = [int((step + 0.5) * 9 / 4) for step in range(4)]
-        p, q = p[:, at], q[:, at]
+    at = [int((step + 0.5) * 9 / 4) for step in range(4)]
     if family == "distilbert":
-        want = 0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).sum()
+        counted = torch.zeros(2, 9)
+        counted[:, at] = 1
+        want, rows = by_states(p, q, counted), 16  # of tokens, and as many of their sequences
     else:
+        if p.dim() == 3 and "input_ids" in batch:
+            p, q = p[:, at], q[:, at]
         p, q = p.log_softmax(-1), q.log_softmax(-1)
-        want = (p.exp() * (p - q)).sum()
-    assert len(dense) == p.shape[:-1].numel()
+        want, rows = (p.exp() * (p - q)).sum(), p.shape[:-1].numel()
+    assert len(dense) == rows
     with torch.no_grad():
         assert dense.divergence(other) == pytest.approx(float(want), rel=1e-3)
