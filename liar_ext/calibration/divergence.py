@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
-from liar_ext.models.outputs import LOGITS, agree, log_probabilities, output_of
+from liar_ext.models.outputs import LOGITS, agree, log_probabilities, output_of, token_weights
 from liar_ext.models.running import DECODER_IDS, device_of, evaluating
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
@@ -102,7 +102,7 @@ class DenseOutputs:
 
     def same(self, rows: Tensor) -> int:
         """Count the rows whose most likely class is that of the dense model, or all labels."""
-        return int(agree(self.name, self._rows, log_probabilities(self.name, rows)).sum())
+        return int(agree(self.name, self._rows, rows).sum())
 
     def metric(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what a small change of a model's outputs does to the divergence.
@@ -133,11 +133,15 @@ class DenseOutputs:
         name, value = output_of(model, outputs, mask)
         if name == "spans":  # two of a sequence
             at = mask = None
+        mean = None
         if name == "last_hidden_state" and value.dim() == 3:
-            value = torch.stack([value, _mean(value, mask)], 2)
-        if at is not None and value.dim() > 2:
+            weight = token_weights(value, mask)[..., None]
+            mean = (weight * value.float()).sum(1, keepdim=True)
+        if at is not None and value.dim() == 3:
             value = value if value.shape[1] == len(at) else value[:, at]
             mask = None if mask is None else mask[:, at]
+        if mean is not None:  # beside each token, that of its sequence
+            value = torch.stack([value, mean.expand_as(value)], 2)
         if mask is not None and value.dim() > 2 and mask.shape == value.shape[:2]:
             value = value[mask.to(value.device)]
         rows = value.flatten(0, -2)
@@ -180,15 +184,6 @@ class Divergence:
         total = sum(found[at][0] for at in sorted(found))
         rows = sum(found[at][1] for at in found)
         return {"divergence": total / rows if rows else math.nan, "rows": rows}
-
-
-def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Return for each token, (sequences, tokens, features), the mean over those of its sequence."""
-    weight = torch.ones(states.shape[:2], device=states.device)
-    if mask is not None and mask.shape == weight.shape:
-        weight = mask.to(weight)
-    weight = weight / weight.sum(1, keepdim=True)
-    return (weight[..., None] * states.float()).sum(1, keepdim=True).expand_as(states)
 
 
 def _spread(ids: Tensor | None, mask: Tensor | None, count: int | None) -> Tensor | None:

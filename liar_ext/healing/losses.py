@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liar_ext.calibration.batches import Batch, completed
-from liar_ext.models.outputs import LOGITS, output_of
+from liar_ext.models.outputs import LOGITS, output_of, token_weights
 from liar_ext.models.running import device_of
 from liar_ext.system.distributed import all_reduce, local_world_size, rank, world_size
 from liar_ext.system.environment import available_memory
@@ -148,7 +148,6 @@ def _of_states(value: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     distance = (value - target).square().mean(-1)
     if value.dim() == 2:  # embeddings
         return 1 - functional.cosine_similarity(value, target, dim=-1) + distance
-    weight = torch.ones_like(distance) if mask is None else mask.to(distance)
-    weight = weight / weight.sum(1, keepdim=True)
+    weight = token_weights(value, mask)
     pooled = [(weight[..., None] * each).sum(1) for each in (value, target)]
     return 1 - functional.cosine_similarity(*pooled, dim=-1) + (weight * distance).sum(1)

@@ -116,7 +116,7 @@ class VocabularyQuality:
         if self.judged_by == "correlation":
             return found | {"correlation": correlation(self.logits, own)}
         p, q = (log_probabilities(self.name, each) for each in (self.logits, own))
-        same = agree(self.name, p, q).double().mean()
+        same = agree(self.name, p, own).double().mean()
         divergence = (p.exp() * (p - q)).sum(-1).mean()
         return found | {"divergence": max(float(divergence), 0.0), "agreement": float(same)}
 

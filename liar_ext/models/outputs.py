@@ -58,9 +58,20 @@ def log_probabilities(name: str, logits: Tensor) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def agree(name: str, p: Tensor, q: Tensor) -> Tensor:
-    """Tell by row whether :func:`log_probabilities` choose the same class, or the same labels."""
+def agree(name: str, p: Tensor, logits: Tensor) -> Tensor:
+    """Tell by row whether :func:`log_probabilities` and logits choose one class, or all labels."""
     if name != "labels":
-        return p.argmax(-1) == q.argmax(-1)
-    p, q = (yes > no for yes, no in (each.chunk(2, -1) for each in (p, q)))
-    return (p == q).all(-1)
+        return p.argmax(-1) == logits.argmax(-1)
+    yes, no = p.chunk(2, -1)
+    return ((yes > no) == (logits > 0)).all(-1)
+
+
+def token_weights(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Return what tokens weigh in the mean of their sequence, (sequences, tokens) float32.
+
+    A mask of another shape, as of samples where states are of frames, leaves all tokens in.
+    """
+    weight = torch.ones(states.shape[:2], device=states.device)
+    if mask is not None and mask.shape == weight.shape:
+        weight = mask.to(weight)
+    return weight / weight.sum(1, keepdim=True)
