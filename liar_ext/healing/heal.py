@@ -30,6 +30,7 @@ from liar_ext.healing.training import (
     part_of,
     put,
     rates,
+    schedule,
     set_dtypes,
     sharded,
     whole,
@@ -41,7 +42,6 @@ from liar_ext.system.distributed import all_reduce, broadcast, exchanging, rank,
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
-WARM_UP = 0.3  # of the budget: AdamW's first steps are equally long for all weights, and do harm
 MEASURES = 4  # of the held-out loss, besides that before training
 LOWER = 1 / 3  # of the learning rate, where the held-out loss has clearly risen
 RISEN = 1.05  # times the least one; smaller rises pass as the rate falls
@@ -134,14 +134,7 @@ def heal(
             check_memory(run.device, run.trained.values())
             if recompute is None:
                 recompute = needs_checkpointing(run.student, batches, run.trained.values())
-            if saved is not None:
-                facts = settings | {
-                    "ranks": world_size(),
-                    "model": fingerprint_of(original.items()),
-                    "teacher": fingerprint_of(teacher.named_parameters()),
-                    "text": [digest_of(batches), digest_of(held_out)],
-                }
-                recompute = saved.begin({"heal": facts}, recompute=recompute)["recompute"]
+            recompute = run.begin(settings, original, recompute)
             with exchanging(), run.spread(map(model.get_submodule, paths)) as blocks:
                 with checkpointed(blocks if recompute else ()):
                     run.train(progress)
@@ -229,6 +222,19 @@ class Healing:
         self.student, self.trained = choose(model, training.train, training.seed)
         self.optimizer: torch.optim.Optimizer | None = None
         self.rates: dict[str, float] = {}
+
+    def begin(self, settings: Mapping[str, Any], original: State, recompute: bool) -> bool:
+        """Refuse the checkpoint of another run; return what a known one says of ``recompute``."""
+        if self.saved is None:
+            return recompute
+        facts = {
+            **settings,
+            "ranks": world_size(),
+            "model": fingerprint_of(original.items()),
+            "teacher": fingerprint_of(self.teacher.model.named_parameters()),
+            "text": [digest_of(self.batches), digest_of(self.held_out)],
+        }
+        return self.saved.begin({"heal": facts}, recompute=recompute)["recompute"]
 
     @contextmanager
     def spread(self, blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
@@ -389,10 +395,3 @@ class Healing:
             put(named, original)
             self.after = curve[0] if curve else math.inf
         return improved
-
-
-def schedule(done: float) -> float:
-    """Return the factor of the learning rate when a fraction of the budget is spent."""
-    if done < WARM_UP:
-        return done / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * min((done - WARM_UP) / (1 - WARM_UP), 1)))

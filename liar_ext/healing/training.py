@@ -28,6 +28,7 @@ BUDGETS = ("tokens", "minutes", "steps")
 LORA_RANK = 16
 OF_TRAINED = 12  # bytes: gradient and two moments in float32
 OF_FREE = 0.8  # of the free memory may be used
+WARM_UP = 0.3  # of the budget: AdamW's first steps are equally long for all weights, and do harm
 GIB = 2**30
 State = dict[str, Tensor]
 
@@ -149,6 +150,13 @@ def rates(model: nn.Module, trained: Mapping[str, Tensor], training: Training) -
         return OF_SIZE * root if sized and value.dim() > 1 and root else RATE
 
     return {name: rate(value) for name, value in trained.items()}
+
+
+def schedule(done: float) -> float:
+    """Return the factor of the learning rate when a fraction of the budget is spent."""
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min((done - WARM_UP) / (1 - WARM_UP), 1)))
 
 
 def _with_adapters(model: nn.Module, seed: int) -> nn.Module:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, probe_batches, read_batches
 from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job.rescaling import rescale_batches
@@ -104,11 +104,6 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
     def peak(*steps: str) -> int:
         return held + max(bytes_of_solve(site.d_in, site.d_out, steps) for site in at)
 
-    def probed(probes: Sequence[Mapping[str, Tensor]]) -> float:
-        """Count a dense run, and for each site one of its block, those after it, and the head."""
-        share = (1 + 1 / len({site.path for site in at})) / 2
-        return sum(map(tokens_of, probes)) * (body + head + len(at) * (share * body + head))
-
     held_out = job.evaluate_on or ()
     yield "evaluate", 2 * len(held_out), 2 * sum(map(tokens_of, held_out)) * (body + head), 0
     if job.narrows:
@@ -124,7 +119,7 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
         yield "curves", len(at), sum(map(_curve, at)), peak("curve")
     if measured:
         probes, solves = probe_batches(batches), sum(_solve(site, recipe, FOLDS + 1) for site in at)
-        yield "sensitivity", len(probes) * len(at), probed(probes), held
+        yield "sensitivity", len(probes) * len(at), _probed(probes, at, body, head), held
     if one_pass:
         solves += sum(_solve(site, recipe, _solves(recipe)) for site in at)
     steps = (measured + one_pass) * len(at)
@@ -136,7 +131,13 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
         yield "layerwise", len({site.path for site in at}), work, size
     if recipe.rescale:
         probes = rescale_batches(batches)
-        yield "rescale", len(probes), probed(probes), 0
+        yield "rescale", len(probes), _probed(probes, at, body, head), 0
+
+
+def _probed(probes: Batches, at: Sequence[Site], body: float, head: float) -> float:
+    """Count a dense run, and for each site one of its block, those after it, and the head."""
+    share = (1 + 1 / len({site.path for site in at})) / 2
+    return sum(map(tokens_of, probes)) * (body + head + len(at) * (share * body + head))
 
 
 def _shortening(

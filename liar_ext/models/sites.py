@@ -367,20 +367,24 @@ def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: s
         active=top_k / experts if experts else 1.0,
         key_dim=key_dim,
     )
+    return _counted(site, block, found, rows)
+
+
+def _counted(site: Site, block: nn.Module, found: dict, rows: dict[str, int]) -> Site:
+    """Return a site with its producers, and what leaves with a unit: their ``rows``, by layer."""
+    wiring, weights, biases = site.wiring, site.d_in * site.d_out, 0
     # A query head that leaves a KV group leaves the group's key and value behind.
     producers = (*wiring.producers, *(() if site.keys_stay else wiring.key_value))
-    weights, biases = d_in * d_out, 0
     for each in wiring.per_head:
         if (held := get_path(block, each)) is not None:
             runs = held.shape[head_axis(block, each)]
-            owned = _count_owned(site, each, runs)
-            biases += owned * (held.numel() // runs)
+            biases += _count_owned(site, each, runs) * (held.numel() // runs)
     for layer in producers:
         owned = _count_owned(site, layer, rows[layer])
         weights += owned * (found[layer].weight.numel() // rows[layer])
         biases += owned if found[layer].bias is not None else 0
-    params, weights = (weights + biases) // units, weights // units
-    paths = tuple(f"{path}.{producer}" for producer in producers)
+    paths = tuple(f"{site.path}.{producer}" for producer in producers)
+    params, weights = (weights + biases) // site.units, weights // site.units
     return replace(site, producers=paths, unit_params=params, unit_weights=weights)
 
 
