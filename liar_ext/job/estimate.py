@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS, Batch, Batches, probe_batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batches
 from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job.rescaling import rescale_batches
@@ -134,7 +134,9 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
         yield "rescale", len(probes), _probed(probes, at, body, head), 0
 
 
-def _probed(probes: Batches, at: Sequence[Site], body: float, head: float) -> float:
+def _probed(
+    probes: Sequence[Mapping[str, Tensor]], at: Sequence[Site], body: float, head: float
+) -> float:
     """Count a dense run, and for each site one of its block, those after it, and the head."""
     share = (1 + 1 / len({site.path for site in at})) / 2
     return sum(map(tokens_of, probes)) * (body + head + len(at) * (share * body + head))

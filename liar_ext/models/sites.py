@@ -371,7 +371,7 @@ def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: s
 
 
 def _counted(site: Site, block: nn.Module, found: dict, rows: dict[str, int]) -> Site:
-    """Return a site with its producers, and what leaves with a unit: their ``rows``, by layer."""
+    """Return a site with its producers and the size of a unit; layers and rows are by name."""
     wiring, weights, biases = site.wiring, site.d_in * site.d_out, 0
     # A query head that leaves a KV group leaves the group's key and value behind.
     producers = (*wiring.producers, *(() if site.keys_stay else wiring.key_value))
