@@ -17,13 +17,17 @@ from tiny import tiny
 from liar_ext import prune, reconstruct_layerwise, sites
 
 DAMP = 0.01
-# What a layer's output is compared in: the input of the norm after the sum, or the stream.
+# What a layer's output is compared in: the input of the norm after the sum or before it, or the
+# stream. Tokens count relative to it where there is a norm.
 NORMS = {
     "bert": {"attn": "attention.output.LayerNorm", "mlp": "output.LayerNorm"},
     "roberta": {"attn": "attention.output.LayerNorm", "mlp": "output.LayerNorm"},
     "distilbert": {"attn": "sa_layer_norm", "mlp": "output_layer_norm"},
     "mpnet": {"attn": "attention.LayerNorm", "mlp": "output.LayerNorm"},
+    "gemma3_text": {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
+    "exaone4": {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
 }
+ROOT_MEAN_SQUARE = ("gemma3_text", "exaone4")  # of which norms are, the others subtract a mean
 PLAIN = ["llama", "opt", "gpt_neox"]
 
 
@@ -69,7 +73,7 @@ def seen_at(model, site, batch):
 
 
 def solve(weight, bias, folds, kept, damp, affine):
-    """Return W', b' of the share with the least error on the fold that was not fitted."""
+    """Return W', b' of the share with the least error on the fold that was not fitted; and it."""
     gone = [at for at in range(weight.shape[1]) if at not in set(kept)]
 
     def fit(x, r, w, share):
@@ -93,12 +97,14 @@ def solve(weight, bias, folds, kept, damp, affine):
     low, middle, high = (held_out(share) for share in (0.0, 0.5, 1.0))
     curvature, slope = 2 * (low - 2 * middle + high), 4 * middle - 3 * low - high
     share = min(max(-slope / (2 * curvature), 0.0), 1.0) if curvature > 1e-12 * high else 0.0
-    return fit(*(torch.cat(each) for each in zip(*folds, strict=True)), share)
+    energy = sum(float((w * (x @ weight.T).square().sum(1)).sum()) for x, _, w in folds)
+    every = (torch.cat(each) for each in zip(*folds, strict=True))
+    return *fit(*every, share), held_out(share) / energy
 
 
 @torch.no_grad()
 def walked(model, data, plan):
-    """Return the weights of METHOD's section on layerwise reconstruction."""
+    """Return weights and held-out errors of METHOD's section on layerwise reconstruction."""
     pruned, found = copy.deepcopy(model), {}
     for site in sites(model):
         rows = {0: [], 1: []}
@@ -107,7 +113,9 @@ def walked(model, data, plan):
             (_, dense), (x, reached) = (seen_at(each, site, batch) for each in (model, pruned))
             weight = mask.double()
             if model.config.model_type in NORMS:
-                weight = weight / (reached.var(1, correction=0) + 1e-6)
+                whole = model.config.model_type in ROOT_MEAN_SQUARE
+                mean = 0 if whole else reached.mean(1, keepdim=True)
+                weight = weight / ((reached - mean).square().mean(1) + 1e-6)
             fold = (torch.arange(len(batch["input_ids"])) % 2).repeat_interleave(
                 batch["input_ids"].shape[1]
             )
@@ -119,8 +127,9 @@ def walked(model, data, plan):
         bias = consumer.bias
         start = torch.zeros(site.d_out, dtype=torch.float64) if bias is None else bias.clone()
         kept = site.features(plan.sites[site.name].kept).tolist()
-        new, new_bias = solve(consumer.weight.data, start, folds, kept, DAMP, bias is not None)
-        found[site.name] = new, None if bias is None else new_bias
+        affine = bias is not None
+        new, new_bias, error = solve(consumer.weight.data, start, folds, kept, DAMP, affine)
+        found[site.name] = new, new_bias if affine else None, error
         consumer.weight.data = torch.zeros_like(consumer.weight).index_copy(
             1, torch.tensor(kept), new
         )
@@ -136,8 +145,10 @@ def test_a_walk_is_what_the_method_says(name, outliers):
     model = with_outliers(model) if outliers else model
     data = batches(model)
     plan = plan_for(model, data)
-    weights, _ = reconstruct_layerwise(model, data, plan, damp=DAMP)
-    for site, (weight, bias) in walked(model, data, plan).items():
+    weights, rows = reconstruct_layerwise(model, data, plan, damp=DAMP)
+    errors = {row.name: row.holdout_error for row in rows}
+    for site, (weight, bias, error) in walked(model, data, plan).items():
+        assert errors[site] == pytest.approx(error, rel=1e-6), site
         assert torch.allclose(weights[site][0], weight, rtol=1e-6, atol=1e-8), site
         if bias is not None:
             assert torch.allclose(weights[site][1], bias, rtol=1e-6, atol=1e-8), site
