@@ -15,6 +15,31 @@ from liar_ext.ops.reference import NOT_FINITE, condition_of, empty_results, gram
 __all__ = ["gram_of", "gram_update_", "obs_curve", "problem", "reconstruct"]
 
 
+def sums(d, cols=None, dtype=torch.float64, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums over no tokens: gram, total and count."""
+    shapes = ((d, cols or d), dtype), ((d,), dtype), ((2,), torch.float64)
+    return tuple(torch.zeros(shape, dtype=kind, device=device) for shape, kind in shapes)
+
+
+def summed(op, x, y=None, weight=None, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `gram_update_`, or a way of it, makes of the sums over no tokens."""
+    found = sums(x.shape[1], None if y is None else y.shape[1], dtype)
+    op(*found, x, y, weight)
+    return found
+
+
+def by_threads(call, *counts: int) -> list:
+    """Return what a call gives with these numbers of threads, one after the other."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 def problem(tokens=300, d=40, d_out=6, seed=0) -> tuple[Tensor, Tensor]:
     """Return a weight, and correlated inputs of the layer."""
     generator = torch.Generator().manual_seed(seed)

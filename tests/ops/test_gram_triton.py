@@ -9,17 +9,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("wants TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
 from covers import cover  # noqa: E402
+from oracle import sums  # noqa: E402
 
 from liar_ext.ops import backends, gram_triton, reference  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Ragged in tokens and in features, several tiles, and beyond the tokens of a launch.
 SHAPES = [(1, 1), (70, 33), (513, 128), (300, 161), (65, 390), (2100, 40)]
-
-
-def sums(d, columns, dtype=torch.float64):
-    shapes = (d, columns), (d,)
-    return [*(torch.zeros(s, dtype=dtype) for s in shapes), torch.zeros(2, dtype=torch.float64)]
 
 
 @cover(2, dtype=DTYPES, shape=SHAPES, kind=["none", "mask", "real"], cross=[0, 7, 133])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import same
+from oracle import same, summed
 
 from liar_ext import ops
 from liar_ext.ops import reference
@@ -12,18 +12,10 @@ LIMIT = 2.0**48
 INF = float("inf")
 
 
-def run(op, x, y=None, weight=None, dtype=torch.float64):
-    d, cols = x.shape[1], x.shape[1] if y is None else y.shape[1]
-    shapes = ((d, cols), dtype), ((d,), dtype), ((2,), torch.float64)
-    sums = [torch.zeros(shape, dtype=kind) for shape, kind in shapes]
-    op(*sums, x, y, weight)
-    return sums
-
-
 def both(*arguments, **settings):
     """Return what the operator gives, which must be finite and about what the reference gives."""
-    got = run(ops.gram_update_, *arguments, **settings)
-    want = run(reference.gram_update_, *arguments, **settings)
+    got = summed(ops.gram_update_, *arguments, **settings)
+    want = summed(reference.gram_update_, *arguments, **settings)
     assert all(tensor.isfinite().all() for tensor in got)
     assert torch.equal(got[2], want[2])
     for mine, theirs in zip(got, want, strict=True):
@@ -46,7 +38,7 @@ def test_a_huge_finite_row_is_dropped_and_counted(dtype, size, column):
     assert count.tolist() == [297, 3]
     good = torch.ones(300, dtype=torch.bool)
     good[[0, 7, 299]] = False
-    clean = run(ops.gram_update_, x[good])
+    clean = summed(ops.gram_update_, x[good])
     assert same((gram, total), clean[:2], dtype)
 
 

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from covers import cover
-from oracle import gram_of
+from oracle import by_threads, gram_of
 
 from liar_ext import ops
 from liar_ext.ops import curve, dispatch
@@ -192,16 +192,10 @@ def test_strided_arguments_equal_contiguous():
 @pytest.mark.parametrize("width", [1, 20])
 def test_bit_identical_whatever_the_threads(width):
     weight, x = problem(1300, 600, 40)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 1, 2):
-            torch.set_num_threads(count)
-            results.append(ops.obs_curve(weight, gram_of(x), width, DAMP, 0))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+    arguments = weight, gram_of(x), width, DAMP, 0
+    first, *others = by_threads(lambda: ops.obs_curve(*arguments), 1, 1, 2)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize(("width", "groups"), [(1, 1), (3, 2)])

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from covers import cover
-from oracle import gram_of, problem
+from oracle import by_threads, gram_of, problem
 
 from liar_ext import ops
 from liar_ext.ops import reference
@@ -262,14 +262,7 @@ def test_bit_identical_whatever_the_threads(sites):
             for tensor in arguments
         ]
         arguments[2] = every_third_removed(300).expand(sites, -1)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(ops.reconstruct(*arguments))
-    finally:
-        torch.set_num_threads(threads)
+    results = by_threads(lambda: ops.reconstruct(*arguments), 1, 1, 2, 2)
     for first, second in ((0, 1), (2, 3)):
         for a, b in zip(results[first], results[second], strict=True):
             assert torch.equal(a, b)

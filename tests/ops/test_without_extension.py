@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import summed, sums
 
 from liar_ext.ops import dispatch, reference
 
@@ -82,11 +83,9 @@ def test_panels_and_chunks_add_up(dtype, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK_TOKENS", 64)
     monkeypatch.setattr(reference, "FLUSH_TOKENS", 128)
     above = torch.ones(50, 50, dtype=torch.bool).triu(1)
-    gram, total = (
-        torch.zeros(50, 50).double().masked_fill(above, torch.nan),
-        torch.zeros(50).double(),
-    )
-    reference.gram_update_(gram, total, torch.zeros(2).double(), x)
+    gram, total, count = sums(50)
+    gram[above] = torch.nan
+    reference.gram_update_(gram, total, count, x)
     assert gram[above].isnan().all()
     bound = 1e-13 if dtype == torch.float64 else 2.0**-20
     assert (gram.tril().nan_to_num() - exact).abs().max() <= bound * 700
@@ -105,10 +104,9 @@ def test_half_precision_products_in_float32_where_torch_has_them(monkeypatch):
     reference.multiplies_into_float32.cache_clear()
     try:
         x = torch.randn(1100, 20).bfloat16()
-        sums = torch.zeros(20, 20).double(), torch.zeros(20).double(), torch.zeros(2).double()
-        reference.gram_update_(*sums, x, None, torch.arange(1100) % 3 > 0)
+        found = summed(reference.gram_update_, x, None, torch.arange(1100) % 3 > 0)
         use = x[torch.arange(1100) % 3 > 0].double()
-        torch.testing.assert_close(sums[0], (use.mT @ use).tril(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[0], (use.mT @ use).tril(), rtol=1e-4, atol=1e-4)
         rows = [tokens for dtype, out, tokens in seen[1:]]
         assert rows == [512, 512, 76]
         assert {(dtype, out) for dtype, out, _ in seen} == {(torch.bfloat16, torch.float32)}
@@ -117,7 +115,7 @@ def test_half_precision_products_in_float32_where_torch_has_them(monkeypatch):
 
 
 def test_what_autograd_must_know_is_told():
-    sums = [torch.zeros(s, dtype=torch.float64) for s in ((3, 3), (3,), (2,))]
-    versions = [one._version for one in sums]
-    dispatch.check_gram_update(*sums, torch.ones(5, 3))
-    assert all(one._version > old for one, old in zip(sums, versions, strict=True))
+    written = sums(3)
+    versions = [one._version for one in written]
+    dispatch.check_gram_update(*written, torch.ones(5, 3))
+    assert all(one._version > old for one, old in zip(written, versions, strict=True))
