@@ -1,4 +1,4 @@
-"""Families of mixtures of experts beyond the first: every row of theirs through whole jobs."""
+"""Families of mixtures of experts: every row of theirs through whole jobs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from liar_ext.models.sites import family_of, teams_of
 from liar_ext.selection.costs import total_cost
 
 LATENT = ["deepseek_v2", "deepseek_v2 lite", "deepseek_v3", "glm4_moe_lite"]
+ALL = {**MOE, **MOE_FAMILIES}
+QUICK_JOBS = ["deepseek_v2", "granitemoe", "qwen3_next", "lfm2_moe"]
 QUICK = {"allocation": "uniform", "criterion": "wifv"}
 
 
@@ -46,7 +48,7 @@ def test_slicing_equals_zeroing(name: str) -> None:
     check_sliced(model, plan_of_experts(model), rtol=close, atol=close)
 
 
-@some("name", one_of_each_kind(MOE_FAMILIES), "deepseek_v2", "granitemoe", "qwen3_next", "lfm2_moe")
+@some("name", [*MOE, *one_of_each_kind(MOE_FAMILIES)], *MOE, *QUICK_JOBS)
 def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
     model = with_choice(name)
     report = prune(model, batches(model, 2), 0.6, allocation="global", criterion="wifv", tile=1)
@@ -64,6 +66,7 @@ def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
     again.train()
     ids = tiny_inputs(again)["input_ids"]
     again(input_ids=ids, labels=ids).loss.backward()
+    assert all(each.grad.isfinite().all() for n, each in again.named_parameters() if "experts" in n)
     torch.optim.SGD(again.parameters(), lr=0.1).step()
     again.eval()
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
@@ -71,7 +74,10 @@ def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(ids, **settings), model.generate(ids, **settings))
 
 
-@some("name", MOE_FAMILIES, "deepseek_v3", "ernie4_5_moe", "granitemoe", "qwen3_next")
+FIRST = ["deepseek_v3", "ernie4_5_moe", "granitemoe", "qwen3_next"]
+
+
+@some("name", ALL, *MOE, *FIRST)
 def test_experts_and_channels_leave_and_the_stock_class_loads_it(name: str, tmp_path: Path) -> None:
     model = with_choice(name)
     even = {**QUICK, "uniform_layers": True, "kinds": ("mlp",), "schedule": "one-pass"}
@@ -84,11 +90,21 @@ def test_experts_and_channels_leave_and_the_stock_class_loads_it(name: str, tmp_
             return
     report = prune(model, batches(model, 2), keep, keep_experts=0.75, **even)
     assert {len(layer.kept) for layer in report.plan.experts.values()} == {3}
+    rows = [row for row in report.sites if row.name.endswith(".experts")]
+    assert {(row.units_before, row.units_after) for row in rows} == {(4, 3)}
     save_pruned(model, tmp_path / "pruned", report.plan, report=report)
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert "auto_map" not in config
-    stock = getattr(transformers, MOE_FAMILIES[name][0]).from_pretrained(tmp_path / "pruned")
+    stock = getattr(transformers, ALL[name][0]).from_pretrained(tmp_path / "pruned")
     torch.testing.assert_close(outputs(stock), outputs(model))
+    if name in MOE:  # the loss that balances experts counts them
+        ids = tiny_inputs(stock)["input_ids"]
+        given = {"input_ids": ids, "labels": ids, "output_router_logits": True}
+        torch.testing.assert_close(stock(**given).loss, model(**given).loss)
+    # The plan alone, without new weights, keeps the same units of the dense model.
+    dense = with_choice(name)
+    apply_plan(dense, report.plan)
+    assert [each.shape for each in dense.parameters()] == [e.shape for e in model.parameters()]
     if not said:
         prune(model, batches(model, 2), 0.6, **even)
         save_pruned(model, tmp_path / "less", model.liar_plan)
@@ -156,10 +172,10 @@ def test_an_expert_that_every_token_passes_is_a_site_beside_the_others(name, blo
     assert all(report.plan.sites[site.name].removed for site in shared)
 
 
-@pytest.mark.parametrize("name", [*MOE, *MOE_FAMILIES])
+@pytest.mark.parametrize("name", ALL)
 def test_no_config_says_other_numbers_of_experts_in_each_layer(name: str) -> None:
     """docs/moe.md says so; a config that does is worth an option."""
-    _, config_class, fields = {**MOE, **MOE_FAMILIES}[name]
+    _, config_class, fields = ALL[name]
     wiring = next(site.wiring for site in sites(tiny(name), ("mlp",)) if site.expert is not None)
     (field,) = (field for field, size in wiring.config.items() if size == "experts")
     inner = fields.get("text_config", fields)
@@ -188,5 +204,5 @@ def test_equal_heads_are_said_by_the_config(name: str, tmp_path: Path) -> None:
     save_pruned(model, tmp_path / "pruned", plan)
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert "auto_map" not in config
-    stock = getattr(transformers, MOE_FAMILIES[name][0]).from_pretrained(tmp_path / "pruned")
+    stock = getattr(transformers, ALL[name][0]).from_pretrained(tmp_path / "pruned")
     torch.testing.assert_close(outputs(stock), outputs(model))
