@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from covers import cover
-from tiny import batches, tiny, tiny_inputs
+from tiny import batches, read_by_consumers, tiny, tiny_inputs
 
 from liar_ext import InputError, kl_divergence, prune, sites
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight
@@ -18,28 +18,16 @@ def fresh(model) -> list[dict]:
     return [tiny_inputs(model, batch=4, tokens=12, seed=seed) for seed in (91, 92)]
 
 
-@torch.no_grad()
-def consumer_inputs(model, site, data) -> torch.Tensor:
-    rows = []
-    handle = model.get_submodule(site.consumer).register_forward_hook(
-        lambda module, args, output: rows.append(args[0].flatten(0, -2).double())
-    )
-    for batch in data:
-        model(**batch)
-    handle.remove()
-    return torch.cat(rows)
-
-
 @cover(1, mode=["none", "bias", "linear", "affine"], family=["llama", "bert", "gpt2"])
 def test_errors_of_sites_are_those_of_a_run(family, mode):
     dense = tiny(family)
     model, data = copy.deepcopy(dense), fresh(dense)
     recipe = {"reconstruct": mode, "schedule": "one-pass"}
     report = prune(model, batches(dense), 0.7, **recipe, certify_on=data)
-    after = {site.name: site for site in sites(model)}
+    after, read = {site.name: site for site in sites(model)}, read_by_consumers(dense, data)
     for row in report.sites:
         site = next(site for site in sites(dense) if site.name == row.name)
-        x = consumer_inputs(dense, site, data)
+        x = torch.cat([each.flatten(0, -2).double() for each in read[site.name]])
         kept = site.features(report.plan.sites[row.name].kept)
         wanted = x @ get_consumer_weight(dense, site).double().T
         given = x[:, kept] @ get_consumer_weight(model, after[row.name]).double().T

@@ -13,7 +13,6 @@ from tiny_encoders import ENCODERS
 from tiny_moe import MOE_FAMILIES
 from torch import Tensor
 
-from liar_ext.calibration.taps import watched
 from liar_ext.models.sites import Site, sites
 
 if TYPE_CHECKING:  # transformers itself imports its parts when they are asked for
@@ -167,15 +166,27 @@ def experts_of(model: PreTrainedModel) -> list[Site]:
 
 
 @torch.no_grad()
-def seen_at(model: PreTrainedModel, paths: list[str], inputs: dict) -> dict[str, tuple]:
-    """Return what modules are called with and give, in the model's own forward, by path."""
-    seen: dict[str, tuple] = {}
+def runs_at(model: PreTrainedModel, paths: list[str], data: list[dict]) -> dict[str, list[tuple]]:
+    """Return what modules are called with and give, run by run, in the model's own forward."""
+    seen: dict[str, list[tuple]] = {path: [] for path in paths}
     with ExitStack() as stack:
-        for path in paths:
-            note = lambda *given, path=path: seen.update({path: given})  # noqa: E731
-            stack.enter_context(watched(model.get_submodule(path), note))
-        model(**inputs)
+        for path, runs in seen.items():
+            note = lambda _, *given, runs=runs: runs.append(given)  # noqa: E731
+            stack.enter_context(model.get_submodule(path).register_forward_hook(note))
+        for inputs in data:
+            model(**inputs)
     return seen
+
+
+def seen_at(model: PreTrainedModel, paths: list[str], inputs: dict) -> dict[str, tuple]:
+    """Return what modules are called with and give in their last run, by path."""
+    return {path: runs[-1] for path, runs in runs_at(model, paths, [inputs]).items() if runs}
+
+
+def read_by_consumers(model: PreTrainedModel, data: list[dict]) -> dict[str, list[Tensor]]:
+    """Return what the consumer of each site reads, run by run, by the name of the site."""
+    seen = runs_at(model, [site.consumer for site in sites(model)], data)
+    return {site.name: [args[0] for args, _ in seen[site.consumer]] for site in sites(model)}
 
 
 def routes(model: PreTrainedModel, args: tuple) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,26 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny, tiny_inputs
+from tiny import read_by_consumers, tiny, tiny_inputs
 
 from liar_ext import InputError, Moments, calibrate, sites
-
-
-def consumer_inputs(model, batches) -> dict[str, torch.Tensor]:
-    """Collect every consumer's input by an independent hook, over all tokens."""
-    seen: dict[str, list] = {}
-    handles = [
-        model.get_submodule(site.consumer).register_forward_pre_hook(
-            lambda module, inputs, name=site.name: seen.setdefault(name, []).append(inputs[0])
-        )
-        for site in sites(model)
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat([x.flatten(0, -2) for x in parts]) for name, parts in seen.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "vit"])
@@ -29,8 +12,8 @@ def test_moments_are_those_of_the_consumer_inputs(family):
     model = tiny(family)
     batches = [tiny_inputs(model, batch=3, seed=seed) for seed in range(3)]
     bank = calibrate(model, batches)
-    for name, x in consumer_inputs(model, batches).items():
-        x = x.double()
+    for name, parts in read_by_consumers(model, batches).items():
+        x = torch.cat([part.flatten(0, -2) for part in parts]).double()
         gram, total, tokens = bank[name].pooled()
         torch.testing.assert_close(gram, (x.T @ x).tril(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(total, x.sum(0), rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny import TINY, tiny, tiny_inputs
+from tiny import TINY, seen_at, tiny, tiny_inputs
 from tiny_decoders import DECODERS
 
 from liar_ext import InputError, MomentBank, calibrate, prune, sites
@@ -17,39 +17,16 @@ NORMED = ("gemma3_text", "olmo2", "exaone4", "glm4")
 
 
 @torch.no_grad()
-def seen(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return what the consumer of each site reads and gives; those of experts are no modules."""
-    found, hooks = {}, []
-    for site in sites(model):
-        if site.expert is not None:
-            continue
-
-        def note(_, args, output, name=site.name):
-            found[name] = args[0], output
-
-        hooks.append(model.get_submodule(site.consumer).register_forward_hook(note))
-    model(**data)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("family", sorted({*TINY, *DECODERS}))
 def test_the_norms_that_families_name_read_what_consumers_give(family):
-    model, read = tiny(family), {}
-    for name, module in model.named_modules():
-        if "norm" in type(module).__name__.lower():
-
-            def keep(_, args, output, name=name):
-                read[name] = args[0]
-
-            module.register_forward_hook(keep)
-    given = seen(model, tiny_inputs(model))
-    for site in sites(model):
-        if site.expert is not None:
-            continue
-        _, output = given[site.name]
+    model = tiny(family)
+    at = [site for site in sites(model) if site.expert is None]  # those of experts are no modules
+    named = model.named_modules()
+    norms = [name for name, module in named if "norm" in type(module).__name__.lower()]
+    seen = seen_at(model, norms + [site.consumer for site in at], tiny_inputs(model))
+    read = {name: seen[name][0][0] for name in norms if name in seen}
+    for site in at:
+        _, output = seen[site.consumer]
         same = [
             name.removeprefix(f"{site.path}.")
             for name, x in read.items()
@@ -66,12 +43,12 @@ def test_sums_are_those_of_tokens_by_what_is_given(family):
     data = tiny_inputs(model, batch=4, tokens=10)
     data["attention_mask"] = torch.ones_like(data["input_ids"])
     data["attention_mask"][1, 7:] = 0
-    found = seen(model, data)
+    found = seen_at(model, [site.consumer for site in sites(model)], data)
     bank = calibrate(model, [data])
     assert bank.source["tokens"] == int(data["attention_mask"].sum()) == 37
     for site in sites(model):
         assert is_relative(site)
-        x, y = found[site.name]
+        (x,), y = found[site.consumer]
         weight = data["attention_mask"] / (y.square().mean(-1) + 1e-6)
         for fold in (0, 1):
             rows, each = x[fold::2].flatten(0, 1), weight[fold::2].flatten()

@@ -12,7 +12,7 @@ import torch
 from folders import make_plan, pruned, zero_removed
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from tiny import batches, outputs, tiny, tiny_inputs
+from tiny import batches, outputs, read_by_consumers, tiny, tiny_inputs
 from tiny_encoders import SEQ2SEQ
 from torch import nn
 from transformers import GenerationConfig
@@ -51,22 +51,6 @@ PARTS = ["clip", "bart", "t5", "whisper"]
 SHORT = {"latency_prompt": 6, "latency_new_tokens": 4}
 
 
-@torch.no_grad()
-def inputs_of_consumers(model: nn.Module, inputs: dict) -> dict[str, list[torch.Tensor]]:
-    """Return what each consumer reads, run by run."""
-    seen: dict[str, list[torch.Tensor]] = {}
-    hooks = [
-        model.get_submodule(site.consumer).register_forward_pre_hook(
-            lambda _, args, name=site.name: seen.setdefault(name, []).append(args[0])
-        )
-        for site in sites(model)
-    ]
-    model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 @pytest.mark.parametrize("name", ["albert", "albert one", *PARTS])
 def test_every_run_counts_and_the_padding_of_each_part_does_not(name: str) -> None:
     model = tiny(name)
@@ -80,7 +64,7 @@ def test_every_run_counts_and_the_padding_of_each_part_does_not(name: str) -> No
         inputs["decoder_attention_mask"][2, -2:] = 0
         masks["decoder"] = inputs["decoder_attention_mask"]
     bank = calibrate(model, [inputs])
-    seen = inputs_of_consumers(model, inputs)
+    seen = read_by_consumers(model, [inputs])
     for site in sites(model):
         mask, gram, count = masks[site.part.name], 0, 0
         for x in seen[site.name]:

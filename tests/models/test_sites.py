@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from covers import cover
-from tiny import GROUPED, TINY, outputs, tiny, tiny_inputs
+from tiny import GROUPED, TINY, seen_at, tiny, tiny_inputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,15 +53,10 @@ def test_sites_of_task_model_and_base_model(name: str) -> None:
 def test_consumer_weight_maps_inputs_to_outputs(name: str) -> None:
     model = tiny(name, dtype=torch.float64)
     for site in sites(model)[:2]:
-        seen = {}
-        handle = model.get_submodule(site.consumer).register_forward_hook(
-            lambda _, args, output, seen=seen: seen.update(x=args[0], y=output)
-        )
-        outputs(model)
-        handle.remove()
-        expected = seen["x"] @ get_consumer_weight(model, site).T
+        (x,), y = seen_at(model, [site.consumer], tiny_inputs(model))[site.consumer]
+        expected = x @ get_consumer_weight(model, site).T
         bias = get_consumer_bias(model, site)
-        torch.testing.assert_close(seen["y"], expected if bias is None else expected + bias)
+        torch.testing.assert_close(y, expected if bias is None else expected + bias)
 
 
 @cover(1, attn_unit=["auto", "head"], name=TINY)

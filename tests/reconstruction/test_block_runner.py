@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from seeing import seeing_inputs, seeing_model
-from tiny import TINY, tiny, tiny_inputs
+from tiny import TINY, seen_at, tiny, tiny_inputs
 
 from liar_ext import sites
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
@@ -12,42 +12,33 @@ from liar_ext.reconstruction.block_runner import Blocks, is_chain
 @pytest.mark.parametrize("name", TINY)
 @torch.no_grad()
 def test_blocks_run_one_by_one_are_the_model(name):
-    model, wanted = tiny(name), {}
+    model = tiny(name)
     inputs = tiny_inputs(model)
     if "attention_mask" in inputs:
         inputs["attention_mask"][0, -3:] = 0
     every = sites(model)
-    last = model.get_submodule(every[-1].path)
-    hook = last.register_forward_hook(lambda module, args, output: wanted.update(last=output))
-    body = getattr(model, "base_model", model)
-    body(**inputs)
-    hook.remove()
+    _, expected = seen_at(model, [every[-1].path], inputs)[every[-1].path]
     with Blocks(model, every).opened() as blocks:
         hidden = blocks.enter(0, inputs)[0][0]
         for index in range(len(blocks)):
             hidden = blocks.run(index, inputs, hidden).output
-    expected = wanted["last"][0] if isinstance(wanted["last"], tuple) else wanted["last"]
-    assert torch.equal(hidden, expected)
+    assert torch.equal(hidden, expected[0] if isinstance(expected, tuple) else expected)
 
 
 @torch.no_grad()
 def test_what_the_model_adds_between_blocks_is_added():
     """Qwen3-VL adds features of images to what its first blocks put out."""
-    model, wanted = seeing_model("qwen3_vl").double(), {}
+    model = seeing_model("qwen3_vl").double()
     inputs, every = seeing_inputs("qwen3_vl"), sites(model)
     assert is_chain(model, every, inputs)
-    hook = model.get_submodule(every[-1].path).register_forward_hook(
-        lambda module, args, output: wanted.update(last=output)
-    )
-    model(**inputs)
-    hook.remove()
+    _, expected = seen_at(model, [every[-1].path], inputs)[every[-1].path]
     with Blocks(model, every).opened() as blocks:
         added = [blocks.enter(index, inputs)[0][0] for index in range(len(blocks))]
         hidden = added[0]
         for index in range(len(blocks)):
             hidden = blocks.run(index, inputs, hidden).output
     assert added[1].any() and not added[2].any()
-    assert torch.equal(hidden, wanted["last"])
+    assert torch.equal(hidden, expected)
     # What depends on the output is not added.
     second = model.get_submodule(every[-1].path)
     with second.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:])):

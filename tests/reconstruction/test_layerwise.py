@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from covers import some
-from tiny import TINY, outputs, tiny, tiny_inputs
+from tiny import TINY, outputs, seen_at, tiny, tiny_inputs
 
 from liar_ext import (
     Budget,
@@ -61,16 +61,9 @@ def walk_blocks(model, data, plan, steps, mode="linear", damp="auto"):
 
 def stream_after(model, block, inputs):
     """Return what leaves a block in the model's own forward."""
-    seen = {}
     path = next(site.path for site in sites(model) if site.block == block)
-
-    def note(module, args, output):
-        seen["output"] = output[0] if isinstance(output, tuple) else output
-
-    hook = model.get_submodule(path).register_forward_hook(note)
-    getattr(model, "base_model", model)(**inputs)
-    hook.remove()
-    return seen["output"]
+    _, output = seen_at(model, [path], inputs)[path]
+    return output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("name", FAMILIES)

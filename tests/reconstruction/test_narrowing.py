@@ -9,7 +9,7 @@ import pytest
 import torch
 from covers import cover
 from journeys import double_features, wanting
-from tiny import NARROWABLE, batches, outputs, tiny, tiny_inputs
+from tiny import NARROWABLE, batches, outputs, runs_at, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import Plan, narrow
@@ -85,13 +85,8 @@ def test_scales_of_norms_over_features_that_are_never_written(name, monkeypatch)
 
 def tokens_of(model, data, path):
     """Return what a norm gets and gives, per fold."""
-    seen = []
-    norm = model.get_submodule(path)
-    hook = norm.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-    for batch in data:
-        model(**batch)
-    hook.remove()
-    gets, gives = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    runs = runs_at(model, [path], data)[path]
+    gets, gives = (torch.cat(each) for each in zip(*((*x, y) for x, y in runs), strict=True))
     # Sequences alternate between the folds.
     return [(gets[f::2].flatten(0, 1), gives[f::2].flatten(0, 1)) for f in range(2)]
 

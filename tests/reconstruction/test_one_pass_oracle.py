@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from test_layerwise import batches
-from tiny import tiny
+from tiny import read_by_consumers, tiny
 
 from liar_ext import prune, sites
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight
@@ -15,17 +15,12 @@ from liar_ext.models.sites import get_consumer_bias, get_consumer_weight
 
 def tokens_of(model, site, data):
     """Return what the consumer reads by fold, without padding."""
-    seen, folds = [], ([], [])
-    hook = model.get_submodule(site.consumer).register_forward_hook(
-        lambda module, args, output: seen.append(args[0])
-    )
-    for batch in data:
-        model(**batch)
+    folds = ([], [])
+    for batch, x in zip(data, read_by_consumers(model, data)[site.name], strict=True):
         mask = batch["attention_mask"].bool()
-        x = seen.pop().reshape(*mask.shape, -1)
+        x = x.reshape(*mask.shape, -1)
         for fold in (0, 1):
             folds[fold].append(x[fold::2][mask[fold::2]])
-    hook.remove()
     return [torch.cat(each) for each in folds]
 
 

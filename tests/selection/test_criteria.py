@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny, tiny_inputs
+from tiny import read_by_consumers, tiny, tiny_inputs
 
 from liar_ext import InputError, calibrate, criterion, ops, score, sites
 from liar_ext.models.sites import get_consumer_weight
@@ -16,13 +16,11 @@ def job():
     model = tiny("llama")
     batches = [tiny_inputs(model, batch=4, tokens=9, seed=seed) for seed in range(4)]
     at = sites(model)
-    inputs: dict[str, list] = {site.name: [] for site in at}
-    for site in at:
-        model.get_submodule(site.consumer).register_forward_pre_hook(
-            lambda module, x, name=site.name: inputs[name].append(x[0].flatten(0, -2).double())
-        )
-    bank = calibrate(model, batches, at)
-    return model, bank, at, {name: torch.cat(parts) for name, parts in inputs.items()}
+    inputs = {
+        name: torch.cat([part.flatten(0, -2).double() for part in parts])
+        for name, parts in read_by_consumers(model, batches).items()
+    }
+    return model, calibrate(model, batches, at), at, inputs
 
 
 def by_definition(name: str, weight: torch.Tensor, x: torch.Tensor, width: int) -> torch.Tensor:

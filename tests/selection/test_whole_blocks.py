@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from covers import slow, some
-from tiny import batches, outputs, same_weights, tiny
+from tiny import batches, outputs, same_weights, seen_at, tiny
 
 from liar_ext import InputError, load_pruned, prune, save_pruned, sites, verify_pruned
 from liar_ext.calibration.batches import read_batch
@@ -56,13 +56,8 @@ def test_blocks_go_one_by_one_by_what_the_output_loses(name: str) -> None:
 
 def reads(model: torch.nn.Module, path: str, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a layer reads and gives in the model's own forward."""
-    seen = {}
-    hook = model.get_submodule(path).register_forward_hook(
-        lambda _, args, output: seen.update(x=args[0], y=output)
-    )
-    model(**inputs)
-    hook.remove()
-    return seen["x"], seen["y"]
+    (x, *_), y = seen_at(model, [path], inputs)[path]
+    return x, y
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
