@@ -20,6 +20,7 @@ import forked
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import kill, stop_at
 from tiny import tiny, tiny_inputs
 from torch import Tensor
 from transformers.utils.logging import get_verbosity
@@ -111,18 +112,6 @@ def batches(count: int = 8) -> list[dict[str, Tensor]]:
     return [tiny_inputs(tiny("qwen3_moe"), batch=4, seed=seed) for seed in range(count)]
 
 
-def counting(kind: type, method: str, patch: pytest.MonkeyPatch) -> list[None]:
-    """Return what has an entry for each call of a method from now on."""
-    calls, original = [], getattr(kind, method)
-
-    def counted(*arguments, **named):
-        calls.append(None)
-        return original(*arguments, **named)
-
-    patch.setattr(kind, method, counted)
-    return calls
-
-
 @cache
 def alone(name: str) -> dict[str, object]:
     """Return what one process gives, that which measures whole models, too."""
@@ -148,8 +137,8 @@ def test_ranks_give_what_one_gives(count, jobs, tmp_path, monkeypatch):
     def job(rank: int) -> None:
         warnings.simplefilter("ignore")
         distributed.join()
-        runs = counting(InFlight, "set", monkeypatch)
-        probes = counting(DenseOutputs, "divergence", monkeypatch)
+        runs = stop_at(monkeypatch, InFlight, "set")
+        probes = stop_at(monkeypatch, DenseOutputs, "divergence")
         results = {}
         for name in jobs:
             runs.clear(), probes.clear()
@@ -192,15 +181,7 @@ def test_a_bank_agrees_and_a_checkpoint_serves_any_number(tmp_path, monkeypatch)
 
     def stopped(rank: int) -> None:
         distributed.join()
-        seen, add = [], InFlight.set
-
-        def set_and_die(self, batch):
-            seen.append(batch)
-            if rank == 1 and len(seen) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            add(self, batch)
-
-        monkeypatch.setattr(InFlight, "set", set_and_die)
+        stop_at(monkeypatch, InFlight, "set", 2 if rank == 1 else -1, kill)
         with pytest.raises(RankLost, match="another process of the job has ended"):
             liar_ext.calibrate(model, batches(), checkpoint=checkpoint)
 
@@ -210,7 +191,7 @@ def test_a_bank_agrees_and_a_checkpoint_serves_any_number(tmp_path, monkeypatch)
 
     def resumed(rank: int) -> None:
         distributed.join()
-        runs = counting(InFlight, "set", monkeypatch)
+        runs = stop_at(monkeypatch, InFlight, "set")
         bank = liar_ext.calibrate(model, batches(), checkpoint=checkpoint)
         assert sum(distributed.gather(len(runs))) == 5
         if distributed.is_first():

@@ -11,6 +11,7 @@ import forked
 import pytest
 import torch
 from covers import some
+from stopping import kill, stop_at
 from test_ranks import check_folders, close, command
 from tiny import tiny, tiny_inputs
 
@@ -64,20 +65,12 @@ def run(name: str, checkpoint=None) -> dict[str, object]:
     }
 
 
-def counted(monkeypatch, stage: str, killed: bool) -> dict[str, int]:
-    """Count calls by stage; of that which is named the second one kills this process."""
-    calls = dict.fromkeys(STAGES, 0)
-    for each, (kind, method) in STAGES.items():
-        original = getattr(kind, method)
-
-        def counting(*arguments, each=each, original=original, **named):
-            calls[each] += 1
-            if killed and each == stage and calls[each] == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **named)
-
-        monkeypatch.setattr(kind, method, counting)
-    return calls
+def counted(monkeypatch, stage: str, killed: bool) -> dict[str, list]:
+    """Note calls by stage; of that which is named the second one kills this process."""
+    return {
+        each: stop_at(monkeypatch, *at, 2 if killed and each == stage else -1, kill)
+        for each, at in STAGES.items()
+    }
 
 
 @some("name", JOBS, "default")
@@ -98,7 +91,8 @@ def test_any_number_of_ranks_goes_on_after_a_kill(name, tmp_path, monkeypatch):
             assert not stage
             for what in expected:
                 assert close(found[what], expected[what]), what
-            done = {each: sum(c[each] for c in distributed.gather(calls)) for each in STAGES}
+            counts = {each: len(found) for each, found in calls.items()}
+            done = {each: sum(c[each] for c in distributed.gather(counts)) for each in STAGES}
             distributed.leave()
             if rank == 0:
                 (tmp_path / "done").write_text(json.dumps(done))

@@ -11,7 +11,8 @@ import forked
 import pytest
 import torch
 from covers import some
-from test_ranks import check_folders, close, command, counting
+from stopping import kill, stop_at
+from test_ranks import check_folders, close, command
 from tiny import batches, tiny
 
 from liar_ext import distributed
@@ -44,19 +45,6 @@ def dense(tmp_path_factory):
         model = tiny(family, dtype=torch.float64, tie_word_embeddings=False)
         model.save_pretrained(folder / family)
     return folder, batches(model, 7)
-
-
-def dying_at(kind: type, method: str) -> None:
-    """Let the second call of a method kill this process; where it is called once, the first."""
-    original, calls = getattr(kind, method), []
-
-    def dying(*arguments, **named):
-        calls.append(None)
-        if len(calls) == (1 if method == "sensitivities" else 2):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **named)
-
-    setattr(kind, method, dying)
 
 
 def run(dense, out, name: str, saved: Checkpoint | None = None):
@@ -103,7 +91,7 @@ def test_ranks_write_what_one_writes(count, dense, alone, tmp_path, monkeypatch)
     def job(rank):
         warnings.simplefilter("ignore")
         distributed.join()
-        found, runs = {}, counting(InFlight, "set", monkeypatch)
+        found, runs = {}, stop_at(monkeypatch, InFlight, "set")
         for name, (_, tight) in JOBS.items():
             with monkeypatch.context() as patch:
                 if tight:
@@ -126,7 +114,7 @@ def test_ranks_write_what_one_writes(count, dense, alone, tmp_path, monkeypatch)
 
 
 @pytest.mark.exhaustive
-def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
+def test_the_command_by_blocks(llama_folder, corpus, tmp_path, monkeypatch):
     sizes = ["--max-memory", "8GiB", "--eval", str(corpus[1]), "--eval-samples", "4"]
 
     def at(out: str, *more: str) -> list[str]:
@@ -149,7 +137,7 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
 
     def dying(rank):
         if rank:
-            dying_at(LayerwiseSolver, "step")
+            stop_at(monkeypatch, LayerwiseSolver, "step", 2, kill)
         return main(at("dead", "--checkpoint", str(tmp_path / "c")))
 
     assert forked.run(2, dying, tmp_path) == [3, -signal.SIGKILL]
@@ -162,14 +150,12 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
 
 
 # Which ranks do a job, one after the other: their number, the call that kills one, and which one.
+SUMS, STEP = (StreamedPasses, "_sums", 2), (LayerwiseSolver, "step", 2)
+READ, PROBES = (BlockStore, "tensors", 2), (ProbeStreams, "sensitivities", 1)
 RELAYS = {
-    "default": [(2, (StreamedPasses, "_sums"), 0), (3, (LayerwiseSolver, "step"), 2), (2, None, 0)],
-    "one-pass": [(3, (StreamedPasses, "_sums"), 1), (1, (BlockStore, "tensors"), 0), (3, None, 0)],
-    "one-pass-tight": [
-        (1, (ProbeStreams, "sensitivities"), 0),
-        (2, (BlockStore, "tensors"), 0),
-        (1, None, 0),
-    ],
+    "default": [(2, SUMS, 0), (3, STEP, 2), (2, None, 0)],
+    "one-pass": [(3, SUMS, 1), (1, READ, 0), (3, None, 0)],
+    "one-pass-tight": [(1, PROBES, 0), (2, READ, 0), (1, None, 0)],
 }
 
 
@@ -186,7 +172,7 @@ def test_any_number_of_ranks_goes_on_by_blocks(name, dense, alone, tmp_path, mon
             warnings.simplefilter("ignore")
             distributed.join()
             if killed and rank == victim:
-                dying_at(*killed)
+                stop_at(monkeypatch, *killed, kill)
             with Checkpoint(tmp_path / "c") as saved:
                 try:
                     report = run(dense, tmp_path / "out", name, saved)

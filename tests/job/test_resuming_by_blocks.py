@@ -6,6 +6,7 @@ import os
 
 import pytest
 from covers import some
+from stopping import stop_at
 from tiny import batches, same_weights, tiny
 
 from liar_ext import InputError, load_pruned
@@ -57,19 +58,6 @@ def run(folder, data, out, saved=None, **choices):
         return prune_folder(store, Job(store.model, data[:3], recipe, **given), out)
 
 
-def counting(patch, kind, name, stop=0) -> list:
-    original, calls = getattr(kind, name), []
-
-    def counted(*arguments):
-        calls.append(None)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    patch.setattr(kind, name, counted)
-    return calls
-
-
 @some("job", JOBS, "default", "one-pass-tight", "experts", "fewer experts")
 def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_path, monkeypatch):
     family, choices, tight = JOBS[job]
@@ -84,7 +72,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:
-            counting(patch, kind, name, call)
+            stop_at(patch, kind, name, call)
             with pytest.raises(KeyboardInterrupt):
                 run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
         kept = {path.name for path in (tmp_path / "c").iterdir()}
@@ -93,8 +81,8 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
         assert {path.name for path in tmp_path.iterdir()} == {"whole", "c"}
     with monkeypatch.context() as patch:
         sums, steps = (
-            counting(patch, StreamedPasses, "_sums"),
-            counting(patch, LayerwiseSolver, "step"),
+            stop_at(patch, StreamedPasses, "_sums"),
+            stop_at(patch, LayerwiseSolver, "step"),
         )
         report = run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
     assert len(sums) == (2 if tight and not layerwise else 0)
@@ -114,7 +102,7 @@ def test_a_job_without_sites_goes_on_writing(dense, tmp_path, monkeypatch):
     given, choices = dense["qwen3_moe"], {"keep": 1.0, "keep_experts": 0.75}
     expected = run(*given, tmp_path / "whole", **choices)
     with monkeypatch.context() as patch:
-        counting(patch, BlockStore, "tensors", 3)
+        stop_at(patch, BlockStore, "tensors", 3)
         with pytest.raises(KeyboardInterrupt):
             run(*given, tmp_path / "pruned", tmp_path / "c", **choices)
     assert (tmp_path / "c/pruning-streams.safetensors").exists()
@@ -126,7 +114,7 @@ def test_a_job_without_sites_goes_on_writing(dense, tmp_path, monkeypatch):
 def test_other_weights_are_refused(dense, tmp_path, monkeypatch):
     folder, data = dense["llama"]
     with monkeypatch.context() as patch:
-        counting(patch, StreamedPasses, "_sums", 2)
+        stop_at(patch, StreamedPasses, "_sums", 2)
         with pytest.raises(KeyboardInterrupt):
             run(folder, data, tmp_path / "pruned", tmp_path / "c")
     tiny(folder.name, seed=3).save_pretrained(tmp_path / folder.name)
