@@ -109,11 +109,15 @@ def test_banks_add_up_in_any_order(model, tmp_path):
     assert same(one, other)
     one.merge(parts[2])
     for name in whole:
-        torch.testing.assert_close(one[name].gram, whole[name].gram, rtol=1e-12, atol=1e-12)
+        for ours, sums in zip(vars(one[name]).values(), vars(whole[name]).values(), strict=True):
+            torch.testing.assert_close(ours, sums, rtol=1e-12, atol=1e-12)
         assert torch.equal(one[name].count, whole[name].count)
     assert one.source["sequences"] == 15 and one.source["tokens"] == whole.source["tokens"]
     assert sorted(one.sequences.tolist()) == sorted(whole.sequences.tolist())
     assert len(one.text) == 6 and torch.equal(one.text[2]["input_ids"], batches(1)[0]["input_ids"])
+    for known, why in ((one, "being one"), (parts[1], "5 sequences over the same text")):
+        with pytest.raises(InputError, match=why):
+            one.merge(known)
 
 
 def test_sources_of_texts_keep_their_names(model):

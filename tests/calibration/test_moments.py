@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import tiny, tiny_inputs
 
-from liar_ext import InputError, MomentBank, Moments, calibrate
+from liar_ext import InputError, MomentBank, Moments
 from liar_ext.calibration.moments import Squares, all_finite, centre
 from liar_ext.system.atomic_write import write_tensors
 
@@ -19,17 +18,6 @@ def filled(tokens: int = 40, d_in: int = 7, seed: int = 0) -> tuple[Moments, lis
     for fold, x in enumerate(folds):
         moments.update(x + 1.0, fold)
     return moments, [x + 1.0 for x in folds]
-
-
-def test_parts_add_up_to_the_whole():
-    whole, (a, b) = filled()
-    first, second = Moments.zeros(7), Moments.zeros(7)
-    first.update(a[:11], 0)
-    second.update(a[11:], 0)
-    second.update(b, 1)
-    first.merge(second)
-    for name in ("gram", "total", "count"):
-        torch.testing.assert_close(getattr(first, name), getattr(whole, name))
 
 
 def test_statistics_equal_those_of_the_tokens():
@@ -67,20 +55,12 @@ def test_squares_are_the_diagonal_of_the_moments(dtype):
     torch.testing.assert_close(squares.second_moment(), moments.second_moment(), rtol=1e-5, atol=0)
 
 
-def test_bank_round_trips_and_merges(tmp_path):
-    bank = MomentBank({"0.mlp": filled()[0]}, {"model_type": "llama", "tokens": 80})
-    bank.save(tmp_path / "bank.safetensors")
-    loaded = MomentBank.load(tmp_path / "bank.safetensors")
-    assert loaded.source == bank.source and list(loaded) == ["0.mlp"]
-    torch.testing.assert_close(loaded["0.mlp"].gram, bank["0.mlp"].gram)
-    loaded.merge(bank)
-    torch.testing.assert_close(loaded["0.mlp"].gram, 2 * bank["0.mlp"].gram)
-    assert loaded.source["tokens"] == 160
-
-
-def test_what_does_not_merge(tmp_path):
+def test_what_does_not_merge():
     with pytest.raises(InputError, match="d_in must agree, got 7 and 5"):
         filled()[0].merge(Moments.zeros(5))
+    itself = filled()[0]
+    with pytest.raises(InputError, match="merged with themselves"):
+        itself.merge(itself)
     with pytest.raises(InputError, match="same sites"):
         MomentBank({"0.mlp": Moments.zeros(3)}).merge(MomentBank({"1.mlp": Moments.zeros(3)}))
 
@@ -90,29 +70,6 @@ def test_moments_of_other_fold_counts_are_none():
     for sums in ((gram[:1], total, count), (gram, total[:1], count), (gram, total, count[:, :1])):
         with pytest.raises(InputError, match="sums of 2 folds over the same features"):
             Moments(*sums)
-
-
-def test_banks_of_other_models_or_the_same_text_do_not_merge(tmp_path):
-    data = [[tiny_inputs(tiny("llama"), batch=4, seed=seed)] for seed in range(2)]
-    bank, more = (calibrate(tiny("llama"), part) for part in data)
-    before = bank["0.mlp"].gram.clone()
-    for other in (calibrate(tiny("llama", seed=1), data[1]), calibrate(tiny("mistral"), data[1])):
-        with pytest.raises(InputError, match="both banks must be of one model, got model"):
-            bank.merge(other)
-    with pytest.raises(InputError, match="over the same text"):
-        bank.merge(bank)
-    bank.save(tmp_path / "bank.safetensors")
-    copy = MomentBank.load(tmp_path / "bank.safetensors")
-    with pytest.raises(InputError, match="over the same text"):
-        bank.merge(copy)
-    assert torch.equal(bank["0.mlp"].gram, before)
-    with pytest.raises(InputError, match="merged with themselves"):
-        bank["0.mlp"].merge(bank["0.mlp"])
-    bank.merge(more)
-    torch.testing.assert_close(bank["0.mlp"].gram, before + more["0.mlp"].gram)
-    with pytest.raises(InputError, match="over the same text"):
-        bank.merge(copy)
-    assert bank.source["sequences"] == 8 and len(bank.source["data"]) == 2
 
 
 def tensors(d: int = 3) -> dict[str, torch.Tensor]:
