@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from time import sleep
 
 import huggingface_hub
@@ -308,20 +308,6 @@ def test_an_evaluation_that_cannot_be_written_is_printed(
     assert "perplexity" in captured.out and "No space left" in captured.err
 
 
-def test_verify_finds_a_changed_weight(pruned, tmp_path, capsys):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    out = tmp_path / "changed"
-    shutil.copytree(pruned[0], out)
-    weights = load_file(out / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"][0, 0] += 1.0
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    assert run("verify", out) == 1
-    assert "OTHER OUTPUTS" in capsys.readouterr().out
-
-
 def test_quiet_prints_nothing(llama_folder, corpus, tmp_path, capfd):
     arguments = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--quiet")
     assert run("prune", llama_folder, *arguments, "--out", tmp_path / "out") == 0
@@ -353,17 +339,6 @@ def test_the_hidden_size_alone_is_an_option(llama_folder, corpus, tmp_path, caps
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 32
     assert run("verify", out) == 0
     assert "transformers.LlamaForCausalLM.from_pretrained: same outputs" in capsys.readouterr().out
-
-
-def test_encoders_calibrate_on_padded_documents(tokenizer, tmp_path):
-    tiny("bert").save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
-    rows = (json.dumps({"text": "some words of length " + "x" * n}) for n in range(30))
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    arguments = ("--calibration", tmp_path / "rows.jsonl", "--seq-len", 24, "--samples", 30)
-    out = tmp_path / "out"
-    assert run("prune", tmp_path / "bert", *arguments, "--out", out, "--quiet") == 0
-    assert verify_pruned(out)["agrees"]
 
 
 def write_gguf(path, model, tokenizer, without: str = "lm_head.weight") -> None:
@@ -523,9 +498,11 @@ def test_an_error_says_what_is_wrong_and_what_to_type(line, said, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned.txt").write_text("a calibration text")
-    with suppress(SystemExit):
-        run(*line.split())
-    assert said in capsys.readouterr().err
+    try:
+        code = run(*line.split())
+    except SystemExit as stop:  # of argparse
+        code = stop.code
+    assert code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("no_color", "painted"), [("", True), ("1", False)])
@@ -578,28 +555,6 @@ def test_a_pruned_folder_is_pruned_again(pruned, corpus, tmp_path, capsys):
         assert site["units"] == plans[0][name]["units"]
         assert set(site["kept"]) <= set(plans[0][name]["kept"])
     assert verify_pruned(out)["agrees"]
-
-
-def test_an_existing_folder_is_refused_and_kept(pruned, llama_folder, corpus, capsys):
-    out = pruned[0]
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out) == 2
-    assert "exists" in capsys.readouterr().err
-    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-
-
-def test_damaged_weights_are_refused(refuse, tokenizer, tmp_path):
-    model = tiny("llama")
-    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
-    model.save_pretrained(tmp_path / "damaged")
-    tokenizer.save_pretrained(tmp_path / "damaged")
-    refuse("NaN or infinity", "--seq-len", "16", model=tmp_path / "damaged")
-
-
-def test_options_that_argparse_refuses():
-    with pytest.raises(SystemExit) as stop:
-        run("prune", "model", "--of", "lots")
-    assert stop.value.code == 2
 
 
 def test_an_interrupt_that_comes_out_as_another_error(monkeypatch):
