@@ -102,11 +102,10 @@ def check_trusted(name: str, model: torch.nn.Module, folder: Path) -> None:
         assert "AutoModelForCausalLM" in read(folder)["auto_map"]
 
 
-def test_options_of_a_trusted_load_are_heard(tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
+def test_options_of_a_trusted_load_are_heard(saved) -> None:
+    *_, folder = saved("llama")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "pruned",
+        folder,
         trust_remote_code=True,
         dtype=torch.float64,
         attn_implementation="eager",
@@ -190,21 +189,19 @@ def test_query_heads_of_groups_are_saved(tmp_path: Path) -> None:
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "pruned")), outputs(model))
 
 
-def test_tied_weights_stay_tied(tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    loaded = load_pruned(tmp_path / "pruned")
+def test_tied_weights_stay_tied(saved) -> None:
+    *_, folder = saved("llama")
+    loaded = load_pruned(folder)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    with open(tmp_path / "pruned" / "model.safetensors", "rb") as file:
+    with open(folder / "model.safetensors", "rb") as file:
         assert b"lm_head" not in file.read(1 << 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtype_is_kept_and_can_be_chosen(dtype: torch.dtype, tmp_path: Path) -> None:
-    model, plan = pruned("qwen3", dtype=dtype)
-    save_pruned(model, tmp_path / "pruned", plan)
-    assert load_pruned(tmp_path / "pruned").dtype == dtype
-    assert load_pruned(tmp_path / "pruned", dtype=torch.float64).dtype == torch.float64
+def test_dtype_is_kept_and_can_be_chosen(dtype: torch.dtype, saved) -> None:
+    *_, folder = saved("qwen3", dtype=dtype)
+    assert load_pruned(folder).dtype == dtype
+    assert load_pruned(folder, dtype=torch.float64).dtype == torch.float64
 
 
 @pytest.mark.parametrize("plan_of", [equal_plan, make_plan])

@@ -99,13 +99,12 @@ def test_another_model_of_the_same_config_keeps_it() -> None:
     assert other.config is not model.config is model.model.config
 
 
-def test_no_code_is_trusted_where_liar_ext_is_imported(tmp_path: Path) -> None:
-    model, plan = pruned("bert", bias=True)
-    save_pruned(model, tmp_path / "pruned", plan)
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
+def test_no_code_is_trusted_where_liar_ext_is_imported(saved, tmp_path: Path) -> None:
+    model, _, folder = saved("bert", bias=True)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     assert not type(loaded).__module__.startswith("transformers_modules")
     assert torch.equal(outputs(loaded), outputs(model))
-    base = transformers.AutoModel.from_pretrained(tmp_path / "pruned")
+    base = transformers.AutoModel.from_pretrained(folder)
     assert base.encoder.layer[0].intermediate.dense.out_features == 12
     dense = tiny("bert")
     dense.save_pretrained(tmp_path / "dense")
@@ -113,13 +112,12 @@ def test_no_code_is_trusted_where_liar_ext_is_imported(tmp_path: Path) -> None:
 
 
 @some("first", ["liar_ext", "transformers.modeling_utils"], "transformers.modeling_utils")
-def test_it_does_not_matter_what_is_imported_first(first, tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
+def test_it_does_not_matter_what_is_imported_first(first, saved) -> None:
+    *_, folder = saved("llama")
     script = f"""
 import {first}
 import liar_ext, transformers
-model = transformers.LlamaForCausalLM.from_pretrained({str(tmp_path / "pruned")!r})
+model = transformers.LlamaForCausalLM.from_pretrained({str(folder)!r})
 assert model.model.layers[0].mlp.down_proj.in_features == 12, model
 assert type(model).__module__ == "liar_ext.models.liar_loader"
 """
@@ -130,13 +128,12 @@ assert type(model).__module__ == "liar_ext.models.liar_loader"
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_transformers_own_layers_fit_the_sizes_in_the_config(tmp_path: Path) -> None:
+def test_transformers_own_layers_fit_the_sizes_in_the_config(saved) -> None:
     """Its draft of models of unequal layers builds each from ``config.per_layer_config[index]``."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    model, plan = pruned("llama", bias=True)
-    save_pruned(model, tmp_path / "pruned", plan)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "pruned")
+    model, _, folder = saved("llama", bias=True)
+    config = transformers.AutoConfig.from_pretrained(folder)
     part = block_config(family_of(model), config)
     for index, layer in enumerate(model.model.layers):
         theirs = LlamaDecoderLayer(part.per_layer_config[index], index)

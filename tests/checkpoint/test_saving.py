@@ -22,10 +22,9 @@ from liar_ext.models.slicing import apply_plan
 from liar_ext.system.errors import InputError
 
 
-def test_config_says_the_size_of_each_layer(tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "pruned")
+def test_config_says_the_size_of_each_layer(saved) -> None:
+    model, _, folder = saved("llama")
+    config = transformers.AutoConfig.from_pretrained(folder)
     for block, (attn, mlp) in enumerate(zip(sites(model)[::2], sites(model)[1::2], strict=True)):
         layer = config.per_layer_config[block]
         assert layer.intermediate_size == mlp.d_in
@@ -156,17 +155,6 @@ def test_a_full_disk_loses_nothing(old: bool, broken: str, tmp_path: Path, monke
     assert os.listdir(tmp_path) == (["pruned"] if old else [])
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    model, plan = pruned("llama")
-    monkeypatch.setattr(saving, "write_fingerprint", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_pruned(model, tmp_path / "pruned", plan)
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_plan_that_was_not_applied_is_refused(tmp_path: Path) -> None:
     model, plan = pruned("llama")
     with pytest.raises(InputError, match="pass the plan that pruned this model"):
@@ -211,11 +199,8 @@ def test_a_folder_for_a_stock_loader_says_so(tmp_path: Path):
 
 
 @pytest.mark.parametrize("plan_of", [make_plan, equal_plan])
-def test_weights_are_the_only_safetensors_at_the_top(plan_of, tmp_path):
+def test_weights_are_the_only_safetensors_at_the_top(plan_of, saved):
     """vLLM, and whatever else globs ``*.safetensors``, takes every one there for weights."""
-    model, plan = pruned("llama", plan_of)
-    save_pruned(model, tmp_path / "saved", plan)
-    assert [path.name for path in (tmp_path / "saved").glob("*.safetensors")] == [
-        "model.safetensors"
-    ]
-    assert (tmp_path / "saved" / "liar" / "fingerprint.safetensors").is_file()
+    *_, folder = saved("llama", plan_of)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert (folder / "liar" / "fingerprint.safetensors").is_file()

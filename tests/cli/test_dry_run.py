@@ -6,7 +6,7 @@ from covers import slow
 from tiny import NARROWABLE, batches, tiny
 
 from liar_ext import InputError, Recipe, cli, prune
-from liar_ext.calibration import generated, saved_sums
+from liar_ext.calibration import saved_sums
 from liar_ext.job.dry_run import describe
 
 
@@ -74,26 +74,6 @@ def test_a_dry_run_needs_no_folder_and_writes_none(llama_folder, corpus, tmp_pat
     for word in ("calibrate ", "sensitivity ", "memory (GiB): ", "time: about", "loading:"):
         assert f"\n{word}" in said
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_dry_run_writes_beginnings_of_its_own_text_alone(
-    llama_folder, corpus, capsys, monkeypatch
-):
-    asked, write = [], generated.write_documents
-
-    def noted(*given, documents, tokens, **more):
-        asked.append((documents, tokens))
-        return write(*given, documents=documents, tokens=tokens, **more)
-
-    monkeypatch.setattr(generated, "write_documents", noted)
-    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "self", "--dry-run"]
-    assert cli.main([*job, "--samples", "8", "--seq-len", "64", "--batch-size", "4"]) == 0
-    said = capsys.readouterr().out
-    assert "text of its own: about" in said
-    assert "(2 batches)" in said  # of as many sequences as the job would have
-    ((documents, tokens),) = asked
-    assert documents > 4
-    assert tokens == 32
 
 
 def test_an_estimate_covers_every_site(monkeypatch):

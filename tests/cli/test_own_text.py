@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import tiny
 
 from liar_ext import MomentBank
+from liar_ext.calibration import generated
 from liar_ext.cli import inputs
 from liar_ext.cli.inputs import ONE_KIND
 from liar_ext.cli.prune import NONE_WRITTEN
@@ -142,14 +143,24 @@ def test_a_sweep_writes_once(llama_folder, corpus, tmp_path, asked):
     assert len(asked) == 1
 
 
-def test_a_dry_run_writes_beginnings_alone(llama_folder, corpus, asked, capsys):
-    command = ["prune", llama_folder, "--calibration", corpus[0], "--dry-run", "--samples", 8]
-    assert run(*command, "--seq-len", 64) == 0
-    (how,) = asked
-    assert how["written"] == inputs.SKETCHED < how["seq_len"] == 64
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [((), 4), (("self",), 2)],  # of 8 sequences of text, 3 written; of 8, half of them written
+)
+def test_a_dry_run_writes_beginnings_alone(more, count, llama_folder, corpus, capsys, monkeypatch):
+    asked, write = [], generated._write
+
+    def noted(model, tokenizer, documents, tokens, *more):
+        asked.append((documents, tokens))
+        return write(model, tokenizer, documents, tokens, *more)
+
+    monkeypatch.setattr(generated, "_write", noted)
+    command = ["prune", llama_folder, "--calibration", corpus[0], *more, "--dry-run"]
+    assert run(*command, "--samples", 8, "--seq-len", 64) == 0
+    ((documents, tokens),) = asked
+    assert documents >= 3 and tokens == inputs.SKETCHED < 64
     said = capsys.readouterr().out
-    assert "text of its own: about" in said
-    assert "(4 batches)" in said  # of 8 sequences of text, 3 written
+    assert "text of its own: about" in said and f"({count} batches)" in said
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,9 @@ def test_a_dense_config_is_left_alone(name):
     assert is_pruned(config)
 
 
-def test_equal_layers_are_ours_by_their_mark(tmp_path):
-    model, plan = pruned("qwen2", equal_plan)
-    save_pruned(model, tmp_path / "saved", plan)
-    assert is_pruned(config_of(tmp_path / "saved"))
+def test_equal_layers_are_ours_by_their_mark(saved):
+    *_, folder = saved("qwen2", equal_plan)
+    assert is_pruned(config_of(folder))
 
 
 @pytest.mark.parametrize(

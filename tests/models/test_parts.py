@@ -215,10 +215,9 @@ def test_models_are_timed_with_what_they_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bart", "clip"])
-def test_equal_layers_by_zeros(name: str, tmp_path: Path) -> None:
-    model, plan = pruned(name)
-    save_pruned(model, tmp_path / "saved", plan)
-    done = uniform.export(tmp_path / "saved", tmp_path / "equal", progress=False)
+def test_equal_layers_by_zeros(name: str, saved, tmp_path: Path) -> None:
+    model, _, folder = saved(name)
+    done = uniform.export(folder, tmp_path / "equal", progress=False)
     again = type(model).from_pretrained(done.paths[0])
     torch.testing.assert_close(outputs(again.eval()), outputs(model), atol=1e-5, rtol=1e-5)
 
@@ -314,12 +313,11 @@ def test_a_report_of_parts_has_a_page(tmp_path: Path) -> None:
     assert "decoder.1.cross_attn" in write_page(tmp_path)[0].read_text()
 
 
-def test_a_graph_has_one_input(tmp_path: Path) -> None:
+def test_a_graph_has_one_input(saved, tmp_path: Path) -> None:
     onnx = pytest.importorskip("liar_ext.export.onnx")
-    model, plan = pruned("clip")
-    save_pruned(model, tmp_path / "saved", plan)
+    *_, folder = saved("clip")
     with pytest.raises(InputError, match="reads pixel_values and input_ids; save a part of it"):
-        onnx.export(tmp_path / "saved", tmp_path / "graph", progress=False)
+        onnx.export(folder, tmp_path / "graph", progress=False)
 
 
 def test_heads_that_time_words_are_the_same_ones_afterwards(tmp_path: Path) -> None:
