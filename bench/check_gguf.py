@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import text_parser, windows_of
+from llama_cpp_py_sync import Llama
 
 from liar_ext.calibration.documents import read_documents
 from liar_ext.checkpoint import load_model
 from liar_ext.cli import main as liar
 from liar_ext.export import export
-from liar_ext.export.llama_cpp import run_file, tokenize
+from liar_ext.export.llama_cpp import run_file
 from liar_ext.models.sites import sites
 
 TOLERANCE = 1e-3  # in nats, of float32 sums in another order
@@ -76,9 +77,12 @@ def main() -> int:
             theirs = run_file(done.paths[0], ids)["nll"]
             difference = float(np.abs(ours - theirs).max())
             judged = float(np.median(np.abs(ours - theirs))) if experts else difference
-            same = tokenize(done.paths[0], documents[:20]) == [
-                tokenizer(text).input_ids for text in documents[:20]
-            ]
+            other = Llama(str(done.paths[0]), n_ctx=64, n_threads=1)
+            same = all(
+                other.tokenize(text, parse_special=True) == tokenizer(text).input_ids
+                for text in documents[:20]
+            )
+            other.close()
             agree = agree and same and (kind != "f32" or judged <= TOLERANCE)
             print(
                 f"| {name} | {kind} | {done.notes[0].split()[1].strip('.,:')} | "

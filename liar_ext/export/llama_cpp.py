@@ -7,13 +7,11 @@ ends its process if it can't go on.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,32 +68,19 @@ def run_file(path: Path, ids: np.ndarray, *, logits: bool = False) -> dict[str, 
     ``nll`` is ``-log p(token | those before it)``, (sequences, tokens - 1), float64; ``seconds``
     are without loading; and ``logits``, if they are asked for, are (sequences, tokens, vocabulary).
     """
+    if find_spec(LIBRARY) is None:
+        raise InputError("export: running a GGUF file needs pip install llama-cpp-py-sync")
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder, "ids.npy"), Path(folder, "out.npz")
         np.save(given, np.ascontiguousarray(ids, dtype=np.int32))
-        _run("logits" if logits else "score", path, given, out)
+        done = _finished(child(WORKER, "logits" if logits else "score", path, given, out))
+        if done.returncode:
+            raise InputError(
+                f"export: llama.cpp can't run {path.name} ({done.returncode}): {_end(done)}; "
+                "update llama-cpp-py-sync, or use the folder itself"
+            )
         with np.load(out) as found:
             return dict(found)
-
-
-def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens that llama.cpp makes of texts, by the tokenizer in a GGUF file."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, out = Path(folder, "texts.json"), Path(folder, "out.json")
-        given.write_text(json.dumps(list(texts)), encoding="utf-8")
-        _run("tokenize", path, given, out)
-        return json.loads(out.read_text(encoding="utf-8"))
-
-
-def _run(command: str, path: Path, given: Path, out: Path) -> None:
-    if find_spec(LIBRARY) is None:
-        raise InputError("export: running a GGUF file needs pip install llama-cpp-py-sync")
-    done = _finished(child(WORKER, command, path, given, out))
-    if done.returncode:
-        raise InputError(
-            f"export: llama.cpp can't run {path.name} ({done.returncode}): {_end(done)}; update "
-            "llama-cpp-py-sync, or use the folder itself"
-        )
 
 
 def _finished(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -6,17 +6,13 @@ numpy, and neither this package nor torch, whose import takes seconds::
     quantize SOURCE OUT TYPE        TYPE: a number of llama.h, enum llama_ftype
     score    FILE IDS.npy OUT.npz   ids (sequences, tokens): nll (sequences, tokens - 1), seconds
     logits   FILE IDS.npy OUT.npz   and logits (sequences, tokens, vocabulary)
-    tokenize FILE TEXTS.json OUT.json
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,42 +31,15 @@ def main(command: str, *arguments: str) -> int:
         return int(library.llama_model_quantize(os.fsencode(source), os.fsencode(out), settings))
     path, given, out = arguments
     library.llama_backend_init()
-    if command == "tokenize":
-        with opened(ffi, library, path, vocabulary_only=True) as model:
-            with open(given, encoding="utf-8") as file:
-                found = [tokenize(ffi, library, model, text) for text in json.load(file)]
-        with open(out, "w", encoding="utf-8") as file:
-            json.dump(found, file)
-        return 0
-    with opened(ffi, library, path) as model:
-        ids, start = np.load(given), time.perf_counter()
-        found = score(ffi, library, model, ids, keep=command == "logits")
-        np.savez(out, **found, seconds=time.perf_counter() - start)
-    return 0
-
-
-@contextmanager
-def opened(ffi: Any, library: Any, path: str, *, vocabulary_only: bool = False) -> Iterator[Any]:
-    """Load a model."""
     settings = library.llama_model_default_params()
     settings.n_gpu_layers = 0
-    settings.vocab_only = vocabulary_only
     model = library.llama_model_load_from_file(os.fsencode(path), settings)
     if model == ffi.NULL:
         raise SystemExit(f"llama.cpp can't load {path}")
-    try:
-        yield model
-    finally:
-        library.llama_model_free(model)
-
-
-def tokenize(ffi: Any, library: Any, model: Any, text: str) -> list[int]:
-    """Return the tokens of a text, special ones around it included."""
-    raw = text.encode()
-    tokens = ffi.new(f"llama_token[{len(raw) + 16}]")
-    vocabulary = library.llama_model_get_vocab(model)
-    count = library.llama_tokenize(vocabulary, raw, len(raw), tokens, len(raw) + 16, True, True)
-    return list(tokens[0:count])
+    ids, start = np.load(given), time.perf_counter()
+    found = score(ffi, library, model, ids, keep=command == "logits")
+    np.savez(out, **found, seconds=time.perf_counter() - start)
+    return 0
 
 
 def score(
@@ -107,8 +76,6 @@ def score(
         largest = found[:-1].max(1)
         total = largest + np.log(np.exp(found[:-1] - largest[:, None]).sum(1))
         losses[index] = total - found[np.arange(length - 1), tokens[1:]]
-    library.llama_batch_free(batch)
-    library.llama_free(context)
     return {"nll": losses, "logits": np.array(logits)} if keep else {"nll": losses}
 
 
