@@ -1,9 +1,9 @@
 """Exports: write a folder, pruned or not, in the format of another runtime.
 
-An exporter is ``export(folder: Path, out: Path, *, progress: bool = True, **options) -> Exported``
-of a module of its own. Its options are named arguments with defaults. Before it writes, it refuses
-what its format can't express, with the reason and the alternative. It writes one file or one folder
-of the name ``out``; its place and the record are for :mod:`liar_ext.export.exporting`.
+An exporter is ``export(folder: Path, out: Path, **options) -> list[str]`` of a module of its own.
+Its options are named arguments with defaults. Before it writes, it refuses what its format can't
+express, with the reason and the alternative. It writes one file or one folder of the name ``out``,
+and returns sentences for the user; place and record are for :mod:`liar_ext.export.exporting`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["FORMATS", "Exported", "export"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What an exporter wrote.
+    """What was exported.
 
     Parameters
     ----------

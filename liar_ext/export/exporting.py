@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +37,7 @@ from liar_ext.checkpoint.placing import (
 from liar_ext.export import FORMATS, Exported, Format
 from liar_ext.system.atomic_write import atomic_write
 from liar_ext.system.errors import InputError, install, one_line, refusing
+from liar_ext.system.progress import no_bars
 
 
 def export(
@@ -81,7 +82,7 @@ def export(
     if row.suffix is None:
         if out is not None:
             raise InputError(f"export: --to {to} writes nothing, got an output {out}; leave it out")
-        return run(folder, folder, progress=progress, **options)
+        return Exported(to, notes=tuple(run(folder, folder, **options)))
 
     with refusing(f"export: can't write {out!r}", "", *NO_PATH):
         target = folder.with_name(folder.name + row.suffix) if out is None else Path(out)
@@ -90,15 +91,16 @@ def export(
     hint = "nothing was left behind, free space or choose another output"
     with refusing(f"export: can't write {target}", hint, OSError):
         clean_leftovers(target)
-        with beside(target) as room:
-            done = run(folder, room / target.name, progress=progress, **options)
-            _put(room / target.name, target, overwrite)
-    notes = (note.replace(str(room / target.name), str(target)) for note in done.notes)
-    done = replace(done, paths=(target,), notes=tuple(notes), bytes=_size(target))
-    return replace(done, notes=(*done.notes, *_write_record(folder.resolve(), done, options)))
+        with beside(target) as room, nullcontext() if progress else no_bars():
+            made = room / target.name
+            notes = run(folder, made, **options)
+            _put(made, target, overwrite)
+    notes = tuple(note.replace(str(made), str(target)) for note in notes)
+    done = Exported(to, (target,), notes, _size(target))
+    return replace(done, notes=(*notes, *_write_record(folder.resolve(), done, options)))
 
 
-def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[..., Exported]]:
+def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[..., list[str]]]:
     """Return a row of the table and its function; refuse what can't be called."""
     if to not in FORMATS:
         raise InputError(f"export: to must be one of {', '.join(FORMATS)}, got {to!r}")
@@ -113,7 +115,7 @@ def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[...
             ) from error
     run = import_module(row.module).export
     known = inspect.signature(run).parameters.values()
-    known = [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name != "progress"]
+    known = [p.name for p in known if p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"

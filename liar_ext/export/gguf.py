@@ -15,7 +15,7 @@ from torch import nn
 
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.inspection import read_config
-from liar_ext.export import Exported, stored_dtype
+from liar_ext.export import stored_dtype
 from liar_ext.export.gguf_architectures import (
     Architecture,
     Layers,
@@ -35,18 +35,13 @@ TOLERANCE = 1e-2  # in nats, of float32 files: sums in another order, Gemma's GE
 
 
 def export(
-    folder: Path,
-    out: Path,
-    *,
-    progress: bool = True,
-    quantize: str | None = None,
-    check: bool = True,
-) -> Exported:
+    folder: Path, out: Path, *, quantize: str | None = None, check: bool = True
+) -> list[str]:
     """Write ``folder`` as one GGUF file.
 
     Parameters
     ----------
-    folder, out, progress
+    folder, out
         As :mod:`liar_ext.export` says.
     quantize : str, optional
         Type of the matrices: ``f32``, ``f16``, ``bf16``, or one of llama.cpp's quantiser, such as
@@ -78,7 +73,7 @@ def export(
         base.unlink()
     if check:
         notes.append(_checked(model, out, kind, architecture.mixture is not None))
-    return Exported("gguf", (out,), tuple(notes), out.stat().st_size)
+    return notes
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ from liar_ext.checkpoint.loading import load_model
 from liar_ext.checkpoint.saving import save_tokenizer
 from liar_ext.checkpoint.sentence import Sentence, read_inside, read_sentence
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
-from liar_ext.export import Exported
 from liar_ext.models.running import draw_inputs, inputs_read, positions_of, predicts_next_token
 from liar_ext.system.errors import InputError, refusing
 
@@ -50,17 +49,13 @@ OPSET = 20
 UNFIT = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
 
 
-def export(
-    folder: Path, out: Path, *, progress: bool = True, quantize: str = "float32"
-) -> Exported:
+def export(folder: Path, out: Path, *, quantize: str = "float32") -> list[str]:
     """Write a folder with a graph of any number of sequences and tokens, checked by onnxruntime.
 
     Parameters
     ----------
     folder, out : Path
         A model folder, and the folder to write.
-    progress : bool
-        Not used: torch shows none.
     quantize : {"float32", "int8"}
         ``int8``: weights of products and embeddings in 8 bits, inputs of products at run time.
 
@@ -111,7 +106,7 @@ def export(
         notes.append("optimum reads the folder, too, and so sentence-transformers' backend='onnx'.")
     if tokenizer is None and model.main_input_name == "input_ids":
         notes.append("The folder has no tokenizer, so none was written: put one beside the graph.")
-    return Exported("onnx", (out,), tuple(notes))
+    return notes
 
 
 def _checked(graph: nn.Module, path: Path, most: float, hint: str) -> tuple[float, float]:

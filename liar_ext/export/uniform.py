@@ -29,7 +29,7 @@ from liar_ext.checkpoint.inspection import read_config, read_json
 from liar_ext.checkpoint.loading import read_plan
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import dense_config, equal_config, how_to_load
-from liar_ext.export import Exported, is_unequal, stored_dtype
+from liar_ext.export import is_unequal, stored_dtype
 from liar_ext.models.configs import skeleton
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.plan import Plan, SitePlan, kind_of
@@ -40,12 +40,12 @@ from liar_ext.models.slicing import apply_plan, unit_rows
 from liar_ext.system.errors import InputError, typed
 
 
-def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int = 1) -> Exported:
+def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:
     """Write ``folder`` with equal layers.
 
     Parameters
     ----------
-    folder, out, progress
+    folder, out
         As :mod:`liar_ext.export` says.
     multiple_of : int
         The MLP gets a multiple of this many channels, as group quantisation and hardware want it,
@@ -101,7 +101,7 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
     if (folder / VOCABULARY_FILE).is_file():
         shutil.copyfile(folder / VOCABULARY_FILE, out / VOCABULARY_FILE)
-    return Exported("uniform", (out,), _notes(folder, plan, wide, counts, difference))
+    return _notes(folder, plan, wide, counts, difference)
 
 
 def _rounds(plan: Plan, whole: nn.Module, found: list[Site]) -> tuple[Plan, Plan]:
@@ -223,7 +223,7 @@ def _difference(model: nn.Module, padded: nn.Module) -> float:
 
 def _notes(
     folder: Path, plan: Plan, wide: Plan, counts: dict[str, int], difference: float
-) -> tuple[str, ...]:
+) -> list[str]:
     sizes = []
     for kind in ("attn", "mlp"):
         old = [len(site.kept) for name, site in plan.sites.items() if kind_of(name) == kind]
@@ -232,11 +232,11 @@ def _notes(
             sizes.append(f"{kind} {min(old)} to {max(old)} units, now {max(new)}")
     share = counts["after"] / counts["before"] - 1
     lost = all(len(site.kept) == site.units for site in wide.sites.values())
-    return (
+    return [
         f"Layers padded with zeros ({'; '.join(sizes)}): outputs differ by {difference:.1e} of "
         "the largest.",
         f"{counts['before']:,} parameters became {counts['after']:,} (+{share:.1%}). With liar "
         f"prune --recipe {typed(folder / RECIPE_YAML)} --uniform-layers layers are equal at its "
         "budget.",
         *(["Nothing is saved: the widest layers are those of the dense model."] if lost else []),
-    )
+    ]

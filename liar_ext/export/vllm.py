@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from liar_ext.checkpoint.inspection import inspect_folder
-from liar_ext.export import Exported, is_unequal
+from liar_ext.export import is_unequal
 from liar_ext.system.errors import InputError
 
 GROUP = "vllm.general_plugins"
@@ -18,7 +18,7 @@ GROUP = "vllm.general_plugins"
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 
 
-def export(folder: Path, out: Path, *, progress: bool = True) -> Exported:
+def export(folder: Path, out: Path) -> list[str]:
     """Return how vLLM takes ``folder``.
 
     Raises
@@ -29,7 +29,7 @@ def export(folder: Path, out: Path, *, progress: bool = True) -> Exported:
     found = inspect_folder(folder, "export")
     command = f"vllm serve {folder}"
     if not is_unequal(found.config):
-        return Exported("vllm", notes=(f"Nothing to write for equal layers: {command}.",))
+        return [f"Nothing to write for equal layers: {command}."]
     kind = str(found.config.get("model_type"))[:40]
     if kind not in SERVED:
         raise InputError(
@@ -40,4 +40,4 @@ def export(folder: Path, out: Path, *, progress: bool = True) -> Exported:
     if not any(each.value.startswith("liar_ext") for each in entry_points(group=GROUP)):
         notes.append(f"It isn't installed here: install liar_ext, with its entry point {GROUP}.")
     notes.append("All workers need liar_ext installed, and no --trust-remote-code.")
-    return Exported("vllm", notes=tuple(notes))
+    return notes

@@ -14,7 +14,7 @@ from folders import equal_plan
 
 from liar_ext import InputError, cli
 from liar_ext.checkpoint.folder import EXPORTS_FILE, strangers
-from liar_ext.export import FORMATS, Exported, Format, export
+from liar_ext.export import FORMATS, Format, export
 from liar_ext.export.exporting import read_record
 from liar_ext.system.errors import install
 
@@ -28,16 +28,16 @@ def folder(saved, tmp_path):
 def formats(monkeypatch):
     """Two formats that write a file and a folder."""
 
-    def write_file(folder, out, *, progress=True, text="a"):
+    def write_file(folder, out, *, text="a"):
         out.write_text(text)
-        return Exported("file", (out,), ("a note",))
+        return ["a note"]
 
-    def write_folder(folder, out, *, progress=True):
+    def write_folder(folder, out):
         (out / "inner").mkdir(parents=True)
         (out / "inner" / "weights").write_text("b")
-        return Exported("folder", (out,))
+        return []
 
-    def fail(folder, out, *, progress=True):
+    def fail(folder, out):
         out.write_text("half")
         raise OSError(28, os.strerror(28))
 
