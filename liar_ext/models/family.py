@@ -5,16 +5,13 @@ All paths are relative to the block, unless something else is said.
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from liar_ext.system.errors import InputError
 
-CODE_WIDTH = 88  # of a row as code
 DOES = ("write", "norm", "branch_norm", "read", "read_first", "take", "aside")  # or "..._if"
 WITHOUT = ("attn", "kv_group", "mlp", "experts", "hidden", "stock", "layerwise")
 
@@ -357,44 +354,3 @@ def stream(
 def like(row: Family, names: str, **changes: object) -> tuple[Family, ...]:
     """Return rows with some changes, one under each of several names."""
     return tuple(replace(row, name=name, **changes) for name in names.split())
-
-
-def as_code(value: Any, words: set[str], indent: int | None = None, label: str = "") -> str:
-    """Return a value, such as a row, as Python code behind a label that begins at an indent.
-
-    It is on one line if it fits, or always without an indent. The classes that it is made of are
-    added to ``words``.
-    """
-    if isinstance(value, str):
-        return label + json.dumps(value, ensure_ascii=False)  # newlines are escaped
-    if value is None or isinstance(value, int | float):
-        return label + repr(value)
-    first, last, end = "(", ")", ""
-    if isinstance(value, Mapping):
-        first, last = "{", "}"
-        items = [(f"{json.dumps(key)}: ", each) for key, each in value.items()]
-    elif type(value) in (tuple, list):
-        items, end = [("", each) for each in value], "," * (len(value) == 1)
-    else:
-        first, items = f"{type(value).__name__}(", _set_fields(value)
-        words.add(type(value).__name__)
-    line = ", ".join(as_code(each, words, None, name) for name, each in items)
-    line = f"{label}{first}{line}{end}{last}"
-    if indent is None or indent + len(line) < CODE_WIDTH:
-        return line
-    deeper = indent + 4
-    lines = [f"{' ' * deeper}{as_code(each, words, deeper, name)},\n" for name, each in items]
-    return f"{label}{first}\n{''.join(lines)}{' ' * indent}{last}"
-
-
-def _set_fields(value: Any) -> list[tuple[str, Any]]:
-    """Return label and value of the fields that aren't as they are by default."""
-    known = inspect.signature(type(value)).parameters
-    needed = [name for name, each in known.items() if each.default is each.empty]
-    blank = type(value)(*(getattr(value, name) for name in needed))
-    bare = needed if isinstance(value, tuple) else []
-    return [
-        ("" if name in bare else f"{name}=", getattr(value, name))
-        for name in known
-        if name in needed or getattr(value, name) != getattr(blank, name)
-    ]

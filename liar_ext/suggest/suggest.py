@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import posixpath
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from itertools import islice, product
 from pathlib import Path
+from pprint import pformat
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.reading import reading
 from liar_ext.checkpoint.stock_config import model_class
-from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, as_code
+from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of, has_path
 from liar_ext.models.sites import CROSS
@@ -57,12 +59,29 @@ class Suggestion:
     def code(self) -> str:
         """Python code that registers the row."""
         words: set[str] = set()
-        text = as_code(self.family, words, 4)
+        row = pformat(_without_defaults(self.family, words), width=96, sort_dicts=False)
         return (
             "from liar_ext import register_family\n"
             f"from liar_ext.models.family import {', '.join(sorted(words))}\n\n"
-            f"register_family(\n    {text}\n)\n"
+            f"register_family(\n{indent(row, ' ' * 4)}\n)\n"
         )
+
+
+def _without_defaults(value: Any, words: set[str]) -> Any:
+    """Return what prints a part of a row by the fields that it sets; add its classes to words."""
+    if isinstance(value, Mapping):
+        return {name: _without_defaults(each, words) for name, each in value.items()}
+    if type(value) is tuple:
+        return tuple(_without_defaults(each, words) for each in value)
+    if not hasattr(type(value), "__annotations__"):
+        return value
+    shown = {
+        name: _without_defaults(getattr(value, name), words)
+        for name, field in inspect.signature(type(value)).parameters.items()
+        if getattr(value, name) not in (field.default, {})
+    }
+    words.add(type(value).__name__)
+    return make_dataclass(type(value).__name__, shown)(**shown)
 
 
 @torch.no_grad()
