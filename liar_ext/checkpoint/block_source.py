@@ -37,7 +37,7 @@ from liar_ext.models.configs import skeleton
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import blocks_of, body_of
 from liar_ext.system.atomic_write import WORDS
-from liar_ext.system.errors import InputError, one_line, refusing
+from liar_ext.system.errors import InputError, refusing
 from liar_ext.system.progress import quiet
 
 DTYPES = {word: dtype for dtype, word in WORDS.items()}
@@ -180,13 +180,9 @@ def _loaded(
     name: Any, dtype: str | torch.dtype, device: str, room: Any
 ) -> tuple[nn.Module, OpenWeights, list[str], list[str]]:
     """Return a model without blocks and head, their tensors by name, and the paths of both."""
-    try:
+    what = "load_model: reading a model block by block needs accelerate"
+    with refusing(what, "pip install accelerate", Exception):  # of a broken package: anything
         from accelerate.hooks import remove_hook_from_submodules
-    except Exception as error:  # a broken package raises anything
-        raise InputError(
-            f"load_model: reading a model block by block needs accelerate "
-            f"({one_line(error, 160)}); pip install accelerate"
-        ) from error
     path = Path(name)
     if path.suffix == ".gguf":
         raise InputError(

@@ -164,13 +164,9 @@ def placement(device: str) -> dict[str, str]:
     """Return what ``from_pretrained`` needs for a device: nothing, unless it spreads the model."""
     if device == "auto":
         return {"device_map": "auto"}
-    try:
+    what = f"load_model: device must be one that torch can use here, or auto, got {device!r}"
+    with refusing(what, "", RuntimeError, AssertionError):  # the second: a torch built without it
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the second: a torch built without it
-        raise InputError(
-            f"load_model: device must be one that torch can use here, or auto, got {device!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
     return {}
 
 

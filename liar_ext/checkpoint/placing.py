@@ -45,20 +45,14 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Non
 
     What a run that was killed has left beside the folder is removed first.
     """
-    try:
+    what = f"save_pruned: can't write {os.fspath(folder)!r}"
+    with refusing(what, "choose another folder", *NO_PATH):
         folder = Path(folder).resolve()
         check_outside(folder, "save_pruned")
         clean_leftovers(folder)
         _check_existing(folder, overwrite)
         with beside(folder):
             pass
-    except InputError:
-        raise
-    except NO_PATH as error:
-        raise InputError(
-            f"save_pruned: can't write {os.fspath(folder)!r}: "
-            f"{getattr(error, 'strerror', None) or error}; choose another folder"
-        ) from error
 
 
 def check_outside(path: Path, operation: str) -> None:
@@ -127,12 +121,10 @@ def put_in_place(path: Path, folder: Path, overwrite: bool) -> None:
             pass
         try:
             _check_existing(folder, overwrite)
-            try:
-                (folder / MARKER_FILE).write_text(MARK, encoding="utf-8")
-                _exchange(path, folder)
-            finally:
-                (folder / MARKER_FILE).unlink(missing_ok=True)
+            (folder / MARKER_FILE).write_text(MARK, encoding="utf-8")
+            _exchange(path, folder)
         finally:
+            (folder / MARKER_FILE).unlink(missing_ok=True)
             os.close(lock)
     except (InputError, OSError) as error:
         kept = folder.with_name(path.name.removeprefix("."))

@@ -106,13 +106,9 @@ def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[...
         raise InputError(f"export: to must be one of {', '.join(FORMATS)}, got {to!r}")
     row = FORMATS[to]
     for package in row.packages:
-        try:
+        what = f"export: --to {to} needs the package {package}"
+        with refusing(what, install(row.extra), Exception):  # of a broken package: anything
             import_module(package)
-        except Exception as error:  # a broken package raises anything
-            raise InputError(
-                f"export: --to {to} needs the package {package} ({one_line(error, 160)}); "
-                f"{install(row.extra)}"
-            ) from error
     run = import_module(row.module).export
     known = inspect.signature(run).parameters.values()
     known = [p.name for p in known if p.kind is p.KEYWORD_ONLY]

@@ -248,10 +248,8 @@ def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
 
 def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> dict[str, Any]:
     """Return what onnxruntime computes for the fingerprint's input."""
-    try:
+    with refusing("verify: ONNX needs onnxruntime", "pip install onnxruntime", ImportError):
         import onnxruntime
-    except ImportError as error:
-        raise InputError("verify: ONNX needs onnxruntime; pip install onnxruntime") from error
     with refusing(f"verify: onnxruntime can't run {path}", "", Exception):
         session = onnxruntime.InferenceSession(
             path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]

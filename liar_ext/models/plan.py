@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, refusing
 
 PLAN_VERSION = 2
 # Of a plan that removes whole experts, or blocks, which a reader of an earlier one would keep.
@@ -252,7 +252,8 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan from JSON text; raise InputError if it is none of a known version."""
-        try:
+        wrong = (KeyError, TypeError, AttributeError, json.JSONDecodeError)
+        with refusing("Plan: not a plan", "copy its folder again", *wrong, named=True):
             data = json.loads(text)
             version = data.pop("version")
             if version not in READABLE:
@@ -267,8 +268,6 @@ class Plan:
                 if data.get(part) is not None:
                     data[part] = SitePlan.from_dict(data[part])
             return cls(**data)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise InputError(f"Plan: not a plan: {error!r}; copy its folder again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON."""

@@ -170,7 +170,7 @@ def test_what_can_not_be_exported_is_refused_in_one_line(folder, tmp_path, capsy
 
 def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(FORMATS, "file", Format("nowhere", "", ".x", ("no_such_package",), "some"))
-    with pytest.raises(InputError, match=r"no_such_package \(.*\); pip install '\.\[some\]'"):
+    with pytest.raises(InputError, match=r"no_such_package: .*; pip install '\.\[some\]'"):
         export(folder, "file")
     assert re.fullmatch(
         r"pip install 'onnx>=\S+' 'onnxscript>=\S+' 'onnxruntime>=\S+'", install("onnx")
