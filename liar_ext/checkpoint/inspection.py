@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from liar_ext.checkpoint.folder import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
 from liar_ext.checkpoint.stock_config import auto_names, model_class
 from liar_ext.system.errors import InputError, refusing
-from liar_ext.system.untrusted import UNREADABLE, read_value
+from liar_ext.system.untrusted import read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DIFFUSION = "diffusion_pytorch_"  # what diffusers begins both names with
@@ -100,12 +100,7 @@ def refuse_diffusion(operation: str, what: str) -> NoReturn:
 def read_json(path: Path, operation: str) -> dict[str, Any]:
     """Return the object in a JSON file; refuse any other file, or what is too large or deep."""
     _check_file(path, operation)
-    what = f"{operation}: {path.parent} holds no readable {path.name}"
-    with refusing(what, "copy the folder again", *UNREADABLE):
-        fields, _ = read_value(path)
-        if not isinstance(fields, dict):
-            raise ValueError(f"it is a {type(fields).__name__} and no object")
-    return fields
+    return read_object(path, operation)[0]
 
 
 def _weight_files(path: Path, operation: str) -> list[Path]:
