@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.folder import (
@@ -36,7 +36,7 @@ from liar_ext.models.plan import Plan, SitePlan, kind_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import draw_inputs
 from liar_ext.models.sites import Site, sites
-from liar_ext.models.slicing import apply_plan, unit_rows
+from liar_ext.models.slicing import apply_plan, unit_slices
 from liar_ext.system.errors import InputError, typed
 
 
@@ -182,23 +182,14 @@ def _builds(stock: type[nn.Module], config: Any, plan: Plan, kind: str) -> bool:
 @torch.no_grad()
 def _fill(padded: nn.Module, model: nn.Module, plan: Plan, wide: Plan) -> None:
     """Copy the weights of a model into the wider one, whose other weights become zero."""
-    places: dict[str, tuple[int, Tensor]] = {}  # of parameters: a dimension, and what is kept of it
-    named = dict(padded.named_parameters())
+    places: dict[str, list] = {}  # of parameters: a dimension, and what is kept of it
     for site in sites(padded, attn_unit=plan.attn_unit):
         if site.name in plan.sites:
             at = {unit: index for index, unit in enumerate(wide.sites[site.name].kept)}
             kept = [at[unit] for unit in plan.sites[site.name].kept]
-            dim = int(site.wiring.transposed)
-            for path in site.producers:
-                weight = padded.get_submodule(path).weight
-                rows = unit_rows(site, path, kept, weight.shape[dim])
-                places |= {f"{path}.weight": (dim, rows), f"{path}.bias": (0, rows)}
-            places[f"{site.consumer}.weight"] = 1 - dim, site.features(kept)
-            for path in (f"{site.path}.{name}" for name in site.wiring.per_head):
-                if path in named:
-                    places[path] = 0, unit_rows(site, path, kept, len(named[path]))
+            places |= {path: each for path, *each in unit_slices(padded, site, kept)}
     theirs = dict(model.named_parameters())
-    for path, parameter in named.items():
+    for path, parameter in padded.named_parameters():
         source = theirs.get(path)
         parameter.zero_()
         if path in places and source is not None:  # a bias that only some layers have may lack

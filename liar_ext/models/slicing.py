@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -137,6 +137,35 @@ def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tens
     """
     units = site.row_units(producer, rows)
     return torch.isin(units, torch.tensor([-1, *kept], device="cpu")).nonzero().flatten()
+
+
+def unit_slices(
+    model: nn.Module, site: Site, kept: Sequence[int]
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Yield what belongs to the units of a site, and what of it stays with the units ``kept``.
+
+    That is the path of a parameter, which the model may lack if it is a bias, a dimension of it,
+    and the slices that stay, ascending, int64, on the CPU. Parameters of all experts of a layer
+    have a dimension more than their layers, in front.
+    """
+    one = site.expert is None
+    output, input_ = (1, 0) if site.wiring.transposed else (0, 1)
+    for path in site.producers:
+        size = layer_at(model, path, site.expert).weight.shape[output]
+        rows = unit_rows(site, path, kept, size)
+        yield f"{path}.weight" if one else path, output + (not one), rows
+        yield f"{path}.bias" if one else bias_name(path), int(not one), rows
+    for path, features, columns in site.reads:
+        size = layer_at(model, path, site.expert).weight.shape[input_]
+        stays = torch.ones(size, dtype=torch.bool, device="cpu")
+        stays[columns] = torch.isin(features, site.features(kept))
+        yield f"{path}.weight" if one else path, input_ + (not one), stays.nonzero().flatten()
+    for each in site.wiring.per_head:
+        path = f"{site.path}.{each}"
+        owner, name = owner_of(model, path)
+        if (held := getattr(owner, name)) is not None:
+            axis = head_axis(model.get_submodule(site.path), each)
+            yield path, axis, unit_rows(site, path, kept, held.shape[axis])
 
 
 def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Weights) -> None:
@@ -264,22 +293,12 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
     kept = [plan.sites[each.name].kept for each in team if each.name in plan.sites]
     if not kept or len(kept[0]) == site.units:
         return
-    output, input_ = (1, 0) if site.wiring.transposed else (0, 1)
-    for path in site.producers:
-        size = layer_at(model, path, site.expert).weight.shape[output]
-        rows = [unit_rows(each, path, units, size) for each, units in zip(team, kept, strict=True)]
-        _narrow_layer(model, site, path, output, rows, with_bias=True)
-    columns = [each.features(units) for each, units in zip(team, kept, strict=True)]
-    if site.shared:
-        _narrow_readers(model, site, columns[0])
-    else:
-        _narrow_layer(model, site, site.consumer, input_, columns)
-    for each in site.wiring.per_head:
-        path = f"{site.path}.{each}"
-        owner, name = owner_of(model, path)
-        if (held := getattr(owner, name)) is not None:
-            axis = head_axis(model.get_submodule(site.path), each)
-            narrow(owner, name, axis, unit_rows(site, path, kept[0], held.shape[axis]))
+    found = [unit_slices(model, each, units) for each, units in zip(team, kept, strict=True)]
+    for slices in zip(*found, strict=True):
+        path, dim, index = slices[0]
+        if site.expert is not None:
+            index = torch.stack([own for _, _, own in slices])
+        narrow(*owner_of(model, path), dim, index)
     if site.name.rpartition(".")[2] == CROSS:
         _follow_alignment(model, site, kept[0])
     if site.wiring.head_input is not None:
@@ -307,34 +326,6 @@ def _follow_alignment(model: nn.Module, site: Site, kept: Sequence[int]) -> None
     how.alignment_heads = [[b, h if b != site.block else new[h]] for b, h in stays]
     if not stays:
         del how.alignment_heads
-
-
-def _narrow_layer(
-    model: nn.Module,
-    site: Site,
-    path: str,
-    dim: int,
-    index: Sequence[Tensor],
-    with_bias: bool = False,
-) -> None:
-    """Let a linear layer of a site, or of all experts of its layer, keep some rows or columns."""
-    if site.expert is None:
-        layer, weight, bias, one = model.get_submodule(path), "weight", "bias", index[0]
-    else:
-        (layer, weight), dim = owner_of(model, path), dim + 1
-        bias, one = bias_name(weight), torch.stack(list(index))
-    narrow(layer, weight, dim, one)
-    if with_bias:
-        narrow(layer, bias, one.ndim - 1, one)
-
-
-def _narrow_readers(model: nn.Module, site: Site, kept: Tensor) -> None:
-    """Let all layers that read the units of a site keep the columns of some features of it."""
-    for path, features, columns in site.reads:
-        layer = model.get_submodule(path)
-        stays = torch.ones(layer.weight.shape[1], dtype=torch.bool)
-        stays[columns] = torch.isin(features, kept)
-        narrow(layer, "weight", 1, stays.nonzero().flatten())
 
 
 def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
