@@ -16,7 +16,7 @@ from liar_ext.models.plan import SitePlan
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import Block, block_config, parts_of, saved_tensors
 from liar_ext.models.sites import sites
-from liar_ext.system.errors import InputError, one_line
+from liar_ext.system.errors import InputError, refusing
 
 PLAIN = bool | int | float | str | tuple | None
 SHAPE = "shape of "
@@ -109,15 +109,9 @@ def check_kept_blocks(model: nn.Module, plan: SitePlan) -> list[Number]:
     return _renumbered(model, plan.kept)
 
 
-def keep_blocks(
-    model: nn.Module, kept: Sequence[int], numbers: Sequence[Number] | None = None
-) -> None:
-    """Remove all other blocks, in place; the config and the numbers of modules follow.
-
-    ``numbers`` are those of :func:`check_kept_blocks`, if it was called.
-    """
+def keep_blocks(model: nn.Module, kept: Sequence[int], numbers: Sequence[Number]) -> None:
+    """Remove all other blocks, in place; config and :func:`check_kept_blocks`' numbers follow."""
     part, blocks = stack_of(model)
-    numbers = _renumbered(model, kept) if numbers is None else numbers
     _shorten(part, model.config, kept, len(blocks))
     for module, name, value in numbers:
         setattr(module, name, value)
@@ -151,13 +145,9 @@ def _renumbered(model: nn.Module, kept: Sequence[int]) -> list[Number]:
     part, blocks = stack_of(model)
     config = copy.deepcopy(model.config)
     _shorten(part, config, kept, len(blocks))
-    try:
+    what = f"blocks: no config of {model.config.model_type!r} says these blocks alone"
+    with refusing(what, "leave keep_blocks out", ValueError, StrictDataclassError):
         config = type(config).from_dict(config.to_dict())  # as a loader reads it
-    except (ValueError, StrictDataclassError) as error:
-        raise InputError(
-            f"blocks: no config of {model.config.model_type!r} says these blocks alone "
-            f"({one_line(error)}); leave keep_blocks out"
-        ) from error
     pairs = _pairs(model, kept, skeleton(type(model), model.config), skeleton(type(model), config))
     numbers: list[Number] = []
     for module, dense, fewer, moved in pairs:
@@ -183,8 +173,7 @@ def _pairs(
     The last are the numbers that a place of its block, or the count of all, has in these.
     """
     family = family_of(model)
-    (_, own), *others = (parts_of(each, family)[0] for each in (model, dense, fewer))
-    ((_, before), (_, after)) = others
+    own, before, after = (parts_of(each, family)[0][1] for each in (model, dense, fewer))
     inside = {module for _, block in own for module in block.modules()}
     one, two = dict(dense.named_modules()), dict(fewer.named_modules())
     for path, module in model.named_modules():

@@ -15,7 +15,8 @@ from tiny import batches, outputs, same_weights, seen_at, tiny
 from liar_ext import InputError, load_pruned, prune, save_pruned, sites, verify_pruned
 from liar_ext.calibration.batches import read_batch
 from liar_ext.calibration.divergence import Divergence
-from liar_ext.models.depth import check_block_count, keep_blocks
+from liar_ext.models.depth import check_block_count
+from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.slicing import apply_plan
 from liar_ext.reconstruction.ridge import LayerSums
 from liar_ext.reconstruction.solve import solve
@@ -28,7 +29,8 @@ DEEP = {"num_hidden_layers": 6}
 
 def shorter(model: torch.nn.Module, gone: set[int]) -> torch.nn.Module:
     fewer = copy.deepcopy(model)
-    keep_blocks(fewer, [at for at in range(6) if at not in gone])
+    kept = SitePlan(6, tuple(at for at in range(6) if at not in gone))
+    apply_plan(fewer, Plan(model.config.model_type, "auto", {}, blocks=kept))
     return fewer
 
 
@@ -238,9 +240,9 @@ def test_what_no_config_says_and_what_overflows_is_refused(monkeypatch) -> None:
 
     model = tiny("llama", **DEEP)
     monkeypatch.setattr(type(model.config), "from_dict", strict)
-    message = "no config of 'llama' says these blocks alone .4 layers are too few"
+    message = "no config of 'llama' says these blocks alone: 4 layers are too few"
     with pytest.raises(InputError, match=message):
-        keep_blocks(model, (0, 1, 2, 5))
+        apply_plan(model, Plan("llama", "auto", {}, blocks=SitePlan(6, (0, 1, 2, 5))))
     with pytest.raises(InputError, match=message):  # before anything is measured
         check_block_count(model, 0.67)
     assert len(model.model.layers) == 6
