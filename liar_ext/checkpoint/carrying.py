@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.folder import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
+from liar_ext.checkpoint.inspection import fields_of
 from liar_ext.models.sites import sites
 from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import quiet
@@ -183,7 +184,7 @@ def complete_config(folder: Path) -> None:
     """
     path = folder / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
-    for part in _parts(fields):
+    for part in [fields, *(each for _, each in fields_of(fields) if isinstance(each, dict))]:
         rope = part.get("rope_parameters")
         if not isinstance(rope, Mapping) or "rope_theta" not in rope:
             continue  # none, or one for each type of layer, which version 4 spells in its own ways
@@ -192,15 +193,6 @@ def complete_config(folder: Path) -> None:
         if others.get("rope_type", "default") != "default":
             part.setdefault("rope_scaling", others)
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-def _parts(fields: Any) -> Iterator[dict[str, Any]]:
-    """Yield a config and every config inside of it."""
-    if isinstance(fields, dict):
-        yield fields
-        for name, value in fields.items():
-            if name.endswith("_config") and name != "per_layer_config":
-                yield from _parts(value)
 
 
 def write_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
