@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
-from liar_ext.models.configs import config_parts, copy_of, put_config, skeleton
+from liar_ext.models.configs import Fields, config_parts, put_config, skeleton
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.plan import Plan
 from liar_ext.models.registry import FAMILIES, is_diffusion
@@ -138,7 +138,7 @@ def history_of(config: Any) -> list[dict[str, Any]]:
 
 def dense_config(config: Any) -> Any:
     """Return a copy of a config without what liar_ext, or a quantiser, has written into it."""
-    config = copy_of(config)
+    config = Fields.from_dict(config) if isinstance(config, Mapping) else copy.deepcopy(config)
     said = getattr(config, "liar", None)
     ours = isinstance(said, Mapping) and not said.get("dense_layers_differ")
     for part in config_parts(config):

@@ -31,11 +31,6 @@ def config_parts(config: Any) -> list[Any]:
     return [config, *(part for part in parts if part is not None)]
 
 
-def copy_of(config: Any) -> Any:
-    """Return a copy of a config that can be changed."""
-    return Fields.from_dict(config) if isinstance(config, Mapping) else copy.deepcopy(config)
-
-
 def put_config(model: nn.Module, config: Any) -> None:
     """Let a model have another config."""
     if isinstance(config, Fields):
