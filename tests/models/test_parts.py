@@ -214,7 +214,7 @@ def test_models_are_timed_with_what_they_read(name: str) -> None:
     assert {row.shape for row in table.rows} == {site.shape for site in sites(model)}
 
 
-@pytest.mark.parametrize("name", ["bart", "clip"])
+@pytest.mark.parametrize("name", ["bart", "clip", "umt5"])
 def test_equal_layers_by_zeros(name: str, saved, tmp_path: Path) -> None:
     model, _, folder = saved(name)
     uniform.export(folder, tmp_path / "equal")
