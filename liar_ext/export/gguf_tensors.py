@@ -142,20 +142,14 @@ def _reader(
     if architecture.name == "gemma3" and parts[-2].endswith("norm"):
         return lambda: parameter.detach().float() + 1  # which transformers adds in its forward
     if architecture.name == "gptneox" and parts[-2] == "query_key_value":
-        return lambda: _stacked(parameter.detach(), layers.head_dim)
+        heads = parameter.detach().unflatten(0, (-1, 3, layers.head_dim))  # q, k and v of each
+        return lambda: heads.transpose(0, 1).flatten(0, 2)  # [q; k; v] of all
     return parameter.detach
-
-
-def _stacked(rows: Tensor, head_dim: int) -> Tensor:
-    """Return rows [q; k; v] of all heads, of rows that are q, k and v head by head."""
-    return rows.reshape(-1, 3, head_dim, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
     """Return the rows of q or k so that pairs (i, i + d/2) of each head become (2i, 2i + 1)."""
-    heads = rows.shape[0] // head_dim
-    halves = rows.reshape(heads, 2, head_dim // 2, *rows.shape[1:])
-    return halves.transpose(1, 2).reshape(rows.shape)
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def rope_factors(config: Any, head_dim: int) -> Tensor | None:
