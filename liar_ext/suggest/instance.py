@@ -96,16 +96,11 @@ def with_field(
 
 def make_instance(model_class: type[nn.Module], config: Any) -> Instance:
     """Return the first small version of a model that can be built and run."""
-    tried: list[dict[str, Any]] = []
     reasons: list[str] = []
     for each in CANDIDATES:
         try:
             with quiet():
-                version = shrink(config, *each)
-                if version.to_dict() in tried:
-                    continue
-                tried.append(version.to_dict())
-                found = _instance(model_class, version)
+                found = _instance(model_class, shrink(config, *each))
         except Refused as error:
             reasons.append(str(error))
         except Exception as error:  # whatever a stranger's code raises
