@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -191,6 +192,14 @@ def strangers(folder: Path) -> list[str]:
         return [MANIFEST_FILE]
     found.remove(MANIFEST_FILE)
     return [n for n in found if n not in files or digest(folder / n) != files[n]]
+
+
+def changed_weights(folder: Path) -> list[str]:
+    """Return the files of weights with other bytes than the manifest, if there is one, lists."""
+    listed = _listed(folder / MANIFEST_FILE) or {}
+    weights = [n for n in entries(folder) if n.endswith(".safetensors") and n in listed]
+    # Of what a hub's cache holds, each file is a link.
+    return [n for n in weights if digest(Path(os.path.realpath(folder / n))) != listed[n]]
 
 
 def entries(folder: Path) -> list[str]:

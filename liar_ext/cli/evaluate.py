@@ -289,7 +289,7 @@ def _is_benchmark(path: Path) -> bool:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    """Reload, compare, print; return 1 if outputs differ."""
+    """Reload, compare, print; return 1 if outputs, tokens or weights differ."""
     ids = _ids(options.folder, options.text) if options.text else None
     facts = verify_everywhere(options.folder, options.device, ids)
     lines = [f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}"]
@@ -297,6 +297,7 @@ def run_verify(options: argparse.Namespace) -> int:
     if "tokenizer_agrees" in facts:
         verdict = "same tokens" if facts["tokenizer_agrees"] else "OTHER TOKENS"
         lines.append(f"tokenizer: {verdict} for the stored texts")
+    lines += [f"{name}: CHANGED since it was saved" for name in facts["changed"]]
     show(options, {**facts, "rows": [asdict(row) for row in facts["rows"]]}, lines)
     return 0 if facts["agrees"] else 1
 

@@ -20,7 +20,12 @@ from typing import Any
 import numpy as np
 
 from liar_ext.checkpoint.carrying import compare_tokenization
-from liar_ext.checkpoint.folder import FINGERPRINT_FILE, Fingerprint, read_fingerprint
+from liar_ext.checkpoint.folder import (
+    FINGERPRINT_FILE,
+    Fingerprint,
+    changed_weights,
+    read_fingerprint,
+)
 from liar_ext.checkpoint.inspection import (
     CLASS_NAME,
     check_code,
@@ -76,7 +81,8 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     Returns
     -------
     dict
-        ``agrees`` (all of them), ``layers`` ("equal" or "unequal"), ``dtype``, ``params``,
+        ``agrees`` (all of them, and no weights changed), ``changed`` (files of weights with other
+        bytes than were saved), ``layers`` ("equal" or "unequal"), ``dtype``, ``params``,
         ``tolerance``, and ``loaders``: by name ``max_abs_difference``, ``params``, ``agrees``.
 
     Raises
@@ -98,7 +104,8 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
         difference, params = found["difference"], found["params"]
         loaders[how] = {"max_abs_difference": difference, "params": params, "agrees": agrees}
         del model
-    return facts | {"agrees": all(each["agrees"] for each in loaders.values()), "loaders": loaders}
+    agrees = not facts["changed"] and all(each["agrees"] for each in loaders.values())
+    return facts | {"agrees": agrees, "loaders": loaders}
 
 
 def verify_everywhere(
@@ -121,7 +128,8 @@ def verify_everywhere(
     rows += _exports(folder, fingerprint, ids)
     reads = compare_tokenization(folder)
     facts |= {} if reads is None else {"tokenizer_agrees": reads}
-    return facts | {"rows": rows, "agrees": all(row.agrees for row in rows) and reads is not False}
+    agrees = not facts["changed"] and all(row.agrees for row in rows) and reads is not False
+    return facts | {"rows": rows, "agrees": agrees}
 
 
 def _claims(
@@ -148,6 +156,7 @@ def _claims(
         "dtype": str(fingerprint.dtype).removeprefix("torch."),
         "params": fingerprint.params,
         "tolerance": fingerprint.tolerance,
+        "changed": changed_weights(folder),
     }
     jobs = {how: _job(folder, device, *loader) for how, loader in loaders.items()}
     return facts, fingerprint, jobs

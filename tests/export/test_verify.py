@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from folders import change, equal_plan, read
 from safetensors.torch import load_file, save_file
 from tiny import tiny
@@ -91,6 +92,24 @@ def test_other_weights_are_found_by_every_loader(saved, tmp_path: Path, capsys) 
     facts = json.loads(capsys.readouterr().out)
     assert not facts["agrees"] and not any(row["agrees"] for row in facts["rows"])
     assert all(row["difference"] > 1e-2 for row in facts["rows"])
+
+
+def test_weights_that_the_recorded_input_does_not_use_are_compared(saved, tmp_path, capsys) -> None:
+    folder = shutil.copytree(saved("qwen2", equal_plan)[2], tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.rename(tmp_path / "blob")  # as in the cache of a hub
+    weights.symlink_to(tmp_path / "blob")
+    assert verify_pruned(folder)["agrees"]
+    tensors = load_file(weights)
+    rows = tensors["model.embed_tokens.weight"]
+    used = read_fingerprint(folder).inputs["input_ids"]
+    rows[~torch.isin(torch.arange(len(rows)), used)] += 0.5
+    save_file(tensors, weights, {"format": "pt"})
+    found = verify_pruned(folder)
+    assert found["loaders"] and all(each["agrees"] for each in found["loaders"].values())
+    assert not found["agrees"] and found["changed"] == ["model.safetensors"]
+    assert cli.main(["verify", str(folder)]) == 1
+    assert capsys.readouterr().out.endswith("model.safetensors: CHANGED since it was saved\n")
 
 
 @pytest.mark.parametrize("name", ["roberta", "mpnet"])
