@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, read_batch, read_batches
-from liar_ext.models.outputs import LOGITS, agree, log_probabilities, output_of, token_weights
+from liar_ext.models.outputs import (
+    LOGITS,
+    agree,
+    check_alike,
+    log_probabilities,
+    output_of,
+    token_weights,
+)
 from liar_ext.models.running import DECODER_IDS, device_of, evaluating
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
@@ -55,6 +62,7 @@ class DenseOutputs:
         if not usable.all():
             self._usable, rows = usable, rows[usable]
         rows = rows.float()
+        self._shape = rows.shape
         self._rows = log_probabilities(self.name, rows) if self._has_odds else rows
 
     def __len__(self) -> int:
@@ -74,8 +82,13 @@ class DenseOutputs:
         return self.divergence_of(self.outputs(pruned), finite_only=finite_only)
 
     def outputs(self, model: nn.Module) -> Tensor:
-        """Return the rows of a model, which is run for it: logits or hidden states."""
-        return self._run(model)[1]
+        """Return the rows of a model, which is run for it: logits or hidden states.
+
+        InputError is raised if they are not what the dense model puts out.
+        """
+        name, rows = self._run(model)
+        check_alike(model, (name, rows.shape), (self.name, self._shape))
+        return rows
 
     def divergence_of(self, rows: Tensor, *, finite_only: bool = False) -> float:
         """Return :meth:`divergence` of the model whose :meth:`outputs` these are."""

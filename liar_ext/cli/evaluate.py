@@ -30,7 +30,7 @@ from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity, 
 from liar_ext.measure.speed import Settings, benchmark
 from liar_ext.models.running import inputs_read, positions_of, predicts_next_token
 from liar_ext.report.reading import bench_file, read_bench, report_digest
-from liar_ext.report.report import Report, versions
+from liar_ext.report.report import Report, is_same_place, versions
 from liar_ext.report.sections import speed
 from liar_ext.report.tables import MEASURES, measured, measured_on, quality, to_text
 from liar_ext.system.atomic_write import begins_with, write_whole
@@ -171,15 +171,17 @@ def _dense(
 
     It is named by an option or by the folder's report. InputError if it is needed and is not there.
     """
-    name = options.against or ""
+    name, replaced = options.against or "", False
     if not name:
         with suppress(InputError):
             report = Report.load(options.model)
             name = str(report.choices.get("model") or report.model)
-    if options.against or (name and Path(name).is_dir()):
+            replaced = is_same_place(name, options.model)
+    if options.against or (name and Path(name).is_dir() and not replaced):
         return *_load(options, name), {"against": name}
     if needed:
         gone = f"the folder of its report, {name}, is not there" if name else "it has no report"
+        gone = "it was written in the place of that" if replaced else gone
         raise InputError(
             f"eval: {options.model} is an encoder, which is compared with the dense model, and "
             f"{gone}; give it by --against DENSE"

@@ -52,7 +52,7 @@ def say(
         return show(options, facts, (), report.warnings)
     if options.quiet:
         return None
-    place, dense = typed(folder), typed(report.model)
+    place, dense = typed(folder), report.dense_beside(folder)
     following = [
         f"liar verify {place}",
         f"liar bench {place} --against {dense}",

@@ -21,7 +21,13 @@ from liar_ext.calibration.texts import evaluation_sequences, longest_read, unpac
 from liar_ext.measure.embeddings import DenseEncoder, correlation
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.measure.latency import light_copy
-from liar_ext.models.outputs import LOGITS, agree, log_probabilities, output_of
+from liar_ext.models.outputs import (
+    LOGITS,
+    agree,
+    check_alike,
+    log_probabilities,
+    output_of,
+)
 from liar_ext.models.running import (
     complete_inputs,
     device_of,
@@ -112,7 +118,9 @@ class VocabularyQuality:
             return found | {n: likeness[n] for n in ("cosine", "neighbours") if n in likeness}
         if self.judged_by is None:
             return found
-        _, own = _logits(model, batches)
+        name, own = _logits(model, batches)
+        shape = () if own is None else own.shape
+        check_alike(model, (name, shape), (self.name, self.logits.shape))
         if self.judged_by == "correlation":
             return found | {"correlation": correlation(self.logits, own)}
         p, q = (log_probabilities(self.name, each) for each in (self.logits, own))

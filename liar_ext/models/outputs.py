@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,18 @@ def _kind_of(model: nn.Module, logits: Tensor) -> str:
     if problem == "multi_label_classification":
         return "labels"
     return "scores" if problem == "regression" or logits.shape[-1] == 1 else "logits"
+
+
+def check_alike(
+    model: nn.Module, own: tuple[str, Sequence[int]], dense: tuple[str, Sequence[int]]
+) -> None:
+    """Raise InputError if name and shape of a model's outputs are not those of the dense one."""
+    if own != dense:
+        found, needed = (f"{name} of shape {tuple(shape)}" for name, shape in (own, dense))
+        raise InputError(
+            f"evaluation: {type(model).__name__} gives {found}, and the dense model {needed}; give "
+            "the model that was pruned as the dense one"
+        )
 
 
 def log_probabilities(name: str, logits: Tensor) -> Tensor:

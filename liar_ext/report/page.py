@@ -92,7 +92,7 @@ def commands(
     check = "Check that it reloads with the same outputs", f"liar verify {shell}"
     if not report.evaluation:
         check = "Measure its quality on your text", f"liar eval {shell} --text held_out.jsonl"
-    dense = typed(report.model or "MODEL")
+    dense = report.dense_beside(folder)
     last = "Time it against the dense model", f"liar bench {shell} --against {dense}"
     if is_timed:
         form = "gguf" if "CausalLM" in load else "onnx"

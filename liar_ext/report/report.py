@@ -23,7 +23,7 @@ from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report import reading, sections, tables
 from liar_ext.report.tables import Table, figure, plain, render
 from liar_ext.system.environment import version_of
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, typed
 from liar_ext.system.untrusted import count, listing, text
 
 MOST_SITES = 4096
@@ -324,6 +324,11 @@ class Report:
         lines = [*self.lines(), *([self.loading] if self.loading else [])]
         return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
 
+    def dense_beside(self, folder: str | os.PathLike[str]) -> str:
+        """Return the dense model as it is typed; MODEL if it has no name, or the folder's own."""
+        known = self.model and not is_same_place(self.model, folder)
+        return typed(self.model) if known else "MODEL"
+
     def to_card(self, license_name: str | None = None) -> str:
         """Return a model card, README.md of a folder, with the metadata that model hubs read."""
         path = Path(self.model)
@@ -346,6 +351,11 @@ class Report:
             vocabulary=" ".join(sections.vocabulary_lines(self.vocabulary)),
             healed=" ".join(["Healed after that.", *healed, sections.APART]) if healed else "",
         )
+
+
+def is_same_place(model: str, folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a model, by its name or path, is a folder itself, as if pruned in place."""
+    return os.path.realpath(model) == os.path.realpath(folder)
 
 
 def versions() -> dict[str, str]:

@@ -90,6 +90,9 @@ def test_without_its_dense_model_an_encoder_asks_for_it(files, tmp_path, capsys)
     text = ("--text", files / "held_out.jsonl", "--seq-len", 32)
     assert run("eval", tmp_path / "small", *text) == 2
     assert "of its report, gone, is not there" in capsys.readouterr().err
+    report.write_text(report.read_text().replace("gone", str(tmp_path / "small")))
+    assert run("eval", tmp_path / "small", *text) == 2
+    assert "and it was written in the place of that\nhint: give it by" in capsys.readouterr().err
     assert run("eval", files / "dense", *text) == 2
     assert "and it has no report\nhint: give it by --against DENSE" in capsys.readouterr().err
     against = ("--against", files / "dense")

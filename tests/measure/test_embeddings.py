@@ -210,6 +210,10 @@ def test_nothing_to_compare_is_refused():
     model = bert()
     with pytest.raises(InputError, match="at least one batch"):
         encoder_similarity(model, model, [])
+    classifier = tiny("bert")
+    for other in (tiny("roberta"), tiny("bert", num_labels=1), tiny("bert", num_labels=3)):
+        with pytest.raises(InputError, match="give the model that was pruned as the dense one"):
+            encoder_similarity(classifier, other, [tiny_inputs(classifier)])
 
 
 def test_spearman_shares_the_ranks_of_ties():

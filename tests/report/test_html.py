@@ -131,6 +131,8 @@ def test_the_page_says_what_to_type_next(tmp_path):
     assert (loads, checks) == ("liar_ext.load_pruned('p')", "liar verify p")
     found = commands("-p", Report("-m", loading=load), False)
     (_, _), (_, dashed), (_, both) = found
+    (*_, replaced) = commands("p", Report("./p", loading=load), False)
+    assert replaced[1] == "liar bench p --against MODEL"  # not itself
     for line in (judges, checks, times, exports, dashed, both):
         parser().parse_args(shlex.split(line)[1:])
 
