@@ -205,7 +205,10 @@ def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping) or "text" not in row:
             came = ", ".join(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
-            raise InputError(f"text: dataset {source} must have a column text, got {came}")
+            raise InputError(
+                f"text: dataset {source} must have a column text, got {came}; give rows such "
+                'as {"text": "..."}, or the name of one file'
+            )
         text = row["text"]
         if text is None:
             missing += 1

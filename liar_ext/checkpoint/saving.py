@@ -86,8 +86,11 @@ def save_pruned(
     if not isinstance(model, nn.Module):
         raise InputError(f"save_pruned: needs the pruned model first, got {type(model).__name__}")
     plan = getattr(report, "plan", None) if plan is None else plan
-    if plan is None:
-        raise InputError("save_pruned: needs the plan that was applied; give it, or a report of it")
+    if not isinstance(plan, Plan):
+        raise InputError(
+            f"save_pruned: needs the plan that was applied, got {type(plan).__name__}; give it as "
+            "plan=, or a report of it as report="
+        )
     check_folder(folder, overwrite)
     with writing(folder, overwrite) as path:
         fill_folder(model, path, plan, report=report, tokenizer=tokenizer, source=source)

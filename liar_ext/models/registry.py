@@ -62,6 +62,11 @@ def family_of(model: nn.Module) -> Family:
     name = type_of(model)
     if name in FAMILIES:
         return FAMILIES[name]
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"sites: needs a loaded model, got {type(model).__name__}; load it with "
+            "liar_ext.load_model, or call liar_ext.compress with its name"
+        )
     raise InputError(
         f"sites: unknown architecture {name!r} ({type(model).__name__}), which is none of the "
         f"{len(FAMILIES)} that `liar families` lists; `liar families --suggest MODEL`, or "

@@ -46,7 +46,7 @@ def test_a_dataset_that_the_caller_has_prepared():
             texts.read_documents(given.remove_columns("text"))
         with pytest.raises(InputError, match="the dataset given holds no text"):
             texts.read_documents(given.filter(lambda row: row["n"] == 2))
-    with pytest.raises(InputError, match="dataset given must have a column text, got a str"):
+    with pytest.raises(InputError, match="column text, got a str; give rows such as"):
         texts.read_documents(["some text"])  # documents themselves
 
 

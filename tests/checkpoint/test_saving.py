@@ -157,6 +157,8 @@ def test_a_full_disk_loses_nothing(old: bool, broken: str, tmp_path: Path, monke
 
 def test_a_plan_that_was_not_applied_is_refused(tmp_path: Path) -> None:
     model, plan = pruned("llama")
+    with pytest.raises(InputError, match="the plan that was applied, got str; give it as plan="):
+        save_pruned(model, tmp_path / "c", "a report")
     with pytest.raises(InputError, match="pass the plan that pruned this model"):
         save_pruned(model, tmp_path / "pruned", equal_plan(tiny("llama")))
     assert os.listdir(tmp_path) == []

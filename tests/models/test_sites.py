@@ -139,6 +139,8 @@ def test_an_unknown_architecture_is_told_how_to_register() -> None:
         sites(model)
     with pytest.raises(InputError, match="register_family"):
         sites(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="needs a loaded model, got str; load it with"):
+        sites("MODEL")
     try:
         register_family(replace(FAMILIES["llama"], name="my_llama"))
         assert family_of(model).name == "my_llama"
