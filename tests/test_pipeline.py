@@ -139,6 +139,9 @@ def test_perplexity_is_reported_before_and_after():
     report = prune(model, batches(model), 0.6, evaluate_on=batches(model, 2))
     assert report.evaluation["dense"]["tokens"] == 2 * 8 * 15
     assert report.evaluation["pruned"]["perplexity"] != report.evaluation["dense"]["perplexity"]
+    model, text = tiny("llama"), (each for each in batches(model, 2))
+    once = prune(model, batches(model), 0.6, evaluate_on=text)
+    assert once.evaluation == report.evaluation
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,11 @@ def check_batches(batches: object) -> None:
         )
 
 
+def kept_batches(batches: Batches | None) -> Batches | None:
+    """Return batches that can be read twice: a list of those that an iterator yields once."""
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
 def completed(model: nn.Module, batch: Batch) -> Batch:
     """Return a batch with what the decoder reads where an encoder is there, too."""
     return replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))

@@ -15,7 +15,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.batches import Batches, kept_batches, read_batches
 from liar_ext.calibration.divergence import Divergence
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
@@ -143,7 +143,7 @@ def prune(
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
     own = "bank", "checkpoint", "progress"
     check_keywords("prune", choices, [*PruneOptions.__annotations__, *own], AROUND)
-    texts = {name: choices.pop(name, None) for name in TextOptions.__annotations__}
+    texts = {name: kept_batches(choices.pop(name, None)) for name in TextOptions.__annotations__}
     texts["judged"] = texts.pop("judge_on")
     built = Recipe.build(recipe, **choices)
     with naming_memory("prune: out of memory"), told(progress), opened(checkpoint) as saved:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import Batches
+from liar_ext.calibration.batches import Batches, kept_batches
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.folder import count_params
@@ -200,6 +200,7 @@ def sweep(
     solves = on_result is not None or evaluate_on is not None
     work.check(recipes if solves else map(_decided, recipes))
     points, dense, evaluator = [], None, Evaluator()
+    evaluate_on = kept_batches(evaluate_on)
     for each in recipes:
         if not solves:
             points.append(work.plan(each))

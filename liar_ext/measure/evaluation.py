@@ -19,7 +19,7 @@ from torch import nn
 from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
-from liar_ext.models.running import device_of, evaluating, predicts_next_token
+from liar_ext.models.running import complete_inputs, device_of, evaluating, predicts_next_token
 from liar_ext.system.errors import InputError, did_you_mean, install, one_line, refusing
 from liar_ext.system.progress import Bar
 
@@ -67,7 +67,7 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
             batch = batch.to(device)
             ids = batch.inputs["input_ids"]
             mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
-            inputs = {**batch.inputs, "attention_mask": mask.to(ids.dtype)}
+            inputs = complete_inputs(model, batch.inputs) | {"attention_mask": mask.to(ids.dtype)}
             output = model(**inputs, use_cache=False)
             if getattr(output, "logits", None) is None or output.logits.shape[:2] != ids.shape:
                 raise InputError("perplexity: needs a causal language model with token logits")

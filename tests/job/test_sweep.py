@@ -197,7 +197,7 @@ def test_perplexities_and_budgets_of_other_units(banks):
         batches(model),
         keep=[Budget(0.9, "flops"), Budget(0.8, "params")],
         allocation="uniform",
-        evaluate_on=text,
+        evaluate_on=(each for each in text),
     )
     assert [point.recipe.of for point in points] == ["flops", "params"]
     assert points[0].flops <= 0.9 and points[0].quality()["perplexity"] > 1

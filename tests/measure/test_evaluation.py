@@ -48,6 +48,8 @@ def test_the_first_token_after_padding_is_not_predicted():
     ids = tiny_inputs(model, batch=1, tokens=9)["input_ids"]
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
     mask = (padded != 0).long()
+    with pytest.raises(InputError, match="has token 900, and the tokens of"):
+        perplexity(model, [torch.full_like(ids, 900)])
     bare = perplexity(model, [ids])
     assert perplexity(model, [{"input_ids": padded, "attention_mask": mask}]) == {
         **bare,
