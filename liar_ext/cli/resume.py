@@ -140,8 +140,6 @@ def read_job(folder: str) -> dict[str, Any]:
     """Return the job of a checkpoint; raise InputError if it has none of this version."""
     path = Path(folder, JOB_FILE)
     try:
-        if any(Path(folder, name).exists() for name in store.OLDER):
-            raise store.of_other_version(folder)
         if not path.exists():
             raise InputError(
                 f"resume: {folder} has no {JOB_FILE}; give the DIR of --checkpoint DIR, which is "

@@ -35,7 +35,6 @@ from liar_ext.system.errors import InputError, one_line, refusing, typed
 
 VERSION = 7  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
-OLDER = ("job.json", "calibration.bank", "calibration-1.bank")  # files of version 3
 SHARE = 0.05  # of the time that saving under one key may take
 
 
@@ -45,7 +44,7 @@ class Checkpoint(AbstractContextManager):
     A file is complete or absent whenever the process ends, and stays until its key is put again.
     All ranks must call :meth:`get`, :meth:`begin` and :meth:`put_shared`; the other methods do
     nothing except at the first one. One process at a time can open the folder, which is made if
-    missing; InputError if it is in use, can't be written to, or is of an older version.
+    missing; InputError if it is in use, or can't be written to.
     """
 
     def __init__(
@@ -58,8 +57,6 @@ class Checkpoint(AbstractContextManager):
         if not is_first():
             return
         with refusing(self._failure, "name another folder", OSError, ValueError):
-            if any((self.folder / name).exists() for name in OLDER):
-                raise of_other_version(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             # A link would lead to somebody else's file.
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -90,7 +87,10 @@ class Checkpoint(AbstractContextManager):
         known = self.get(JOB)
         before = {} if known is None else known[1]
         if before and before.get("version") != VERSION:
-            raise of_other_version(self.folder)
+            raise InputError(
+                f"checkpoint: {self.folder} is a checkpoint of another version of liar_ext; remove "
+                "it and start the job again, or name another folder"
+            )
         resume = f"liar resume {typed(self.folder)} goes on with it"
         # Where the options are the same, the model or a text has changed.
         again = resume if "command" in job else "start the job as it was"
@@ -248,13 +248,11 @@ def is_new(folder: str | os.PathLike[str]) -> bool:
     others = names_in(folder)
     if f"{JOB}{SUFFIX}" in others:
         return False
-    if others - set(OLDER):
+    if others:
         raise InputError(
             f"checkpoint: {folder} must be a new or empty folder, or a checkpoint, and holds "
             f"{', '.join(sorted(others)[:3])}; name another folder"
         )
-    if others:
-        raise of_other_version(folder)
     return True
 
 
@@ -279,14 +277,6 @@ def difference(name: str, before: Any, now: Any) -> str:
                 return difference(each, before.get(each), now.get(each))
     short = [value if len(str(value)) < 80 else f"{str(value)[:80]}..." for value in (before, now)]
     return f"{name} {short[0]}, got {short[1]}"
-
-
-def of_other_version(folder: str | os.PathLike[str]) -> InputError:
-    """Return the error for a checkpoint of another version."""
-    return InputError(
-        f"checkpoint: {folder} is a checkpoint of another version of liar_ext; remove it and start "
-        "the job again, or name another folder"
-    )
 
 
 @contextmanager
