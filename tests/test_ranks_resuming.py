@@ -153,7 +153,7 @@ def test_a_bank_with_sensitivities_of_which_the_first_rank_was_killed(
     def calibrate(bank: str, *more: str) -> list[str]:
         given = ["calibrate", str(llama_folder), "--calibration", str(corpus[0]), "--samples", "8"]
         given += ["--seq-len", "16", "--batch-size", "2", "--sensitivities", "--quiet"]
-        return [*given, "--bank", str(tmp_path / bank), *more]
+        return [*given, "--out", str(tmp_path / bank), *more]
 
     assert main(calibrate("alone")) == 0
 

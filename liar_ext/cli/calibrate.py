@@ -43,14 +43,14 @@ def run(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
     given = {"MODEL": recipe.model, "--calibration TEXT": recipe.calibration}
     example = "for one liar calibrate MODEL --calibration text.txt --out moments.safetensors"
-    check_complete("calibrate", {**given, "--out FILE": options.bank}, example)
+    check_complete("calibrate", {**given, "--out FILE": options.out}, example)
     run_recipe(recipe, options)
 
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     """Load, draw text, run the model over it, write."""
     start = time.perf_counter()
-    check_bank_place(options.bank, "calibrate", options.overwrite)
+    check_bank_place(options.out, "calibrate", options.overwrite)
     check_apart(options)
     with checkpoint_of(recipe, options) as saved:
         loaded = load(recipe, progress=options.progress)
@@ -77,13 +77,13 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         if saved is not None:
             names = ("model", "dtype", "data")
             saved.put(RESULT, facts={name: bank.source[name] for name in names})
-        save_bank(bank, options.bank, "calibrate", options.overwrite)
-    megabytes = os.stat(options.bank).st_size / 1e6
-    facts = {"out": options.bank, "layers": len(bank), "megabytes": megabytes}
+        save_bank(bank, options.out, "calibrate", options.overwrite)
+    megabytes = os.stat(options.out).st_size / 1e6
+    facts = {"out": options.out, "layers": len(bank), "megabytes": megabytes}
     facts |= {name: bank.source[name] for name in ("tokens", "sequences")}
     facts |= {"text": bank.text is not None, "seconds": time.perf_counter() - start}
     bare = ", without their text" if bank.text is None else ""
-    lines = [] if options.quiet else [f"{_summary(options.bank, bank)}, {megabytes:,.1f} MB{bare}"]
+    lines = [] if options.quiet else [f"{_summary(options.out, bank)}, {megabytes:,.1f} MB{bare}"]
     show(options, facts, lines, loaded.warnings)
 
 

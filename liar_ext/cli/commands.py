@@ -91,7 +91,7 @@ def _calibrate(commands: Any) -> None:
         "of times. liar merge adds the banks of several texts or machines.",
         epilog="Example: liar calibrate gpt2 --calibration text.txt --out gpt2.bank",
     )
-    kinds.add_fields(parser, recipe_fields(group="model") + recipe_fields(in_bank="text"), "bank")
+    kinds.add_fields(parser, recipe_fields(group="model") + recipe_fields(in_bank="text"), "out")
     sensitivities = parser.add_argument_group("Sensitivities")
     for each in recipe_fields(in_bank="sensitivities"):
         add_field(sensitivities, each)
@@ -101,8 +101,7 @@ def _calibrate(commands: Any) -> None:
     add(
         parser.add_argument_group("Output"),
         _checkpoint("statistics and divergences"),
-        ("--out -o", {**FILE, "dest": "bank"}, "file to write"),
-        ("--bank", NAME, HIDDEN),
+        ("--out -o", FILE, "file to write"),
         ("--no-text", FLAG, no_text),
         _overwrite("FILE, if it is a bank"),
         *_shown(),

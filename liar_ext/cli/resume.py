@@ -31,7 +31,7 @@ TEXT, NONE = (str,), type(None)
 NUMBER = (int, float, NONE)
 # Options of the commands that are no fields of a recipe, and their types.
 OWN: dict[str, dict[str, tuple[type, ...]]] = {
-    "calibrate": {"bank": TEXT, "no_text": (bool,), "sensitivities": (bool,)},
+    "calibrate": {"out": TEXT, "no_text": (bool,), "sensitivities": (bool,)},
     "prune": {"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE), "heal": NUMBER},
     "heal": {
         **dict.fromkeys(("folder", "out", "train"), TEXT),
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> object:
     job = broadcast(read_job(options.folder) if is_first() else None)
     folder, command = os.path.abspath(options.folder), job["command"]
     check_shared(command)
-    result = job["options"]["bank" if command == "calibrate" else "out"]
+    result = job["options"]["out"]
     if not (options.quiet or options.json):
         found = "; ".join(what_is_saved(folder)) or "before anything was saved"
         print(

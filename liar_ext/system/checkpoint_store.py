@@ -33,7 +33,7 @@ from liar_ext.system.atomic_write import (
 from liar_ext.system.distributed import broadcast, gather, is_first, rank
 from liar_ext.system.errors import InputError, one_line, refusing, typed
 
-VERSION = 7  # of the keys and their facts
+VERSION = 8  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
 SHARE = 0.05  # of the time that saving under one key may take
 

@@ -43,7 +43,7 @@ def banks(llama_folder, texts, tmp_path_factory):
     more = [(), ("--no-text", "--sensitivities"), ("--quiet",)]
     for number, (text, options) in enumerate(zip(texts, more, strict=True)):
         path = folder / f"{number}.bank"
-        command = ("calibrate", llama_folder, "--calibration", text, "--bank", path)
+        command = ("calibrate", llama_folder, "--calibration", text, "--out", path)
         assert run(*command, *TEXT, *options) == 0
     return [folder / f"{number}.bank" for number in range(3)]
 
@@ -186,11 +186,11 @@ def test_what_can_not_be_added_says_which_and_why(banks, llama_folder, texts, tm
     torn.write_bytes(banks[2].read_bytes()[:-100])
     assert "damaged" in refused(capsys, "merge", banks[0], torn, *out)
     wide = tmp_path / "wide"
-    options = ("--calibration", texts[1], "--dtype", "float64", "--bank", wide, "--quiet", *TEXT)
+    options = ("--calibration", texts[1], "--dtype", "float64", "--out", wide, "--quiet", *TEXT)
     assert run("calibrate", llama_folder, *options) == 0
     assert "same --dtype" in refused(capsys, "merge", banks[0], wide, *out)
     units = tmp_path / "units"
-    options = ("--calibration", texts[1], "--attn-unit", "head", "--bank", units, "--quiet", *TEXT)
+    options = ("--calibration", texts[1], "--attn-unit", "head", "--out", units, "--quiet", *TEXT)
     assert run("calibrate", llama_folder, *options) == 0
     assert "same --attn-unit" in refused(capsys, "merge", banks[0], units, *out)
     assert not (tmp_path / "out").exists()
@@ -199,7 +199,7 @@ def test_what_can_not_be_added_says_which_and_why(banks, llama_folder, texts, tm
 def test_a_bank_is_not_written_over_anything_else(banks, llama_folder, texts, tmp_path, capsys):
     other = tmp_path / "notes.txt"
     other.write_text("mine")
-    start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--quiet", "--bank")
+    start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--quiet", "--out")
     for options in ((), ("--overwrite",)):
         assert "replaces a bank and nothing else" in refused(capsys, *start, other, *options)
     bank = shutil.copy(banks[2], tmp_path / "bank")
@@ -266,8 +266,8 @@ def test_a_calibration_that_was_stopped_is_resumed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--batch-size", 1)
-    start += ("--checkpoint", "c", "--bank", "bank")
-    assert run(*start[:-4], "--bank", "whole", "--quiet") == 0
+    start += ("--checkpoint", "c", "--out", "bank")
+    assert run(*start[:-4], "--out", "whole", "--quiet") == 0
     batch, seen = collect.InFlight.set, []
 
     def stop(self, of):
@@ -296,7 +296,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
     monkeypatch.chdir(tmp_path)
     assert "bank exists" in refused(capsys, "resume", "again")  # of part of the text
     (tmp_path / "bank").unlink()
-    assert run(*start[:-4], "--checkpoint", "again", "--bank", "bank", "--quiet") == 0
+    assert run(*start[:-4], "--checkpoint", "again", "--out", "bank", "--quiet") == 0
     assert (tmp_path / "bank").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "again").exists()
 
@@ -306,14 +306,14 @@ def test_a_bank_that_was_written_already_ends_its_job(llama_folder, texts, tmp_p
     start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--quiet")
     monkeypatch.setattr(resume.store, "remove", lambda _: None)
     checkpoint = tmp_path / "c"
-    assert run(*start, "--checkpoint", checkpoint, "--bank", tmp_path / "bank") == 0
+    assert run(*start, "--checkpoint", checkpoint, "--out", tmp_path / "bank") == 0
     monkeypatch.undo()
     before = (tmp_path / "bank").stat().st_mtime_ns
     assert run("resume", checkpoint) == 0
     assert (tmp_path / "bank").stat().st_mtime_ns == before and not checkpoint.exists()
 
 
-OWN = {"bank": "b", "no_text": False, "sensitivities": False}
+OWN = {"out": "b", "no_text": False, "sensitivities": False}
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ OWN = {"bank": "b", "no_text": False, "sensitivities": False}
     [
         *({}, {"version": 1}),
         {"command": "merge", "folder": "/", "options": {}},
-        {"command": "calibrate", "folder": "/", "options": {"bank": 3}},
+        {"command": "calibrate", "folder": "/", "options": {"out": 3}},
         {"command": "calibrate", "folder": "/", "options": OWN},
         {"command": "calibrate", "folder": "/", "recipe": 3, "options": OWN},
         {"command": "calibrate", "folder": "/", "recipe": {"x": 1}, "options": OWN},
@@ -346,6 +346,6 @@ def test_a_job_that_is_no_file_of_a_checkpoint_is_not_resumed(content, tmp_path,
 def test_a_checkpoint_takes_no_folder_of_others(llama_folder, texts, tmp_path, capsys):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/mine").write_text("")
-    start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--bank", tmp_path / "b")
+    start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--out", tmp_path / "b")
     said = refused(capsys, *start, "--checkpoint", tmp_path / "theirs")
     assert "must be a new or empty folder" in said and "mine" in said

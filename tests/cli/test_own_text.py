@@ -125,7 +125,7 @@ def test_a_job_that_is_refused_wrote_nothing(llama_folder, corpus, tmp_path, ask
 
 def test_a_bank_has_what_was_written(llama_folder, corpus, tmp_path, asked):
     command = ["calibrate", llama_folder, "--calibration", corpus[0], *SIZES[:4], "--quiet"]
-    assert run(*command, "--bank", tmp_path / "bank") == 0
+    assert run(*command, "--out", tmp_path / "bank") == 0
     bank = MomentBank.load(tmp_path / "bank")
     (drawn,) = bank.source["calibrations"]
     assert bank.source["sequences"] == 11 and drawn["self_text"] == 0.25

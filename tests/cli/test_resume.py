@@ -56,7 +56,7 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
     for option, value in (("--keep", 0.6), ("--out", "other")):
         assert run(*command, option, value) == 2
         assert f"is of a job with {option[2:]}" in capsys.readouterr().err
-    error = refused(capsys, "calibrate", *command[1:10], "--checkpoint", "c", "--bank", "b")
+    error = refused(capsys, "calibrate", *command[1:10], "--checkpoint", "c", "--out", "b")
     assert "is of a job with command prune, got calibrate; liar resume c" in error
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -262,8 +262,8 @@ def test_only_files_of_the_job_are_removed_with_its_checkpoint(
 ):
     """And nothing is overwritten because a checkpoint says so."""
     command = ["calibrate", llama_folder, "--calibration", corpus[0], *SIZES[:6]]
-    assert run(*command, "--bank", tmp_path / "b", "--quiet") == 0
-    command += ["--bank", tmp_path / "b", "--checkpoint", tmp_path / "c", "--overwrite"]
+    assert run(*command, "--out", tmp_path / "b", "--quiet") == 0
+    command += ["--out", tmp_path / "b", "--checkpoint", tmp_path / "c", "--overwrite"]
     with monkeypatch.context() as patch:
         stop_at(patch, InFlight, "set", 4)
         assert run(*command) == 130
@@ -292,8 +292,9 @@ def test_a_checkpoint_and_a_result_in_one_place_are_refused_at_once(
         (tmp_path / "x/y").rmdir()
         (tmp_path / "x").rmdir()
     here = ["--calibration", "t.txt", "--checkpoint", tmp_path / checkpoint]
-    for command in (["calibrate", "/m", "--bank", result], ["prune", "/m", "--out", result]):
-        assert "must not lie one in the other" in refused(capsys, *command, *here)
+    for command in ("calibrate", "prune"):
+        error = refused(capsys, command, "/m", "--out", result, *here)
+        assert f"and --out {result} must not lie one in the other" in error
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "pipe"])
@@ -308,7 +309,6 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
         "link": lambda: place.symlink_to("nowhere"),
         "pipe": lambda: os.mkfifo(place),
     }
-    option = {"prune": "--out", "calibrate": "--bank"}[command]
     more = ["--keep", 0.7, "--preset", "fast"] if command == "prune" else []
     of, name = (pruning, "fill_folder") if command == "prune" else (MomentBank, "save")
     work = getattr(of, name)
@@ -318,7 +318,7 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
         return work(*given, **more)
 
     monkeypatch.setattr(of, name, meanwhile)
-    arguments = [llama_folder, "--calibration", corpus[0], *SIZES[:6], *more, option, place]
+    arguments = [llama_folder, "--calibration", corpus[0], *SIZES[:6], *more, "--out", place]
     error = refused(capsys, command, *arguments)
     (kept,) = (path for path in tmp_path.iterdir() if path != place)
     assert f"is in {kept}; {place} has changed while this ran" in error

@@ -94,7 +94,7 @@ def _command(*arguments: object) -> tuple[str, str]:
 def _job(own: Path, folder: Path) -> dict:
     """Return the job of a stranger's checkpoint: its result is a bank of the user."""
     recipe = {"model": str(own / "model"), "calibration": [str(own / "text.txt")]}
-    options = {"bank": str(own / "a.bank"), "no_text": False, "sensitivities": False}
+    options = {"out": str(own / "a.bank"), "no_text": False, "sensitivities": False}
     job = {"version": VERSION, "command": "calibrate", "folder": str(folder), "options": options}
     return job | {"recipe": Recipe.build(**recipe, samples=8, seq_len=32).to_dict()}
 
@@ -105,7 +105,7 @@ def _checkpoint(own: Path, room: Path, draw: random.Random):
     shutil.copytree(own / "model", folder)
     job, what = _job(own, room), draw.choice(["as it is", "lock", "pipe", "value"])
     if what == "lock":
-        job["options"]["bank"] = str(room / "new.bank")
+        job["options"]["out"] = str(room / "new.bank")
     elif what == "pipe":
         os.mkfifo(folder / "calibration.safetensors")
     elif what == "value":
