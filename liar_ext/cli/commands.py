@@ -14,7 +14,7 @@ from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
 
 # Fields of the recipe that are options of heal, too: by default as in the recipe of the folder.
 HEAL_FIELDS = ("calibration", "self_text", "eval", "seq_len", "batch_size", "seed", "device")
-HIDDEN, UNSET = argparse.SUPPRESS, {"default": argparse.SUPPRESS}
+UNSET = {"default": argparse.SUPPRESS}
 BARS = "auto: a bar in a terminal, else a line every 30 s; plain: lines also in a terminal"
 PROGRESS = ("--progress", {"choices": ("auto", "plain", "none"), "default": "auto"}, BARS)
 JSON = ("--json", FLAG, "print JSON")
@@ -237,7 +237,6 @@ def _eval(commands: Any) -> None:
         ("--limit", COUNT, "tasks: use the first N items of each"),
         ("--num-fewshot", none, "tasks: examples in each prompt"),
         ("--out -o", FILE, "also write the result as JSON"),
-        ("--output", {**NAME, "dest": "out"}, HIDDEN),
         ("--samples", COUNT, "use N evenly spread windows"),
         ("--seq-len", length, "tokens per window"),
         ("--batch-size", {**COUNT, "default": 4}, "windows, or requests, per forward pass"),
@@ -282,10 +281,8 @@ def _bench(commands: Any) -> None:
 
 
 def _page(where: str, default: str | None = None) -> list[tuple]:
-    file = {**FILE, "default": default}
     return [
-        ("--out -o", file, f"page to write (default: {where})"),
-        ("--output", {**file, "dest": "out"}, HIDDEN),
+        ("--out -o", {**FILE, "default": default}, f"page to write (default: {where})"),
         ("--png", path("FOLDER"), "also write the pictures as PNG"),
     ]
 

@@ -283,7 +283,7 @@ def test_a_message_drives_no_terminal(llama_folder, tmp_path, capsys):
 
 
 def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_path, capsys):
-    command = ("eval", llama_folder, "--text", corpus[1], "--seq-len", 32, "--quiet", "--output")
+    command = ("eval", llama_folder, "--text", corpus[1], "--seq-len", 32, "--quiet", "--out")
     assert run(*command, tmp_path / "a.json") == run(*command, tmp_path / "a.json") == 0
     assert "perplexity" in json.loads((tmp_path / "a.json").read_text())
     capsys.readouterr()
@@ -303,7 +303,7 @@ def test_an_evaluation_that_cannot_be_written_is_printed(
 
     monkeypatch.setattr(os, "replace", full)
     text = ("--text", corpus[1], "--seq-len", 32, "--quiet")
-    assert run("eval", llama_folder, *text, "--output", tmp_path / "a.json") == 2
+    assert run("eval", llama_folder, *text, "--out", tmp_path / "a.json") == 2
     captured = capsys.readouterr()
     assert "perplexity" in captured.out and "No space left" in captured.err
 

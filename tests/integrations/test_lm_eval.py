@@ -65,7 +65,7 @@ def test_a_local_task_on_a_pruned_folder(pruned, tasks, tokenizer, tmp_path, cap
     model, folder = pruned
     output = tmp_path / "result.json"
     arguments = ["eval", str(folder), "--tasks", "letters", "--include-path", str(tasks)]
-    assert main([*arguments, "--quiet", "--output", str(output)]) == 0
+    assert main([*arguments, "--quiet", "--out", str(output)]) == 0
     captured = capsys.readouterr()
     assert "|letters|" in captured.out and "acc" in captured.out and "git" not in captured.err
     result = json.loads(output.read_text())
