@@ -246,6 +246,6 @@ def _drawn(run: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a recipe by which one calibration of a bank was drawn."""
     said = {**run, "calibration": run["texts"]}
     return {
-        each.name: each.metadata["check"](each.name, said.get(each.name, each.metadata["unsaid"]))
+        each.name: each.metadata["check"](each.name, said.get(each.name))
         for each in recipe_fields(in_bank="text")
     }

@@ -57,7 +57,6 @@ class Option:
     # refused by the check.
     read: Callable[[str], Any] | None = None
     in_bank: str = ""  # part of a bank that depends on it: text, which a bank says, sensitivities
-    unsaid: Any = None  # value in banks that are older than the field
     with_bank: Works = True  # whether a job works with a bank
     streamed: Works = True  # block by block (--max-memory)
     from_sums: Works = True  # from the statistics alone, without running the model over the text
@@ -129,14 +128,12 @@ class Fields:
         SELF_TEXT,
         check.number,
         "fraction of calibration text that a causal language model generates itself",
-        unsaid=0.0,
         in_python="liar_ext.calibration.generated.write_sequences lets the model write",
     )
     random_tokens: float | str = _text(
         "auto",
         check.number_or_auto,
         "fraction of random tokens; auto: 0.25 for language models that generate no text, else 0",
-        unsaid=0.0,
     )
     seq_len: int = _text(512, check.whole(1), "tokens per sequence")
     batch_size: int = _text(

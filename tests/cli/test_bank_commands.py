@@ -60,13 +60,6 @@ def test_a_bank_says_where_it_comes_from(banks, texts):
     assert len(MomentBank.load(banks[1]).source["sensitivities"]) == 1
 
 
-def test_a_bank_of_before_has_no_random_tokens(banks):
-    source = MomentBank.load(banks[0]).source
-    del source["calibrations"][0]["random_tokens"]
-    found = recipe_of_bank(Recipe(), source, Namespace(command="prune"))
-    assert (found.samples, found.random_tokens) == (8, 0.0)
-
-
 @pytest.mark.parametrize(("name", "value"), [("random_tokens", 1.0), ("samples", "8")])
 def test_a_draw_that_no_recipe_has_is_refused(banks, name, value):
     source = MomentBank.load(banks[0]).source
