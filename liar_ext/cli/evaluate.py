@@ -27,9 +27,9 @@ from liar_ext.export.verify import table, verify_everywhere
 from liar_ext.job.vocabulary import VocabularyQuality
 from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
 from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity, word_errors
-from liar_ext.measure.speed import Settings, benchmark
+from liar_ext.measure.speed import BENCH_MARK, Settings, benchmark
 from liar_ext.models.running import inputs_read, positions_of, predicts_next_token
-from liar_ext.report.reading import bench_file, read_bench, report_digest
+from liar_ext.report.reading import bench_file, report_digest
 from liar_ext.report.report import Report, is_same_place, versions
 from liar_ext.report.sections import speed
 from liar_ext.report.tables import MEASURES, measured, measured_on, quality, to_text
@@ -266,7 +266,7 @@ def run_bench(options: argparse.Namespace) -> None:
     if target is None and Path(options.folder).is_dir():  # and not a hub id
         target = bench_file(options.folder)
     if target is not None:
-        check_place(target, "bench", "--out", _is_benchmark)
+        check_place(target, "bench", "--out", begins_with(BENCH_MARK))
     names = ("rounds", "prompt_length", "new_tokens", "dtype", "device", "threads")
     settings = Settings(
         **{name: getattr(options, name) for name in names},
@@ -281,13 +281,6 @@ def run_bench(options: argparse.Namespace) -> None:
         write_whole(target, found.to_json(), "bench", "--out")
         if not options.json:
             print(f"{target}: written")
-
-
-def _is_benchmark(path: Path) -> bool:
-    with suppress(InputError):
-        read_bench(path, "bench")
-        return True
-    return False
 
 
 def run_verify(options: argparse.Namespace) -> int:

@@ -38,6 +38,7 @@ from liar_ext.system.errors import InputError, one_line
 from liar_ext.system.progress import Bar
 
 BENCH_VERSION = 1
+BENCH_MARK = f'{{\n "version": {BENCH_VERSION},\n "pruned": '  # begins a file of ours
 SEED = 0
 PATIENCE = 3600  # seconds that one process may take
 Clock = Callable[[], float]

@@ -214,16 +214,15 @@ def bench_file(folder: str | os.PathLike[str]) -> Path:
     return path.with_name(f"{path.name}.bench.json")
 
 
-def read_bench(path: Path, operation: str = "report") -> Benchmark:
+def read_bench(path: Path) -> Benchmark:
     """Return a stored benchmark; what is missing, or no number, is left out.
 
     InputError if the file is none.
     """
-    fields, _ = untrusted.read_object(path, operation)
+    fields, _ = untrusted.read_object(path, "report")
     if fields.get("version") != BENCH_VERSION or not isinstance(fields.get("rates"), list):
         raise InputError(
-            f"{operation}: {path} is no benchmark of version {BENCH_VERSION}; write it by liar "
-            "bench"
+            f"report: {path} is no benchmark of version {BENCH_VERSION}; write it by liar bench"
         )
     rates = [_stored_rate(mapping(row)) for row in listing(fields["rates"])[:MOST_RATES]]
     return Benchmark(
