@@ -21,12 +21,7 @@ from liar_ext.checkpoint.carrying import source_folder
 from liar_ext.checkpoint.sentence import Pooling, Sentence, read_sentence
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.outputs import LOGITS, output_of
-from liar_ext.models.running import (
-    complete_inputs,
-    device_of,
-    evaluating,
-    predicts_next_token,
-)
+from liar_ext.models.running import complete_inputs, device_of, evaluating, predicts_next_token
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
