@@ -195,11 +195,6 @@ class SoFar:
     seconds: float = 0.0  # held-out measurements included
     curve: list[list[float]] = field(default_factory=list)  # pairs of tokens and held-out loss
 
-    def times_back(self) -> int:
-        """Return how often the held-out loss had risen, and training went back."""
-        found = [loss for _, loss in self.curve]
-        return sum(not loss <= RISEN * min(found[:at]) for at, loss in enumerate(found) if at)
-
 
 class Healing:
     """A run of :func:`heal`: the weights that it trains, their best state, and how far it is."""
@@ -291,7 +286,9 @@ class Healing:
     def lr(self, name: str | None = None) -> float:
         """Return the highest learning rate, of a parameter or of all, after all too high ones."""
         rate = self.rates[name] if name else max(self.rates.values(), default=0.0)
-        return rate * LOWER ** self.so_far.times_back()
+        found = [loss for _, loss in self.so_far.curve]
+        back = sum(not loss <= RISEN * min(found[:at]) for at, loss in enumerate(found) if at)
+        return rate * LOWER**back
 
     def step(self) -> bool:
         """Do one step; return False, and leave the weights, if gradients are not finite."""
