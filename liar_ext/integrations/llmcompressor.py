@@ -29,20 +29,18 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.recipe.recipe import plain
 from liar_ext.report.report import Report
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, needing
 
-try:
+with needing(
+    "llmcompressor: cannot be imported ({}); pip install llmcompressor in "
+    "an environment of its own, since it takes other versions of transformers"
+):
     from compressed_tensors.offload import is_distributed
     from compressed_tensors.utils import getattr_chain, match_named_modules, patch_attr
     from llmcompressor.core import Event, State, active_session
     from llmcompressor.modifiers import Modifier, ModifierFactory
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationMixin
-except ImportError as error:
-    raise InputError(
-        f"llmcompressor: cannot be imported ({error}); pip install llmcompressor in "
-        "an environment of its own, since it takes other versions of transformers"
-    ) from error
 
 __all__ = ["LIARGPTQModifier", "LIARPruningModifier"]
 

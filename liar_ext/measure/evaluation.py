@@ -20,7 +20,7 @@ from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
 from liar_ext.models.running import complete_inputs, device_of, evaluating, predicts_next_token
-from liar_ext.system.errors import InputError, did_you_mean, install, one_line, refusing
+from liar_ext.system.errors import InputError, did_you_mean, install, needing, refusing
 from liar_ext.system.progress import Bar
 
 MOST_EXPONENT = 709  # of exp in float64
@@ -92,11 +92,7 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
 
 @torch.no_grad()
 def kl_divergence(
-    model: nn.Module,
-    dense: nn.Module,
-    batches: Batches,
-    *,
-    progress: bool = False,
+    model: nn.Module, dense: nn.Module, batches: Batches, *, progress: bool = False
 ) -> float:
     """Return ``(1/N) Σ KL(p ‖ q)`` in nats: p the dense model's predictions, q those of ``model``.
 
@@ -220,14 +216,10 @@ def evaluate_tasks(
 
 
 def _import() -> Any:
-    try:
+    with needing(f"eval: tasks need lm-eval ({{}}); {install('eval')}"):
         import lm_eval
         import lm_eval.evaluator
         import lm_eval.tasks
-    except Exception as error:  # a broken package raises anything
-        raise InputError(
-            f"eval: tasks need lm-eval ({one_line(error, 160)}); {install('eval')}"
-        ) from error
     return lm_eval
 
 
@@ -280,12 +272,8 @@ def word_errors(
     ``seconds_per_minute``: time to write down a minute of it, features included. InputError if the
     model writes nothing, or nobody knows what is said in a recording.
     """
-    try:
+    with needing("eval: word error rates are counted by the package jiwer; pip install jiwer"):
         from jiwer import process_words
-    except ImportError:
-        raise InputError(
-            "eval: word error rates are counted by the package jiwer; pip install jiwer"
-        ) from None
     silent = [item.place for item in items if not item.text]
     if silent or not reader.writes or not items:
         what = f"{silent[0]} has none beside it" if silent else f"got {type(model).__name__}"

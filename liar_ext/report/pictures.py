@@ -24,7 +24,7 @@ from liar_ext.checkpoint.placing import check_place
 from liar_ext.models.plan import kind_of
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.system.atomic_write import atomic_write, made_folders
-from liar_ext.system.errors import InputError, one_line, refusing
+from liar_ext.system.errors import needing, refusing
 
 # On white, and what the page's style calls it.
 COLOURS = {
@@ -74,14 +74,9 @@ NEXT = "\x1f"  # between the values of points of one line
 @contextmanager
 def drawing(operation: str) -> Iterator[Any]:
     """Give the class of figures, with the settings of this module, and leave none behind."""
-    try:
+    with needing(f"{operation}: pictures need matplotlib ({{}}); pip install matplotlib"):
         import matplotlib
         from matplotlib.figure import Figure
-    except Exception as error:  # a broken package raises anything
-        raise InputError(
-            f"{operation}: pictures need matplotlib ({one_line(error, 160)}); pip install "
-            "matplotlib"
-        ) from error
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")

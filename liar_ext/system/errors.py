@@ -105,6 +105,15 @@ def refusing(
 
 
 @contextmanager
+def needing(message: str) -> Iterator[None]:
+    """Turn a failed import of an optional package into an InputError; ``{}`` becomes why."""
+    try:
+        yield
+    except Exception as error:  # a broken package raises anything
+        raise InputError(message.format(one_line(error, 160))) from error
+
+
+@contextmanager
 def asking_hub(failure: str) -> Iterator[None]:
     """Turn an error of the way to the hub into an InputError; what the hub says of a name passes.
 
