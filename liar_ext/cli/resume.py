@@ -23,7 +23,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable
 from liar_ext.system import checkpoint_store as store
 from liar_ext.system.distributed import broadcast, is_first
-from liar_ext.system.errors import InputError, one_line, refusing, typed
+from liar_ext.system.errors import InputError, refusing, typed
 
 JOB_FILE = f"{store.JOB}{store.SUFFIX}"
 NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{store.SUFFIX}"}  # files that are there before any step
@@ -139,7 +139,9 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[store
 def read_job(folder: str) -> dict[str, Any]:
     """Return the job of a checkpoint; raise InputError if it has none of this version."""
     path = Path(folder, JOB_FILE)
-    try:
+    what, hint = f"resume: {path} is no job of this version", "start it again in a new folder"
+    own = ("resume: ", "checkpoint: ")
+    with refusing(what, hint, OSError, ValueError, KeyError, own=own):
         if not path.exists():
             raise InputError(
                 f"resume: {folder} has no {JOB_FILE}; give the DIR of --checkpoint DIR, which is "
@@ -151,13 +153,6 @@ def read_job(folder: str) -> dict[str, Any]:
         if not recipe.model:
             raise ValueError("it names no model")
         return job | {"recipe": recipe.to_dict()}
-    except (OSError, ValueError, KeyError) as error:
-        if str(error).startswith(("resume: ", "checkpoint: ")):
-            raise
-        raise InputError(
-            f"resume: {path} is no job of this version: {one_line(error)}; start it again in a "
-            "new folder"
-        ) from None
 
 
 def _check(job: Any) -> None:

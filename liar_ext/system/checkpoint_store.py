@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from liar_ext.system.atomic_write import (
     write_tensors,
 )
 from liar_ext.system.distributed import broadcast, gather, is_first, rank
-from liar_ext.system.errors import InputError, one_line, refusing, typed
+from liar_ext.system.errors import InputError, refusing, typed
 
 VERSION = 8  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
+UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 SHARE = 0.05  # of the time that saving under one key may take
 
 
@@ -279,18 +280,10 @@ def difference(name: str, before: Any, now: Any) -> str:
     return f"{name} {short[0]}, got {short[1]}"
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> AbstractContextManager[None]:
     """Turn what goes wrong while a file is read, or its content is used, into an InputError."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if str(error).startswith("checkpoint: "):
-            raise
-        raise InputError(
-            f"checkpoint: {path} is damaged: {one_line(error)}; remove it, and what it holds is "
-            "done again"
-        ) from error
+    what, hint = f"checkpoint: {path} is damaged", "remove it, and what it holds is done again"
+    return refusing(what, hint, *UNREADABLE, own="checkpoint: ")
 
 
 def _opened(path: Path, sealed: bool = True) -> tuple[safe_open, dict[str, Any]]:

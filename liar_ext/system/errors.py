@@ -86,18 +86,18 @@ def refusing(
     *kinds: type[BaseException],
     named: bool = False,
     but: tuple[type[BaseException], ...] = (),
+    own: str | tuple[str, ...] = "",
 ) -> Iterator[None]:
     """Turn errors of some kinds into an InputError of one line: what failed, why, what to do.
 
-    With ``named`` the line says the kind of the error. Errors of the kinds ``but``, and those of
-    memory, pass.
+    With ``named`` the line says the kind of the error. Errors of the kinds ``but``, those of
+    memory, and an InputError that begins with ``own``, pass.
     """
     try:
         yield
-    except (InputError, *but):
-        raise
     except kinds as error:
-        if is_out_of_memory(error):
+        is_own = isinstance(error, InputError) and str(error).startswith(own)
+        if is_own or isinstance(error, but) or is_out_of_memory(error):
             raise
         kind = f"{type(error).__name__}: " if named else ""
         end = f"; {hint}" if hint else ""
