@@ -89,22 +89,16 @@ def calibrate(
     at = at if at is not None else sites(model)
     with opened(checkpoint) as room:
         saved = SavedSums(room, of=len(batches) if isinstance(batches, Sized) else None)
-        bank = collect_at(model, batches, at, keep_text=keep_text, saved=saved, progress=progress)
+        taps = [tap_at(model, site) for site in at]
+        bank = collect(model, batches, taps, keep_text=keep_text, saved=saved, progress=progress)
     facts = ("unit", "units", "width", "groups")
     bank.source["sites"] = {site.name: {n: getattr(site, n) for n in facts} for site in at}
     return bank
 
 
-def collect_at(model: nn.Module, batches: Batches, at: Sequence[Site], **bar) -> MomentBank:
-    """Return the moments of what the consumers of sites read."""
-    taps = [tap_at(model, site) for site in at]
-    return collect(model, body_of(model), batches, taps, **bar)
-
-
 @torch.no_grad()
 def collect(
     model: nn.Module,
-    body: nn.Module,
     batches: Batches,
     taps: Sequence[Tap],
     *,
@@ -113,13 +107,16 @@ def collect(
     progress: bool = False,
     title: str = "calibrate",
 ) -> MomentBank:
-    """Run ``body``, the model or its base model, over ``batches``; return the sums of ``taps``.
+    """Run a model over ``batches``, without its head if it can; return the sums of ``taps``.
 
     Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar. A
     forward pass ends where all taps have got their tensor. Moments go on where ``saved`` has them.
     Batches are split round robin among ranks; in the end each has the sums over all of them.
     """
     count, seen, saved = distributed.world_size(), Seen(keep_text), saved or SavedSums(None)
+    base = body_of(model)
+    inside = set(base.modules())
+    body = base if all(model.get_submodule(tap.module) in inside for tap in taps) else model
     # A module that repeats has more to come, whatever has run.
     ends = sum(len(t.all) for t in taps) if not any(t.repeats for t in taps) else math.inf
     facts = _facts_of(model, taps)
@@ -232,7 +229,8 @@ class Passes:
                 title, part = f"calibrate, pass {len(self.summed)}", number + 1
             of = None if self.saved is None else len(self.batches)
             how = {"saved": SavedSums(self.saved, of, part), "progress": self.progress}
-            self.bank = collect_at(self.model, self.batches, group, title=title, **how)
+            taps = [tap_at(self.model, site) for site in group]
+            self.bank = collect(self.model, self.batches, taps, title=title, **how)
         return group
 
 

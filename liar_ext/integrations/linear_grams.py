@@ -19,7 +19,6 @@ from liar_ext.calibration.saved_sums import bytes_of_sums, room_for_sums
 from liar_ext.calibration.taps import tap_at
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.plan import Plan
-from liar_ext.models.running import body_of
 from liar_ext.models.sites import CROSS, Site
 from liar_ext.ops.reference import symmetric
 from liar_ext.system.errors import InputError
@@ -55,7 +54,7 @@ def calibrate_linears(
             f"calibrate_linears: the Grams of all linear layers take {size / 2**30:.3g} GiB at "
             f"once, and {room / 2**30:.3g} GiB are allowed; raise memory, or {instead}"
         )
-    return collect(model, body_of(model), batches, taps)
+    return collect(model, batches, taps)
 
 
 def linear_grams(

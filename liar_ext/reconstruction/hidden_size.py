@@ -18,13 +18,12 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import FOLDS, Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.moments import Moments, Squares
@@ -40,7 +39,7 @@ from liar_ext.models.residual_stream import (
     stream_of,
     weight_of,
 )
-from liar_ext.models.running import body_of, device_of
+from liar_ext.models.running import device_of
 from liar_ext.ops.reference import symmetric
 from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
 from liar_ext.reconstruction.rows import SiteRow
@@ -137,12 +136,12 @@ def narrow(
         Tap(norm, norm, hidden.size, lambda args, _: args[0], sums=Squares, repeats=repeats)
         for norm in hidden.norms
     ]
-    energy = _collect(model, taps, batches, progress=progress, title=titles[0])
+    energy = collect(model, batches, taps, progress=progress, title=titles[0])
     kept = score_hidden(energy).argsort(descending=True, stable=True)[:count].sort().values
     solver, rows = _Solver(model, kept, mode, damp), []
     for group, title in zip(groups, titles[1:], strict=True):
         taps = [narrowing_tap(model, source, kept, hidden.size, repeats) for source in group]
-        bank = _collect(model, taps, batches, progress=progress, title=title)
+        bank = collect(model, batches, taps, progress=progress, title=title)
         for source in Bar(group, desc="solve", disable=not progress):
             # Released at once: the next group is summed in the memory of this one.
             rows.append(solver.solve(source, bank.moments.pop(source.name)))
@@ -194,14 +193,6 @@ def narrowing_tap(
 
     size = len(kept) + hidden
     return Tap(source.name, source.module, size, take, source.first, repeats=repeats)
-
-
-def _collect(model: nn.Module, taps: Sequence[Tap], batches: Batches, **bar) -> MomentBank:
-    """Run the base model, or the whole one where a tap is in its head."""
-    base = body_of(model)
-    inside = set(base.modules())
-    outside = any(model.get_submodule(tap.module) not in inside for tap in taps)
-    return collect(model, model if outside else base, batches, taps, **bar)
 
 
 class _Solver:

@@ -130,7 +130,7 @@ def test_moments_that_are_there_are_not_summed_again(schedule, monkeypatch):
     bank = calibrate(model, data)
     settings = {"keep": 0.6, "schedule": schedule}
     expected = prune(twin, data, certify_on=batches(model, 2), **settings)
-    again = "liar_ext.calibration.collect.collect_at"
+    again = "liar_ext.calibration.collect.collect"
     monkeypatch.setattr(again, lambda *_, **__: pytest.fail("summed again"))
     report = prune(model, data, bank=bank, **settings)
     assert report.plan == expected.plan
