@@ -33,12 +33,9 @@ from liar_ext.models.slicing import Weights
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.solve import with_bias
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.curve_allocation import (
-    losses_of,
-    measure_sensitivities,
-    probe_sites,
-)
+from liar_ext.selection.curve_allocation import losses_of, probe_sites, sensitivities_of
 from liar_ext.selection.error_curves import energy_shares, error_curves
+from liar_ext.selection.sensitivity import site_divergences
 from liar_ext.selection.whole_blocks import choose_blocks
 
 ROUNDS = 15
@@ -97,8 +94,10 @@ class Job:
         given = model, self.bank, self.at
         curves, budget = error_curves(*given, self.scores), Budget(1 / options.speedup)
         probes = probe_sites(*given, self.scores, curves, budget)
-        measured = measure_sensitivities(model, probes, probe_batches(batches))
-        self.losses = losses_of(curves, measured, energy_shares(*given))
+        text = probe_batches(batches)
+        measured = site_divergences(model, text, probes.plan, probes.weights)
+        sensitivities = sensitivities_of(probes.errors, measured)
+        self.losses = losses_of(curves, sensitivities, energy_shares(*given))
         self.dense = {name: perplexity(model, some)["perplexity"] for name, some in texts.items()}
 
     def measure(self, phase: str) -> list[dict[str, object]]:

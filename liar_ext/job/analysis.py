@@ -25,14 +25,14 @@ from liar_ext.selection.allocation import allocate
 from liar_ext.selection.criteria import score
 from liar_ext.selection.curve_allocation import (
     losses_of,
-    measure_sensitivities,
     predict_divergence,
     probe_sites,
     probes_of,
     rounding,
+    sensitivities_of,
 )
 from liar_ext.selection.error_curves import energy_shares, error_curves, notes_of
-from liar_ext.selection.sensitivity import Measured
+from liar_ext.selection.sensitivity import Measured, site_divergences
 from liar_ext.selection.whole_blocks import KeptBlocks, choose_blocks
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts
 from liar_ext.system.checkpoint_store import reading
@@ -209,9 +209,10 @@ def find_sensitivities(
         budget = replace(recipe.budget, keep=known.probe_keep or recipe.keep)
         how = {"mode": recipe.reconstruct, "progress": job.bars}
         probes = probe_sites(model, passes.bank, some, scores, curves, budget, **how)
-        saved = None if job.saved is None else Measured(job.saved, at[0].name)
-        text = probes_of(model, passes.batches)
-        return measure_sensitivities(model, probes, text, saved=saved, progress=job.bars)
+        given = model, probes_of(model, passes.batches), probes.plan, probes.weights
+        saved = Measured(job.saved, at[0].name)
+        found = site_divergences(*given, saved=saved, progress=job.bars)
+        return sensitivities_of(probes.errors, found)
 
     return known.get(SENSITIVITY, sensitivity_key(recipe, known, model, at), at, measure)
 

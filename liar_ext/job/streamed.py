@@ -244,7 +244,7 @@ PROBE = "probe "  # and the name of its site: the name of a stream
 
 
 class ProbeStreams:
-    """What :func:`liar_ext.selection.curve_allocation.measure_sensitivities` does, block by block.
+    """What :func:`liar_ext.selection.sensitivity.site_divergences` does, block by block.
 
     A probe begins at the block whose site it prunes, on the dense model's hidden states, and passes
     the later blocks as they are; so the weights are read once for all probes. Ranks take a batch of

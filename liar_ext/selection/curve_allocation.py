@@ -17,7 +17,6 @@ from liar_ext.reconstruction.solve import reconstruct_shared, with_bias
 from liar_ext.selection.allocation import allocate, probe_plan
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares
-from liar_ext.selection.sensitivity import Measured, site_divergences
 
 
 def predict_divergence(losses: Mapping[str, Tensor], plan: Plan) -> float:
@@ -68,29 +67,13 @@ def probe_sites(
     return Probes(plan, weights, errors)
 
 
-def measure_sensitivities(
-    model: nn.Module,
-    probes: Probes,
-    batches: Batches,
-    *,
-    saved: Measured | None = None,
-    progress: bool = False,
-) -> dict[str, float]:
-    """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name, in nats per token.
-
-    Each site is measured alone, experts with all of their layer, so that the value doesn't depend
-    on which others there are. ``batches`` come from :func:`probes_of`; all else is as for
-    :func:`site_divergences`. The model stays as it is.
-    """
-    how = {"saved": saved, "progress": progress}
-    found = site_divergences(model, batches, probes.plan, probes.weights, **how)
-    return sensitivities_of(probes.errors, found)
-
-
 def sensitivities_of(
     errors: Mapping[str, float], measured: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the divergence of each site's probe by its error."""
+    """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name, in nats per token.
+
+    ``errors`` are those of :class:`Probes`, ``measured`` the divergences of their models.
+    """
     return {name: measured[name] / error if error > 0 else 0.0 for name, error in errors.items()}
 
 

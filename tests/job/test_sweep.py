@@ -15,7 +15,6 @@ from liar_ext.job.pruning import run
 from liar_ext.job.state import Job, Known, score_key
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.recipe.fields import recipe_fields
-from liar_ext.selection import curve_allocation
 
 KEEP = (0.8, 0.6)
 CHOICES = [
@@ -79,13 +78,13 @@ def test_each_budget_is_what_it_is_from_scratch(family, choices, banks, monkeypa
 
 
 def test_sensitivities_are_measured_once_for_all_budgets(banks, monkeypatch):
-    calls, measure = [], curve_allocation.site_divergences
+    calls, measure = [], analysis.site_divergences
 
     def counted(model, data, plan, *rest, **more):
         calls.append(len(plan.sites))
         return measure(model, data, plan, *rest, **more)
 
-    monkeypatch.setattr(curve_allocation, "site_divergences", counted)
+    monkeypatch.setattr(analysis, "site_divergences", counted)
     model = tiny("llama")
     points = sweep(model, bank=banks["llama"], keep=(0.9, 0.8, 0.7, 0.5))
     assert calls == [6]

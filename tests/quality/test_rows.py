@@ -85,10 +85,10 @@ METHODS = [
 def test_methods_that_share_give_what_they_give_alone(name, monkeypatch):
     """Nothing is shared that a method would compute otherwise."""
     dense, calls = tiny(name), []
-    measure = analysis.measure_sensitivities
+    measure = analysis.site_divergences
     monkeypatch.setattr(
         analysis,
-        "measure_sensitivities",
+        "site_divergences",
         lambda *given, **more: calls.append(given) or measure(*given, **more),
     )
     case = Case(dense, batches())
