@@ -154,8 +154,7 @@ def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Pa
 def analyze(job: Job, passes: Passes) -> Analysis:
     """Return scores, and for allocation ``curve`` losses, group by group of sites."""
     recipe, probes, curve = job.recipe, passes.probes, job.recipe.allocation == "curve"
-    scores, curves, sensitivities, elsewhere = {}, {}, {}, {}
-    shares = {} if probes is None else probes.shares
+    scores, curves, sensitivities, shares, elsewhere = {}, {}, {}, {}, {}
     how = {"seed": recipe.seed, "batches": passes.batches, "per": per(recipe)}
 
     def known(what: str, at: Sequence[Site], compute: Callable) -> dict[str, Tensor]:
@@ -169,8 +168,8 @@ def analyze(job: Job, passes: Passes) -> Analysis:
         given = passes.model, passes.bank, some, scores
         return error_curves(*given, progress=job.bars, elsewhere=elsewhere)
 
-    kept = {"score": scores, "curve": curves}
-    kept |= {} if probes is None else {"errors": probes.errors, "shares": shares}
+    kept = {"score": scores, "curve": curves, "shares": shares}
+    kept |= {} if probes is None else {"errors": probes.errors}
     passes.restore(kept)
     for group in job.clock.each("calibrate", passes):
         # No name for the bank: its memory is for the next group.
@@ -179,11 +178,11 @@ def analyze(job: Job, passes: Passes) -> Analysis:
         with job.clock("allocate"):
             if curve:
                 curves |= known("curve", group, curves_of)
+                shares |= energy_shares(passes.model, passes.bank, group)
             if probes is not None:
                 probes.step(passes.index, passes.bank, group, scores, curves)
             elif curve:
                 sensitivities |= find_sensitivities(job, passes, group, scores, curves)
-                shares |= energy_shares(passes.model, passes.bank, group)
         passes.finish(kept)
     if probes is not None:
         with job.clock("allocate"):

@@ -33,7 +33,6 @@ from liar_ext.reconstruction.layerwise import Solved, check_block, solve_blocks
 from liar_ext.reconstruction.solve import reconstruct_shared
 from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
 from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
-from liar_ext.selection.error_curves import energy_shares
 from liar_ext.selection.sensitivity import mean_divergences, pruned_site
 from liar_ext.selection.whole_experts import KeptExperts, layers_of
 from liar_ext.system.checkpoint_store import reading
@@ -258,7 +257,6 @@ class ProbeStreams:
         self.dense = StreamedBatches("probed", walk, [every[n] for n in numbers], numbers)
         self.streams: dict[str, StreamedBatches] = {}  # of each probe that has begun
         self.errors: dict[str, float] = {}  # of each site
-        self.shares: dict[str, float] = {}  # of each site, of the energy of its layer
         teams = teams_of(sites(walk.model)).items()
         self.teams = {name: [site.name for site in team] for name, team in teams}  # of each probe
 
@@ -287,7 +285,6 @@ class ProbeStreams:
         if group:
             given = self.walk.model, bank, group, scores, curves, self.budget
             here = probe_sites(*given, mode=self.mode)
-            self.shares |= energy_shares(self.walk.model, bank, group)
             for name, team in teams_of(group).items():  # the experts of a layer together
                 some = [site for site in team if here.plan.sites[site.name].removed]
                 with ExitStack() as pruned:
