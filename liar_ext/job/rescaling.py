@@ -187,7 +187,8 @@ def _step(slope: Tensor, curvature: Tensor, damp: float) -> Tensor:
 def _expansion(
     dense: DenseOutputs, pruned: nn.Module, handles: Sequence[Handle], blocks: Sequence[nn.Module]
 ) -> Expansion:
-    with recorded(blocks) as given:
+    given: list = []
+    with recorded(blocks, given):
         rows = dense.outputs(pruned).float()
     slopes, root, centre = dense.metric(rows)
     slope = torch.zeros(len(handles), dtype=torch.float64)

@@ -161,12 +161,9 @@ def site_divergences(
     blocks, places = blocks_before(model, every)
     given: list = []  # what the blocks of the dense model give
 
-    @contextmanager
-    def dense(_: int) -> Iterator[None]:
+    def dense(_: int) -> AbstractContextManager:
         given.clear()
-        with recorded(blocks) as outputs:
-            yield
-        given.extend(outputs)
+        return recorded(blocks, given)
 
     @contextmanager
     def pruned(some: Sequence[Site], _: int) -> Iterator[None]:
@@ -198,13 +195,12 @@ def blocks_before(
 
 
 @contextmanager
-def recorded(blocks: Sequence[nn.Module]) -> Iterator[list]:
+def recorded(blocks: Sequence[nn.Module], given: list) -> Iterator[None]:
     """Collect what each block returns while the context is open."""
-    given: list = []
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(watched(block, lambda _, output: given.append(output)))
-        yield given
+        yield
 
 
 @contextmanager
