@@ -63,15 +63,11 @@ class DenseOutputs:
             self._usable, rows = usable, rows[usable]
         rows = rows.float()
         self._shape = rows.shape
-        self._rows = log_probabilities(self.name, rows) if self._has_odds else rows
+        # (rows, features): outputs, or log_probabilities of them.
+        self.dense = log_probabilities(self.name, rows) if self._has_odds else rows
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def dense(self) -> Tensor:
-        """The dense model's outputs, (rows, features), or :func:`log_probabilities`."""
-        return self._rows
+        return len(self.dense)
 
     def divergence(self, pruned: nn.Module, *, finite_only: bool = False) -> float:
         """Return the sum over rows of the divergence of a model, which is run for it.
@@ -92,13 +88,13 @@ class DenseOutputs:
 
     def divergence_of(self, rows: Tensor, *, finite_only: bool = False) -> float:
         """Return :meth:`divergence` of the model whose :meth:`outputs` these are."""
-        total = self._sum(self._rows, rows)
+        total = self._sum(self.dense, rows)
         if not finite_only or math.isfinite(total):
             return total
         finite = torch.isfinite(rows).all(-1)
         if not finite.any():
             return math.nan
-        return self._sum(self._rows[finite], rows[finite]) * len(self) / int(finite.sum())
+        return self._sum(self.dense[finite], rows[finite]) * len(self) / int(finite.sum())
 
     def _sum(self, dense: Tensor, rows: Tensor) -> float:
         """Return the sum of the divergence of rows from those of the dense model."""
@@ -115,7 +111,7 @@ class DenseOutputs:
 
     def same(self, rows: Tensor) -> int:
         """Count the rows whose most likely class is that of the dense model, or all labels."""
-        return int(agree(self.name, self._rows, rows).sum())
+        return int(agree(self.name, self.dense, rows).sum())
 
     def metric(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what a small change of a model's outputs does to the divergence.
@@ -127,13 +123,13 @@ class DenseOutputs:
         """
         if self.name == "labels":
             q = rows.sigmoid()
-            return q - self._rows[:, : q.shape[-1]].exp(), (q * (1 - q)).sqrt(), None
+            return q - self.dense[:, : q.shape[-1]].exp(), (q * (1 - q)).sqrt(), None
         if self._has_odds:
             q = rows.softmax(-1)
-            return q - self._rows.exp(), q.sqrt(), q
-        size = self._rows.norm(dim=-1, keepdim=True)
+            return q - self.dense.exp(), q.sqrt(), q
+        size = self.dense.norm(dim=-1, keepdim=True)
         size = torch.ones_like(size) if self.has_logits else size
-        return (rows - self._rows) / size.square(), 1 / size, None
+        return (rows - self.dense) / size.square(), 1 / size, None
 
     def _run(self, model: nn.Module) -> tuple[str, Tensor]:
         """Return the name of the outputs, and them, (rows, features)."""
