@@ -23,7 +23,7 @@ from liar_ext.calibration.batches import (
     read_batches,
 )
 from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
-from liar_ext.calibration.saved_sums import SavedSums, group_sites, room_for_sums
+from liar_ext.calibration.saved_sums import SavedSums, group_sites
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
 from liar_ext.models.registry import type_of
 from liar_ext.models.running import body_of, device_of, evaluating
@@ -177,9 +177,9 @@ class Passes:
     Iterating gives the groups, in order and with their moments at hand as :attr:`bank`; going
     :meth:`back` takes them the other way round, and begins with the moments that are there still.
 
-    Sums may take ``memory`` bytes at a time, by default what :func:`room_for_sums` says. Groups
-    that a ``bank`` over these batches holds take no pass, and those that are ``saved`` in a
-    checkpoint are not taken again. ``summed`` are the numbers of the groups that took a pass.
+    Sums may take ``room`` bytes at a time. Groups that a ``bank`` over these batches holds take no
+    pass, and those that are ``saved`` in a checkpoint are not taken again. ``summed`` are the
+    numbers of the groups that took a pass.
     """
 
     probes: Any = None  # what is measured on the way, see :class:`ProbeStreams`
@@ -189,7 +189,7 @@ class Passes:
         model: nn.Module,
         batches: Batches,
         at: Sequence[Site],
-        memory: int | None = None,
+        room: int,
         *,
         bank: MomentBank | None = None,
         saved: Checkpoint | None = None,
@@ -197,9 +197,7 @@ class Passes:
     ) -> None:
         check_finite_weights(model)
         self.model, self.progress = model, progress
-        if bank is not None:
-            check_bank_is_of(bank, model, at)
-        self.groups = group_sites(at, room_for_sums(model, memory))
+        self.groups = group_sites(at, room)
         once = len(self.groups) == 1 and saved is None
         self.batches = batches if once else list(batches)
         self.bank = MomentBank({}) if bank is None else bank
