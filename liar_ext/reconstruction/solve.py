@@ -282,14 +282,9 @@ def reconstruct(
                     raise
                 solution = solve(*given, mode=form, damp=math.inf)
         weights[name] = (solution.weight, solution.bias)
-        row = solution.row_of(
-            site,
-            len(kept.kept),
-            dropped_rows=moments.dropped_rows,
-            seconds=time.perf_counter() - start,
-            tokens=sum(routed[name]) if name in routed else None,
-        )
-        rows.append(row)
+        facts = {"dropped_rows": moments.dropped_rows, "seconds": time.perf_counter() - start}
+        tokens = sum(routed[name]) if name in routed else None
+        rows.append(solution.row_of(site, len(kept.kept), tokens=tokens, **facts))
     return weights, rows
 
 
