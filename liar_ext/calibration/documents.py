@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from liar_ext.system.errors import InputError, asking_hub
+from liar_ext.system.errors import InputError, asking_hub, refusing
 
 JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (".json", ".csv", ".tsv")  # read as they are
@@ -238,13 +238,9 @@ def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: r
 
     They are streamed, or read from the cache if there is no network.
     """
-    try:
+    what = f"text: no file {source}, and dataset names need the package datasets"
+    with refusing(what, "pip install datasets, or give a text file", Exception):
         from datasets import load_dataset
-    except ImportError:
-        raise InputError(
-            f"text: no file {source}, and dataset names need the package datasets; "
-            "pip install datasets, or give a text file"
-        ) from None
     name, config, split = (*source.split(":"), "", "")[:3]
     _reach_hub(name)
     failure = None

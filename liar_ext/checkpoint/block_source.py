@@ -181,7 +181,7 @@ def _loaded(
 ) -> tuple[nn.Module, OpenWeights, list[str], list[str]]:
     """Return a model without blocks and head, their tensors by name, and the paths of both."""
     what = "load_model: reading a model block by block needs accelerate"
-    with refusing(what, "pip install accelerate", Exception):  # of a broken package: anything
+    with refusing(what, "pip install accelerate", Exception):
         from accelerate.hooks import remove_hook_from_submodules
     path = Path(name)
     if path.suffix == ".gguf":

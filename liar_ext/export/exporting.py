@@ -107,7 +107,7 @@ def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[...
     row = FORMATS[to]
     for package in row.packages:
         what = f"export: --to {to} needs the package {package}"
-        with refusing(what, install(row.extra), Exception):  # of a broken package: anything
+        with refusing(what, install(row.extra), Exception):
             import_module(package)
     run = import_module(row.module).export
     known = inspect.signature(run).parameters.values()

@@ -257,7 +257,7 @@ def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
 
 def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> dict[str, Any]:
     """Return what onnxruntime computes for the fingerprint's input."""
-    with refusing("verify: ONNX needs onnxruntime", "pip install onnxruntime", ImportError):
+    with refusing("verify: ONNX needs onnxruntime", "pip install onnxruntime", Exception):
         import onnxruntime
     with refusing(f"verify: onnxruntime can't run {path}", "", Exception):
         session = onnxruntime.InferenceSession(

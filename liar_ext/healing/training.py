@@ -22,7 +22,7 @@ from liar_ext.healing import OF_SIZE, RATE, TRAIN
 from liar_ext.models.running import computes_bfloat16, device_of, predicts_next_token
 from liar_ext.system.distributed import local_world_size, world_size
 from liar_ext.system.environment import available_memory
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, refusing
 
 BUDGETS = ("tokens", "minutes", "steps")
 LORA_RANK = 16
@@ -160,13 +160,9 @@ def schedule(done: float) -> float:
 
 
 def _with_adapters(model: nn.Module, seed: int) -> nn.Module:
-    try:
+    hint = 'pip install peft, or choose train="no-embeddings"'
+    with refusing('heal: train="lora" needs peft', hint, Exception):
         from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InputError(
-            'heal: train="lora" needs peft, which is not installed; pip install peft, or choose '
-            'train="no-embeddings"'
-        ) from None
     config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
     with torch.random.fork_rng(), warnings.catch_warnings(category=FutureWarning, action="ignore"):
         torch.manual_seed(seed)  # peft reads a name that transformers will drop

@@ -29,11 +29,13 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.recipe.recipe import plain
 from liar_ext.report.report import Report
-from liar_ext.system.errors import InputError, needing
+from liar_ext.system.errors import InputError, refusing
 
-with needing(
-    "llmcompressor: cannot be imported ({}); pip install llmcompressor in "
-    "an environment of its own, since it takes other versions of transformers"
+with refusing(
+    "llmcompressor: cannot be imported",
+    "pip install llmcompressor in an environment of its own, since it takes other versions of "
+    "transformers",
+    Exception,
 ):
     from compressed_tensors.offload import is_distributed
     from compressed_tensors.utils import getattr_chain, match_named_modules, patch_attr

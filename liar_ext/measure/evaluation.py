@@ -20,7 +20,7 @@ from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
 from liar_ext.models.running import complete_inputs, device_of, evaluating, predicts_next_token
-from liar_ext.system.errors import InputError, did_you_mean, install, needing, refusing
+from liar_ext.system.errors import InputError, did_you_mean, install, refusing
 from liar_ext.system.progress import Bar
 
 MOST_EXPONENT = 709  # of exp in float64
@@ -216,7 +216,7 @@ def evaluate_tasks(
 
 
 def _import() -> Any:
-    with needing(f"eval: tasks need lm-eval ({{}}); {install('eval')}"):
+    with refusing("eval: tasks need lm-eval", install("eval"), Exception):
         import lm_eval
         import lm_eval.evaluator
         import lm_eval.tasks
@@ -272,7 +272,8 @@ def word_errors(
     ``seconds_per_minute``: time to write down a minute of it, features included. InputError if the
     model writes nothing, or nobody knows what is said in a recording.
     """
-    with needing("eval: word error rates are counted by the package jiwer; pip install jiwer"):
+    what = "eval: word error rates are counted by the package jiwer"
+    with refusing(what, "pip install jiwer", Exception):
         from jiwer import process_words
     silent = [item.place for item in items if not item.text]
     if silent or not reader.writes or not items:

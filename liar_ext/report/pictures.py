@@ -24,7 +24,7 @@ from liar_ext.checkpoint.placing import check_place
 from liar_ext.models.plan import kind_of
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.system.atomic_write import atomic_write, made_folders
-from liar_ext.system.errors import needing, refusing
+from liar_ext.system.errors import refusing
 
 # On white, and what the page's style calls it.
 COLOURS = {
@@ -74,7 +74,7 @@ NEXT = "\x1f"  # between the values of points of one line
 @contextmanager
 def drawing(operation: str) -> Iterator[Any]:
     """Give the class of figures, with the settings of this module, and leave none behind."""
-    with needing(f"{operation}: pictures need matplotlib ({{}}); pip install matplotlib"):
+    with refusing(f"{operation}: pictures need matplotlib", "pip install matplotlib", Exception):
         import matplotlib
         from matplotlib.figure import Figure
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):

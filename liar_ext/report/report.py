@@ -23,7 +23,7 @@ from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.report import reading, sections, tables
 from liar_ext.report.tables import Table, figure, plain, render
 from liar_ext.system.environment import version_of
-from liar_ext.system.errors import needing, typed
+from liar_ext.system.errors import refusing, typed
 from liar_ext.system.untrusted import count, listing, text
 
 MOST_SITES = 4096
@@ -119,7 +119,8 @@ class Report:
         InputError
             If pandas is not installed.
         """
-        with needing("report: to_frame needs pandas; pip install pandas, or read report.sites"):
+        hint = "pip install pandas, or read report.sites"
+        with refusing("report: to_frame needs pandas", hint, Exception):
             import pandas
         names = [each.name for each in fields(SiteRow)]
         rows = [asdict(row) for row in self.sites]

@@ -91,7 +91,8 @@ def refusing(
     """Turn errors of some kinds into an InputError of one line: what failed, why, what to do.
 
     With ``named`` the line says the kind of the error. Errors of the kinds ``but``, those of
-    memory, and an InputError that begins with ``own``, pass.
+    memory, and an InputError that begins with ``own``, pass. Around the import of an optional
+    package, kinds are ``Exception``: a broken one raises anything.
     """
     try:
         yield
@@ -102,15 +103,6 @@ def refusing(
         kind = f"{type(error).__name__}: " if named else ""
         end = f"; {hint}" if hint else ""
         raise InputError(f"{what}: {kind}{one_line(error)}{end}") from error
-
-
-@contextmanager
-def needing(message: str) -> Iterator[None]:
-    """Turn a failed import of an optional package into an InputError; ``{}`` becomes why."""
-    try:
-        yield
-    except Exception as error:  # a broken package raises anything
-        raise InputError(message.format(one_line(error, 160))) from error
 
 
 @contextmanager
