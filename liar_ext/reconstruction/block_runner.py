@@ -317,8 +317,11 @@ def _silence(site: Site) -> Forward:
 
 
 def _is_sum(total: Tensor, one: Tensor, other: Tensor, *terms: Tensor) -> bool:
-    """Tell whether a total is that of two, to the rounding of all terms."""
-    size = sum(each.abs() for each in (total, one, other, *terms))
+    """Tell whether a total is that of two, to the rounding of a token's largest terms.
+
+    What a layer adds up before, and the stream cancels, has rounded at any of its features.
+    """
+    size = sum(each.abs() for each in (total, one, other, *terms)).amax(-1, keepdim=True)
     tolerance = 4 * torch.finfo(total.dtype).eps * size
     return not bool(((total - one - other).abs() > tolerance).any())
 
@@ -326,7 +329,7 @@ def _is_sum(total: Tensor, one: Tensor, other: Tensor, *terms: Tensor) -> bool:
 def _called(site: Site, args: tuple, output: Tensor) -> tuple[Tensor | tuple, Tensor]:
     """Return what a consumer, or the module of all experts, reads, and what it gives."""
     if site.expert is None:
-        return args[0], output
+        return args[0], output.clone()  # Falcon and Llama 4 add to it in place
     return args[:3], routed_output(site, output)
 
 

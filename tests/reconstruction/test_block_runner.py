@@ -56,6 +56,20 @@ def test_a_block_that_reads_fewer_tokens_ends_a_chain():
 
 
 @torch.no_grad()
+def test_a_sum_is_plain_where_one_of_its_features_rounds_more():
+    """GLM-4's experts and shared ones are added first, and the stream may cancel that."""
+    for seed in range(3):
+        model = tiny("glm4_moe", seed=seed)
+        blocks, inputs = Blocks(model, sites(model)), tiny_inputs(model, 1, 60, seed)
+        with blocks.opened():
+            hidden = blocks.enter(0, inputs)[0][0]
+            for index in range(len(blocks)):
+                for layer in blocks.layers[index].values():
+                    assert blocks.adds_plainly(layer[0], inputs, hidden)
+                hidden = blocks.run(index, inputs, hidden).output
+
+
+@torch.no_grad()
 def test_a_run_sees_consumers_replaces_them_and_ends_early():
     model = tiny("llama")
     inputs, site = tiny_inputs(model), next(s for s in sites(model) if s.name == "0.attn")

@@ -28,7 +28,7 @@ NORMS = {
     "exaone4": {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
 }
 ROOT_MEAN_SQUARE = ("gemma3_text", "exaone4")  # of which norms are, the others subtract a mean
-PLAIN = ["llama", "opt", "gpt_neox"]
+PLAIN = ["llama", "opt", "gpt_neox", "falcon_new"]  # the last adds in place
 
 
 def with_outliers(model):
