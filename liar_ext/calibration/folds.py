@@ -132,43 +132,46 @@ def in_turns(count: int) -> Tensor:
 
 
 def split_documents(
-    documents: Sequence[str], shares: Sequence[int], seed: int, seq_len: int, most: int
+    documents: Sequence[str],
+    shares: Sequence[int],
+    seed: int,
+    seq_len: int,
+    most: int,
+    home: dict[str, int],
 ) -> tuple[list[list[str]], str]:
     """Split the documents of one source into parts, and say what was done to few documents.
 
     In an order drawn with ``seed`` each goes to the part that has least of its share, the number
-    of sequences wanted, until a part has ``most`` characters, about. Pairs with one first text,
-    such as a question, go together, if there are several. Fewer documents than parts are cut into
-    blocks first, see :func:`cut_blocks`.
+    of sequences wanted, until a part has ``most`` characters, about. Copies go together, and pairs
+    with one first text, such as a question, if there are several: ``home`` is the part of each
+    text, those of other sources included. Fewer texts than parts are cut into blocks first, see
+    :func:`cut_blocks`.
     """
-    if len(documents) < len(shares):
+    texts = [each.texts[0] if isinstance(each, Pair) else each for each in documents]
+    if len(set(texts)) < len(shares):
+        texts = list(documents)
+    if (few := len(set(texts))) < len(shares):
         if any(isinstance(document, Pair) for document in documents):
             raise InputError(
-                f"calibration: {len(documents)} pair(s) of texts are too few for {len(shares)} "
-                "parts that share none; give more lines with a text and a text_pair"
+                f"calibration: {few} pair(s) of texts are too few for {len(shares)} parts that "
+                "share none; give more lines with a text and a text_pair"
             )
-        parts = cut_blocks("\n\n".join(documents), len(shares), seq_len, most)
+        parts = cut_blocks("\n\n".join(dict.fromkeys(documents)), len(shares), seq_len, most)
         blocks = sum(map(len, parts))
         return parts, (
-            f"A calibration text of {len(documents)} document(s) was cut into {blocks} blocks of "
+            f"A calibration text of {few} document(s) was cut into {blocks} blocks of "
             f"consecutive paragraphs, {blocks // len(shares)} for each of {len(shares)} parts, "
             "with a gap between them: held-out errors are those on the same document. Give more "
             "documents."
         )
-    together: dict[str | int, list[str]] = {}
-    for index, each in enumerate(documents):
-        together.setdefault(each.texts[0] if isinstance(each, Pair) else index, []).append(each)
-    groups = [*together.values()]
-    if len(groups) < len(shares):
-        groups = [[each] for each in documents]
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     sizes, parts = [0] * len(shares), [[] for _ in shares]
     for index in order.tolist():
         filled = [size / share for size, share in zip(sizes, shares, strict=True)]
-        least = filled.index(min(filled))
-        if sizes[least] < most:
-            parts[least] += groups[index]
-        sizes[least] += sum(map(len, groups[index]))
+        part = home.setdefault(texts[index], filled.index(min(filled)))
+        if sizes[part] < most:
+            parts[part].append(documents[index])
+        sizes[part] += len(documents[index])
     return parts, ""
 
 

@@ -144,14 +144,9 @@ def calibration_sequences(
     shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
     prefix = document_prefix(tokenizer) if text.packed else []
     split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
-    every = [document for documents in sources for document in documents]
-    if 2 * (copies := len(every) - len(set(every))) > len(every):
-        notes.append(
-            f"{copies:,} of {len(every):,} documents are copies of others. Both folds may hold the "
-            "same text, and held-out errors are too low: give other text."
-        )
+    home: dict[str, int] = {}  # the part of each text
     for documents in sources:
-        parts, note = _split(documents, shares, text)
+        parts, note = _split(documents, shares, text, home)
         split.append(parts)
         notes += [note] * (note != "")
     generator, drawn = torch.Generator().manual_seed(text.seed), []
@@ -286,7 +281,7 @@ def longest_read(tokenizer, seq_len: int) -> int:
 
 
 def _split(
-    documents: Sequence[str], shares: Sequence[int], text: Text
+    documents: Sequence[str], shares: Sequence[int], text: Text, home: dict[str, int]
 ) -> tuple[list[list[str]], str]:
     if text.lone == "halves" and len(documents) == 1:
         whole = documents[0]
@@ -296,7 +291,7 @@ def _split(
         note = "A calibration text of one document was cut into two halves, one for each fold."
     else:
         most = max(ENOUGH, TIMES * max(shares) * text.seq_len * CHARACTERS)
-        parts, note = split_documents(documents, shares, text.seed, text.seq_len, most)
+        parts, note = split_documents(documents, shares, text.seed, text.seq_len, most, home)
     if note and not text.packed:  # an encoder reads the beginning of a document alone
         size = text.seq_len * CHARACTERS
         parts = [[piece for block in part for piece in cut_pieces(block, size)] for part in parts]

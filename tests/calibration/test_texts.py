@@ -33,12 +33,24 @@ def test_no_document_stands_in_both_folds(tokenizer):
         assert len(folds) <= 1, "a document that stands in both folds voids the certificate"
 
 
-def test_copies_of_documents_are_told(tokenizer):
-    said = "6 of 8 documents are copies of others."
-    notes = draw([5 * ["a" * 30] + ["b" * 30], 2 * ["a" * 30]], tokenizer, seq_len=8).notes
-    assert any(note.startswith(said) for note in notes)
-    notes = draw([[*"abcd", *"abcd"]], tokenizer, samples=2, seq_len=4).notes
-    assert not any("copies" in note for note in notes), "half of them are no copies"
+def test_copies_of_documents_stand_in_one_part(tokenizer):
+    documents = [letter * 30 for letter in "abcdefghij"]
+    sources = [[*documents, *documents], documents[:4]]
+    drawn = draw(*[sources], tokenizer, samples=16, seq_len=8, certify=4, judge=4)
+    places: dict[int, set] = {}
+    for row, fold in zip(drawn.input_ids, drawn.fold.tolist(), strict=True):
+        for letter in set(row.tolist()):
+            places.setdefault(letter, set()).add(fold)
+    for name in ("certification", "judging"):
+        for letter in getattr(drawn, name).input_ids.unique().tolist():
+            places.setdefault(letter, set()).add(name)
+    letters = tokenizer("abcdefghij")["input_ids"]
+    found = [places[letter] for letter in letters if letter in places]
+    assert all(len(each) == 1 for each in found)
+    assert set.union(*found) == {0, 1, "certification", "judging"}
+    assert drawn.notes == ()
+    (note,) = draw([3 * ["abcdefgh " * 40]], tokenizer, samples=2, seq_len=8).notes
+    assert note.startswith("A calibration text of 1 document(s) was cut into"), "3 are one"
 
 
 def test_a_lone_document_is_cut_into_blocks_with_gaps(tokenizer):
@@ -202,7 +214,7 @@ def test_sequences_fit_the_positions_of_the_model(tokenizer, name, positions):
 
 
 def test_sources_contribute_evenly(tokenizer):
-    long, short = ["a" * 400] * 10, ["b" * 40] * 4
+    long, short = [i * "c" + 400 * "a" for i in range(10)], [i * "c" + 40 * "b" for i in range(4)]
     drawn = draw([long, short], tokenizer, samples=8, seq_len=10)
     b = tokenizer("b")["input_ids"][0]
     of_b = (drawn.input_ids == b).any(1)
