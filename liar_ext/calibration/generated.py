@@ -16,6 +16,7 @@ from liar_ext.calibration.texts import document_prefix
 from liar_ext.models.running import (
     computes_bfloat16,
     device_of,
+    evaluating,
     known_tokens,
     predicts_next_token,
 )
@@ -118,18 +119,15 @@ def _write(
     start = torch.tensor(_beginning(model, tokenizer), device=device)
     most = min(MOST_ROWS, max(1, CACHE_BYTES // _cached_bytes(model, tokens)))
     rounds = -(-count // most)
-    written, training = [], model.training
+    written = []
     cuda = [device] if device.type == "cuda" else []
     bar = Bar(total=count, desc="write", disable=not progress)
-    with torch.random.fork_rng(devices=cuda), bar, packed(model, -(-count // rounds)):
+    fork = torch.random.fork_rng(devices=cuda)
+    with fork, bar, evaluating(model), packed(model, -(-count // rounds)):
         torch.manual_seed(seed)
-        model.eval()
-        try:
-            for some in start.expand(count, -1).tensor_split(rounds):
-                written.append(_draw(model, some, tokens))
-                bar.update(len(some))
-        finally:
-            model.train(training)
+        for some in start.expand(count, -1).tensor_split(rounds):
+            written.append(_draw(model, some, tokens))
+            bar.update(len(some))
     return torch.cat(written)
 
 

@@ -214,6 +214,8 @@ def _tracked(
     with torch.enable_grad(), ExitStack() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        if hasattr(model.config, "problem_type"):  # which a head finds out from its labels
+            stack.callback(setattr, model.config, "problem_type", model.config.problem_type)
         model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)

@@ -167,7 +167,7 @@ def predicts_next_token(model: nn.Module) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout and the key-value cache off while the context is open."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     # Parts of a model may have a config of their own.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     caching = [each for each in configs.values() if getattr(each, "use_cache", False)]
@@ -177,7 +177,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for config in caching:
             config.use_cache = True
 

@@ -64,9 +64,11 @@ def test_padding_does_not_count():
 
 def test_the_model_is_left_as_it_was():
     model = tiny("llama").train()
+    model.model.layers[0].eval()  # as of a part that is frozen
+    modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calibrate(model, [tiny_inputs(model)])
-    assert model.training and model.config.use_cache
+    assert [module.training for module in model.modules()] == modes and model.config.use_cache
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     consumers = [model.get_submodule(site.consumer) for site in sites(model)]
     assert not any(consumer._forward_pre_hooks for consumer in consumers)

@@ -228,6 +228,16 @@ def test_the_model_is_left_as_it_was():
     assert not frozen.requires_grad and used.requires_grad and model.training
 
 
+def test_labels_do_not_change_what_the_outputs_mean():
+    """A head writes into its config what labels of floating point are: several at once."""
+    model = tiny("bert", num_labels=3)
+    batches = [
+        {**tiny_inputs(model), "labels": torch.ones(len(tiny_inputs(model)["input_ids"]), 3)}
+    ]
+    collect_gradients(model, batches, sites(model))
+    assert model.config.problem_type is None
+
+
 def test_same_inputs_same_scores_and_a_saved_bank_serves(tmp_path):
     model = tiny("llama")
     at, batches = sites(model), [tiny_inputs(model, batch=4, seed=seed) for seed in range(3)]
