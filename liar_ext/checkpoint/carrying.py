@@ -82,6 +82,11 @@ def carry(source: Path, folder: Path, model: nn.Module, *, tokenizer: bool) -> l
             shutil.copyfile(path, folder / name)
     said += _fit_modules(folder, sites(model)[0].d_out)
     if getattr(model, "liar_vocabulary", None) is None:
+        listed = source / VOCABULARY_FILE
+        with suppress(InputError):  # of a damaged list
+            tokens = kept_tokens(source, "save_pruned") if _lies_inside(listed, source) else None
+            if tokens and len(tokens) == len(model.get_input_embeddings().weight):
+                shutil.copyfile(listed, folder / VOCABULARY_FILE)
         return said
     for path in folder.iterdir():
         if path.suffix in OLDER:

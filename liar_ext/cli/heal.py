@@ -21,7 +21,7 @@ from torch import nn
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
 from liar_ext.checkpoint import load_pruned
 from liar_ext.checkpoint.carrying import kept_tokens
-from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON, VOCABULARY_FILE
+from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.loading import load_tokenizer, placement, read_plan
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint.stock_config import stock_of
@@ -141,8 +141,7 @@ def _write(
     """Write the healed folder; what was made of the pruned one stays, if nothing improved."""
     as_before = in_place and not report.heal["improved"]
     bench = stored_bench(options.folder)[0] if as_before else None
-    files = [VOCABULARY_FILE, *([EXPORTS_FILE] if as_before else ())]
-    save = partial(_save, report, options.folder, files)
+    save = partial(_save, report, options.folder, as_before)
     # Without seconds: those of the report stay those of pruning.
     written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
     with writing(options.out, in_place or options.overwrite) as path:
@@ -182,14 +181,13 @@ def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.
         raise InputError(f"{error}; {TEACHER}") from error
     kept = kept_tokens(folder, "heal")
     if kept is not None:
-        own = _inner(load_tokenizer(folder, model))
         known = _inner(tokenizer).get_vocab()
         try:
-            if len(known) <= len(kept):
-                raise KeyError
-            # By name: their numbers are those of the last model, which had lost some before.
-            names = own.convert_ids_to_tokens(range(len(kept)))
-            tokenizer = keep_tokens(model, tokenizer, [known[name] for name in names])
+            own = _inner(load_tokenizer(folder, model))
+            if own.get_vocab() != known:
+                # By name: their numbers are those of the last model, which had lost some before.
+                names = own.convert_ids_to_tokens(range(len(kept)))
+                tokenizer = keep_tokens(model, tokenizer, [known[name] for name in names])
         except (InputError, KeyError, IndexError) as error:
             raise InputError(f"heal: {name} lacks tokens of {folder}; {TEACHER}") from error
     return model, tokenizer
@@ -222,15 +220,14 @@ def small(batches: Batches) -> Iterator[Batch]:
         yield from map(batch.select, torch.arange(len(batch)).tensor_split(parts))
 
 
-def _save(report: Any, pruned: str, files: Sequence[str], folder: Path) -> None:
+def _save(report: Any, pruned: str, as_before: bool, folder: Path) -> None:
     """Write a report; its JSON stays as it is in the pruned folder, but for the healing.
 
-    Some files, such as the list of tokens that were kept, are the pruned folder's, too.
+    So does the list of exports, if the model is as before.
     """
     facts, _ = read_report(pruned, "heal")
-    for file in files:
-        if Path(pruned, file).is_file():
-            shutil.copyfile(Path(pruned, file), folder / file)
+    if as_before and Path(pruned, EXPORTS_FILE).is_file():
+        shutil.copyfile(Path(pruned, EXPORTS_FILE), folder / EXPORTS_FILE)
     report.save(folder)
     text = json.dumps(facts | {"heal": report.to_dict()["heal"]}, indent=1)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")

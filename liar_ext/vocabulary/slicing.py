@@ -79,12 +79,16 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
                 setattr(module, name, len(order))
             elif type(value) is int and (name == "padding_idx" or TOKEN.search(name)):
                 setattr(module, name, new.get(value, value))
+    own = getattr(model, "generation_config", None)
+    as_read = own is not None and getattr(own, "_original_object_hash", None) == hash(own)
     for config in _configs(model):
         for name, value in _named(config):
             if name in BANS:  # those of tokens that are still there
                 each = ((ban, ban if isinstance(ban, list | tuple) else [ban]) for ban in value)
                 value = [ban for ban, tokens in each if new.keys() >= set(tokens)] or None
             setattr(config, name, _mapped(name, value, lambda at: new.get(at, at)))
+    if as_read:  # transformers writes what it has read, and refuses some of it if it was changed
+        own._original_object_hash = hash(own)
     _set_tokens(model.config, _tokens(model.config), len(order))
 
 

@@ -343,10 +343,13 @@ def test_fewer_tokens_are_found_by_name_in_each_model_before(fewer, corpus, tmp_
         assert section(folder)["improved"] and verify_pruned(folder)
 
 
-def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, tmp_path, capsys):
+def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, corpus, tmp_path, capsys):
+    command = ["prune", fewer[0], "--calibration", corpus[0], "--out", tmp_path / "least"]
+    command += ["--keep", "1", "--keep-vocab", "320", "--samples", "16", "--seq-len", "32"]
+    assert cli.main([*map(str, command), "--quiet"]) == 0
     for folder, teacher, said in (
         (pruned, fewer[0], "reads text as other tokens"),
-        (fewer[1], shutil.copytree(fewer[1], tmp_path / "copy"), "lacks tokens of"),
+        (fewer[1], tmp_path / "least", "lacks tokens of"),
         (pruned, pruned, "is the folder to train"),
     ):
         assert heal(folder, "--steps", "1", "--teacher", teacher, "--out", f"{folder}-2") == 2

@@ -372,6 +372,9 @@ def test_the_same_job_again_and_a_smaller_one_after_it(alone, corpus, tmp_path):
     assert cli.main(["prune", *recipe]) == 0
     for name in ("model.safetensors", "tokenizer.json", "liar/vocabulary.json"):
         assert (tmp_path / "b" / name).read_bytes() == (alone / name).read_bytes()
+    assert run(alone, corpus, tmp_path / "d", "--keep", "0.7", *QUICK) == 0
+    names = "tokenizer.json", "liar/vocabulary.json"  # of all tokens that are left
+    assert all((tmp_path / "d" / n).read_bytes() == (alone / n).read_bytes() for n in names)
     more = "--keep-vocab", "320", "--keep", "0.7", *QUICK
     assert run(alone, corpus, tmp_path / "c", *more) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -95,6 +96,18 @@ def test_ids_are_renumbered_everywhere():
     assert generation.forced_decoder_ids == [[1, 4]]  # the first number is a position
     assert generation.lang_to_id == {"<|en|>": 6}
     assert config.vocab_size == len(kept)
+
+
+def test_a_generation_config_that_nobody_may_change_is_renumbered(tmp_path):
+    """transformers loads a temperature without sampling, and refuses to write it if it changed."""
+    said = {"do_sample": False, "temperature": 0.6, "eos_token_id": 30}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    model = tiny("llama")
+    model.generation_config = transformers.GenerationConfig.from_pretrained(tmp_path)
+    slice_tokens(model, [0, 1, 2, 3, 30])
+    model.save_pretrained(tmp_path / "out")
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (written["eos_token_id"], written["temperature"]) == (4, 0.6)
 
 
 def test_a_token_that_the_config_names_must_stay():
