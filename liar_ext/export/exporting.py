@@ -35,7 +35,7 @@ from liar_ext.checkpoint.placing import (
     rename_to_nothing,
 )
 from liar_ext.export import FORMATS, Exported, Format
-from liar_ext.system.atomic_write import atomic_write
+from liar_ext.system.atomic_write import atomic_write, begins_with
 from liar_ext.system.errors import InputError, install, one_line, refusing
 from liar_ext.system.progress import no_bars
 
@@ -148,6 +148,8 @@ def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
             wrong = "exists; choose another output or overwrite it"
         elif target.is_symlink() or not (target.is_file() or target.is_dir()):
             wrong = "is no ordinary file or folder; choose another output"
+        elif target.is_file() and not begins_with("GGUF")(target):
+            wrong = "is no GGUF file, so no export wrote it; choose another output"
         elif target.is_dir() and (others := strangers(target)):
             wrong = (
                 f"holds {others[0]}, which no export wrote or which was changed since, so it isn't "

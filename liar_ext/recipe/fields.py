@@ -152,8 +152,8 @@ class Fields:
     memory: int | None = _field(
         None,
         check.optional(check.whole(1)),
-        "memory for activation statistics; less takes more passes (default: 32, or half of "
-        "the free memory)",
+        "memory for activation statistics, in Python in bytes; less takes more passes "
+        "(default: 32 GiB, or half of the free memory)",
         group="calibration",
         affects="report",
         metavar="GIB",

@@ -317,10 +317,7 @@ def _silence(site: Site) -> Forward:
 
 
 def _is_sum(total: Tensor, one: Tensor, other: Tensor, *terms: Tensor) -> bool:
-    """Tell whether a total is that of two, to the rounding of a token's largest terms.
-
-    What a layer adds up before, and the stream cancels, has rounded at any of its features.
-    """
+    """Tell whether a total is that of two, to the rounding of the largest terms of each token."""
     size = sum(each.abs() for each in (total, one, other, *terms)).amax(-1, keepdim=True)
     tolerance = 4 * torch.finfo(total.dtype).eps * size
     return not bool(((total - one - other).abs() > tolerance).any())

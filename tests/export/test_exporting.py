@@ -29,7 +29,7 @@ def formats(monkeypatch):
     """Two formats that write a file and a folder."""
 
     def write_file(folder, out, *, text="a"):
-        out.write_text(text)
+        out.write_text(f"GGUF{text}")
         return ["a note"]
 
     def write_folder(folder, out):
@@ -54,10 +54,10 @@ def others(folder) -> list[str]:
 
 def test_an_export_lies_beside_its_folder_and_is_recorded(folder):
     done = export(folder, "file")
-    assert done.paths == (folder.with_name("model.file"),) and done.bytes == 1
-    assert done.paths[0].read_text() == "a" and others(folder) == ["model.file"]
+    assert done.paths == (folder.with_name("model.file"),) and done.bytes == 5
+    assert done.paths[0].read_text() == "GGUFa" and others(folder) == ["model.file"]
     (entry,) = read_record(folder)
-    assert entry["path"] == "../model.file" and entry["format"] == "file" and entry["bytes"] == 1
+    assert entry["path"] == "../model.file" and entry["format"] == "file" and entry["bytes"] == 5
     assert len(entry["sha256"]) == 64
     # The record is a file of ours: the folder may still be overwritten.
     assert strangers(folder) == []
@@ -66,7 +66,7 @@ def test_an_export_lies_beside_its_folder_and_is_recorded(folder):
     assert strangers(folder) == []
     (folder / "mine.txt").write_text("mine")
     export(folder, "file", overwrite=True, text="bcd")
-    assert [entry["bytes"] for entry in read_record(folder)] == [3, 2]
+    assert [entry["bytes"] for entry in read_record(folder)] == [7, 6]
     assert strangers(folder) == ["mine.txt"]
 
 
@@ -108,6 +108,12 @@ def test_what_is_there_is_replaced_only_if_it_may_be(folder):
     assert (out / "inner" / "weights").read_text() == "mine"
     with pytest.raises(InputError, match="which no export wrote"):
         export(folder, "file", out, overwrite=True)
+    thesis = folder.with_name("thesis.txt")
+    thesis.write_text("mine")
+    with pytest.raises(InputError, match="no GGUF file, so no export wrote it"):
+        export(folder, "file", thesis, overwrite=True)
+    assert thesis.read_text() == "mine"
+    thesis.unlink()
     with pytest.raises(InputError, match="is a file, the output a folder"):
         export(folder, "folder", folder.with_name("model.file"), overwrite=True)
     assert others(folder) == ["model.file", "model.folder"]
