@@ -40,6 +40,17 @@ TOKENIZER = (
     *("chat_template.jinja", "chat_template.json"),
 )
 OLDER = (".model", ".spm", ".tiktoken", ".bpe")  # vocabularies of other tools
+# Fields of transformers 4, and where version 5 has them in rope_parameters.
+OLDER_NAMES = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+MODERNBERT = {"global_rope_theta": "full_attention", "local_rope_theta": "sliding_attention"}
+OLDER_NAMES_OF = {
+    "gemma3_text": {"rope_theta": "full_attention", "rope_local_base_freq": "sliding_attention"},
+    "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+    "modernbert": MODERNBERT,
+    "modernbert-decoder": MODERNBERT,
+    "olmo3": {"rope_theta": "full_attention"},
+}
+PHI3_SCALING = {"short_factor", "long_factor", "original_max_position_embeddings"}
 DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.md", "*/config.json")
 
 
@@ -182,21 +193,29 @@ def _fit_modules(folder: Path, hidden: int) -> list[str]:
 
 
 def complete_config(folder: Path) -> None:
-    """Write ``rope_theta`` and ``rope_scaling`` beside ``rope_parameters`` into config.json.
+    """Write what config.json says in ``rope_parameters`` in the fields of transformers 4 as well.
 
-    Transformers 5 writes the last alone; version 4, and what follows its spelling, would take the
-    default of 10,000 in silence.
+    Transformers 5 writes the first alone; version 4, and what follows its spelling, would take
+    defaults in silence. Version 5 reads both, and prefers ``rope_scaling``.
     """
     path = folder / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
     for part in [fields, *(each for _, each in fields_of(fields) if isinstance(each, dict))]:
-        rope = part.get("rope_parameters")
-        if not isinstance(rope, Mapping) or "rope_theta" not in rope:
-            continue  # none, or one for each type of layer, which version 4 spells in its own ways
-        part.setdefault("rope_theta", rope["rope_theta"])
-        others = {name: value for name, value in rope.items() if name != "rope_theta"}
-        if others.get("rope_type", "default") != "default":
-            part.setdefault("rope_scaling", others)
+        rope, kind = part.get("rope_parameters"), part.get("model_type")
+        if not isinstance(rope, Mapping):
+            continue
+        names = OLDER_NAMES | OLDER_NAMES_OF.get(kind, {})
+        found = {older: rope[name] for older, name in names.items() if name in rope}
+        for older, value in found.items():
+            part.setdefault(older, value["rope_theta"] if isinstance(value, Mapping) else value)
+        if "rope_theta" not in found:
+            continue  # one scaling for each type of layer
+        scaling = {k: v for k, v in rope.get("full_attention", rope).items() if k != "rope_theta"}
+        more = scaling.keys() - {"rope_type", "type", "partial_rotary_factor"}
+        if kind == "phi3" and more == PHI3_SCALING:  # version 4 refuses any other
+            short, long = scaling["short_factor"], scaling["long_factor"]
+            scaling = {"type": "longrope", "short_factor": short, "long_factor": long}
+        part.setdefault("rope_scaling", scaling if more else None)  # some have one by default
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from covers import cover, some
-from folders import change, equal_plan, make_plan, pruned, read
+from folders import change, equal_plan, pruned, read
 from tiny import TINY, batches, outputs, tiny, tiny_inputs
 
 from liar_ext import InputError, apply_plan, load_pruned, prune, save_pruned, verify_pruned
@@ -163,28 +163,53 @@ def test_a_second_pruning_is_saved_and_composes(tmp_path: Path) -> None:
     assert len(read(tmp_path / "second")["liar"]["history"]) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_an_older_transformers_finds_the_base_of_the_rotation(name, tmp_path: Path) -> None:
-    model, plan = pruned(name, equal_plan)
-    rope = model.config.rope_parameters
-    save_pruned(model, tmp_path / "pruned", plan)
-    fields = read(tmp_path / "pruned")
-    if "rope_theta" in rope:
-        assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"]
-    else:  # one for each type of layer, which version 4 spells otherwise
-        assert "rope_theta" not in fields
+def rope(**more) -> dict:
+    return {"rope_type": "default", "rope_theta": 5000.0, **more}
 
 
-def test_scaled_rotations_are_written_in_the_older_spelling_too(tmp_path: Path) -> None:
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-    model = tiny("llama", rope_parameters=rope)
-    plan = make_plan(model)
+WHOLE = {"partial_rotary_factor": 1.0}  # most take a quarter, or a half, by default
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+PHI3 = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+SECTIONS = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+TWO = {"full_attention": rope(rope_theta=7000.0), "sliding_attention": rope()}
+SCALED = {**TWO, "full_attention": {"rope_theta": 7000.0, **LINEAR}}
+MODERNBERT = {"global_rope_theta": 7000.0, "local_rope_theta": 5000.0}
+GEMMA = {"rope_theta": 7000.0, "rope_local_base_freq": 5000.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "older"),
+    [
+        ("llama", rope(), {"rope_theta": 5000.0}),
+        ("llama", rope(**LINEAR), {"rope_theta": 5000.0, "rope_scaling": LINEAR}),
+        *((name, rope(**WHOLE), WHOLE) for name in "stablelm phi nemotron glm glm4".split()),
+        ("qwen3_next", rope(**WHOLE), WHOLE),
+        ("phi3", rope(partial_rotary_factor=0.5), {"partial_rotary_factor": 0.5}),
+        ("phi3", rope(**LONG), {"rope_scaling": PHI3}),
+        ("gpt_neox", rope(**WHOLE), {"rotary_pct": 1.0, "rotary_emb_base": 5000.0}),
+        ("gpt_oss", rope(), {"rope_scaling": None}),  # which is scaled by default
+        ("qwen2_vl", None, {"rope_scaling": SECTIONS}),
+        ("gemma3_text", TWO, GEMMA),
+        ("gemma3_text", SCALED, {**GEMMA, "rope_scaling": LINEAR}),
+        ("olmo3", SCALED, {"rope_theta": 7000.0, "rope_scaling": LINEAR}),
+        ("modernbert", TWO, MODERNBERT),
+        ("modernbert-decoder", TWO, MODERNBERT),
+        ("gemma4_text", None, {}),  # which version 4 lacks
+    ],
+)
+def test_an_older_transformers_finds_the_rotation(name, given, older, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 8} if name == "phi3" else {}
+    model = tiny(name, **sizes, **({} if given is None else {"rope_parameters": given}))
+    plan = equal_plan(model, ("mlp",))
     apply_plan(model, plan)
     save_pruned(model, tmp_path / "pruned", plan)
     fields = read(tmp_path / "pruned")
-    assert fields["rope_theta"] == 5000.0
-    assert fields["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
-    assert load_pruned(tmp_path / "pruned").config.rope_parameters == rope
+    fields = fields.get("text_config", fields)
+    assert {name: fields.get(name, "lacks it") for name in older} == older
+    assert older or "rope_theta" not in fields
+    for load in (load_pruned, type(model).from_pretrained):
+        assert torch.equal(outputs(load(tmp_path / "pruned")), outputs(model))
 
 
 @pytest.mark.parametrize(
