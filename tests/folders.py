@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def plan_of_experts(model: nn.Module) -> Plan:
         if site.expert is not None
     }
     return replace(plan, sites={**plan.sites, **kept})
+
+
+def as_in_the_hubs_cache(folder: Path) -> Path:
+    """Move a folder into a cache like the hub's, where every file is a link; return its place."""
+    repository = folder.with_name("models--someone--model")
+    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(each for each in folder.rglob("*") if each.is_file())):
+        link, blob = snapshot / path.relative_to(folder), blobs / str(number)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
 
 
 def change(path: Path, **fields) -> None:

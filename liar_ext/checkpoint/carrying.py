@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.folder import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
-from liar_ext.checkpoint.inspection import fields_of
+from liar_ext.checkpoint.inspection import fields_of, lies_inside
 from liar_ext.models.sites import sites
 from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import quiet
@@ -84,7 +84,7 @@ def carry(source: Path, folder: Path, model: nn.Module, *, tokenizer: bool) -> l
     for path, name in _files(source, said):
         if (folder / name).exists() or (tokenizer and name in TOKENIZER):
             continue
-        if not _lies_inside(path, source):
+        if not lies_inside(path, source):
             said.append(f"{name} of {source} leads out of that folder and stays behind.")
         elif path.stat().st_size > MOST:
             said.append(f"{name} of {source} is larger than {MOST >> 20} MiB and stays behind.")
@@ -155,18 +155,11 @@ def _modules(source: Path, said: list[str]) -> list[str]:
     for name in filter(None, names):
         parts = PurePosixPath(name).parts
         below = len(parts) == 1 and parts[0] not in ("..", OWN_FOLDER) and not name.startswith("/")
-        if below and _lies_inside(source / name, source):
+        if below and lies_inside(source / name, source):
             found.append(name)
         else:
             said.append(f"{path} names {name[:80]!r}, which leads elsewhere and stays behind.")
     return found
-
-
-def _lies_inside(path: Path, source: Path) -> bool:
-    """Tell whether a file lies in the folder, be it through links inside of the hub's cache."""
-    target, home = path.resolve(), source.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    return target.is_relative_to(home) or target.is_relative_to(blobs)
 
 
 def _fit_modules(folder: Path, hidden: int) -> list[str]:

@@ -35,6 +35,9 @@ SIZES = (
     *("vocab_size", "max_position_embeddings", "n_positions"),
     *("image_size", "patch_size", "num_channels"),
 )
+# Ends of the files that loaders read beside weights, and so put into what is saved.
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".codes")
+TEXT_PLACES = ("*", "additional_chat_templates/*", "*tokenizer/*")
 # Fields by which a config sends transformers to other files, other code or another repository.
 DETOURS = ("configuration_files", "transformers_weights", "custom_generate")
 
@@ -51,10 +54,11 @@ class Folder:
 def inspect_folder(path: Path, operation: str) -> Folder:
     """Read the config and the headers of the weights of a folder.
 
-    Refused are files that are missing, damaged, no safetensors or outside the folder, and a config
-    that can't be that of the weights.
+    Refused are files that are missing, damaged, no safetensors or outside the folder, texts that
+    are links out of it, and a config that can't be that of the weights.
     """
     config = read_config(path, operation)
+    _check_texts(path, operation)
     if (path / "adapter_config.json").exists():
         raise InputError(
             f"{operation}: {path} holds an adapter of PEFT; merge it into its model and save that"
@@ -101,6 +105,32 @@ def read_json(path: Path, operation: str) -> dict[str, Any]:
     """Return the object in a JSON file; refuse any other file, or what is too large or deep."""
     _check_file(path, operation)
     return read_object(path, operation)[0]
+
+
+def lies_inside(path: Path, folder: Path) -> bool:
+    """Tell whether a file lies in the folder, be it through links inside of the hub's cache."""
+    target, home = (Path(os.path.realpath(each)) for each in (path, folder))
+    caches = (up.parent for up in home.parents if up.name == "snapshots")
+    return any(map(target.is_relative_to, (home, *(up / "blobs" for up in caches))))
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse a link that leads out of the folder."""
+    if not lies_inside(path, folder):
+        raise InputError(
+            f"{path} leads to {os.path.realpath(path)}, outside of the folder; remove the link, or "
+            "put the file itself there"
+        )
+
+
+def _check_texts(path: Path, operation: str) -> None:
+    """Refuse texts that loaders would take from elsewhere, or wait for without end."""
+    for file in sorted(file for place in TEXT_PLACES for file in path.glob(place)):
+        name = file.name.lower()
+        read = name.endswith(TEXTS) and not name.endswith(".index.json")
+        if read and not name.startswith(".") and not file.is_dir():
+            check_inside(file, path)
+            _check_file(file, operation)
 
 
 def _weight_files(path: Path, operation: str) -> list[Path]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from liar_ext.checkpoint.carrying import MODULES_FILE
-from liar_ext.checkpoint.inspection import WEIGHTS, read_json
+from liar_ext.checkpoint.inspection import WEIGHTS, check_inside, read_json
 from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.untrusted import UNREADABLE, read_value
 
@@ -171,18 +171,10 @@ def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
 
 
 def _inside(folder: Path, name: PurePosixPath) -> Path:
-    """Return a file of the folder; refuse a link that leads elsewhere than that of config.json.
-
-    In the cache of a hub all files of a folder are links into one other folder.
-    """
+    """Return a file of the folder; refuse a link that leads out of it."""
     path = folder / name
-    homes = (folder.resolve(), (folder / "config.json").resolve().parent)
-    real = path.resolve()
-    if not any(home in real.parents for home in homes):
-        raise InputError(
-            f"{path} leads to {real}, outside of the folder; put the file itself there"
-        )
-    if not real.is_file():
+    check_inside(path, folder)
+    if not path.is_file():
         raise InputError(f"{path} is missing, or no file; copy the folder again")
     return path
 

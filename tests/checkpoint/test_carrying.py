@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from folders import pruned, tokenizer
+from folders import as_in_the_hubs_cache, pruned, tokenizer
 from tiny import batches, tiny
 
 from liar_ext import load_pruned, prune, save_pruned
@@ -156,15 +155,11 @@ def test_modules_that_are_none(text: str, source: Path, tmp_path: Path) -> None:
 
 
 def test_files_of_the_hubs_cache_are_links(source: Path, tmp_path: Path) -> None:
-    repository = tmp_path / "hub" / "models--someone--bert"
-    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
-    snapshot.parent.mkdir(parents=True)
-    source.rename(snapshot)
-    blobs.mkdir()
-    os.rename(snapshot / "sentence_bert_config.json", blobs / "abc")
-    (snapshot / "sentence_bert_config.json").symlink_to("../../blobs/abc")
-    model, plan = pruned("bert")
-    save_pruned(model, tmp_path / "out", plan, source=snapshot)
+    tokenizer().save_pretrained(source)
+    snapshot = as_in_the_hubs_cache(source)
+    assert (snapshot / "config.json").is_symlink()
+    model, words = load_model(snapshot)
+    save_pruned(model, tmp_path / "out", prune(model, batches(model), 0.7).plan, tokenizer=words)
     assert read_text(tmp_path / "out") == '{"max_seq_length": 64}'
 
 

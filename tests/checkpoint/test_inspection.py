@@ -171,10 +171,46 @@ def test_links_to_no_file(target: str, folder: Path) -> None:
     refused(load_pruned, folder, "is missing|must be an ordinary file")
 
 
+TEXTS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "spiece.model", "additional_chat_templates/tools.jinja"),
+    "decoder_tokenizer/tokenizer.json",
+)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_are_no_links_out_of_the_folder(name: str, dense: Path) -> None:
+    """The loaded model or tokenizer would put a file of the user into what is saved."""
+    path, mine = dense / name, dense.with_name("mine")
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    shutil.copy(path, mine)
+    path.rename(dense / "inside")
+    path.symlink_to(dense / "inside")
+    load_model(dense)
+    path.unlink()
+    path.symlink_to(mine)
+    refused(load_model, dense, f"{path.name} leads to .*/mine, outside of the folder; remove")
+
+
+def test_weights_may_be_links_to_anywhere(dense: Path) -> None:
+    weights = dense / "model.safetensors"
+    weights.rename(dense.with_name("blob"))
+    weights.symlink_to(dense.with_name("blob"))
+    (dense / ".#config.json").symlink_to("user@host.1")  # a lock of an editor
+    load_model(dense)
+
+
 def test_a_pipe_does_not_hang(folder: Path) -> None:
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
     refused(verify_pruned, folder, "must be an ordinary file")
+
+
+def test_a_pipe_for_a_template_does_not_hang(dense: Path) -> None:
+    (dense / "chat_template.jinja").unlink(missing_ok=True)
+    os.mkfifo(dense / "chat_template.jinja")
+    refused(load_model, dense, "chat_template.jinja must be an ordinary file")
 
 
 def test_weights_without_permission(folder: Path, monkeypatch) -> None:
