@@ -2,6 +2,7 @@
 
 ========================  ======================================================================
 ``model_type``, ``model`` family, and a fingerprint of the weights
+``config``                a digest of what the config computes with, such as activations
 ``dtype``                 of the weights, as the model was run
 ``sites``                 per site what its units are: ``unit``, ``units``, ``width``, ``groups``
 ``sequences``, ``tokens`` numbers of them
@@ -37,10 +38,11 @@ Source = dict[str, Any]
 Check = Callable[[Any], bool]
 # Facts that must be the same for sums to add up, with what a person can do where they aren't; what
 # banks of older versions don't say may be anything.
-UNSAID = ("dtype", "tokenizer")
+UNSAID = ("config", "dtype", "tokenizer")
 SHARED = {
     "model_type": "calibrate the same weights for both",
     "model": "calibrate the same weights for both",
+    "config": "calibrate both with the same config.json",
     "dtype": "calibrate both with the same --dtype",
     "tokenizer": "calibrate both with the same tokenizer",
     "relative": "calibrate both anew, so that tokens count alike",
@@ -165,7 +167,7 @@ _drawn = {"texts": _names, "notes": _names, "bos": _string}
 _drawn["packed"] = lambda value: isinstance(value, bool)
 CHECKS: dict[str, Check] = {
     **dict.fromkeys(("sequences", "tokens", "seq_len"), _count),
-    **dict.fromkeys(("model_type", "model", "dtype", "tokenizer"), _string),
+    **dict.fromkeys(("model_type", "model", "config", "dtype", "tokenizer"), _string),
     **dict.fromkeys(("data", "texts", "relative"), _names),
     "sites": _named(_record(unit=_string, **_sizes)),
     "routed": _named(lambda counts: _list_of(_count)(counts) and len(counts) == 2),

@@ -25,6 +25,7 @@ from liar_ext.calibration.batches import (
 from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
 from liar_ext.calibration.saved_sums import SavedSums, group_sites
 from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
+from liar_ext.models.configs import config_digest
 from liar_ext.models.registry import type_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, sites
@@ -151,7 +152,7 @@ def collect(
             saved.check(seen.batches, seen.digest.hexdigest())
         elif seen.batches > saved.done:
             saved.save(seen.batches, so_far, now=True)
-        _check_alike(facts["model"], seen.digest.hexdigest())
+        _check_alike(facts["model"] + facts["config"], seen.digest.hexdigest())
     tokens, routed = counted(current)
     check_sums(moments, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
@@ -166,6 +167,7 @@ def _facts_of(model: nn.Module, taps: Sequence[Tap] = ()) -> dict[str, object]:
     return {
         "model_type": type_of(model),
         "model": fingerprint_of(model.state_dict().items()),
+        "config": config_digest(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         **({"relative": relative} if relative else {}),
     }
@@ -333,6 +335,11 @@ def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> 
         raise InputError(
             "calibrate: the bank is of other weights than the model's, or keep_hidden changes "
             "them; calibrate the model that is pruned, or leave the bank out"
+        )
+    if there["config"] != here["config"]:
+        raise InputError(
+            "calibrate: the bank is of a model with another config, such as another activation; "
+            "restore the config.json, or calibrate the model anew"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import PARTS, Triangles, unpacked
-from liar_ext.calibration.bank_source import check_source
+from liar_ext.calibration.bank_source import UNSAID, check_source
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments
 from liar_ext.models.sites import Site, teams_of
@@ -121,7 +121,8 @@ class SavedSums:
         with reading(path):
             source, batches, theirs = (known[1][name] for name in ("source", "batches", "widths"))
             check_source(source)
-            same = all(source.get(name) == value for name, value in facts.items())
+            unsaid = {name: facts.get(name) for name in UNSAID}  # by older versions
+            same = all((unsaid | source).get(name) == value for name, value in facts.items())
             if not same or theirs != widths:
                 raise InputError(
                     f"checkpoint: {path} is of another model, or of other sites; name another "

@@ -23,6 +23,7 @@ from liar_ext.checkpoint.folder import count_params
 from liar_ext.job.solving import hold_out
 from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
+from liar_ext.models.configs import config_digest
 from liar_ext.models.depth import check_block_count
 from liar_ext.models.plan import KINDS
 from liar_ext.models.registry import is_diffusion, type_of
@@ -313,6 +314,7 @@ def recorded(job: Job) -> Job:
         texts["held-out"] = job.evaluate_on  # whose hidden states are saved
     facts = {
         "weights": weights,
+        "config": config_digest(job.model),
         "dtype": str(job.model.dtype),
         **{f"{n} text": None if each is None else digest_of(each) for n, each in texts.items()},
         "bank": None if job.bank is None else job.bank.source.get("data"),

@@ -137,6 +137,14 @@ def test_moments_that_are_there_are_not_summed_again(schedule, monkeypatch):
     assert torch.equal(outputs(model), outputs(twin))
 
 
+def test_a_bank_that_does_not_say_its_config():
+    """As those of older versions."""
+    model = tiny("llama")
+    bank = calibrate(model, batches(model))
+    del bank.source["config"]
+    prune(model, bank=bank, preset="fast")
+
+
 def test_a_bank_stays_as_it_was():
     model = tiny("llama")
     bank = calibrate(model, batches(model))
@@ -148,6 +156,7 @@ def test_a_bank_stays_as_it_was():
     ("other", "settings", "message"),
     [
         ({"seed": 5}, {}, "of other weights"),
+        ({"hidden_act": "relu"}, {}, "of a model with another config"),
         ({"intermediate_size": 30}, {}, "0.mlp is missing or of another size"),
         ({}, {"keep_hidden": 0.5}, "keep-hidden"),
     ],

@@ -99,6 +99,7 @@ def test_sums_of_something_else_are_refused(model, tmp_path):
     for other, text, at, message in (
         (tiny("llama", seed=3), data, None, "of another model"),
         (tiny("llama").double(), data, None, "of another model"),
+        (tiny("llama", rope_theta=77.0), data, None, "of another model"),
         (model, data, sites(model, ["mlp"]), "or of other sites"),
         (model, data[1:], None, "8 batches of other text"),
         (model, [*data[:7], data[0]], None, "8 batches of other text"),

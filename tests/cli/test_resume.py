@@ -79,6 +79,19 @@ def test_a_text_that_changed_since(llama_folder, corpus, tmp_path, capsys, monke
     assert "calibration text" in said and "; start the job as it was, or" in said
 
 
+def test_a_config_that_changed_since(llama_folder, corpus, tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(llama_folder, tmp_path / "model")
+    command = ["prune", model, "--calibration", corpus[0], *SIZES, "--self-text", 0]
+    with monkeypatch.context() as patch:
+        stop_at(patch, DenseOutputs, "divergence", 3)
+        assert run(*command, "--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c") == 130
+    said = (model / "config.json").read_text()
+    (model / "config.json").write_text(said.replace('"silu"', '"relu"'))
+    assert "is of a job with config" in refused(capsys, "resume", tmp_path / "c")
+    (model / "config.json").write_text(said)
+    assert run("resume", tmp_path / "c") == 0
+
+
 def test_a_job_by_blocks_that_was_stopped(llama_folder, corpus, tmp_path, capsys, monkeypatch):
     command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--schedule", "layerwise"]
     assert run(*command, "--out", tmp_path / "whole", "--quiet", "--self-text", 0) == 0
