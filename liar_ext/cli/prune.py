@@ -46,7 +46,7 @@ NONE_WRITTEN = (
 )
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     """Check that the options and their recipe say a whole job, and run it."""
     recipe = recipe_of(options)
     if getattr(options, "recipe", None) and not recipe.calibration and not options.bank:
@@ -63,10 +63,16 @@ def run(options: argparse.Namespace) -> None:
     given["--out DIR"] = options.out or options.dry_run
     example = "a first run is liar prune MODEL --calibration text.txt --out pruned"
     check_complete("prune", given, example)
-    run_recipe(recipe, options)
+    return run_recipe(recipe, options)
 
 
-def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
+def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Do as :func:`prune_by`; return 130 if training was interrupted."""
+    report = prune_by(recipe, options)
+    return 130 if report is not None and report.heal.get("interrupted") else 0
+
+
+def prune_by(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     """Run the job that a recipe says, and for its output the options; None for a dry run."""
     start = time.perf_counter()
     if options.out:
@@ -309,7 +315,7 @@ def compress(
         json=False,
     )
     with told(progress), nullcontext() if progress is True else no_bars():
-        report = run_recipe(built, command)
+        report = prune_by(built, command)
     for note in report.warnings if is_first() else ():
         warnings.warn(note, stacklevel=2)
     return report

@@ -209,6 +209,15 @@ def test_prune_trains_its_result_if_asked(llama_folder, corpus, tmp_path, capsys
     assert len(found["quality"]["perplexity"]) == 3 and verify_pruned(tmp_path / "two")
 
 
+def test_prune_says_that_its_training_was_interrupted(llama_folder, corpus, tmp_path, monkeypatch):
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out"]
+    command += ["--samples", "16", "--seq-len", "32", "--preset", "fast", "--heal", "1m"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, runs.Healing, "step", 3)
+        assert cli.main([*map(str, command)]) == 130
+    assert section(tmp_path / "out")["interrupted"] and verify_pruned(tmp_path / "out")
+
+
 def test_training_after_pruning_goes_on(llama_folder, corpus, tmp_path, monkeypatch, capsys):
     """The checkpoint was once of the pruning alone."""
     monkeypatch.chdir(tmp_path)
