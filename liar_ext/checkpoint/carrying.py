@@ -95,7 +95,7 @@ def carry(source: Path, folder: Path, model: nn.Module, *, tokenizer: bool) -> l
     if getattr(model, "liar_vocabulary", None) is None:
         listed = source / VOCABULARY_FILE
         with suppress(InputError):  # of a damaged list
-            tokens = kept_tokens(source, "save_pruned") if _lies_inside(listed, source) else None
+            tokens = kept_tokens(source, "save_pruned") if lies_inside(listed, source) else None
             if tokens and len(tokens) == len(model.get_input_embeddings().weight):
                 shutil.copyfile(listed, folder / VOCABULARY_FILE)
         return said
