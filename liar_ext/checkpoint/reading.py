@@ -67,11 +67,13 @@ def read_marked_config(folder: Path) -> dict[str, Any]:
 
 
 def _are_sizes(said: Any) -> bool:
-    """Tell whether something maps names to numbers, or to shapes of a few of them."""
+    """Tell whether something maps names to numbers, or to shapes of a few, or of null."""
 
     def is_size(value: Any) -> bool:
         if isinstance(value, list):
-            return 0 < len(value) < 5 and all(isinstance(n, int) and is_size(n) for n in value)
+            numbers = [n for n in value if n is not None]
+            few = numbers and len(value) < 5
+            return bool(few) and all(isinstance(n, int) and is_size(n) for n in numbers)
         return isinstance(value, int | float) and abs(value) <= LARGEST
 
     return isinstance(said, Mapping) and all(map(is_size, said.values()))
@@ -143,7 +145,7 @@ def read_weights(
         said = _sizes_said(model.config)
         with reading(found.path, operation):
             describe(model)
-        if said[0] and said != _sizes_said(model.config):
+        if said[0] and not _agree(said, _sizes_said(model.config)):
             raise InputError(
                 f"{operation}: config.json of {found.path} contradicts itself: the sizes of its "
                 "modules aren't those of its layers and heads; copy the folder again"
@@ -158,7 +160,7 @@ def settled(model: nn.Module) -> nn.Module:
     return model
 
 
-def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int, ...]], list[Any]]:
+def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int | None, ...]], list[Any]]:
     said = config.liar if isinstance(config.liar, Mapping) else {}
     shapes = {
         (path, name): tuple(size)
@@ -169,6 +171,19 @@ def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int, ...]], li
     }
     spec = [part.__dict__.get("_heterogeneity_spec") for part in config_parts(config)]
     return shapes, [each and each.per_layer_overrides for each in spec]
+
+
+def _agree(one: tuple[dict, list], other: tuple[dict, list]) -> bool:
+    """Tell whether what two configs say agrees; null, for a whole dimension, does with any size."""
+    return (
+        one[1] == other[1]
+        and one[0].keys() == other[0].keys()
+        and all(
+            len(size) == len(other[0][key])
+            and all(n == m or None in (n, m) for n, m in zip(size, other[0][key], strict=True))
+            for key, size in one[0].items()
+        )
+    )
 
 
 def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool) -> None:

@@ -275,8 +275,12 @@ def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
 def _sizes(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
     stock, sizes = saved_tensors(theirs), {}
     for name, value in saved_tensors(ours).items():
-        if name not in stock or stock[name].shape != value.shape:
+        if name not in stock:
             sizes[name] = list(value.shape)
+        elif stock[name].shape != value.shape:
+            # A dimension that is whole follows fields such as vocab_size, which others may change.
+            both = zip(value.shape, stock[name].shape, strict=True)
+            sizes[name] = [None if n == most else n for n, most in both]
     for name, value in vars(ours).items():
         other = vars(theirs).get(name)
         numbers = all(isinstance(each, int | float | tuple) for each in (value, other))

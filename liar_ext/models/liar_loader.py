@@ -10,7 +10,7 @@ The class of transformers that is asked for is built; then, before any weight is
 get the sizes that ``liar`` in config.json names, by their path in the base model::
 
     modules       the shape of a parameter or buffer, or a number that a module keeps, by name; one
-                  that it reads from its config by ``config.`` and the name
+                  that it reads from its config by ``config.`` and the name; of a shape null is all
     head          the same outside of the base model; only of the class that was saved
     head_inputs   [position, keyword, heads]: an argument of forward that has one slice per head of
                   the dense model, of which those of the heads that are left are taken; no heads:
@@ -147,9 +147,10 @@ def _set_sizes(path: str, module: nn.Module, sizes: dict[str, Any]) -> None:
             )
 
 
-def _part(path: str, old: torch.Tensor, shape: list[int]) -> torch.Tensor:
+def _part(path: str, old: torch.Tensor, shape: list[int | None]) -> torch.Tensor:
     """Return the first rows and columns of a tensor, in memory of their own."""
-    if len(shape) != old.ndim or any(n > most for n, most in zip(shape, old.shape, strict=True)):
+    both = zip(shape, old.shape, strict=False)
+    if len(shape) != old.ndim or any(n is not None and n > most for n, most in both):
         raise ValueError(
             f"config.json names the shape {shape} for {path}, the dense model has "
             f"{list(old.shape)}: the folder is damaged"

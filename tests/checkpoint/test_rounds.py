@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import transformers
 from covers import cover, some
 from folders import change, equal_plan, pruned, read
-from tiny import TINY, batches, outputs, tiny, tiny_inputs
+from tiny import TINY, VOCAB, batches, outputs, tiny, tiny_inputs
 
 from liar_ext import InputError, apply_plan, load_pruned, prune, save_pruned, verify_pruned
 from liar_ext.models.sites import block_config, family_of, sites
@@ -253,3 +254,45 @@ def test_a_head_size_that_the_layers_deny_is_refused(head_dim, changed) -> None:
 def test_a_class_that_is_none_is_refused(names, changed) -> None:
     with pytest.raises(InputError, match="has no model class"):
         verify_pruned(changed(architectures=names))
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "gpt2", "opt", "gpt_neox"])
+def test_tokens_can_be_added_and_removed_after_loading(name, tmp_path: Path) -> None:
+    model = tiny(name)
+    report = prune(model, batches(model), 0.5, keep_hidden=0.5)
+    save_pruned(model, tmp_path / "pruned", report.plan, report=report)
+    loader = getattr(transformers, next(iter(read(tmp_path / "pruned")["auto_map"])))
+    for more in (3, -3):
+        model = loader.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
+        model.resize_token_embeddings(VOCAB + more)
+        model.save_pretrained(tmp_path / "resized")
+        inputs = {"input_ids": torch.tensor([[3, 4, 5]])}
+        expected = outputs(model, inputs)
+        for again in (
+            loader.from_pretrained(tmp_path / "resized", trust_remote_code=True),
+            load_pruned(tmp_path / "resized"),
+        ):
+            assert torch.equal(outputs(again, inputs), expected)
+
+
+def test_a_folder_that_says_whole_sizes_still_loads(tmp_path: Path) -> None:
+    """As folders did before null stood for all of a dimension."""
+    model = tiny("gpt_neox")
+    report = prune(model, batches(model), 0.5, keep_hidden=0.5)
+    folder = tmp_path / "pruned"
+    save_pruned(model, folder, report.plan, report=report)
+    fields = read(folder)
+    for path, sizes in fields["liar"]["modules"].items():
+        for key, size in sizes.items():
+            if isinstance(size, list) and None in size:
+                sizes[key] = list(model.base_model.get_parameter(f"{path}.{key}").shape)
+    for path, sizes in fields["liar"]["head"].items():
+        sizes["weight"] = list(model.get_parameter(f"{path}.weight").shape)
+    assert None in read(folder)["liar"]["modules"]["embed_in"]["weight"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert "null" not in json.dumps(fields["liar"]["modules"])
+    assert torch.equal(outputs(load_pruned(folder)), outputs(model))
+    loader = transformers.AutoModelForCausalLM
+    loaded = loader.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert verify_pruned(folder)["agrees"]
