@@ -37,6 +37,7 @@ from liar_ext.healing.training import (
 )
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
+from liar_ext.recipe.checks import check_keywords
 from liar_ext.system.checkpoint_store import Checkpoint, opened
 from liar_ext.system.distributed import all_reduce, broadcast, exchanging, rank, world_size
 from liar_ext.system.errors import InputError
@@ -116,6 +117,7 @@ def heal(
     trained, of its gradients and of the state of AdamW, as FSDP does.
     """
     batches, held_out = _readable(model, teacher, batches, held_out)
+    check_keywords("heal", training, Training.__annotations__, {})
     training = Training(budget, **training).on(device_of(model))
     settings, recompute = training.facts(), training.gradient_checkpointing
     paths = dict.fromkeys(site.path for site in sites(model))
@@ -124,7 +126,10 @@ def heal(
     with ExitStack() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
         stack.callback(set_dtypes, model, original)
+        stack.enter_context(torch.enable_grad())
         saved = stack.enter_context(opened(checkpoint))
         for each in (model, teacher):
             stack.enter_context(evaluating(each))
@@ -226,6 +231,7 @@ class Healing:
             **settings,
             "ranks": world_size(),
             "model": fingerprint_of(original.items()),
+            "trained": fingerprint_of(self.trained.items()),
             "teacher": fingerprint_of(self.teacher.model.named_parameters()),
             "text": [digest_of(self.batches), digest_of(self.held_out)],
         }

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.calibration.taps import replaced
 from liar_ext.healing import OF_SIZE, RATE, TRAIN
 from liar_ext.models.running import computes_bfloat16, device_of, predicts_next_token
+from liar_ext.recipe.checks import is_number
 from liar_ext.system.distributed import local_world_size, world_size
 from liar_ext.system.environment import available_memory
 from liar_ext.system.errors import InputError, refusing
@@ -72,17 +74,19 @@ class Training:
     gradient_checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
-        if len(self.budget) != 1 or self.unit not in BUDGETS or not 0 < self.amount < math.inf:
+        one = isinstance(self.budget, Mapping) and len(self.budget) == 1 and self.unit in BUDGETS
+        if not (one and is_number(self.amount) and 0 < self.amount < math.inf):
             raise InputError(
                 f"heal: budget must be one of {', '.join(BUDGETS)} with a number above 0, got "
-                f"{dict(self.budget)}"
+                f"{self.budget!r}"
             )
         if self.train not in TRAIN:
             raise InputError(f"heal: train must be one of {', '.join(TRAIN)}, got {self.train!r}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError(f"heal: lr must be above 0, got {self.lr}")
-        if self.accumulate < 1:
-            raise InputError(f"heal: accumulate must be at least 1, got {self.accumulate}")
+        if self.lr is not None and not (is_number(self.lr) and 0 < self.lr < math.inf):
+            raise InputError(f"heal: lr must be above 0, got {self.lr!r}")
+        for name, value, least in (("accumulate", self.accumulate, 1), ("seed", self.seed, 0)):
+            if not (is_number(value, Integral) and value >= least):
+                raise InputError(f"heal: {name} must be at least {least}, got {value!r}")
 
     unit = property(lambda self: next(iter(self.budget)))
     amount = property(lambda self: next(iter(self.budget.values())))
@@ -246,9 +250,11 @@ def put(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
 
 
 def set_dtypes(model: nn.Module, like: State | None = None) -> None:
-    """Give parameters float32, or the dtypes of others; buffers keep theirs."""
+    """Give parameters in half precision float32, or all those of others; buffers keep theirs."""
     for name, each in model.named_parameters():
-        each.data = each.data.to(torch.float32 if like is None else like[name].dtype)
+        half = each.is_floating_point() and each.dtype.itemsize < 4
+        wide = torch.float32 if half else each.dtype
+        each.data = each.data.to(wide if like is None else like[name].dtype)
 
 
 def check_memory(device: torch.device, trained: Iterable[Tensor]) -> None:

@@ -302,6 +302,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     student.load_state_dict(before)
     with pytest.raises(InputError, match="lr 0.01, got 0.02"):
         heal(student, dense, text(), **{**settings, "lr": 2e-2})
+    student.model.layers[0].requires_grad_(False)
+    with pytest.raises(InputError, match="is of a job with trained"):
+        heal(student, dense, text(), **settings)
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -317,6 +320,21 @@ def test_an_interrupt_keeps_the_best_state(saved, tmp_path, monkeypatch):
         assert found["interrupted"] and found["improved"] and len(found["curve"]) == 3
     after = mean_loss(student, Teacher(dense), [*read_batches(text(2, seed=9))])
     assert after < mean_loss(pair()[0], Teacher(dense), [*read_batches(text(2, seed=9))])
+
+
+def test_float64_and_gradients_are_left_as_they_were(monkeypatch):
+    """Nothing improves here, and gradients are not those of a user."""
+    losses = iter(range(1, 99))
+    monkeypatch.setattr(run.Healing, "loss", lambda self, student: float(next(losses)))
+    student, dense = pair(dtype=torch.float64)
+    weight = student.model.layers[0].mlp.up_proj.weight
+    weight.grad = torch.ones_like(weight)
+    before = bits(student)
+    with torch.no_grad():
+        found = heal(student, dense, text(), held_out=text(2, seed=9), **STEPS)
+    assert not found["improved"] and same(student, before)
+    assert [each.grad is None for each in student.parameters()].count(False) == 1
+    assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
 @pytest.mark.parametrize("train", ["no-embeddings", "lora"])
@@ -393,6 +411,12 @@ def test_the_learning_rate_rises_and_falls():
         ({"budget": {"epochs": 1}}, "must be one of"),
         ({"train": "heads"}, "train must be one of"),
         ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": "1e-3"}, "lr must be above 0, got '1e-3'"),
+        ({"budget": 100}, "above 0, got 100"),
+        ({"budget": {"tokens": "5"}}, "budget must be one of"),
+        ({"accumulate": 1.5}, "accumulate must be at least 1, got 1.5"),
+        ({"seed": "a"}, "seed must be at least 0, got 'a'"),
+        ({"epochs": 2}, "there is no keyword epochs"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"held_out": []}, "held-out text"),
         ({"held_out": [NOTHING]}, "heal: batch 0 holds only padding"),
