@@ -28,6 +28,7 @@ from liar_ext.system.untrusted import UNREADABLE, listing, mapping, read_object,
 MODULES_FILE = "modules.json"
 DIMENSIONS = ("word_embedding_dimension", "embedding_dimension")  # of pooling, old and new
 MOST = 64 << 20  # bytes of one file; vocabularies have some millions
+MOST_CARD = 64 << 10  # characters of a model card, whose first lines name the licence
 WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
     *(".ot", ".tflite", ".npz", ".index.json", ".data"),
@@ -115,8 +116,11 @@ def license_of(source: Path | None) -> str | None:
     """Return the licence that a folder's model card names, if it does in a single word."""
     import yaml
 
+    if source is None or not (source / CARD_FILE).is_file():
+        return None
     try:
-        text = (source / CARD_FILE).read_text(encoding="utf-8")[:MOST] if source else ""
+        with open(source / CARD_FILE, encoding="utf-8") as file:
+            text = file.read(MOST_CARD)
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
         found = front.get("license")
     except (OSError, ValueError, IndexError, AttributeError, yaml.YAMLError, RecursionError):

@@ -23,7 +23,7 @@ from liar_ext.models.outputs import output_of
 from liar_ext.models.running import draw_inputs, evaluating, inputs_read, positions_of
 from liar_ext.system.atomic_write import atomic_write
 from liar_ext.system.errors import InputError, refusing
-from liar_ext.system.untrusted import UNREADABLE
+from liar_ext.system.untrusted import UNREADABLE, read_value
 
 # Below a folder of its own: what globs *.safetensors at a folder's top takes all of it for weights,
 # and what copies a model elsewhere leaves it behind.
@@ -196,7 +196,10 @@ def strangers(folder: Path) -> list[str]:
 
 def changed_weights(folder: Path) -> list[str]:
     """Return the files of weights with other bytes than the manifest, if there is one, lists."""
-    listed = _listed(folder / MANIFEST_FILE) or {}
+    path = folder / MANIFEST_FILE
+    listed = _listed(path) if os.path.lexists(path) else {}
+    if listed is None:
+        raise InputError(f"verify: {path} can't be read; copy the folder again")
     weights = [n for n in entries(folder) if n.endswith(".safetensors") and n in listed]
     # Of what a hub's cache holds, each file is a link.
     return [n for n in weights if digest(Path(os.path.realpath(folder / n))) != listed[n]]
@@ -225,7 +228,7 @@ def digest(path: Path) -> str | None:
 def _listed(path: Path) -> dict[str, str] | None:
     """Return the digests by name; None if the manifest can't be read."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["files"])
+        return dict(read_value(path)[0]["files"])
     except (*UNREADABLE, KeyError, TypeError):
         return None
 

@@ -219,7 +219,7 @@ def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokeni
     elif name and not os.path.isdir(name):
         said = [f"What else {name} holds could not be read, and stays behind."]
     if isinstance(getattr(report, "warnings", None), list):
-        report.warnings += said
+        report.warnings += [each for each in said if each not in report.warnings]
     if hasattr(report, "to_card"):
         text = report.to_card(license_of(found))
         (folder / saved.CARD_FILE).write_text(text, encoding="utf-8")
@@ -233,9 +233,10 @@ def _write_report(report: Any, folder: Path, start: float) -> None:
     elif report is not None:
         seconds = getattr(report, "seconds", None)
         if isinstance(seconds, dict):
+            before = seconds.get("save", 0.0)  # to another folder
             seconds["save"] = time.perf_counter() - start
             if "total" in seconds:
-                seconds["total"] += seconds["save"]
+                seconds["total"] += seconds["save"] - before
         report.save(folder)
 
 

@@ -62,7 +62,8 @@ def render(template: str, **parts: Any) -> str:
 
 def in_markdown(value: str) -> str:
     """Return text that is no markup of Markdown's or HTML's, on one line."""
-    return " ".join(value.split()).replace("<", "&lt;").replace("|", "&#124;")
+    line = " ".join(value.split()).replace("](", "]\\(")
+    return line.replace("<", "&lt;").replace("|", "&#124;")
 
 
 def plain(value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import batches, tiny
 
 from liar_ext import load_pruned, prune, save_pruned
 from liar_ext.checkpoint import load_model
+from liar_ext.checkpoint.carrying import MOST_CARD, license_of
 from liar_ext.checkpoint.saving import check_folder
 from liar_ext.report.report import Report
 
@@ -94,7 +96,8 @@ def test_nothing_from_outside_of_the_folder_goes_along(source: Path, tmp_path: P
     save_pruned(model, tmp_path / "out", plan, report=report, source=source)
     assert not (tmp_path / "out" / "link.json").exists()
     assert not (tmp_path / "out" / "elsewhere").exists()
-    assert sum("leads" in warning for warning in report.warnings) == 6
+    save_pruned(model, tmp_path / "again", plan, report=report, source=source)
+    assert sum("leads" in warning for warning in report.warnings) == 6  # each once
 
 
 def test_a_module_that_is_a_link_is_not_walked(source: Path, tmp_path: Path) -> None:
@@ -117,6 +120,16 @@ def test_only_kinds_of_files_that_loaders_read_go_along(source: Path, tmp_path: 
     model, plan = pruned("bert")
     save_pruned(model, tmp_path / "out", plan, source=source)
     assert go <= names(tmp_path / "out") and not stay & names(tmp_path / "out")
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_card_without_end_names_no_licence(put, source: Path) -> None:
+    card = source / "README.md"
+    card.write_text(card.read_text() + "a" * MOST_CARD)
+    assert license_of(source) == "apache-2.0"
+    card.unlink()
+    put(card)
+    assert license_of(source) is None
 
 
 def test_the_card_shows_a_name_as_it_is(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tiny import tiny
 
 from liar_ext import verify_pruned
 from liar_ext.checkpoint import inspection, load_model, load_pruned, save_pruned
+from liar_ext.checkpoint.folder import MANIFEST_FILE, strangers
 from liar_ext.system.errors import InputError
 
 
@@ -219,6 +220,16 @@ def test_weights_without_permission(folder: Path, monkeypatch) -> None:
         inspection.os, "access", lambda p, mode: p.name != "model.safetensors" and access(p, mode)
     )
     refused(load_pruned, folder, "no permission to read .*model.safetensors")
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.touch])
+def test_a_manifest_that_cannot_be_read_is_told_of(put, folder: Path) -> None:
+    """Its weights would not be compared, and a pipe or a device be read without end."""
+    (folder / MANIFEST_FILE).unlink()
+    assert verify_pruned(folder)["agrees"]
+    put(folder / MANIFEST_FILE)
+    refused(verify_pruned, folder, "verify: .*liar/manifest.json can't be read; copy the folder")
+    assert MANIFEST_FILE in strangers(folder)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

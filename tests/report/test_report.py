@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
@@ -159,11 +160,12 @@ def test_columns_of_numbers_end_where_their_heads_do():
 
 
 def test_markup_and_lines_are_no_markdown():
-    nasty = "a|b\n\n# <script>"
+    nasty = "a|b\n\n# <script> ![x](https://a.b)"
     whole = report(model=nasty, loading=nasty, warnings=[nasty], settings={nasty: nasty})
     page, card = whole.to_markdown(), whole.to_card()
     assert "<script" not in page and page.count("\n# ") == 0 and page.count("&lt;script>") == 5
     assert "<script" not in card.split("---")[2] and "a&#124;b # &lt;script>" in card
+    assert not re.search(r"[^\\]\]\(https", page + card.split("---")[2]), "no image, no link"
 
 
 def test_the_recipe_stands_in_the_report_as_it_is_saved(tmp_path):
