@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import deque
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_hidden_states_of_two_sizes_are_refused_before_the_model_is_changed():
     model = tiny("mpnet").base_model
     before = model.state_dict()
     with pytest.raises(InputError, match="hidden states, whose size keep_hidden changes"):
-        prune(model, batches(model, 4), 0.6, keep_hidden=0.75, certify_on=batches(model, 2))
+        prune(model, batches(model, 4), 0.6, keep_hidden=0.75, certify_on=deque(batches(model, 2)))
     with pytest.raises(InputError, match="rescale compares hidden states"):
         prune(model, batches(model, 4), 0.6, keep_hidden=0.75, rescale=True)
     assert model.state_dict().keys() == before.keys() and not hasattr(model, "liar_plan")

@@ -25,7 +25,7 @@ from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.heal import train_pruned
 from liar_ext.cli.options import StrPath, check_complete, paths_of, recipe_of
 from liar_ext.cli.output import say, show
-from liar_ext.cli.resume import check_apart, checkpoint_of
+from liar_ext.cli.resume import check_apart, check_untrained, checkpoint_of
 from liar_ext.healing import MINUTES
 from liar_ext.job.dry_run import describe, describe_streamed
 from liar_ext.job.pruning import check_resumable, prune_folder
@@ -75,10 +75,11 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
 def prune_by(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     """Run the job that a recipe says, and for its output the options; None for a dry run."""
     start = time.perf_counter()
+    if options.checkpoint:
+        check_untrained(options.checkpoint)
+        check_resumable(recipe)
     if options.out:
         check_folder(options.out, options.overwrite)
-    if options.checkpoint:
-        check_resumable(recipe)
     check_apart(options)
     asked = options.heal is not None
     _settle_healing(recipe.model, options)
@@ -258,7 +259,8 @@ def compress(
     bank : str or path, optional
         File of ``liar calibrate``.
     checkpoint : str or path, optional
-        Folder for progress. After an interruption, resume with the same call.
+        Folder for progress. After an interruption, resume with the same call,
+        and training with ``liar resume``.
     progress : bool or callable
         As for :func:`liar_ext.prune`.
     **options

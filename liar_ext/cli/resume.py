@@ -23,7 +23,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable
 from liar_ext.system import checkpoint_store as store
 from liar_ext.system.distributed import broadcast, is_first
-from liar_ext.system.errors import InputError, refusing, typed
+from liar_ext.system.errors import InputError, printable, refusing, typed
 
 JOB_FILE = f"{store.JOB}{store.SUFFIX}"
 NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{store.SUFFIX}"}  # files that are there before any step
@@ -49,11 +49,8 @@ def run(options: argparse.Namespace) -> object:
     result = job["options"]["out"]
     if not (options.quiet or options.json):
         found = "; ".join(what_is_saved(folder)) or "before anything was saved"
-        print(
-            f"{options.folder}: liar {command}, {result}, stopped with {found}; going on in "
-            f"{job['folder']}",
-            flush=True,
-        )
+        line = f"{options.folder}: liar {command}, {result}, stopped with {found}; going on in "
+        print(printable(line + job["folder"]), flush=True)
     gone = f"resume: can't go to {job['folder']!r}, where the job was started"
     with refusing(gone, "", OSError, ValueError):
         os.chdir(job["folder"])
@@ -69,6 +66,13 @@ def run(options: argparse.Namespace) -> object:
     own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}
     start = import_module(f"liar_ext.cli.{command}").run_recipe  # it imports this module
     return start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**own))
+
+
+def check_untrained(checkpoint: str) -> None:
+    """Refuse to prune anew what was pruned, and whose training has begun and was stopped."""
+    if (store.facts_of(checkpoint, store.JOB) or {}).get("command") == "heal":
+        again = f"liar resume {typed(checkpoint)}"
+        raise InputError(f"prune: {checkpoint} has a model in training; {again} goes on with it")
 
 
 def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:

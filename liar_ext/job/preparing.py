@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import nn
@@ -232,7 +233,7 @@ def _check_sizes(job: Job, at: Sequence[Site]) -> None:
 
 def _check_compared(model: nn.Module, batches: Batches | None, option: str) -> None:
     """Refuse what compares the dense model's outputs with narrower ones."""
-    for batch in (batches or ())[:1]:
+    for batch in islice(batches or (), 1):
         with torch.no_grad(), evaluating(model):
             if DenseOutputs(model, batch, positions=1).has_logits:
                 return

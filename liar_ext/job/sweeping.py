@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import Batches, kept_batches
+from liar_ext.calibration.batches import Batches, check_batches, kept_batches
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.folder import count_params
@@ -79,6 +79,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         if self.batches is not None:
+            check_batches(self.batches)
             self.batches = list(self.batches)
         if self.bank is None:
             if self.batches is None:

@@ -228,6 +228,8 @@ def test_training_after_pruning_goes_on(llama_folder, corpus, tmp_path, monkeypa
         stop_at(patch, runs.Healing, "step", 3)
         assert cli.main([*map(str, command), "--checkpoint", "place"]) == 130
     assert (tmp_path / "place").exists() and section(tmp_path / "out") == {}
+    assert cli.main([*map(str, command), "--checkpoint", "place"]) == 2
+    assert "hint: liar resume place goes on with it" in capsys.readouterr().err
     assert cli.main(["resume", "place"]) == 0
     assert "liar heal, out, stopped with healing after" in capsys.readouterr().out
     found = section(tmp_path / "out")

@@ -150,6 +150,11 @@ def test_what_needs_text_says_so_without_it(choices, named):
     prune(model, bank=bank, keep=0.6, allocation="uniform", schedule="one-pass")
 
 
+def test_batches_that_are_none_are_refused():
+    with pytest.raises(InputError, match="must be a list of batches, got int"):
+        sweep(tiny("llama"), 5)
+
+
 @pytest.mark.parametrize(("family", "kind"), [("vit", "images"), ("wav2vec2", "audio")])
 def test_a_bank_of_files_is_not_blamed_on_an_option(family, kind):
     model = tiny(family)
