@@ -82,7 +82,7 @@ def test_a_folder_says_the_sizes_of_single_layers(tmp_path: Path) -> None:
         **{"A_log": [6], "dt_bias": [6], "num_v_heads": 6, "num_k_heads": 3},
         **{"key_dim": 18, "value_dim": 24, "conv_dim": 60},
     }
-    shape = {"weight": [60, 1, 4], "in_channels": 60, "out_channels": 60, "groups": 60}
+    shape = {"weight": [60, None, None], "in_channels": 60, "out_channels": 60, "groups": 60}
     assert said["layers.0.linear_attn.conv1d"] == shape
     assert torch.equal(outputs(load_pruned(tmp_path / "one")), outputs(model))
 
@@ -191,7 +191,7 @@ def test_channels_of_a_convolution_have_a_width_of_their_own(tmp_path: Path) -> 
     assert left < hidden and left % 4 == 0 and report.plan.attn_unit == "kv_group"
     save_pruned(model, tmp_path / "one", report.plan, report=report)
     said = read(tmp_path / "one")["liar"]["modules"]
-    assert said["layers.1.conv.in_proj"]["weight"] == [3 * left, hidden]
+    assert said["layers.1.conv.in_proj"]["weight"] == [3 * left, None]  # the hidden size
     assert torch.equal(outputs(load_pruned(tmp_path / "one")), outputs(model))
 
 
