@@ -62,7 +62,7 @@ def render(template: str, **parts: Any) -> str:
 
 def in_markdown(value: str) -> str:
     """Return text that is no markup of Markdown's or HTML's, on one line."""
-    line = " ".join(value.split()).replace("](", "]\\(")
+    line = " ".join(value.split()).replace("[", "&#91;")
     return line.replace("<", "&lt;").replace("|", "&#124;")
 
 

@@ -13,6 +13,7 @@ from test_latency_table import table
 
 from liar_ext import InputError, Recipe, Report
 from liar_ext.reconstruction.rows import SiteRow, what_to_know
+from liar_ext.report import reading
 from liar_ext.report.sections import sites
 from liar_ext.report.tables import Table, figure, to_markdown, to_text
 from liar_ext.system.progress import Clock
@@ -160,12 +161,25 @@ def test_columns_of_numbers_end_where_their_heads_do():
 
 
 def test_markup_and_lines_are_no_markdown():
-    nasty = "a|b\n\n# <script> ![x](https://a.b)"
+    nasty = "a|b\n\n# <script>"
     whole = report(model=nasty, loading=nasty, warnings=[nasty], settings={nasty: nasty})
     page, card = whole.to_markdown(), whole.to_card()
     assert "<script" not in page and page.count("\n# ") == 0 and page.count("&lt;script>") == 5
     assert "<script" not in card.split("---")[2] and "a&#124;b # &lt;script>" in card
-    assert not re.search(r"[^\\]\]\(https", page + card.split("---")[2]), "no image, no link"
+
+
+def test_a_stranger_puts_no_image_and_no_link_into_a_report():
+    """As a pruned source's config does, or the report of a folder that is healed."""
+    nasty = "`![a](https://b.c/d.png) \\[a](javascript:e) <https://b.c> [f]: https://b.c `"
+    names = ("criterion", "allocation", "reconstruct", "schedule", "dtype")
+    whole = report(
+        model=nasty, loading=nasty, warnings=[nasty], settings=dict.fromkeys(names, nasty)
+    )
+    whole.earlier = [{"budget": {"keep": nasty}, "params": [1, 5]}]
+    whole.heal = reading.healing({"notes": [nasty], "before": 1.0})
+    for page in (whole.to_markdown(), whole.to_card().split("---", 2)[2]):
+        assert page.count("javascript:e") >= 5
+        assert not re.search(r"(?<!\\)(\\\\)*\[|<\w", page), page
 
 
 def test_the_recipe_stands_in_the_report_as_it_is_saved(tmp_path):
