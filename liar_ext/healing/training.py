@@ -252,9 +252,9 @@ def put(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
 def set_dtypes(model: nn.Module, like: State | None = None) -> None:
     """Give parameters in half precision float32, or all those of others; buffers keep theirs."""
     for name, each in model.named_parameters():
-        half = each.is_floating_point() and each.dtype.itemsize < 4
-        wide = torch.float32 if half else each.dtype
-        each.data = each.data.to(wide if like is None else like[name].dtype)
+        dtype = each.dtype if like is None else like[name].dtype
+        half = like is None and dtype.is_floating_point and dtype.itemsize < 4
+        each.data = each.data.to(torch.float32 if half else dtype)
 
 
 def check_memory(device: torch.device, trained: Iterable[Tensor]) -> None:

@@ -36,7 +36,7 @@ def test_no_document_stands_in_both_folds(tokenizer):
 def test_copies_of_documents_stand_in_one_part(tokenizer):
     documents = [letter * 30 for letter in "abcdefghij"]
     sources = [[*documents, *documents], documents[:4]]
-    drawn = draw(*[sources], tokenizer, samples=16, seq_len=8, certify=4, judge=4)
+    drawn = draw(sources, tokenizer, samples=16, seq_len=8, certify=4, judge=4)
     places: dict[int, set] = {}
     for row, fold in zip(drawn.input_ids, drawn.fold.tolist(), strict=True):
         for letter in set(row.tolist()):

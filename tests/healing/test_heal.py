@@ -323,7 +323,7 @@ def test_an_interrupt_keeps_the_best_state(saved, tmp_path, monkeypatch):
 
 
 def test_float64_and_gradients_are_left_as_they_were(monkeypatch):
-    """Nothing improves here, and gradients are not those of a user."""
+    """Nothing improves here, and a gradient that was there stays."""
     losses = iter(range(1, 99))
     monkeypatch.setattr(run.Healing, "loss", lambda self, student: float(next(losses)))
     student, dense = pair(dtype=torch.float64)
