@@ -131,7 +131,7 @@ class BlockStore:
         return {name: value for name, value in state.items() if not name.startswith(inside)}
 
     def fingerprint(self) -> str:
-        """Return what tells the weights from others; of each a few values are read."""
+        """Return what tells the weights from others; all of them are read, one by one."""
         return fingerprint_of(
             (name, self._weights[name] if parameter.is_meta else parameter)
             for name, parameter in self.model.named_parameters()

@@ -15,6 +15,7 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, calibrate, sites
 from liar_ext.calibration import collect
+from liar_ext.calibration.bank_source import SAMPLED, fingerprint_of
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.system.checkpoint_store import Checkpoint, facts_of
 
@@ -93,6 +94,29 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing(model, tmp_path):
     assert max(reached) > 0
 
 
+def one_value_changed(model):
+    """Change a value that is none of those taken one by one."""
+    weight = model.model.embed_tokens.weight
+    with torch.no_grad():
+        weight.view(-1)[weight.numel() // SAMPLED + 1] += 1
+    assert weight.numel() > 2 * SAMPLED
+    return model
+
+
+def test_a_fingerprint_is_of_values_and_shape_alone():
+    for dtype in (torch.float64, torch.bfloat16, torch.int8, torch.bool):
+        whole = torch.randn(41, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+        known = fingerprint_of([("weight", whole)])
+        padded = torch.cat([whole.new_zeros(3), whole.reshape(-1)])
+        for alike in (whole.T.contiguous().T, padded[3:].view(41, 7)):
+            assert fingerprint_of([("weight", alike)]) == known
+        for row in range(len(whole)):
+            other = whole.clone()
+            other[row, row % 7] = 1 - other[row, row % 7].float()
+            assert fingerprint_of([("weight", other)]) != known
+    assert fingerprint_of([("weight", torch.empty(0, 3))])
+
+
 def test_sums_of_something_else_are_refused(model, tmp_path):
     data, folder = batches(), tmp_path / "c"
     calibrate(model, data, checkpoint=folder)
@@ -100,6 +124,7 @@ def test_sums_of_something_else_are_refused(model, tmp_path):
         (tiny("llama", seed=3), data, None, "of another model"),
         (tiny("llama").double(), data, None, "of another model"),
         (tiny("llama", rope_theta=77.0), data, None, "of another model"),
+        (one_value_changed(tiny("llama")), data, None, "of another model"),
         (model, data, sites(model, ["mlp"]), "or of other sites"),
         (model, data[1:], None, "8 batches of other text"),
         (model, [*data[:7], data[0]], None, "8 batches of other text"),
