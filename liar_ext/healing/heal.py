@@ -35,6 +35,7 @@ from liar_ext.healing.training import (
     sharded,
     whole,
 )
+from liar_ext.models.configs import config_digest
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import sites
 from liar_ext.recipe.checks import check_keywords
@@ -47,7 +48,6 @@ MEASURES = 4  # of the held-out loss, besides that before training
 LOWER = 1 / 3  # of the learning rate, where the held-out loss has clearly risen
 RISEN = 1.05  # times the least one; smaller rises pass as the rate falls
 CLIP = 1.0
-FUSED = ("cpu", "cuda")  # devices where AdamW reads and writes its state once
 STATE = "state"  # its key in a checkpoint
 
 
@@ -98,8 +98,8 @@ def heal(
     -------
     dict
         The section ``heal`` of a report: held-out loss ``before`` and ``after``, ``improved``,
-        ``diverged`` (gradients were not finite, so training ended early), ``tokens``, ``steps``,
-        ``seconds``, ``curve`` (pairs of tokens and held-out loss), settings.
+        ``diverged`` (gradients were not finite: an early end), ``tokens``, ``steps``, ``seconds``,
+        ``curve`` (pairs of tokens and held-out loss), settings.
 
     Raises
     ------
@@ -113,8 +113,8 @@ def heal(
     An interrupt (Ctrl-C) ends training, and the best state so far is kept. With a checkpoint
     KeyboardInterrupt is then raised, and the run can be resumed. Processes that have met by
     :func:`liar_ext.distributed.join` share each step: n of them do what one does with n times
-    ``accumulate``, within rounding. Each holds the whole dense model, but only a part of what is
-    trained, of its gradients and of the state of AdamW, as FSDP does.
+    ``accumulate``, within rounding. Each holds the whole dense model, but, as in FSDP, only a part
+    of what is trained, of its gradients and moments.
     """
     batches, held_out = _readable(model, teacher, batches, held_out)
     check_keywords("heal", training, Training.__annotations__, {})
@@ -149,16 +149,15 @@ def heal(
             interrupted = True
         finally:
             improved = run.finish(original)
-    so_far = run.so_far
-    if interrupted and (checkpoint is not None or not so_far.curve):
+    if interrupted and (checkpoint is not None or not run.so_far.curve):
         raise KeyboardInterrupt
     return {
-        "before": so_far.curve[0][1],
+        "before": run.so_far.curve[0][1],
         "after": run.after,
         "improved": improved,
         "interrupted": interrupted,
         "diverged": run.diverged,
-        **asdict(so_far),
+        **asdict(run.so_far),
         "last_lr": run.lr(),
         "held_out_sequences": sum(map(len, held_out)),
         "trained_params": sum(each.numel() for each in run.trained.values()),
@@ -231,6 +230,7 @@ class Healing:
             **settings,
             "ranks": world_size(),
             "model": fingerprint_of(original.items()),
+            "configs": [config_digest(each) for each in (self.model, self.teacher.model)],
             "trained": fingerprint_of(self.trained.items()),
             "teacher": fingerprint_of(self.teacher.model.named_parameters()),
             "text": [digest_of(self.batches), digest_of(self.held_out)],
@@ -246,7 +246,7 @@ class Healing:
             named = dict(self.student.named_parameters())
             self.trained = {name: named[name] for name in self.trained}
             groups = [{"params": [each], "name": name} for name, each in self.trained.items()]
-            how = {"weight_decay": 0.0, "fused": self.device.type in FUSED}
+            how = {"weight_decay": 0.0, "fused": self.device.type in ("cpu", "cuda")}
             self.optimizer = torch.optim.AdamW(groups, **how)
             parts = world_size() > 1
             try:

@@ -28,7 +28,7 @@ from liar_ext.system.errors import InputError, refusing
 
 BUDGETS = ("tokens", "minutes", "steps")
 LORA_RANK = 16
-OF_TRAINED = 12  # bytes: gradient and two moments in float32
+OF_TRAINED = 3  # times their bytes: gradients and two moments
 OF_FREE = 0.8  # of the free memory may be used
 WARM_UP = 0.3  # of the budget: AdamW's first steps are equally long for all weights, and do harm
 GIB = 2**30
@@ -260,7 +260,7 @@ def set_dtypes(model: nn.Module, like: State | None = None) -> None:
 def check_memory(device: torch.device, trained: Iterable[Tensor]) -> None:
     """Raise InputError if gradients and moments of the trained weights do not fit the memory."""
     here = 1 if device.type == "cuda" else local_world_size()  # ranks that share a memory
-    need = OF_TRAINED * sum(each.numel() for each in trained) * here / world_size()
+    need = OF_TRAINED * sum(each.nbytes for each in trained) * here / world_size()
     free = _free(device)
     if free is not None and need > free:
         raise InputError(
@@ -284,7 +284,7 @@ def needs_checkpointing(
         return False
     largest = max(batches, key=count_tokens)
     stored = len(largest) * activation_bytes(model, largest.select([0]).to(device))
-    return stored + OF_TRAINED * sum(each.numel() for each in trained) > OF_FREE * free
+    return stored + OF_TRAINED * sum(each.nbytes for each in trained) > OF_FREE * free
 
 
 def activation_bytes(model: nn.Module, batch: Batch) -> int:

@@ -283,6 +283,14 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(after, train, lr, tmp_path, m
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
 
 
+def test_the_memory_for_training_is_that_of_the_weights_dtype(monkeypatch):
+    student, dense = (model.double() for model in pair())
+    free = 20 * sum(each.numel() for each in student.parameters())  # float64 takes 24
+    monkeypatch.setattr("liar_ext.healing.training.available_memory", lambda: free)
+    with pytest.raises(InputError, match="training takes"):
+        heal(student, dense, text(), held_out=text(1), train="all", **STEPS)
+
+
 def test_a_resumed_run_stores_activations_as_it_began(tmp_path, monkeypatch):
     student, dense = pair()
     settings = {"held_out": text(1), "checkpoint": tmp_path / "c", **STEPS}
@@ -302,6 +310,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     student.load_state_dict(before)
     with pytest.raises(InputError, match="lr 0.01, got 0.02"):
         heal(student, dense, text(), **{**settings, "lr": 2e-2})
+    for model in (student, dense):
+        known, model.config.rms_norm_eps = model.config.rms_norm_eps, 0.5
+        with pytest.raises(InputError, match="is of a job with configs"):
+            heal(student, dense, text(), **settings)
+        model.config.rms_norm_eps = known
     student.model.layers[0].requires_grad_(False)
     with pytest.raises(InputError, match="is of a job with trained"):
         heal(student, dense, text(), **settings)
