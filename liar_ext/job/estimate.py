@@ -104,7 +104,7 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
     def peak(*steps: str) -> int:
         return held + max(bytes_of_solve(site.d_in, site.d_out, steps) for site in at)
 
-    held_out = job.evaluate_on or ()
+    held_out = list(read_batches(job.evaluate_on or ()))
     yield "evaluate", 2 * len(held_out), 2 * sum(map(tokens_of, held_out)) * (body + head), 0
     if job.narrows:
         yield from _narrowing(job, count, tokens, forward)

@@ -47,7 +47,7 @@ def timelines(monkeypatch):
 def test_every_stage_makes_the_steps_that_are_expected(timelines, family, choices):
     model, recipe = tiny(family), Recipe(keep=0.5, tile=1, **choices)
     text = batches(model, 8)
-    held_out = text[:2] if family == "llama" else None
+    held_out = [each["input_ids"] for each in text[:2]] if family == "llama" else None
     prune(model, text, recipe, evaluate_on=held_out, progress=True)
     (job,) = timelines
     assert len(job.stages) > 1
