@@ -22,7 +22,7 @@ from liar_ext.models.registry import FAMILIES, is_diffusion
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import saved_tensors
 from liar_ext.models.sites import Site, block_config, family_of, get_consumer_bias, sites, why_whole
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, refusing
 from liar_ext.system.progress import quiet
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
@@ -121,12 +121,11 @@ def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any
     config = equal or _unequal_config(model, config, said)
     config.liar = said
     if equal is None and is_stock(stock_of(model)):
-        built = skeleton(pruned_class(stock_of(model)), config)
-        if shapes_of(built) != shapes_of(model):
-            raise InputError(
-                f"save_pruned: {type(model).__name__} was changed by more than a smaller size of "
-                "its modules, so its config can't say it; save it with torch.save"
-            )
+        what = f"config: {type(model).__name__} was changed by more than a smaller size of modules"
+        with refusing(what, "remove what was added, or use torch.save", ValueError):
+            built = shapes_of(skeleton(pruned_class(stock_of(model)), config))
+            for name, _ in sorted(built.items() ^ shapes_of(model).items()):
+                raise ValueError(f"no config says {name}")
     return config
 
 

@@ -39,6 +39,7 @@ from liar_ext.selection.allocation import check_budget
 from liar_ext.selection.whole_experts import count_experts_kept
 from liar_ext.system.distributed import world_size
 from liar_ext.system.errors import InputError
+from liar_ext.system.progress import quiet
 
 NO_GAIN = (
     "a norm reads what each gives, and there a walk gains nothing; "
@@ -119,7 +120,7 @@ def _check_kind(model: nn.Module) -> None:
 
 
 def _check_plain(model: nn.Module, at: Sequence[Site]) -> None:
-    """Refuse layers that can't be sliced: with adapters or masks, and those of several sites."""
+    """Refuse layers with adapters or masks, or of several sites, and what no config says."""
     owner: dict[nn.Module, str] = {}
     for site in (each for each in at if each.expert is None and not each.shared):
         for path in (*site.producers, site.consumer):
@@ -134,6 +135,8 @@ def _check_plain(model: nn.Module, at: Sequence[Site]) -> None:
                     f"prune: {path} and {other} are one module, which can't lose different units; "
                     "give each layer its own"
                 )
+    with quiet():
+        stock_config.described(model)  # what is not said now isn't said once layers are sliced
 
 
 def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:

@@ -45,6 +45,16 @@ def with_norm(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_norm_at_the_head(model: nn.Module) -> nn.Module:
+    parametrizations.weight_norm(model.lm_head)
+    return model
+
+
+def with_a_buffer(model: nn.Module) -> nn.Module:
+    model.register_buffer("scale", torch.ones(1))
+    return model
+
+
 def with_one_mlp(model: nn.Module) -> nn.Module:
     model.model.layers[2].mlp = model.model.layers[0].mlp
     return model
@@ -63,11 +73,13 @@ MERGE = "is made of other parameters, as of an adapter, a parametrization or a m
         (with_adapter, MERGE),
         (with_mask, MERGE),
         (with_norm, MERGE),
+        (with_norm_at_the_head, "changed by more than .*lm_head.param.*; remove"),
+        (with_a_buffer, "changed by more than .*scale.*; remove"),
         (with_one_mlp, r"layers.2.mlp.* and .*layers.0.mlp.* are one module"),
         (in_int8, "must be a linear layer with floating-point weights, got Linear"),
     ],
 )
-def test_layers_that_can_not_be_sliced_are_refused(change, said):
+def test_models_that_can_not_be_sliced_are_refused(change, said):
     model = change(tiny("llama"))
     before = outputs(model)
     with pytest.raises(InputError, match=said):
