@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from covers import cover
-from tiny import batches, outputs, tiny, tiny_inputs
+from tiny import batches, outputs, same_weights, tiny, tiny_inputs
 
 from liar_ext import Budget, InputError, Plan, apply_plan, kl_divergence, prune, save_pruned, sites
 from liar_ext.models.plan import SitePlan
@@ -178,6 +178,23 @@ def test_a_failure_leaves_the_model_as_it_was():
         bad["attention_mask"][:] = 0
         prune(model, [*batches(model), bad], 0.5)
     assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize("criterion", ["obs", "taylor"])
+def test_a_job_in_inference_mode_makes_ordinary_weights(criterion):
+    model, other = tiny("llama"), tiny("llama")
+    with torch.inference_mode():
+        prune(model, batches(model), 0.6, criterion=criterion)
+    prune(other, batches(other), 0.6, criterion=criterion)
+    assert same_weights(model, other)
+    assert not any(each.is_inference() for each in model.parameters())
+
+
+def test_a_model_of_inference_mode_is_pruned_in_any_mode():
+    with torch.inference_mode():
+        model = tiny("llama")
+    prune(model, batches(model), 0.6)
+    assert all(each.is_inference() for each in model.parameters())
 
 
 @cover(

@@ -211,7 +211,7 @@ def _tracked(
     def note(name: str):
         return lambda arguments, _: read.setdefault(name, []).append(arguments[0])
 
-    with torch.enable_grad(), ExitStack() as stack:
+    with torch.inference_mode(False), ExitStack() as stack:  # with gradients
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
         if hasattr(model.config, "problem_type"):  # which a head finds out from its labels

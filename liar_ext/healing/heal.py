@@ -129,7 +129,7 @@ def heal(
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         stack.callback(set_dtypes, model, original)
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # with gradients
         saved = stack.enter_context(opened(checkpoint))
         for each in (model, teacher):
             stack.enter_context(evaluating(each))

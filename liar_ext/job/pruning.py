@@ -197,7 +197,9 @@ def run(job: Job) -> Report:
         check_resumable(job.recipe)
     job = recorded(prepare(job))  # refuses whatever can't work
     states = HiddenStates() if job.walk is None else job.walk.states
-    with _timeline(job).shown(), features_once(job.model, states):
+    # New parameters are of the kind of the old ones, in whatever mode the caller is.
+    mode = torch.inference_mode(any(each.is_inference() for each in job.model.parameters()))
+    with mode, _timeline(job).shown(), features_once(job.model, states):
         evaluation = Evaluation(job)
         base = narrowed(job, evaluation.along)  # fewer hidden features or experts, on a copy
         # The dense blocks of a walk are gone once their experts are chosen.

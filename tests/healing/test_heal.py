@@ -335,7 +335,8 @@ def test_an_interrupt_keeps_the_best_state(saved, tmp_path, monkeypatch):
     assert after < mean_loss(pair()[0], Teacher(dense), [*read_batches(text(2, seed=9))])
 
 
-def test_float64_and_gradients_are_left_as_they_were(monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_float64_and_gradients_are_left_as_they_were(mode, monkeypatch):
     """Nothing improves here, and a gradient that was there stays."""
     losses = iter(range(1, 99))
     monkeypatch.setattr(run.Healing, "loss", lambda self, student: float(next(losses)))
@@ -343,7 +344,7 @@ def test_float64_and_gradients_are_left_as_they_were(monkeypatch):
     weight = student.model.layers[0].mlp.up_proj.weight
     weight.grad = torch.ones_like(weight)
     before = bits(student)
-    with torch.no_grad():
+    with mode():
         found = heal(student, dense, text(), held_out=text(2, seed=9), **STEPS)
     assert not found["improved"] and same(student, before)
     assert [each.grad is None for each in student.parameters()].count(False) == 1
