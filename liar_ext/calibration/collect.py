@@ -86,8 +86,8 @@ def calibrate(
         an expert may get none. If the checkpoint is of something else.
     """
     check_batches(batches)
-    check_finite_weights(model)
     at = at if at is not None else sites(model)
+    check_finite_weights(model)
     with opened(checkpoint) as room:
         saved = SavedSums(room, of=len(batches) if isinstance(batches, Sized) else None)
         taps = [tap_at(model, site) for site in at]

@@ -48,6 +48,8 @@ NO_GAIN = (
 WRAPPED = {  # by an attribute of what wraps the model
     "_orig_mod": "is compiled; give model._orig_mod, and compile what comes out",
     "merge_and_unload": "has adapters of peft; give what model.merge_and_unload() returns",
+    "module": "is wrapped, as by DataParallel; give model.module",
+    "transformers_model": "is of sentence-transformers; give model.transformers_model",
 }
 
 

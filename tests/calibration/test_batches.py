@@ -36,7 +36,8 @@ def test_every_form_of_a_batch_is_read_alike():
     [
         (torch.arange(12).view(3, 4), "must be a list of batches, got Tensor"),
         (Sequences({"input_ids": torch.zeros(4, 8).long()}, torch.arange(4) % 2), "got Sequences"),
-        ([torch.zeros(3, 4)], r"whole numbers .* got float32 of shape \(3, 4\)"),
+        ([torch.zeros(3, 4)], r"int32 or int64 .* got float32 of shape \(3, 4\)"),
+        ([torch.zeros(3, 4, dtype=torch.uint8)], "got uint8 of shape"),
         ([torch.arange(4)], r"got int64 of shape \(4,\)"),
         ([torch.zeros(3, 0).long()], r"of shape \(3, 0\)"),
     ],
@@ -62,6 +63,8 @@ def test_a_wrapped_model_is_refused_before_it_is_pruned():
         prune(torch.compile(model, backend="eager"), [tiny_inputs(model)], keep=0.5)
     with pytest.raises(InputError, match="adapters of peft; give what model.merge_and_unload"):
         prune(get_peft_model(model, LoraConfig()), [tiny_inputs(model)], keep=0.5)
+    with pytest.raises(InputError, match="as by DataParallel; give model.module"):
+        prune(torch.nn.DataParallel(model), [tiny_inputs(model)], keep=0.5)
 
 
 def test_folds_and_padding_are_those_of_the_batch():

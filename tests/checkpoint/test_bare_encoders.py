@@ -71,6 +71,8 @@ def test_from_prune_to_sentence_transformers(name, tmp_path, corpus, capsys):
         str(tmp_path / "pruned"), device="cpu", trust_remote_code=True
     )
     found = torch.from_numpy(encoder.encode(["one two three"]))
+    with pytest.raises(InputError, match="give model.transformers_model"):
+        prune(encoder, [torch.arange(8).view(2, 4)], keep=0.8)
     model, read = load_model(tmp_path / "pruned")
     with torch.no_grad():
         states = model(**read(["one two three"], return_tensors="pt")).last_hidden_state

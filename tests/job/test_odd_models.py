@@ -15,6 +15,7 @@ from torch.nn.utils import prune as masks
 from liar_ext import (
     InputError,
     Recipe,
+    calibrate,
     compress,
     heal,
     prune,
@@ -117,6 +118,8 @@ def test_a_head_for_answers_goes_through_a_whole_job(tmp_path):
         (lambda: compress("m", text=["a", 3], out="o"), "text must be a path, or a list of paths"),
         (lambda: calibration_sequences([["a"]], None), "needs the tokenizer of the model, got"),
         (lambda: save_pruned("m", "o"), "needs the pruned model first, got str"),
+        (lambda: calibrate("m", []), "needs a loaded model, got str"),
+        (lambda: prune(tiny("llama"), bank="b.safetensors"), "bank must be a MomentBank, got str"),
         (lambda: Recipe.build(None, sites="atn"), "sites must be all, attn, mlp, .*, got 'atn'"),
     ],
 )
