@@ -41,9 +41,9 @@ Check = Callable[[Any], bool]
 UNSAID = ("config", "dtype", "tokenizer")
 SHARED = {
     "model_type": "calibrate the same weights for both",
+    "dtype": "calibrate both with the same --dtype",
     "model": "calibrate the same weights for both",
     "config": "calibrate both with the same config.json",
-    "dtype": "calibrate both with the same --dtype",
     "tokenizer": "calibrate both with the same tokenizer",
     "relative": "calibrate both anew, so that tokens count alike",
 }
