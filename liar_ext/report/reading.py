@@ -81,9 +81,9 @@ def job(value: Any) -> dict[str, Any]:
 
 
 def settings(value: Any) -> dict[str, Any]:
-    """Read how the job was done, with the divergences that decided its schedule."""
-    schedules = named(mapping(value).get("schedules"))
-    return named(value) | ({"schedules": schedules} if schedules else {})
+    """Read how the job was done, with the divergences that decided it."""
+    found, known = named(value), mapping(value)
+    return {n: named(known[n]) if isinstance(known.get(n), Mapping) else found[n] for n in found}
 
 
 def grid(value: Any) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def test_the_summary_says_what_held_out_text_decided():
     said = report(settings=found)
     assert expected in said.summary()
     assert Report.from_dict(said.to_dict()).summary() == said.summary()
+    more = report(settings=found | {"blocks_gone": {"2": 0.3}, "expert_scales": {"scaled": 0.5}})
+    assert Report.from_dict(more.to_dict()).settings == more.settings
     strange = (
         {"schedule": [], "schedules": {}},
         *(found | {"schedules": s} for s in ([1], {"a": 1})),
