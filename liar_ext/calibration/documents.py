@@ -71,14 +71,15 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
     elif (path := Path(source)).exists():
         every = sorted(path.rglob("*")) if path.is_dir() else [path]
         files = [file for file in every if file == path or file.is_file()]
-        documents = Documents(text for file in files for text in _read_file(file))
-        if tables := [file for file in files if file.suffix.lower() in TABLES]:
+        read = {file: _read_file(file) for file in files}
+        documents = Documents(text for texts in read.values() for text in texts)
+        if tables := [file for file, texts in read.items() if _is_table(file, texts)]:
             more = f" and {len(tables) - 1} more were" if len(tables) > 1 else " was"
             documents.notes.append(
                 f"{tables[0]}{more} read as plain text, with field names and quotes: write "
                 '{"text": "..."} on each line of a .jsonl file.'
             )
-    elif path.is_absolute() or source.startswith(".") or path.suffix.lower() in SUFFIXES:
+    elif path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in SUFFIXES:
         raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
     else:
         documents = _of_rows(rows_of_dataset(source), source)
@@ -154,6 +155,12 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
     return [(f"{path} line {number}", line) for number, line in lines if line.strip()]
 
 
+def _is_table(path: Path, texts: Sequence[str]) -> bool:
+    """Tell whether a file that was read as it is has fields, by its name or as it begins."""
+    suffix = path.suffix.lower()
+    return suffix in TABLES or (suffix not in JSON_LINES and texts[0].startswith('{"'))
+
+
 def _read_file(path: Path) -> list[str]:
     if path.suffix.lower() not in JSON_LINES:
         return [read_text(path)]
@@ -170,6 +177,7 @@ def _read_line(line: str, place: str) -> str:
     fields = row if isinstance(row, dict) else {}
     if not isinstance(fields.get("text"), str):
         came = f"fields {', '.join(fields)[:80]}" if fields else "none"
+        came = f"text {json.dumps(fields['text'])[:80]}" if "text" in fields else came
         raise InputError(
             f'text: {place} must be a JSON object with a field "text", a string, got {came}; write '
             '{"text": "..."} on each line'
@@ -253,7 +261,10 @@ def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: r
             failure = error
             continue
         return iter(()) if first is None else iter(rows)
-    raise InputError(f"text: neither a file nor a dataset: {source} ({failure})") from failure
+    raise InputError(
+        f"text: neither a file nor a dataset: {source} ({failure}); give a text file, a folder or "
+        "the name of a dataset"
+    ) from failure
 
 
 def _reach_hub(name: str) -> None:

@@ -50,7 +50,9 @@ def is_number(value: Any, kind: type = numbers.Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-number = checked("be a number", lambda value: is_number(value) and math.isfinite(value), float)
+number = checked(
+    "be a number such as 0.5", lambda value: is_number(value) and math.isfinite(value), float
+)
 number_or_auto = checked(
     'be a number of at least 0 or "auto"',
     lambda value: (
@@ -162,9 +164,9 @@ def read_number(text: str) -> float | int | str:
 
 
 def read_gibibytes(text: str) -> int | str:
-    """Read GiB as bytes."""
+    """Read GiB as bytes, with or without the unit."""
     with suppress(ValueError, OverflowError):  # no number, or none that is finite
-        return int(float(text) * 2**30)
+        return int(float(text.removesuffix("GiB")) * 2**30)
     return text
 
 

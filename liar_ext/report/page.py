@@ -50,8 +50,8 @@ def write_page(
         place = Path(os.path.realpath(folder))
         file = place.with_name(f"{place.name}.html")
     target = Path(file)
-    check_place(target, "report", "-o", begins_with(MARK))
     report, name = Report.load(folder), name_of(folder)
+    check_place(target, "report", "-o", begins_with(MARK))
     bench, notes = stored_bench(folder)
     model = report.model or "an unnamed model"
     with pictures.drawing("report") as figures:

@@ -57,7 +57,7 @@ def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(InputError, match="neither a file nor a dataset: no_such_dataset"):
+    with pytest.raises(InputError, match="a dataset: no_such_dataset .*; give a text file"):
         texts.read_documents("no_such_dataset")
 
 
@@ -104,6 +104,8 @@ def test_a_text_is_no_name_of_a_file():
 def test_missing_file():
     with pytest.raises(InputError, match="does not exist"):
         texts.read_documents("/nowhere/text.txt")
+    with pytest.raises(InputError, match="~/text does not exist; give"):
+        texts.read_documents("~/text")
 
 
 def test_json_lines_survive_unicode(tmp_path):
@@ -124,6 +126,8 @@ def test_a_suffix_in_capitals_and_tables(tmp_path):
         (tmp_path / name).write_text(row)
     (note,) = texts.read_documents(tmp_path).notes  # one for all
     assert "a.json and 2 more were read as plain text" in note
+    (tmp_path / "pipe").write_text(row)  # such as /dev/stdin
+    assert "pipe was read as plain text" in texts.read_documents(tmp_path / "pipe").notes[0]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
@@ -138,7 +142,7 @@ def test_json_lines_end_at_line_feeds_only(tmp_path, separator):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": null}', 'line 2 must be a JSON object with a field "text", a string'),
+        ('{"text": null}', 'object with a field "text", a string, got text null; write'),
         ('{"text": 3}', "a string"),
         ('["text"]', "a string"),
         ('{"body": "x", "id": 3}', 'a field "text", a string, got fields body, id'),

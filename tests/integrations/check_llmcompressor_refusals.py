@@ -27,7 +27,7 @@ def groups_of(size):
     [
         ({"kep": 0.8}, "did you mean keep"),
         ({"keep": 1.8}, r"keep must be in \(0, 1\]"),
-        ({"keep": "half"}, "keep must be a number"),
+        ({"keep": "half"}, "keep must be a number such as 0.5"),
         ({"criterion": "magic"}, "magic"),
         ({"samples": 8}, "samples is of the model or the data"),
         (

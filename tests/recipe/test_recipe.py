@@ -369,3 +369,9 @@ def test_the_schedule_by_default_is_layerwise_where_consumers_are_solved(family,
 def test_a_cheap_preset_stays_cheap():
     assert Recipe.preset("fast").settled().schedule == "one-pass"
     assert Recipe.preset("balanced").settled().schedule == "layerwise"
+
+
+@pytest.mark.parametrize("size", ["4", "4GiB", "4 GiB", " 4.0"])
+def test_memory_is_read_in_gib(size):
+    (memory,) = (each.metadata for each in recipe_fields() if each.name == "memory")
+    assert memory["read"](size) == 4 << 30
