@@ -37,7 +37,8 @@ Text = list[dict[str, Tensor]]
 Source = dict[str, Any]
 Check = Callable[[Any], bool]
 # Facts that must be the same for sums to add up, with what a person can do where they aren't; what
-# banks of older versions don't say may be anything.
+# banks of older versions don't say may be anything. The first that differs is named: of two dtypes
+# the weights differ, too.
 UNSAID = ("config", "dtype", "tokenizer")
 SHARED = {
     "model_type": "calibrate the same weights for both",

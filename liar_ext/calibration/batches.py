@@ -146,8 +146,8 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
                 f"sequence, got {name} of type {type(value).__name__}"
             )
     ids = inputs.get("input_ids")
-    whole = ids is None or ids.dtype in (torch.int32, torch.int64)  # which embeddings take
-    if not whole or (ids is not None and (ids.dim() != 2 or not ids.numel())):
+    kinds = (torch.int32, torch.int64)  # which embeddings take
+    if ids is not None and (ids.dtype not in kinds or ids.dim() != 2 or not ids.numel()):
         raise InputError(
             "batches: input_ids must be int32 or int64 of shape (sequences, tokens), got "
             f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"

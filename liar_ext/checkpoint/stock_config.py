@@ -124,8 +124,8 @@ def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any
         what = f"config: {type(model).__name__} was changed by more than a smaller size of modules"
         with refusing(what, "remove what was added, or use torch.save", ValueError):
             built = shapes_of(skeleton(pruned_class(stock_of(model)), config))
-            for name, _ in sorted(built.items() ^ shapes_of(model).items()):
-                raise ValueError(f"no config says {name}")
+            if unsaid := sorted(built.items() ^ shapes_of(model).items()):
+                raise ValueError(f"no config says {unsaid[0][0]}")
     return config
 
 
