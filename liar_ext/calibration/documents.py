@@ -80,7 +80,10 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
                 '{"text": "..."} on each line of a .jsonl file.'
             )
     elif path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in SUFFIXES:
-        raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
+        where = "" if path.is_absolute() else f" in {os.getcwd()}"
+        raise InputError(
+            f"text: {source} does not exist{where}; give a text file, a folder or a dataset"
+        )
     else:
         documents = _of_rows(rows_of_dataset(source), source)
     documents[:] = [text for text in documents if text.strip()]

@@ -166,9 +166,9 @@ def _check_existing(folder: Path, overwrite: bool) -> None:
     if not os.path.lexists(folder):
         return
     if not overwrite:
-        raise InputError(
-            f"save_pruned: {folder} exists; choose another folder, or overwrite it (--overwrite)"
-        )
+        ours = folder.is_dir() and ((folder / MANIFEST_FILE).is_file() or not any(folder.iterdir()))
+        advice = ", or overwrite it (--overwrite)" if ours else ""
+        raise InputError(f"save_pruned: {folder} exists; choose another folder{advice}")
     others = strangers(folder) if folder.is_dir() else [folder.name]
     if others:
         raise InputError(

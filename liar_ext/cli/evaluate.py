@@ -37,6 +37,10 @@ from liar_ext.system.atomic_write import begins_with, write_whole
 from liar_ext.system.errors import InputError
 
 PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
+NEEDS_CAUSAL = {  # an option of a command, and what others do
+    "eval": ("--tasks", "judge an encoder by --text"),
+    "verify": ("--text", "leave it out, and all runtimes read the same stored tokens"),
+}
 SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads
 
 
@@ -44,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the perplexity, what an encoder keeps, or lm-eval's table."""
     _check_together(options)
     if options.tasks:
-        _check_causal(options.model)
+        _check_causal("eval", options.model)
     output = Path(options.out) if options.out else None
     if output is not None:
         check_place(output, "eval", "--out", begins_with('{\n "model": '))
@@ -225,26 +229,25 @@ def _tasks(options: argparse.Namespace) -> Result:
     tasks = load_tasks(options.tasks, options.include_path)
     model, tokenizer = _load(options, options.model)
     if not predicts_next_token(model):
-        raise _not_causal(type(model).__name__)
+        raise _not_causal("eval", type(model).__name__)
     names = ("limit", "num_fewshot", "batch_size", "progress")
     settings = {name: getattr(options, name) for name in names}
     result = evaluate_tasks(model, tokenizer, tasks, **settings)
     return result, [result.pop("table").rstrip()]
 
 
-def _check_causal(name: str) -> None:
+def _check_causal(command: str, name: str) -> None:
     """Raise InputError if a folder's config tells that its model predicts no next token."""
     if Path(name).is_dir():
         fields = read_config(Path(name), "load_model")
         stock = stock_class(fields, "load_model")
         if not stock.can_generate() or fields.get("is_encoder_decoder"):
-            raise _not_causal(stock.__name__)
+            raise _not_causal(command, stock.__name__)
 
 
-def _not_causal(kind: str) -> InputError:
-    return InputError(
-        f"eval: --tasks needs a causal language model, got {kind}; judge an encoder by --text"
-    )
+def _not_causal(command: str, kind: str) -> InputError:
+    option, hint = NEEDS_CAUSAL[command]
+    return InputError(f"{command}: {option} needs a causal language model, got {kind}; {hint}")
 
 
 def _of_pairs(
@@ -299,12 +302,11 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def _ids(folder: str, text: str) -> Any:
     """Return token ids of a text, as many sequences as a check in every runtime bears."""
+    _check_causal("verify", folder)
     documents = read_documents(text)
     model, tokenizer = load_with_tokenizer(folder, "float32", "cpu")
     if not predicts_next_token(model):
-        raise InputError(
-            f"verify: --text is for causal language models, got {type(model).__name__}"
-        )
+        raise _not_causal("verify", type(model).__name__)
     length = min(SEQ_LEN, positions_of(model) or SEQ_LEN)
     sequences = evaluation_sequences(documents, tokenizer, seq_len=length, samples=SAMPLES)
     return np.concatenate([batch["input_ids"].numpy() for batch in sequences.batches(1)])

@@ -132,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> tuple[int, object]:
     """Run the command; return its exit code, and what to say of it."""
-    from liar_ext.cli.output import meet
-    from liar_ext.system.distributed import leave, tells
+    from liar_ext.cli.output import interrupted, meet
+    from liar_ext.system.distributed import leave
 
     with _interrupts() as interrupts:
         try:
@@ -144,8 +144,7 @@ def _run(options: argparse.Namespace) -> tuple[int, object]:
             return code, None
         except BaseException as error:
             if interrupts or isinstance(error, KeyboardInterrupt):
-                tells()
-                return 130, None
+                return 130, interrupted(options)
             return _answer(error, options)
 
 

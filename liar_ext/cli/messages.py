@@ -33,6 +33,8 @@ PATHS = (  # options that name something to read
 )
 FIELD = re.compile(r"^(?:recipe|Budget): (\w+)(?= )")  # of a recipe, where an error begins
 OPTIONS = {each.name: option_of(each) for each in recipe_fields() if each.name != "model"}
+# A field such as keep_blocks in a line, and no part of a path.
+NAMED = re.compile(rf"(?<![\w./-])({'|'.join(n for n in OPTIONS if '_' in n)})(?![\w/=-])")
 
 
 def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
@@ -85,10 +87,11 @@ def shown(progress: bool, quiet: bool) -> Iterator[None]:
 
 
 def _as_options(line: str) -> str:
-    """Return a line with ``of="flops"``, as a call has it, spelled ``--of flops``."""
-    return KEYWORD.sub(
+    """Return a line with ``of="flops"`` and ``keep_blocks`` spelled as options."""
+    line = KEYWORD.sub(
         lambda found: f"{OPTIONS[found[1]]} {found[3]}" if found[1] in OPTIONS else found[0], line
     )
+    return NAMED.sub(lambda found: OPTIONS[found[1]], line)
 
 
 def _near_paths(options: argparse.Namespace | None, cause: str) -> Iterator[str]:

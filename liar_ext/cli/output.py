@@ -15,7 +15,7 @@ from liar_ext.cli.messages import is_other, log
 from liar_ext.report.report import Report
 from liar_ext.report.tables import BYTES
 from liar_ext.system import distributed
-from liar_ext.system.checkpoint_store import difference
+from liar_ext.system.checkpoint_store import JOB_FILE, difference, names_in
 from liar_ext.system.distributed import RankLost, broadcast, local_world_size, world_size
 from liar_ext.system.environment import errors_alone
 from liar_ext.system.errors import InputError, typed
@@ -138,10 +138,17 @@ def check_device(device: str) -> None:
         )
 
 
+def interrupted(options: argparse.Namespace) -> str:
+    """Return the line that says so, and how to go on if a checkpoint has the job."""
+    checkpoint = getattr(options, "checkpoint", None)
+    has_job = checkpoint and JOB_FILE in names_in(checkpoint)
+    hint = f"; liar resume {typed(checkpoint)} goes on" if has_job else ""
+    return f"{options.command}: interrupted{hint}"
+
+
 def how_to_go_on(error: RankLost, options: argparse.Namespace) -> str:
     """Return the line that says that another rank is lost, and how to go on."""
     command, checkpoint = options.command, getattr(options, "checkpoint", None)
-    checkpoint = options.folder if command == "resume" else checkpoint
     count = "as many" if command == "heal" else "any number of"  # a rank has a part of its state
     return (
         f"{error}; no output was written, start the same command again, with {count} ranks"

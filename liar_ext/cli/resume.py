@@ -22,10 +22,10 @@ from liar_ext.models.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable
 from liar_ext.system import checkpoint_store as store
+from liar_ext.system.checkpoint_store import JOB_FILE
 from liar_ext.system.distributed import broadcast, is_first
 from liar_ext.system.errors import InputError, printable, refusing, typed
 
-JOB_FILE = f"{store.JOB}{store.SUFFIX}"
 NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{store.SUFFIX}"}  # files that are there before any step
 TEXT, NONE = (str,), type(None)
 NUMBER = (int, float, NONE)
@@ -45,6 +45,7 @@ def run(options: argparse.Namespace) -> object:
     """Read the job, print its progress, continue by the module of its command."""
     job = broadcast(read_job(options.folder) if is_first() else None)
     folder, command = os.path.abspath(options.folder), job["command"]
+    options.checkpoint = folder
     check_shared(command)
     result = job["options"]["out"]
     if not (options.quiet or options.json):

@@ -149,7 +149,7 @@ def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
         elif target.is_symlink() or not (target.is_file() or target.is_dir()):
             wrong = "is no ordinary file or folder; choose another output"
         elif target.is_file() and not begins_with("GGUF")(target):
-            wrong = "is no GGUF file, so no export wrote it; choose another output"
+            wrong = "is a file that no export wrote; choose another output"
         elif target.is_dir() and (others := strangers(target)):
             wrong = (
                 f"holds {others[0]}, which no export wrote or which was changed since, so it isn't "

@@ -227,7 +227,7 @@ def _notes(
         f"Layers padded with zeros ({'; '.join(sizes)}): outputs differ by {difference:.1e} of "
         "the largest.",
         f"{counts['before']:,} parameters became {counts['after']:,} (+{share:.1%}). With liar "
-        f"prune --recipe {typed(folder / RECIPE_YAML)} --uniform-layers layers are equal at its "
-        "budget.",
+        f"prune --recipe {typed(folder / RECIPE_YAML)} --uniform-layers --out DIR layers are equal "
+        "at its budget.",
         *(["Nothing is saved: the widest layers are those of the dense model."] if lost else []),
     ]

@@ -45,12 +45,6 @@ NO_GAIN = (
     "a norm reads what each gives, and there a walk gains nothing; "
     "--schedule layerwise walks anyway"
 )
-WRAPPED = {  # by an attribute of what wraps the model
-    "_orig_mod": "is compiled; give model._orig_mod, and compile what comes out",
-    "merge_and_unload": "has adapters of peft; give what model.merge_and_unload() returns",
-    "module": "is wrapped, as by DataParallel; give model.module",
-    "transformers_model": "is of sentence-transformers; give model.transformers_model",
-}
 
 
 def prepare(job: Job) -> Job:
@@ -110,10 +104,7 @@ def prepare(job: Job) -> Job:
 
 
 def _check_kind(model: nn.Module) -> None:
-    """Refuse models whose weights or inputs are of a kind that can't be pruned."""
-    for mark, why in WRAPPED.items():
-        if hasattr(model, mark):
-            raise InputError(f"prune: the model {why}")
+    """Refuse models whose inputs are of a kind that can't be drawn."""
     if type(model).__name__.endswith("ForMultipleChoice"):
         raise InputError(
             f"prune: {type(model).__name__} reads several texts at once, which no calibration text "

@@ -26,6 +26,12 @@ COLUMNS = {
     "layerwise": "layerwise",
 }
 YES, NO, NONE = "yes", "no", "–"
+WRAPPED = {  # by an attribute of what wraps a model
+    "_orig_mod": "is compiled; give model._orig_mod, and compile what comes out",
+    "merge_and_unload": "has adapters of peft; give what model.merge_and_unload() returns",
+    "module": "is wrapped, as by DataParallel; give model.module",
+    "transformers_model": "is of sentence-transformers; give model.transformers_model",
+}
 
 
 def register_family(family: Family) -> Family:
@@ -57,8 +63,11 @@ def type_of(model: nn.Module) -> str | None:
 def family_of(model: nn.Module) -> Family:
     """Return the family of a model, by :func:`type_of`.
 
-    InputError is raised if the model has no config, or the table has no such family.
+    InputError is raised if the model has no config or is wrapped, or the table has no such family.
     """
+    for mark, why in WRAPPED.items():
+        if hasattr(model, mark):
+            raise InputError(f"sites: the model {why}")
     name = type_of(model)
     if name in FAMILIES:
         return FAMILIES[name]

@@ -35,6 +35,7 @@ from liar_ext.system.errors import InputError, refusing, typed
 
 VERSION = 8  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
+JOB_FILE = f"{JOB}{SUFFIX}"
 UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 SHARE = 0.05  # of the time that saving under one key may take
 
@@ -127,7 +128,7 @@ class Checkpoint(AbstractContextManager):
         if not is_first():
             return
         start, said = self.clock(), {"facts": json.dumps(dict(facts or {}))}
-        advice = "free space, and liar resume goes on from what was saved before"
+        advice = "free space, and start the same command again; it goes on from what was saved"
         with refusing(self._failure, advice, OSError):
             write_tensors(self.path(key), tensors or {}, said)
         self._saved[key] = self.clock(), self.clock() - start
@@ -247,7 +248,7 @@ def names_in(folder: str | os.PathLike[str]) -> set[str]:
 def is_new(folder: str | os.PathLike[str]) -> bool:
     """Tell whether a folder has no job yet; InputError unless it is for a checkpoint of ours."""
     others = names_in(folder)
-    if f"{JOB}{SUFFIX}" in others:
+    if JOB_FILE in others:
         return False
     if others:
         raise InputError(

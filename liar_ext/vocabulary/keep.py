@@ -307,7 +307,8 @@ def choose(pieces: Pieces, counts: np.ndarray, size: int, needed: Collection[int
     if len(kept) > size:
         raise InputError(
             f"vocabulary: at least {len(kept):,} of {len(names):,} tokens must stay (special "
-            f"tokens, bytes, characters), got {size:,}; keep more"
+            f"tokens, bytes, characters), got {size:,}, a multiple of {STEP}; "
+            f"keep {-(-len(kept) // STEP) * STEP} or more"
         )
     waiting = sorted(names.keys() - kept, key=lambda at: (-counts[at], at))
     # What doesn't fit with its needs may do so later, when they are there.

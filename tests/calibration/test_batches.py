@@ -1,11 +1,24 @@
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny, tiny_inputs
 
-from liar_ext import Budget, InputError, calibrate, prune, reconstruct_layerwise, score, sites
+from liar_ext import (
+    Budget,
+    InputError,
+    apply_plan,
+    calibrate,
+    prune,
+    reconstruct_layerwise,
+    score,
+    sites,
+    sweep,
+)
 from liar_ext.calibration.batches import Batch, probe_batches, read_batch, read_batches
 from liar_ext.calibration.folds import Sequences
 from liar_ext.selection.allocation import allocate
@@ -57,14 +70,29 @@ def test_a_token_that_the_model_lacks_is_named(wrong):
         prune(model, [ids])
 
 
-def test_a_wrapped_model_is_refused_before_it_is_pruned():
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (partial(torch.compile, backend="eager"), "the model is compiled; give model._orig_mod"),
+        (
+            lambda model: get_peft_model(model, LoraConfig()),
+            "adapters of peft; give what model.merge_and_unload",
+        ),
+        (torch.nn.DataParallel, "as by DataParallel; give model.module"),
+    ],
+)
+def test_a_wrapped_model_is_refused_before_anything_is_done(wrap, said):
     model = tiny("llama")
-    with pytest.raises(InputError, match="the model is compiled; give model._orig_mod"):
-        prune(torch.compile(model, backend="eager"), [tiny_inputs(model)], keep=0.5)
-    with pytest.raises(InputError, match="adapters of peft; give what model.merge_and_unload"):
-        prune(get_peft_model(model, LoraConfig()), [tiny_inputs(model)], keep=0.5)
-    with pytest.raises(InputError, match="as by DataParallel; give model.module"):
-        prune(torch.nn.DataParallel(model), [tiny_inputs(model)], keep=0.5)
+    inputs, report = [tiny_inputs(model)], prune(copy.deepcopy(model), [tiny_inputs(model)])
+    wrapped = wrap(model)
+    for use in (
+        lambda: prune(wrapped, inputs, keep=0.5),
+        lambda: calibrate(wrapped, inputs),
+        lambda: sweep(wrapped, inputs),
+        lambda: apply_plan(wrapped, report.plan),
+    ):
+        with pytest.raises(InputError, match=said):
+            use()
 
 
 def test_folds_and_padding_are_those_of_the_batch():

@@ -272,6 +272,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(collect.InFlight, "set", stop)
         assert run(*start) == 130
+    assert "error: interrupted\nhint: liar resume c goes on" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == [
         *("calibration.safetensors", "job.safetensors"),
     ]

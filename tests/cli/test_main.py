@@ -199,6 +199,9 @@ def test_an_encoder_is_refused_before_it_is_loaded(tmp_path, capsys, monkeypatch
     monkeypatch.setattr("liar_ext.cli.inputs.load_model", lambda *_: pytest.fail("loaded"))
     assert run("eval", tmp_path / "bert", "--tasks", "piqa") == 2
     assert "--tasks needs a causal language model, got Bert" in capsys.readouterr().err
+    assert run("verify", tmp_path / "bert", "--text", "any") == 2
+    said = "--text needs a causal language model, got BertForSequenceClassification\nhint: leave"
+    assert said in capsys.readouterr().err
 
 
 def test_what_is_missing_is_told_before_the_model_is_loaded(
@@ -492,6 +495,10 @@ def refuse(llama_folder, corpus, tmp_path, capsys):
         ("report gone/pruned", "gone/pruned is no folder\nhint: give one that liar prune"),
         ("verify pruend", "pruend doesn't exist\nhint: did you mean pruned?"),
         ("prune pruned.txt --calibration pruned --out o", "pruned.txt is a file, and no .gguf"),
+        (
+            "prune m --calibration t.txt --out pruned.txt",
+            "pruned.txt exists\nhint: choose another folder\n",
+        ),
         (f"prune {'m' * 300}/m --calibration t --out o", "error: [Errno 36] File name too long"),
     ],
 )
@@ -540,7 +547,7 @@ def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
     copy.write_text(json.dumps({"text": corpus[0].read_text().upper() + "\n"}))
     for same in (corpus[0], corpus[0].parent, copy):
         refuse("documents are in the calibration text too", "--eval", str(same))
-    refuse("has 64 positions, got seq_len 65", "--seq-len", "65")
+    refuse("has 64 positions, got --seq-len 65", "--seq-len", "65")
     refuse("give a folder, a hub id", model=tmp_path / "no_model")
 
 
@@ -558,7 +565,7 @@ def test_a_pruned_folder_is_pruned_again(pruned, corpus, tmp_path, capsys):
     assert verify_pruned(out)["agrees"]
 
 
-def test_an_interrupt_that_comes_out_as_another_error(monkeypatch):
+def test_an_interrupt_that_comes_out_as_another_error(monkeypatch, capsys):
     """As of a context that can't close, or of a C function that drops what it was told."""
 
     def interrupted(_):
@@ -572,6 +579,7 @@ def test_an_interrupt_that_comes_out_as_another_error(monkeypatch):
     try:
         monkeypatch.setitem(COMMANDS, "families", interrupted)
         assert run("families") == 130
+        assert capsys.readouterr().err == "error: interrupted\n"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -110,7 +110,7 @@ def test_what_is_there_is_replaced_only_if_it_may_be(folder):
         export(folder, "file", out, overwrite=True)
     thesis = folder.with_name("thesis.txt")
     thesis.write_text("mine")
-    with pytest.raises(InputError, match="no GGUF file, so no export wrote it"):
+    with pytest.raises(InputError, match="is a file that no export wrote"):
         export(folder, "file", thesis, overwrite=True)
     assert thesis.read_text() == "mine"
     thesis.unlink()

@@ -387,6 +387,7 @@ def test_the_same_job_again_and_a_smaller_one_after_it(alone, corpus, tmp_path):
     ("more", "message"),
     [
         (["--keep-vocab", "128"], "at least 259 of 512 tokens must stay"),
+        (["--keep-vocab", "3"], "got 64, a multiple of 64\nhint: keep 320 or more"),
         (["--keep-vocab", "many"], "must be a fraction in"),
         (["--keep-vocab", "0.75", "--max-memory", "1GiB"], "--max-memory"),
         (["--keep-vocab", "auto", "--vocab-text", "short.txt"], "auto holds out a fifth"),
