@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from folders import check_sliced, make_plan
-from tiny import batches, outputs, tiny, tiny_inputs
+from tiny import batches, class_of, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import Plan, load_pruned, narrow, prune, save_pruned
@@ -22,6 +22,7 @@ from liar_ext.models.residual_stream import hidden_of, weight_of
 from liar_ext.models.sites import sites, why_whole
 from liar_ext.models.slicing import apply_plan
 from liar_ext.reconstruction import hidden_size
+from liar_ext.reconstruction.rows import SiteRow
 
 KINDS = ("attn", "mlp")
 
@@ -31,7 +32,7 @@ def kinds_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if not why_whole(model, kind))
 
 
-def one_of_each_kind(rows: Mapping[str, tuple[str, str, dict]]) -> list[str]:
+def one_of_each_kind(names: Iterable[str]) -> list[str]:
     """Return the first of those tiny models whose families differ by names alone.
 
     Classes for other uses (``ForCausalLM``) are of other kinds, and so are several models of one
@@ -39,12 +40,15 @@ def one_of_each_kind(rows: Mapping[str, tuple[str, str, dict]]) -> list[str]:
     """
     found: dict[object, str] = {}
     models = Counter()
-    for name, (model_class, config_class, _) in rows.items():
-        row = FAMILIES[getattr(transformers, config_class).model_type]
+    for name in names:
+        model_class = class_of(name)
+        row = FAMILIES[model_class.config_class.model_type]
         wirings = [getattr(part, kind) for part in row.all_parts for kind in KINDS]
         number = models[row.name] * any(type(wiring) is tuple for wiring in wirings)
         models[row.name] += 1
-        found.setdefault((_without_names(row), model_class.partition("For")[2], number), name)
+        found.setdefault(
+            (_without_names(row), model_class.__name__.partition("For")[2], number), name
+        )
     return list(found.values())
 
 
@@ -124,17 +128,23 @@ def double_features(model: nn.Module) -> int:
     return half
 
 
-def check_hidden(name: str, monkeypatch, **fields) -> None:
-    """Features that others repeat are given back: every statistic stays, and readers add up."""
-    model = tiny(name, dtype=torch.float64, **fields)
+def halved(model: nn.Module, monkeypatch) -> tuple[nn.Module, dict, Sequence[SiteRow]]:
+    """Let a model have each feature twice; return it without the copies, inputs, and rows."""
     half = double_features(model)
     wanting(monkeypatch, range(half))
     found = narrow(model, batches(model), 0.5, damp=1e-12)
-    small, inputs = copy.deepcopy(model), tiny_inputs(model, batch=16, tokens=16, seed=99)
     plan = Plan(model.config.model_type, "auto", {}, hidden=found.kept)
+    small = copy.deepcopy(model)
     apply_plan(small, plan, found.weights)
+    return small, tiny_inputs(model, batch=16, tokens=16, seed=99), found.rows
+
+
+def check_hidden(name: str, monkeypatch, **fields) -> None:
+    """Features that others repeat are given back: every statistic stays, and readers add up."""
+    model = tiny(name, dtype=torch.float64, **fields)
+    small, inputs, rows = halved(model, monkeypatch)
     torch.testing.assert_close(outputs(small, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
-    read = [row for row in found.rows if "cholesky" in row.path]
+    read = [row for row in rows if "cholesky" in row.path]
     assert read and all(row.holdout_error < 1e-7 for row in read)
 
 

@@ -7,9 +7,8 @@ import re
 
 import pytest
 import torch
-import transformers
 from matplotlib.figure import Figure
-from tiny import MOE, batches, outputs, tiny
+from tiny import MOE, batches, class_of, outputs, tiny
 
 from liar_ext import load_pruned, prune, save_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
@@ -38,7 +37,7 @@ def even(request, tmp_path_factory):
 def test_equal_layers_load_in_the_stock_class(even) -> None:
     name, model, report, folder = even
     assert "plain" in report.loading
-    stock = getattr(transformers, MOE[name][0])
+    stock = class_of(name)
     config = json.loads((folder / "config.json").read_text())
     assert config[SIZE.get(name, "intermediate_size")] == 16 and "auto_map" not in config
     loaded, info = stock.from_pretrained(folder, output_loading_info=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from tiny_decoders import DECODERS
+from tiny_decoders import DECODERS, TEXT, VOCAB, Row, row
 from tiny_encoders import ENCODERS
 from tiny_moe import MOE_FAMILIES
 from torch import Tensor
@@ -16,10 +16,8 @@ from torch import Tensor
 from liar_ext.models.sites import Site, sites
 
 if TYPE_CHECKING:  # transformers itself imports its parts when they are asked for
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-VOCAB = 61
-_TEXT = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 24}
 _MHA = {**_SIZES, "num_attention_heads": 4}
 _GQA = {
@@ -29,78 +27,62 @@ _GQA = {
     "num_key_value_heads": 4,
     "head_dim": 4,
 }
-_DECODER = {**_TEXT, **_GQA, "max_position_embeddings": 64}
-_ENCODER = {**_TEXT, **_MHA, "max_position_embeddings": 64}
+_DECODER = {**TEXT, **_GQA, "max_position_embeddings": 64}
+_ENCODER = {**TEXT, **_MHA, "max_position_embeddings": 64}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _IMAGE = {**_MHA, "image_size": 8, "patch_size": 4, "num_labels": 5}
 
-# name: (model class, config class, config fields)
-TINY: dict[str, tuple[str, str, dict]] = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**_DECODER, "tie_word_embeddings": True}),
-    "mistral": ("MistralForCausalLM", "MistralConfig", _DECODER),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER),
-    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER),
-    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER),
-    "gemma3": (
+TINY: dict[str, Row] = {
+    "llama": row("LlamaForCausalLM", _DECODER, tie_word_embeddings=True),
+    "mistral": row("MistralForCausalLM", _DECODER),
+    "qwen2": row("Qwen2ForCausalLM", _DECODER),
+    "qwen3": row("Qwen3ForCausalLM", _DECODER),
+    "smollm3": row("SmolLM3ForCausalLM", _DECODER),
+    "gemma3_text": row("Gemma3ForCausalLM", _DECODER),
+    "gemma3": row(
         "Gemma3ForConditionalGeneration",
-        "Gemma3Config",
-        {
-            "text_config": _DECODER,
-            "vision_config": {**_MHA, "image_size": 8, "patch_size": 4},
-            "mm_tokens_per_image": 4,
-            "image_token_index": VOCAB - 1,
-        },
+        text_config=_DECODER,
+        vision_config={**_MHA, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB - 1,
     ),
-    "bert": ("BertForSequenceClassification", "BertConfig", _ENCODER),
-    "roberta": ("RobertaForMaskedLM", "RobertaConfig", _ENCODER),
-    "distilbert": (
-        "DistilBertModel",
-        "DistilBertConfig",
-        {**_TEXT, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 24},
-    ),
+    "bert": row("BertForSequenceClassification", _ENCODER),
+    "roberta": row("RobertaForMaskedLM", _ENCODER),
+    "distilbert": row("DistilBertModel", TEXT, dim=32, n_layers=3, n_heads=4, hidden_dim=24),
     # Not 32 features, which are also the buckets of its relative positions.
-    "mpnet": ("MPNetModel", "MPNetConfig", {**_ENCODER, "hidden_size": 40}),
-    "opt": (
+    "mpnet": row("MPNetModel", _ENCODER, hidden_size=40),
+    "opt": row(
         "OPTForCausalLM",
-        "OPTConfig",
-        {**_TEXT, **_MHA, "ffn_dim": 24, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+        TEXT,
+        _MHA,
+        ffn_dim=24,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
     ),
-    "gpt2": (
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {**_TEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 24, "n_positions": 64},
+    "gpt2": row(
+        "GPT2LMHeadModel", TEXT, n_embd=32, n_layer=3, n_head=4, n_inner=24, n_positions=64
     ),
-    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _ENCODER),
-    "vit": ("ViTForImageClassification", "ViTConfig", _IMAGE),
-    "dinov2": ("Dinov2Model", "Dinov2Config", {**_IMAGE, "mlp_ratio": 2}),
-    "dinov2_swiglu": (
-        "Dinov2Model",
-        "Dinov2Config",
-        {**_IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True},
-    ),
+    "gpt_neox": row("GPTNeoXForCausalLM", _ENCODER),
+    "vit": row("ViTForImageClassification", _IMAGE),
+    "dinov2": row("Dinov2Model", _IMAGE, mlp_ratio=2),
+    "dinov2_swiglu": row("Dinov2Model", _IMAGE, mlp_ratio=2, use_swiglu_ffn=True),
 }
 _MOE = {**_DECODER, "num_hidden_layers": 2, "intermediate_size": 32, "num_experts_per_tok": 2}
 # Mixtures of experts; of qwen3_moe the second layer has an ordinary MLP.
-MOE: dict[str, tuple[str, str, dict]] = {
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_MOE, "num_local_experts": 4}),
-    "qwen3_moe": (
+MOE: dict[str, Row] = {
+    "mixtral": row("MixtralForCausalLM", _MOE, num_local_experts=4),
+    "qwen3_moe": row(
         "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
-        {
-            **_MOE,
-            "num_experts": 4,
-            "moe_intermediate_size": 32,
-            "intermediate_size": 28,
-            "mlp_only_layers": [1],
-            "norm_topk_prob": True,
-        },
+        _MOE,
+        num_experts=4,
+        moe_intermediate_size=32,
+        intermediate_size=28,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
     ),
-    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_MOE, "hidden_size": 32, "num_experts": 4}),
-    "gpt_oss": (
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        {**_MOE, "num_local_experts": 4, "sliding_window": 8, "rope_parameters": _ROPE},
+    "olmoe": row("OlmoeForCausalLM", _MOE, hidden_size=32, num_experts=4),
+    "gpt_oss": row(
+        "GptOssForCausalLM", _MOE, num_local_experts=4, sliding_window=8, rope_parameters=_ROPE
     ),
 }
 # Those that the tests of their kind go through, and not every other test.
@@ -112,12 +94,19 @@ NARROWABLE = (
 GROUPED = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3".split()
 
 
+def class_of(name: str) -> type[PreTrainedModel]:
+    return getattr(transformers, {**TINY, **MORE}[name][0])
+
+
+def tiny_config(name: str, **fields) -> PreTrainedConfig:
+    return class_of(name).config_class(**{**{**TINY, **MORE}[name][1], **fields})
+
+
 def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **fields) -> PreTrainedModel:
     """Build a tiny model with random weights and biases; ``fields`` override its config."""
-    model_class, config_class, defaults = {**TINY, **MORE}[name]
-    config = getattr(transformers, config_class)(**{**defaults, **fields})
+    config = tiny_config(name, **fields)
     torch.manual_seed(seed)
-    model = getattr(transformers, model_class)(config)
+    model = class_of(name)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             # Vectors are biases (zero) and norms (one): shake them, so that a bias that is

@@ -1,26 +1,26 @@
-"""Tiny decoders of families whose jobs ``tests/families`` goes through from end to end."""
+"""Tiny decoders, for ``tests/models/test_decoder_families.py``, and the form of a row."""
 
 from __future__ import annotations
 
+from collections import ChainMap
+
+Row = tuple[str, dict]  # class of the model, and fields of its config
 VOCAB = 61
-_TEXT = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = {
     **{"hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 20},
     **{"num_attention_heads": 8, "num_key_value_heads": 4},
     "max_position_embeddings": 64,
 }
-_GQA = {**_TEXT, **_SIZES, "head_dim": 4}
+_GQA = {**TEXT, **_SIZES, "head_dim": 4}
 # Heads of which the hidden size is made.
-_SQUARE = {**_TEXT, **_SIZES, "hidden_size": 64}
+_SQUARE = {**TEXT, **_SIZES, "hidden_size": 64}
 _FALCON = {
-    **_TEXT,
+    **TEXT,
     **{"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8},
     "ffn_hidden_size": 24,
 }
-_GPT = {
-    **{**_TEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 24},
-    "n_positions": 64,
-}
+_GPT = {**{**TEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 24}, "n_positions": 64}
 _QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1}
 _PIXTRAL = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -46,143 +46,121 @@ _LINEAR = {
 }
 
 
-def _seeing(name: str, text: str, vision: str) -> tuple[str, str, dict]:
-    fields = {
-        "text_config": {"model_type": text, **_GQA},
-        "vision_config": {"model_type": vision, **_PIXTRAL},
-    }
-    return f"{name}ForConditionalGeneration", f"{name}Config", fields
+def row(model_class: str, *some: dict, **fields: object) -> Row:
+    """Return a row with the fields of some dicts, and more, the later ones on top."""
+    return model_class, dict(ChainMap(fields, *reversed(some)))
 
 
-def _causal(name: str, fields: dict, config: str = "") -> tuple[str, str, dict]:
-    return f"{name}ForCausalLM", f"{config or name}Config", fields
+def _seeing(name: str, text: str, vision: str) -> Row:
+    return row(
+        f"{name}ForConditionalGeneration",
+        text_config={"model_type": text, **_GQA},
+        vision_config={"model_type": vision, **_PIXTRAL},
+    )
 
 
-# name: (model class, config class, config fields)
-DECODERS: dict[str, tuple[str, str, dict]] = {
-    "phi3": _causal("Phi3", _GQA),
-    "phi3_mha": _causal("Phi3", {**_SQUARE, "num_key_value_heads": 8}),
-    "glm": _causal("Glm", {**_GQA, "attention_bias": True}),
-    "glm4": _causal("Glm4", {**_GQA, "attention_bias": True}),
-    "gemma": _causal("Gemma", _GQA),
-    "gemma2": _causal("Gemma2", {**_GQA, "query_pre_attn_scalar": 7, "sliding_window": 4}),
-    "vaultgemma": _causal("VaultGemma", {**_GQA, "query_pre_attn_scalar": 7}),
-    "gemma4_text": ("Gemma4ForCausalLM", "Gemma4TextConfig", _GEMMA4),
+DECODERS: dict[str, Row] = {
+    "phi3": row("Phi3ForCausalLM", _GQA),
+    "phi3_mha": row("Phi3ForCausalLM", _SQUARE, num_key_value_heads=8),
+    "glm": row("GlmForCausalLM", _GQA, attention_bias=True),
+    "glm4": row("Glm4ForCausalLM", _GQA, attention_bias=True),
+    "gemma": row("GemmaForCausalLM", _GQA),
+    "gemma2": row("Gemma2ForCausalLM", _GQA, query_pre_attn_scalar=7, sliding_window=4),
+    "vaultgemma": row("VaultGemmaForCausalLM", _GQA, query_pre_attn_scalar=7),
+    "gemma4_text": row("Gemma4ForCausalLM", _GEMMA4),
     # As the larger ones: each layer has keys of its own, which are the values of some.
-    "gemma4_text_whole": (
+    "gemma4_text_whole": row(
         "Gemma4ForCausalLM",
-        "Gemma4TextConfig",
-        {
-            **{**_GEMMA4, "num_kv_shared_layers": 0, "attention_k_eq_v": True},
-            **{"num_global_key_value_heads": 2, "hidden_size_per_layer_input": 0},
-        },
+        _GEMMA4,
+        num_kv_shared_layers=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=2,
+        hidden_size_per_layer_input=0,
     ),
-    "gemma4": (
+    "gemma4": row(
         "Gemma4ForConditionalGeneration",
-        "Gemma4Config",
-        {
-            "text_config": _GEMMA4,
-            "vision_config": {**_PIXTRAL, "head_dim": 8},
-            "audio_config": None,
-        },
+        text_config=_GEMMA4,
+        vision_config={**_PIXTRAL, "head_dim": 8},
+        audio_config=None,
     ),
-    "olmo": _causal("Olmo", {**_SQUARE, "clip_qkv": 0.5}),
-    "olmo2": _causal("Olmo2", _SQUARE),
-    "olmo3": _causal("Olmo3", _SQUARE),
-    "granite": _causal(
-        "Granite",
-        {
-            **_SQUARE,
-            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4},
-            **{"logits_scaling": 2.0, "attention_multiplier": 0.2},
-        },
+    "olmo": row("OlmoForCausalLM", _SQUARE, clip_qkv=0.5),
+    "olmo2": row("Olmo2ForCausalLM", _SQUARE),
+    "olmo3": row("Olmo3ForCausalLM", _SQUARE),
+    "granite": row(
+        "GraniteForCausalLM",
+        _SQUARE,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        logits_scaling=2.0,
+        attention_multiplier=0.2,
     ),
-    "starcoder2": _causal("Starcoder2", _SQUARE),
-    "stablelm": _causal("StableLm", {**_SQUARE, "use_qkv_bias": True}),
-    "stablelm_parallel": _causal("StableLm", {**_SQUARE, "use_parallel_residual": True}),
-    "falcon": _causal("Falcon", _FALCON),
-    "falcon_mha": _causal(
-        "Falcon", {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True}
+    "starcoder2": row("Starcoder2ForCausalLM", _SQUARE),
+    "stablelm": row("StableLmForCausalLM", _SQUARE, use_qkv_bias=True),
+    "stablelm_parallel": row("StableLmForCausalLM", _SQUARE, use_parallel_residual=True),
+    "falcon": row("FalconForCausalLM", _FALCON),
+    "falcon_mha": row(
+        "FalconForCausalLM", _FALCON, multi_query=False, parallel_attn=False, bias=True
     ),
-    "falcon_new": _causal(
-        "Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 4}
-    ),
-    "cohere": _causal("Cohere", _SQUARE),
-    "cohere2": _causal("Cohere2", {**_GQA, "sliding_window": 4}),
-    "nemotron": _causal("Nemotron", _GQA),
-    "arcee": _causal("Arcee", _GQA),
-    "jais2": _causal("Jais2", _GQA),
-    "apertus": _causal("Apertus", _SQUARE),
-    "phi": _causal("Phi", _SQUARE),
-    "ministral": _causal("Ministral", _GQA),
-    "ministral3": _causal("Ministral3", _GQA),
-    "exaone4": _causal("Exaone4", _SQUARE),
-    "seed_oss": _causal("SeedOss", _GQA),
-    "hunyuan_v1_dense": _causal("HunYuanDenseV1", _GQA),
-    "ernie4_5": _causal("Ernie4_5", _GQA),
-    "helium": _causal("Helium", {**_SQUARE, "head_dim": 8}),
-    "nanochat": _causal("NanoChat", _SQUARE),
-    "qwen3_5_text": _causal("Qwen3_5", _LINEAR, "Qwen3_5Text"),
-    "qwen3_5": (
+    "falcon_new": row("FalconForCausalLM", _FALCON, new_decoder_architecture=True, num_kv_heads=4),
+    "cohere": row("CohereForCausalLM", _SQUARE),
+    "cohere2": row("Cohere2ForCausalLM", _GQA, sliding_window=4),
+    "nemotron": row("NemotronForCausalLM", _GQA),
+    "arcee": row("ArceeForCausalLM", _GQA),
+    "jais2": row("Jais2ForCausalLM", _GQA),
+    "apertus": row("ApertusForCausalLM", _SQUARE),
+    "phi": row("PhiForCausalLM", _SQUARE),
+    "ministral": row("MinistralForCausalLM", _GQA),
+    "ministral3": row("Ministral3ForCausalLM", _GQA),
+    "exaone4": row("Exaone4ForCausalLM", _SQUARE),
+    "seed_oss": row("SeedOssForCausalLM", _GQA),
+    "hunyuan_v1_dense": row("HunYuanDenseV1ForCausalLM", _GQA),
+    "ernie4_5": row("Ernie4_5ForCausalLM", _GQA),
+    "helium": row("HeliumForCausalLM", _SQUARE, head_dim=8),
+    "nanochat": row("NanoChatForCausalLM", _SQUARE),
+    "qwen3_5_text": row("Qwen3_5ForCausalLM", _LINEAR),
+    "qwen3_5": row(
         "Qwen3_5ForConditionalGeneration",
-        "Qwen3_5Config",
-        {
-            "text_config": _LINEAR,
-            "vision_config": {
-                **_QWEN_VISION,
-                **{"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16},
-            },
+        text_config=_LINEAR,
+        vision_config={
+            **_QWEN_VISION,
+            **{"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16},
         },
     ),
-    "bamba": _causal(
-        "Bamba",
-        {
-            **{**_SQUARE, "attn_layer_indices": [1], "mamba_n_heads": 8},
-            **{"mamba_d_state": 6, "mamba_chunk_size": 4},
-        },
+    "bamba": row(
+        "BambaForCausalLM",
+        _SQUARE,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_state=6,
+        mamba_chunk_size=4,
     ),
-    "lfm2": _causal(
-        "Lfm2",
-        {
-            **_GQA,
-            "block_auto_adjust_ff_dim": False,
-            "layer_types": ["full_attention", "conv", "full_attention"],
-        },
+    "lfm2": row(
+        "Lfm2ForCausalLM",
+        _GQA,
+        block_auto_adjust_ff_dim=False,
+        layer_types=["full_attention", "conv", "full_attention"],
     ),
-    "cwm": _causal("Cwm", _GQA),
-    "qwen2_vl": (
+    "cwm": row("CwmForCausalLM", _GQA),
+    "qwen2_vl": row(
         "Qwen2VLForConditionalGeneration",
-        "Qwen2VLConfig",
-        {
-            "text_config": {**_SQUARE, "rope_parameters": _MROPE},
-            "vision_config": {**_QWEN_VISION, "embed_dim": 16, "hidden_size": 64},
-        },
+        text_config={**_SQUARE, "rope_parameters": _MROPE},
+        vision_config={**_QWEN_VISION, "embed_dim": 16, "hidden_size": 64},
     ),
-    "qwen2_5_vl": (
+    "qwen2_5_vl": row(
         "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLConfig",
-        {
-            "text_config": {**_SQUARE, "rope_parameters": _MROPE},
-            "vision_config": {
-                **_QWEN_VISION,
-                **{"hidden_size": 16, "out_hidden_size": 64, "intermediate_size": 16},
-            },
+        text_config={**_SQUARE, "rope_parameters": _MROPE},
+        vision_config={
+            **_QWEN_VISION,
+            **{"hidden_size": 16, "out_hidden_size": 64, "intermediate_size": 16},
         },
     ),
-    "qwen3_vl": (
+    "qwen3_vl": row(
         "Qwen3VLForConditionalGeneration",
-        "Qwen3VLConfig",
-        {
-            "text_config": {
-                **_SQUARE,
-                "head_dim": 8,
-                "rope_parameters": _MROPE,
-            },
-            "vision_config": {
-                **_QWEN_VISION,
-                **{"hidden_size": 16, "out_hidden_size": 64, "intermediate_size": 16},
-                "deepstack_visual_indexes": [0],
-            },
+        text_config={**_SQUARE, "head_dim": 8, "rope_parameters": _MROPE},
+        vision_config={
+            **_QWEN_VISION,
+            **{"hidden_size": 16, "out_hidden_size": 64, "intermediate_size": 16},
+            "deepstack_visual_indexes": [0],
         },
     ),
     "mistral3": _seeing("Mistral3", "ministral3", "pixtral"),
@@ -192,58 +170,57 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
     "paligemma": _seeing("PaliGemma", "gemma", "siglip_vision_model"),
     "idefics3": _seeing("Idefics3", "llama", "idefics3_vision"),
     "smolvlm": _seeing("SmolVLM", "llama", "smolvlm_vision"),
-    "granite_swa": _causal(
-        "GraniteSWA",
-        {**_GQA, **{"sliding_window": 4, "residual_multiplier": 0.5, "attention_bias": True}},
+    "granite_swa": row(
+        "GraniteSWAForCausalLM",
+        _GQA,
+        sliding_window=4,
+        residual_multiplier=0.5,
+        attention_bias=True,
     ),
-    "modernbert-decoder": _causal(
-        "ModernBertDecoder",
-        {
-            **{**_SQUARE, "local_attention": 6, "global_attn_every_n_layers": 2},
-            **{"cls_token_id": 1, "sep_token_id": 2},
-        },
+    "modernbert-decoder": row(
+        "ModernBertDecoderForCausalLM",
+        _SQUARE,
+        local_attention=6,
+        global_attn_every_n_layers=2,
+        cls_token_id=1,
+        sep_token_id=2,
     ),
-    "gpt_neo": _causal(
-        "GPTNeo",
-        {
-            **{**_TEXT, "hidden_size": 32, "num_layers": 3, "num_heads": 4},
-            **{"attention_types": [[["global", "local", "global"], 1]], "window_size": 4},
-            **{"intermediate_size": 24, "max_position_embeddings": 64},
-        },
+    "gpt_neo": row(
+        "GPTNeoForCausalLM",
+        TEXT,
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        attention_types=[[["global", "local", "global"], 1]],
+        window_size=4,
+        intermediate_size=24,
+        max_position_embeddings=64,
     ),
-    "gptj": _causal("GPTJ", {**_GPT, "rotary_dim": 4}),
-    "codegen": _causal("CodeGen", {**_GPT, "rotary_dim": 4}),
-    "gpt_bigcode": _causal("GPTBigCode", _GPT),
-    "bloom": _causal("Bloom", {**_TEXT, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
-    "mpt": _causal(
-        "Mpt", {**_TEXT, **{"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}}
-    ),
-    "biogpt": _causal("BioGpt", {**_SQUARE, "hidden_size": 32, "intermediate_size": 24}),
+    "gptj": row("GPTJForCausalLM", _GPT, rotary_dim=4),
+    "codegen": row("CodeGenForCausalLM", _GPT, rotary_dim=4),
+    "gpt_bigcode": row("GPTBigCodeForCausalLM", _GPT),
+    "bloom": row("BloomForCausalLM", TEXT, hidden_size=32, n_layer=3, n_head=4),
+    "mpt": row("MptForCausalLM", TEXT, d_model=32, n_layers=3, n_heads=4, max_seq_len=64),
+    "biogpt": row("BioGptForCausalLM", _SQUARE, hidden_size=32, intermediate_size=24),
     "llava_next": _seeing("LlavaNext", "llama", "clip_vision_model"),
     "video_llava": _seeing("VideoLlava", "llama", "clip_vision_model"),
     "aya_vision": _seeing("AyaVision", "cohere2", "siglip_vision_model"),
     "cohere2_vision": _seeing("Cohere2Vision", "cohere2", "siglip_vision_model"),
-    "got_ocr2": (
+    "got_ocr2": row(
         "GotOcr2ForConditionalGeneration",
-        "GotOcr2Config",
-        {
-            "text_config": {"model_type": "qwen2", **_GQA},
-            "vision_config": {
-                **{**_PIXTRAL, "mlp_dim": 16, "output_channels": 8, "global_attn_indexes": [0]},
-                "window_size": 2,
-            },
+        text_config={"model_type": "qwen2", **_GQA},
+        vision_config={
+            **{**_PIXTRAL, "mlp_dim": 16, "output_channels": 8, "global_attn_indexes": [0]},
+            "window_size": 2,
         },
     ),
-    "qwen2_audio": (
+    "qwen2_audio": row(
         "Qwen2AudioForConditionalGeneration",
-        "Qwen2AudioConfig",
-        {
-            "text_config": {"model_type": "qwen2", **_GQA},
-            "audio_config": {
-                **{"num_mel_bins": 8, "d_model": 16, "encoder_layers": 1, "encoder_ffn_dim": 16},
-                **{"encoder_attention_heads": 2, "max_source_positions": 6},
-            },
+        text_config={"model_type": "qwen2", **_GQA},
+        audio_config={
+            **{"num_mel_bins": 8, "d_model": 16, "encoder_layers": 1, "encoder_ffn_dim": 16},
+            **{"encoder_attention_heads": 2, "max_source_positions": 6},
         },
     ),
-    "eurobert": ("EuroBertForMaskedLM", "EuroBertConfig", _GQA),
+    "eurobert": row("EuroBertForMaskedLM", _GQA),
 }

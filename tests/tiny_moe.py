@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-VOCAB = 61
+from tiny_decoders import TEXT, Row, row
+
 _SIZES = {
-    **{"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **TEXT,
     **{"hidden_size": 40, "num_hidden_layers": 2, "intermediate_size": 24},
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
     **{"max_position_embeddings": 64, "num_experts_per_tok": 2},
@@ -51,201 +52,177 @@ NEMOTRON = {
     **{"mamba_num_heads": 8, "mamba_head_dim": 3, "chunk_size": 4, "norm_topk_prob": True},
 }
 
-# name: (model class, config class, config fields)
-MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
-    "qwen2_moe": (
+MOE_FAMILIES: dict[str, Row] = {
+    "qwen2_moe": row(
         "Qwen2MoeForCausalLM",
-        "Qwen2MoeConfig",
-        {
-            **{**_EXPERTS, "hidden_size": 64, "mlp_only_layers": [1]},
-            **{"shared_expert_intermediate_size": 12, "norm_topk_prob": True},
-        },
+        _EXPERTS,
+        hidden_size=64,
+        mlp_only_layers=[1],
+        shared_expert_intermediate_size=12,
+        norm_topk_prob=True,
     ),
-    "qwen3_vl_moe": (
+    "qwen3_vl_moe": row(
         "Qwen3VLMoeForConditionalGeneration",
-        "Qwen3VLMoeConfig",
-        {
-            "text_config": {
-                **{**_EXPERTS, "mlp_only_layers": [1], "head_dim": 8},
-                "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
-            },
-            "vision_config": _VISION,
+        text_config={
+            **{**_EXPERTS, "mlp_only_layers": [1], "head_dim": 8},
+            "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
         },
+        vision_config=_VISION,
     ),
-    "minimax": (
+    "minimax": row(
         "MiniMaxForCausalLM",
-        "MiniMaxConfig",
-        {
-            **{**_SIZES, "num_local_experts": 4, "block_size": 8},
-            "layer_types": ["full_attention", "linear_attention"],
-            **{"mlp_alpha_factor": 0.9, "mlp_beta_factor": 0.8},
-        },
+        _SIZES,
+        num_local_experts=4,
+        block_size=8,
+        layer_types=["full_attention", "linear_attention"],
+        mlp_alpha_factor=0.9,
+        mlp_beta_factor=0.8,
     ),
-    "lfm2_moe": (
+    "lfm2_moe": row(
         "Lfm2MoeForCausalLM",
-        "Lfm2MoeConfig",
-        {
-            **{**_EXPERTS, "num_dense_layers": 1, "num_hidden_layers": 3, "hidden_size": 32},
-            "layer_types": ["full_attention", "conv", "full_attention"],
-        },
+        _EXPERTS,
+        num_dense_layers=1,
+        num_hidden_layers=3,
+        hidden_size=32,
+        layer_types=["full_attention", "conv", "full_attention"],
     ),
-    "hunyuan_v1_moe": (
-        "HunYuanMoEV1ForCausalLM",
-        "HunYuanMoEV1Config",
-        {**_SIZES, "num_experts": 4, "moe_topk": 2},
-    ),
-    "ernie4_5_moe": (
+    "hunyuan_v1_moe": row("HunYuanMoEV1ForCausalLM", _SIZES, num_experts=4, moe_topk=2),
+    "ernie4_5_moe": row(
         "Ernie4_5_MoeForCausalLM",
-        "Ernie4_5_MoeConfig",
-        {
-            **{**_SIZES, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
-            **{"moe_num_shared_experts": 1, "moe_layer_start_index": 1, "num_hidden_layers": 3},
-        },
+        _SIZES,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=16,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+        num_hidden_layers=3,
     ),
-    "granitemoe": (
+    "granitemoe": row(
         "GraniteMoeForCausalLM",
-        "GraniteMoeConfig",
-        {
-            **{**_SIZES, "num_local_experts": 4, "residual_multiplier": 0.5},
-            **{"hidden_size": 64, "attention_multiplier": 0.2, "logits_scaling": 2.0},
-        },
+        _SIZES,
+        num_local_experts=4,
+        residual_multiplier=0.5,
+        hidden_size=64,
+        attention_multiplier=0.2,
+        logits_scaling=2.0,
     ),
-    "phimoe": (
-        "PhimoeForCausalLM",
-        "PhimoeConfig",
-        {**_SIZES, "hidden_size": 64, "num_local_experts": 4},
-    ),
-    "granitemoe_swa": (
+    "phimoe": row("PhimoeForCausalLM", _SIZES, hidden_size=64, num_local_experts=4),
+    "granitemoe_swa": row(
         "GraniteMoeSWAForCausalLM",
-        "GraniteMoeSWAConfig",
-        {
-            **{**_SIZES, "num_local_experts": 4, "shared_intermediate_size": 12},
-            **{"sliding_window": 4, "hidden_size": 64},
-        },
+        _SIZES,
+        num_local_experts=4,
+        shared_intermediate_size=12,
+        sliding_window=4,
+        hidden_size=64,
     ),
-    "mellum": (
+    "mellum": row(
         "MellumForCausalLM",
-        "MellumConfig",
-        {
-            **{**_EXPERTS, "mlp_layer_types": ["dense", "sparse"], "sliding_window": 4},
-            "layer_types": ["full_attention", "sliding_attention"],
-        },
+        _EXPERTS,
+        mlp_layer_types=["dense", "sparse"],
+        sliding_window=4,
+        layer_types=["full_attention", "sliding_attention"],
     ),
-    "cohere2_moe": (
+    "cohere2_moe": row(
         "Cohere2MoeForCausalLM",
-        "Cohere2MoeConfig",
-        {
-            **{**_SIZES, "num_experts": 4, "num_shared_experts": 1, "num_hidden_layers": 3},
-            **{"mlp_layer_types": ["dense", "sparse", "sparse"], "sliding_window": 4},
-            "prefix_dense_intermediate_size": 20,
-        },
+        _SIZES,
+        num_experts=4,
+        num_shared_experts=1,
+        num_hidden_layers=3,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        sliding_window=4,
+        prefix_dense_intermediate_size=20,
     ),
-    "exaone_moe": (
+    "exaone_moe": row(
         "ExaoneMoeForCausalLM",
-        "ExaoneMoeConfig",
-        {
-            **{**_EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 3, "sliding_window": 4},
-            **{"mlp_layer_types": ["dense", "sparse", "sparse"], "routed_scaling_factor": 1.5},
-            "sliding_window_pattern": 2,
-        },
+        _EXPERTS,
+        num_shared_experts=1,
+        num_hidden_layers=3,
+        sliding_window=4,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        routed_scaling_factor=1.5,
+        sliding_window_pattern=2,
     ),
-    "hy_v3": (
+    "hy_v3": row(
         "HYV3ForCausalLM",
-        "HYV3Config",
-        {**_EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 3, "router_scaling_factor": 1.5},
+        _EXPERTS,
+        num_shared_experts=1,
+        num_hidden_layers=3,
+        router_scaling_factor=1.5,
     ),
-    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**_SHARED, "use_qk_norm": True}),
-    "dots1": ("Dots1ForCausalLM", "Dots1Config", _SHARED),
-    "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", _LATENT),
-    "deepseek_v2 lite": (
-        "DeepseekV2ForCausalLM",
-        "DeepseekV2Config",
-        {**_LATENT, "q_lora_rank": None},
-    ),
-    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _LATENT),
-    "deepseek_v32": (
-        "DeepseekV32ForCausalLM",
-        "DeepseekV32Config",
-        {**_LATENT, **_INDEX, "index_topk": 4},
-    ),
-    "glm_moe_dsa": (
+    "glm4_moe": row("Glm4MoeForCausalLM", _SHARED, use_qk_norm=True),
+    "dots1": row("Dots1ForCausalLM", _SHARED),
+    "deepseek_v2": row("DeepseekV2ForCausalLM", _LATENT),
+    "deepseek_v2 lite": row("DeepseekV2ForCausalLM", _LATENT, q_lora_rank=None),
+    "deepseek_v3": row("DeepseekV3ForCausalLM", _LATENT),
+    "deepseek_v32": row("DeepseekV32ForCausalLM", _LATENT, _INDEX, index_topk=4),
+    "glm_moe_dsa": row(
         "GlmMoeDsaForCausalLM",
-        "GlmMoeDsaConfig",
-        {**_LATENT, **_INDEX, "index_topk": 4, "indexer_types": ["full", "shared", "full"]},
+        _LATENT,
+        _INDEX,
+        index_topk=4,
+        indexer_types=["full", "shared", "full"],
     ),
-    "kimi_k25": (
+    "kimi_k25": row(
         "Kimi_K25ForConditionalGeneration",
-        "Kimi_K25Config",
-        {
-            "text_config": {"model_type": "deepseek_v3", **_LATENT},
-            "vision_config": {
-                **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
-                **{"num_attention_heads": 2, "patch_size": 4, "pos_emb_height": 2},
-                "pos_emb_width": 2,
-            },
-            "projection_hidden_size": 16,
+        text_config={"model_type": "deepseek_v3", **_LATENT},
+        vision_config={
+            **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+            **{"num_attention_heads": 2, "patch_size": 4, "pos_emb_height": 2},
+            "pos_emb_width": 2,
         },
+        projection_hidden_size=16,
     ),
-    "llama4_text": ("Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4),
-    "glm4v_moe": (
+    "llama4_text": row("Llama4ForCausalLM", _LLAMA4),
+    "glm4v_moe": row(
         "Glm4vMoeForConditionalGeneration",
-        "Glm4vMoeConfig",
-        {
-            "text_config": {
-                **_SHARED,
-                "hidden_size": 32,
-                "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]},
-            },
-            "vision_config": {**_VISION, "out_hidden_size": 32, "image_size": 8},
+        text_config={
+            **_SHARED,
+            "hidden_size": 32,
+            "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]},
         },
+        vision_config={**_VISION, "out_hidden_size": 32, "image_size": 8},
     ),
-    "mistral4": ("Mistral4ForCausalLM", "Mistral4Config", _LATENT),
-    "flex_olmo": (
-        "FlexOlmoForCausalLM",
-        "FlexOlmoConfig",
-        {**_SIZES, "num_experts": 4, "hidden_size": 32, "num_attention_heads": 8},
+    "mistral4": row("Mistral4ForCausalLM", _LATENT),
+    "flex_olmo": row(
+        "FlexOlmoForCausalLM", _SIZES, num_experts=4, hidden_size=32, num_attention_heads=8
     ),
-    "qwen3_next": (
-        "Qwen3NextForCausalLM",
-        "Qwen3NextConfig",
-        {**_EXPERTS, **_LINEAR, "head_dim": 8, "rope_parameters": _ROPE},
-    ),
-    "qwen3_5_moe_text": (
+    "qwen3_next": row("Qwen3NextForCausalLM", _EXPERTS, _LINEAR, head_dim=8, rope_parameters=_ROPE),
+    "qwen3_5_moe_text": row(
         "Qwen3_5MoeForCausalLM",
-        "Qwen3_5MoeTextConfig",
-        {
+        _EXPERTS,
+        _LINEAR,
+        head_dim=8,
+        rope_parameters={**_ROPE, "mrope_section": [1, 1, 2]},
+    ),
+    "granitemoehybrid": row(
+        "GraniteMoeHybridForCausalLM",
+        _SIZES,
+        num_local_experts=4,
+        residual_multiplier=0.5,
+        shared_intermediate_size=12,
+        position_embedding_type="rope",
+        layer_types=["linear_attention", "full_attention"],
+        mamba_n_heads=8,
+        mamba_d_state=6,
+        mamba_chunk_size=4,
+    ),
+    "nemotron_h": row("NemotronHForCausalLM", NEMOTRON),
+    "granitemoeshared": row(
+        "GraniteMoeSharedForCausalLM",
+        _SIZES,
+        hidden_size=64,
+        num_local_experts=4,
+        shared_intermediate_size=12,
+    ),
+    "minimax_m2": row("MiniMaxM2ForCausalLM", _SIZES, num_local_experts=4),
+    "solar_open": row("SolarOpenForCausalLM", _SHARED),
+    "glm4_moe_lite": row("Glm4MoeLiteForCausalLM", _LATENT),
+    "qwen3_5_moe": row(
+        "Qwen3_5MoeForConditionalGeneration",
+        text_config={
             **{**_EXPERTS, **_LINEAR, "head_dim": 8},
             "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
         },
-    ),
-    "granitemoehybrid": (
-        "GraniteMoeHybridForCausalLM",
-        "GraniteMoeHybridConfig",
-        {
-            **{**_SIZES, "num_local_experts": 4, "residual_multiplier": 0.5},
-            **{"shared_intermediate_size": 12, "position_embedding_type": "rope"},
-            **{"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 8},
-            **{"mamba_d_state": 6, "mamba_chunk_size": 4},
-        },
-    ),
-    "nemotron_h": ("NemotronHForCausalLM", "NemotronHConfig", NEMOTRON),
-    "granitemoeshared": (
-        "GraniteMoeSharedForCausalLM",
-        "GraniteMoeSharedConfig",
-        {**_SIZES, "hidden_size": 64, "num_local_experts": 4, "shared_intermediate_size": 12},
-    ),
-    "minimax_m2": ("MiniMaxM2ForCausalLM", "MiniMaxM2Config", {**_SIZES, "num_local_experts": 4}),
-    "solar_open": ("SolarOpenForCausalLM", "SolarOpenConfig", _SHARED),
-    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", _LATENT),
-    "qwen3_5_moe": (
-        "Qwen3_5MoeForConditionalGeneration",
-        "Qwen3_5MoeConfig",
-        {
-            "text_config": {
-                **{**_EXPERTS, **_LINEAR, "head_dim": 8},
-                "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
-            },
-            "vision_config": _VISION,
-        },
+        vision_config=_VISION,
     ),
 }

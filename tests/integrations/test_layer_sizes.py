@@ -8,7 +8,7 @@ import pytest
 import torch
 from folders import equal_plan, make_plan, pruned
 from safetensors.torch import load_file
-from tiny import GROUPED, TINY
+from tiny import GROUPED, tiny_config
 from transformers import AutoConfig
 
 from liar_ext import save_pruned
@@ -69,10 +69,7 @@ def test_a_config_gives_the_shape_of_every_projection(unequal):
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_dense_config_is_left_alone(name):
-    import transformers
-
-    _, config_class, fields = TINY[name]
-    config = getattr(transformers, config_class)(**fields).get_text_config()
+    config = tiny_config(name).get_text_config()
     assert not is_pruned(config)
     config.per_layer_config = {0: {"rms_norm_eps": 0.5}}
     assert not is_pruned(config)

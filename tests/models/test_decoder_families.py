@@ -20,7 +20,7 @@ from journeys import (
     says_equal_layers,
 )
 from seeing import SEEING, seeing_inputs, seeing_model
-from tiny import NARROWABLE, batches, outputs, tiny
+from tiny import NARROWABLE, batches, class_of, outputs, tiny
 from tiny_decoders import DECODERS
 
 from liar_ext import InputError, Plan, apply_plan, load_pruned, prune, save_pruned
@@ -31,8 +31,8 @@ from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_bias, sites, why_whole
 
-CONFIGS = {name: getattr(transformers, each) for name, (_, each, _) in DECODERS.items()}
-STREAMS = [name for name, config in CONFIGS.items() if FAMILIES[config.model_type].stream]
+TYPES = {name: class_of(name).config_class.model_type for name in DECODERS}
+STREAMS = [name for name, model_type in TYPES.items() if FAMILIES[model_type].stream]
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from folders import check_sliced, equal_plan, make_plan, read
 from journeys import (
     check_hidden,
     check_job,
-    double_features,
+    halved,
     one_of_each_kind,
     says_equal_layers,
-    wanting,
 )
-from tiny import batches, outputs, tiny, tiny_inputs
+from tiny import outputs, tiny, tiny_config, tiny_inputs
 from tiny_encoders import ENCODERS
 from torch import nn
 
@@ -28,7 +26,6 @@ from liar_ext.checkpoint.stock_config import describe
 from liar_ext.models.plan import SitePlan
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, sites
-from liar_ext.reconstruction.hidden_size import narrow
 
 PARTS = ("clip", "bart", "t5", "whisper")
 QUICK = (
@@ -148,11 +145,8 @@ def test_hidden_features_that_are_put_out_are_those_that_others_repeat(
     name: str, fields: dict, monkeypatch
 ) -> None:
     model = tiny(name, dtype=torch.float64, **fields)
-    half = double_features(model)
-    wanting(monkeypatch, range(half))
-    found = narrow(model, batches(model), 0.5, damp=1e-12)
-    small, inputs = copy.deepcopy(model), tiny_inputs(model, batch=16, seed=99)
-    apply_plan(small, Plan(model.config.model_type, "auto", {}, hidden=found.kept), found.weights)
+    small, inputs, _ = halved(model, monkeypatch)
+    half = model.config.hidden_size // 2
     wanted = outputs(model, inputs)[..., :half]
     torch.testing.assert_close(outputs(small, inputs), wanted, rtol=1e-4, atol=1e-4)
 
@@ -177,18 +171,12 @@ def test_hidden_features_of_a_tower_that_others_repeat_are_given_back(
         "siglip": ("SiglipTextModel", "siglip_text_model", "pooler_output"),
         "images": ("CLIPVisionModelWithProjection", "clip_vision_model", "image_embeds"),
     }[head]
-    _, config_class, sizes = ENCODERS[row]
-    config = getattr(transformers, config_class)(
-        **{**sizes, "projection_dim": 12, "projection_size": 12}
-    )
+    config = tiny_config(row, projection_dim=12, projection_size=12)
     torch.manual_seed(0)
     model = getattr(transformers, name)(config).eval().double()
-    half = double_features(model)
-    wanting(monkeypatch, range(half))
-    found = narrow(model, batches(model), 0.5, damp=1e-12)
-    small, inputs = copy.deepcopy(model), tiny_inputs(model, batch=16, tokens=16, seed=99)
-    apply_plan(small, Plan(model.config.model_type, "auto", {}, hidden=found.kept), found.weights)
+    small, inputs, _ = halved(model, monkeypatch)
     before, after = model(**inputs), small(**inputs)
+    half = model.config.hidden_size // 2
     wanted, given = before.last_hidden_state[..., :half], after.last_hidden_state
     torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after[put_out], before[put_out], rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import transformers
 from covers import some
 from folders import check_sliced, plan_of_experts
 from journeys import one_of_each_kind
-from tiny import MOE, batches, outputs, tiny, tiny_inputs
+from tiny import MOE, batches, class_of, outputs, tiny, tiny_config, tiny_inputs
 from tiny_moe import MOE_FAMILIES
 from torch import nn
 
@@ -95,7 +95,7 @@ def test_experts_and_channels_leave_and_the_stock_class_loads_it(name: str, tmp_
     save_pruned(model, tmp_path / "pruned", report.plan, report=report)
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert "auto_map" not in config
-    stock = getattr(transformers, ALL[name][0]).from_pretrained(tmp_path / "pruned")
+    stock = class_of(name).from_pretrained(tmp_path / "pruned")
     torch.testing.assert_close(outputs(stock), outputs(model))
     if name in MOE:  # the loss that balances experts counts them
         ids = tiny_inputs(stock)["input_ids"]
@@ -175,15 +175,15 @@ def test_an_expert_that_every_token_passes_is_a_site_beside_the_others(name, blo
 @pytest.mark.parametrize("name", ALL)
 def test_no_config_says_other_numbers_of_experts_in_each_layer(name: str) -> None:
     """docs/moe.md says so; a config that does is worth an option."""
-    _, config_class, fields = ALL[name]
+    _, fields = ALL[name]
     wiring = next(site.wiring for site in sites(tiny(name), ("mlp",)) if site.expert is not None)
     (field,) = (field for field, size in wiring.config.items() if size == "experts")
     inner = fields.get("text_config", fields)
     counts = {field: [4] * (inner["num_hidden_layers"] - 1) + [3]}
     given = {"text_config": inner | counts} if "text_config" in fields else counts
-    getattr(transformers, config_class)(**fields)
+    tiny_config(name)
     with pytest.raises(Exception, match=f"Validation error for field '{field}'"):
-        getattr(transformers, config_class)(**(fields | given))
+        tiny_config(name, **given)
 
 
 @pytest.mark.parametrize("name", LATENT)
@@ -204,5 +204,5 @@ def test_equal_heads_are_said_by_the_config(name: str, tmp_path: Path) -> None:
     save_pruned(model, tmp_path / "pruned", plan)
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert "auto_map" not in config
-    stock = getattr(transformers, ALL[name][0]).from_pretrained(tmp_path / "pruned")
+    stock = class_of(name).from_pretrained(tmp_path / "pruned")
     torch.testing.assert_close(outputs(stock), outputs(model))

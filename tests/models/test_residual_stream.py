@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny import MORE, NARROWABLE, TINY, outputs, tiny, tiny_inputs
+from tiny import NARROWABLE, class_of, outputs, tiny, tiny_config, tiny_inputs
 from torch import nn
 
 from liar_ext import InputError, Plan
@@ -39,10 +39,9 @@ HEADS = {
 
 def with_head(name: str, head: str, **fields) -> nn.Module:
     """Return a tiny model with another head, and random weights like those of the others."""
-    model_class, config_class, sizes = {**TINY, **MORE}[name]
-    prefix = model_class.split("For")[0].removesuffix("LMHeadModel")
+    prefix = class_of(name).__name__.split("For")[0].removesuffix("LMHeadModel")
     prefix = prefix.removesuffix("Model")
-    config = getattr(transformers, config_class)(**{**sizes, **fields})
+    config = tiny_config(name, **fields)
     torch.manual_seed(0)
     return getattr(transformers, prefix + head)(config).eval()
 
