@@ -64,6 +64,19 @@ NEED_OTHERS = {"model", "latency_table", "vocab_text", "vocab_scripts"}  # see b
 JOB = ("prune", "model", "--calibration", "text.txt")
 
 
+@pytest.fixture
+def job(llama_folder, corpus):
+    """Run a small job with some options more, and return what it reports."""
+
+    def run(out: Path, *more: str) -> dict:
+        command = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--seq-len", "16"]
+        command += ["--samples", "8", "--keep", "0.7", "--out", str(out), *more]
+        assert cli.main(command) == 0
+        return json.loads((out / "liar/report.json").read_text())
+
+    return run
+
+
 def read(*arguments: str) -> Recipe:
     return recipe_of(parse([*JOB, *arguments]))
 
@@ -251,29 +264,21 @@ def test_a_run_is_repeated_by_its_recipe(llama_folder, corpus, tmp_path, capsys)
     assert "prunable parameters" in said and "from_pretrained(" in said
 
 
-def test_certified_errors_are_of_sequences_that_no_decision_sees(
-    llama_folder, corpus, tmp_path, capsys
-):
-    plain, certified = tmp_path / "plain", tmp_path / "certified"
-    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--seq-len", "16"]
-    job += ["--samples", "8", "--keep", "0.7"]
-    assert cli.main([*job, "--out", str(certified), "--certify", "4"]) == 0
+def test_certified_errors_are_of_sequences_that_no_decision_sees(job, tmp_path, capsys):
+    report = job(tmp_path / "certified", "--certify", "4")
     assert "certified divergence" in capsys.readouterr().out
-    report = json.loads((certified / "liar/report.json").read_text())
     assert report["evaluation"]["certified"]["rows"] == 4 * 16
     assert all(site["certified_error"] >= 0 for site in report["sites"])
     assert report["recipe"]["certify"] == 4
     assert report["settings"]["calibration_sequences"] == 8 + 3  # written
-    assert cli.main([*job, "--out", str(plain)]) == 0
-    assert "ertified" not in (plain / "liar/report.md").read_text()
+    job(tmp_path / "plain")
+    assert "ertified" not in (tmp_path / "plain/liar/report.md").read_text()
 
 
-def test_auto_is_judged_on_sequences_of_their_own(llama_folder, corpus, tmp_path, capsys):
+def test_auto_is_judged_on_sequences_of_their_own(job, tmp_path, capsys):
     out, again = tmp_path / "auto", tmp_path / "again"
-    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--seq-len", "16"]
-    assert cli.main([*job, "--samples", "8", "--keep", "0.7", "--out", str(out)]) == 0
+    report = job(out)
     assert "; divergence on held-out text: " in capsys.readouterr().out
-    report = json.loads((out / "liar/report.json").read_text())
     assert sorted(report["settings"]["schedules"]) == ["layerwise", "one-pass"]
     assert report["settings"]["calibration_sequences"] == 8 + 3  # written
     recipe = str(out / "liar/recipe.yaml")
@@ -282,7 +287,7 @@ def test_auto_is_judged_on_sequences_of_their_own(llama_folder, corpus, tmp_path
     assert same[0] == same[1]
 
 
-def test_a_text_too_short_to_judge_by_is_told(llama_folder, corpus, tmp_path, monkeypatch):
+def test_a_text_too_short_to_judge_by_is_told(job, tmp_path, monkeypatch):
     draw = texts.calibration_sequences
 
     def short(*given, **settings):
@@ -291,21 +296,17 @@ def test_a_text_too_short_to_judge_by_is_told(llama_folder, corpus, tmp_path, mo
         return draw(*given, **settings)
 
     monkeypatch.setattr(texts, "calibration_sequences", short)
-    out = tmp_path / "out"
-    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--seq-len", "16"]
-    assert cli.main([*job, "--samples", "8", "--keep", "0.7", "--out", str(out)]) == 0
-    report = json.loads((out / "liar/report.json").read_text())
+    report = job(tmp_path / "out")
     assert "schedules" not in report["settings"]
     assert any("too short to measure --schedule auto" in each for each in report["warnings"])
 
 
-def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch):
+def test_the_report_is_written_once(job, tmp_path, monkeypatch):
     from liar_ext import Report
 
     saved, save = [], Report.save
     monkeypatch.setattr(Report, "save", lambda *args: (saved.append(args[1]), save(*args)))
-    options = ["--samples", "8", "--seq-len", "16", "--quiet", "--out", str(tmp_path / "out")]
-    assert cli.main(["prune", str(llama_folder), "--calibration", str(corpus[0]), *options]) == 0
+    job(tmp_path / "out")
     assert len(saved) == 1 and saved[0] != tmp_path / "out"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from covers import some
-from folders import check_sliced, plan_of_experts
+from folders import check_sliced, plan_of_experts, read
 from journeys import one_of_each_kind
 from tiny import MOE, batches, class_of, outputs, tiny, tiny_config, tiny_inputs
 from tiny_moe import MOE_FAMILIES
@@ -36,6 +35,15 @@ def with_choice(name: str, **settings) -> nn.Module:
         if each_name.endswith(("e_score_correction_bias", "expert_bias")):
             each.data.copy_(0.3 * torch.randn(each.shape))
     return model
+
+
+def loaded_by_its_class(name: str, model: nn.Module, plan: Plan, folder: Path, **how) -> nn.Module:
+    """Save a model, and return what the stock class loads, which must compute the same."""
+    save_pruned(model, folder, plan, **how)
+    assert "auto_map" not in read(folder)
+    stock = class_of(name).from_pretrained(folder)
+    torch.testing.assert_close(outputs(stock), outputs(model))
+    return stock
 
 
 @pytest.mark.parametrize("name", MOE_FAMILIES)
@@ -92,11 +100,7 @@ def test_experts_and_channels_leave_and_the_stock_class_loads_it(name: str, tmp_
     assert {len(layer.kept) for layer in report.plan.experts.values()} == {3}
     rows = [row for row in report.sites if row.name.endswith(".experts")]
     assert {(row.units_before, row.units_after) for row in rows} == {(4, 3)}
-    save_pruned(model, tmp_path / "pruned", report.plan, report=report)
-    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
-    assert "auto_map" not in config
-    stock = class_of(name).from_pretrained(tmp_path / "pruned")
-    torch.testing.assert_close(outputs(stock), outputs(model))
+    stock = loaded_by_its_class(name, model, report.plan, tmp_path / "pruned", report=report)
     if name in MOE:  # the loss that balances experts counts them
         ids = tiny_inputs(stock)["input_ids"]
         given = {"input_ids": ids, "labels": ids, "output_router_logits": True}
@@ -201,8 +205,4 @@ def test_equal_heads_are_said_by_the_config(name: str, tmp_path: Path) -> None:
             kept[site.name] = SitePlan(site.units, tuple(range(0, site.units, 2)))
     plan = Plan(model.config.model_type, "auto", kept)
     apply_plan(model, plan)
-    save_pruned(model, tmp_path / "pruned", plan)
-    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
-    assert "auto_map" not in config
-    stock = class_of(name).from_pretrained(tmp_path / "pruned")
-    torch.testing.assert_close(outputs(stock), outputs(model))
+    loaded_by_its_class(name, model, plan, tmp_path / "pruned")

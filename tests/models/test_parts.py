@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import make_plan, pruned, zero_removed
+from folders import make_plan, pruned
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tiny import batches, outputs, read_by_consumers, tiny, tiny_inputs
-from tiny_encoders import SEQ2SEQ
 from torch import nn
 from transformers import GenerationConfig
 
@@ -220,19 +219,6 @@ def test_equal_layers_by_zeros(name: str, saved, tmp_path: Path) -> None:
     uniform.export(folder, tmp_path / "equal")
     again = type(model).from_pretrained(tmp_path / "equal")
     torch.testing.assert_close(outputs(again.eval()), outputs(model), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", SEQ2SEQ)
-def test_a_decoder_generates_with_its_cache_and_without(name: str) -> None:
-    model = tiny(name)
-    plan = make_plan(model)
-    zeroed = zero_removed(model, plan)
-    apply_plan(model, plan)
-    inputs = {k: v for k, v in tiny_inputs(model).items() if "decoder" not in k}
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    cached = model.generate(**inputs, **settings)
-    assert torch.equal(cached, model.generate(**inputs, **settings, use_cache=False))
-    assert torch.equal(cached, zeroed.generate(**inputs, **settings))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

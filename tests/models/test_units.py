@@ -10,6 +10,7 @@ import pytest
 import torch
 from folders import check_sliced, make_plan, zero_removed
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
+from tiny_encoders import SEQ2SEQ
 from torch import nn
 
 from liar_ext.models.family import Family, Stack, Wiring, stream
@@ -42,14 +43,14 @@ def test_units_of_grouped_attention(name: str, attn_unit: str, attention: str) -
     assert all(site.kv_heads == (4 if attn_unit == "head" else site.units) for site in kept)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])
 def test_unequal_layers_generate(name: str) -> None:
     model = tiny(name)
     plan = make_plan(model)
     zeroed = zero_removed(model, plan)
     apply_plan(model, plan)
     assert len({site.d_in for site in sites(model, ("mlp",))}) > 1
-    inputs = tiny_inputs(model)
+    inputs = {k: v for k, v in tiny_inputs(model).items() if "decoder" not in k}
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     # With the cache, which is sized by the heads of each layer, and without it.
     cached = model.generate(**inputs, **settings)
