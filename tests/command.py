@@ -10,6 +10,12 @@ def run(*arguments: object) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
+def quick(model: object, text: object, out: object, *more: object) -> list[str]:
+    """Return a ``liar prune`` of few sequences by the fastest settings, with options more."""
+    command = ["prune", model, "--calibration", text, "--out", out, "--preset", "fast"]
+    return [str(each) for each in (*command, "--samples", 16, "--seq-len", 32, *more)]
+
+
 def refused(capsys, *arguments: object) -> str:
     """Run a command that must be refused; return its error and hint as one line."""
     capsys.readouterr()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from folders import equal_plan, make_plan, pruned, read, tokenizer
+from folders import change, equal_plan, make_plan, pruned, read, tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny
@@ -34,10 +33,6 @@ def dense(tmp_path: Path) -> Path:
 @pytest.fixture
 def folder(saved, tmp_path: Path) -> Path:
     return shutil.copytree(saved()[2], tmp_path / "pruned")
-
-
-def change(path: Path, **fields) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def change_tensors(path: Path, **changed) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import equal_plan, make_plan, pruned, read, tokenizer
+from folders import change, equal_plan, make_plan, pruned, read, tokenizer
 from tiny import outputs, tiny
 
 from liar_ext import verify_pruned
@@ -32,10 +32,6 @@ def save(saved, tmp_path: Path):
     return make
 
 
-def change(folder: Path, **fields) -> None:
-    (folder / "config.json").write_text(json.dumps(read(folder) | fields))
-
-
 def refuses_its_code(folder: Path, model, match: str) -> None:
     """Verify refuses, load_pruned loads the weights, and neither runs anything."""
     with pytest.raises(InputError, match=match):
@@ -55,9 +51,9 @@ def test_a_loader_that_was_replaced(save, evil) -> None:
 @pytest.mark.parametrize("loader", ["evil.PrunedModel", "someone/repo--liar_loader.PrunedModel", 3])
 def test_an_auto_map_to_other_code(loader, save, evil) -> None:
     folder, model = save(make_plan)
-    change(folder, auto_map={"AutoModelForCausalLM": loader})
+    change(folder / "config.json", auto_map={"AutoModelForCausalLM": loader})
     refuses_its_code(folder, model, "auto_map with AutoModelForCausalLM")
-    change(folder, auto_map={"AutoConfig": "liar_loader.PrunedModel"})
+    change(folder / "config.json", auto_map={"AutoConfig": "liar_loader.PrunedModel"})
     refuses_its_code(folder, model, "auto_map with AutoConfig")
     (folder / "evil.py").write_text(evil)
     refuses_its_code(folder, model, "evil.py")
@@ -65,7 +61,7 @@ def test_an_auto_map_to_other_code(loader, save, evil) -> None:
 
 def test_equal_layers_need_no_code(save, evil) -> None:
     folder, model = save(equal_plan)
-    change(folder, auto_map={"AutoModelForCausalLM": "liar_loader.PrunedModel"})
+    change(folder / "config.json", auto_map={"AutoModelForCausalLM": "liar_loader.PrunedModel"})
     refuses_its_code(folder, model, "equal layers need no code")
     (folder / "liar_loader.py").write_text(LOADER_CODE)
     refuses_its_code(folder, model, "save_pruned doesn't write it")
@@ -82,11 +78,11 @@ def test_a_config_that_leads_to_other_files(save) -> None:
     folder, _ = save(make_plan)
     good = read(folder)
     for name in ("configuration_files", "transformers_weights"):
-        change(folder, **{name: ["other.json"]})
+        change(folder / "config.json", **{name: ["other.json"]})
         with pytest.raises(InputError, match=f"{name}, which leads to other files"):
             load_pruned(folder)
         (folder / "config.json").write_text(json.dumps(good))
-    change(folder, _attn_implementation="someone/kernel")
+    change(folder / "config.json", _attn_implementation="someone/kernel")
     with pytest.raises(InputError, match="asks for code of 'someone/kernel'"):
         load_pruned(folder)
 
@@ -136,10 +132,10 @@ def test_shards_beside_an_index_load(save, monkeypatch, tmp_path: Path) -> None:
 def test_a_dense_model_with_code_of_its_own_is_explained(tmp_path: Path) -> None:
     """Without a question that waits for an answer."""
     tiny("llama").save_pretrained(tmp_path)
-    change(tmp_path, model_type="unheard", auto_map={"AutoConfig": "evil.Config"})
+    change(tmp_path / "config.json", model_type="unheard", auto_map={"AutoConfig": "evil.Config"})
     with pytest.raises(InputError, match=r"is of type 'llama', config.json says 'unheard'"):
         load_model(tmp_path)
-    change(tmp_path, architectures=["UnheardForCausalLM"])
+    change(tmp_path / "config.json", architectures=["UnheardForCausalLM"])
     with pytest.raises(InputError, match="no model class 'UnheardForCausalLM'.*code of its own"):
         load_model(tmp_path)
 
@@ -147,10 +143,8 @@ def test_a_dense_model_with_code_of_its_own_is_explained(tmp_path: Path) -> None
 def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
-    fields = json.loads(path.read_text())
-    fields |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
-    path.write_text(json.dumps(fields))
+    code = {"AutoTokenizer": ["evil.Evil", None]}
+    change(tmp_path / "tokenizer_config.json", tokenizer_class="Evil", auto_map=code)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\nclass Evil: pass\n")
     with pytest.raises(InputError, match="can't load the tokenizer"):
         load_model(tmp_path)

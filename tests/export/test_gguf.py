@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from functools import partial
@@ -13,7 +12,7 @@ import pytest
 import torch
 import transformers
 from covers import cover
-from folders import byte_level, equal_plan, make_plan, pruned
+from folders import byte_level, change, equal_plan, make_plan, pruned
 from gguf_files import logits_agree, save
 from tiny import tiny
 
@@ -331,8 +330,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, fields, words, tmp_p
 
 
 def tampered(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    change(folder / "config.json", **fields)
     return folder
 
 

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from byte_level import TOKENS, byte_level_tokenizer
+from command import quick
 from stopping import stop_at
 from tiny import tiny
 
@@ -39,9 +40,8 @@ def exact(monkeypatch):
 @pytest.fixture(scope="module")
 def saved(llama_folder, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "pruned"
-    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", out, "--keep", "0.5"]
-    command += ["--samples", "16", "--seq-len", "32", "--eval", corpus[1], "--preset", "fast"]
-    assert cli.main([*map(str, command), "--quiet"]) == 0
+    job = quick(llama_folder, corpus[0], out, "--keep", 0.5, "--eval", corpus[1], "--quiet")
+    assert cli.main(job) == 0
     return out
 
 
@@ -184,9 +184,8 @@ def test_an_encoder_is_healed(tokenizer, corpus, tmp_path):
     tiny("distilbert").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     out = tmp_path / "pruned"
-    command = ["prune", tmp_path / "model", "--calibration", corpus[0], "--out", out]
-    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
-    assert cli.main([*map(str, command), "--eval", str(corpus[1]), "--quiet"]) == 0
+    more = ("--keep", 0.5, "--eval", corpus[1], "--quiet")
+    assert cli.main(quick(tmp_path / "model", corpus[0], out, *more)) == 0
     evaluation = Report.load(out).evaluation
     assert heal(out, "--steps", "8", "--quiet") == 0
     assert section(out)["improved"] and verify_pruned(out)
@@ -210,25 +209,24 @@ def test_prune_trains_its_result_if_asked(llama_folder, corpus, tmp_path, capsys
 
 
 def test_prune_says_that_its_training_was_interrupted(llama_folder, corpus, tmp_path, monkeypatch):
-    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out"]
-    command += ["--samples", "16", "--seq-len", "32", "--preset", "fast", "--heal", "1m"]
+    command = quick(llama_folder, corpus[0], tmp_path / "out", "--heal", "1m")
     with monkeypatch.context() as patch:
         stop_at(patch, runs.Healing, "step", 3)
-        assert cli.main([*map(str, command)]) == 130
+        assert cli.main(command) == 130
     assert section(tmp_path / "out")["interrupted"] and verify_pruned(tmp_path / "out")
 
 
 def test_training_after_pruning_goes_on(llama_folder, corpus, tmp_path, monkeypatch, capsys):
     """The checkpoint was once of the pruning alone."""
     monkeypatch.chdir(tmp_path)
-    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", "out", "--keep", "0.5"]
-    command += ["--samples", "16", "--seq-len", "32", "--preset", "fast", "--heal", "1s"]
+    command = quick(llama_folder, corpus[0], "out", "--keep", 0.5, "--heal", "1s")
+    command += ["--checkpoint", "place"]
     with monkeypatch.context() as patch:
         patch.setattr(runs.Checkpoint, "due", lambda *_: True)
         stop_at(patch, runs.Healing, "step", 3)
-        assert cli.main([*map(str, command), "--checkpoint", "place"]) == 130
+        assert cli.main(command) == 130
     assert (tmp_path / "place").exists() and section(tmp_path / "out") == {}
-    assert cli.main([*map(str, command), "--checkpoint", "place"]) == 2
+    assert cli.main(command) == 2
     assert "hint: liar resume place goes on with it" in capsys.readouterr().err
     assert cli.main(["resume", "place"]) == 0
     assert "liar heal, out, stopped with healing after" in capsys.readouterr().out
@@ -301,9 +299,8 @@ def fewer(corpus, tmp_path_factory):
     byte_level_tokenizer(each.read_text() for each in corpus).save_pretrained(dense)
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     tiny("llama", vocab_size=TOKENS, **ids).save_pretrained(dense)
-    command = ["prune", dense, "--calibration", corpus[0], "--out", out, "--keep", "0.8"]
-    command += ["--keep-vocab", "384", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
-    assert cli.main([*map(str, command), "--quiet"]) == 0
+    more = ("--keep", 0.8, "--keep-vocab", 384, "--quiet")
+    assert cli.main(quick(dense, corpus[0], out, *more)) == 0
     return dense, out
 
 
@@ -332,9 +329,7 @@ def test_a_folder_with_fewer_tokens_is_healed_and_pruned_again(fewer, corpus, tm
     assert any("measured with the smaller vocabulary" in note for note in notes)
     assert heal(first, "--steps", "2", "--out", second) == 0 and verify_pruned(second)
     assert compare_tokenization(second)
-    command = ["prune", second, "--calibration", corpus[0], "--out", third, "--keep", "0.8"]
-    command += ["--samples", "16", "--seq-len", "32", "--preset", "fast", "--quiet"]
-    assert cli.main([*map(str, command)]) == 0
+    assert cli.main(quick(second, corpus[0], third, "--keep", 0.8, "--quiet")) == 0
     assert heal(third, "--steps", "2") == 0 and verify_pruned(third)
     assert section(third)["teacher"] == str(second)
 
@@ -342,10 +337,9 @@ def test_a_folder_with_fewer_tokens_is_healed_and_pruned_again(fewer, corpus, tm
 def test_fewer_tokens_are_found_by_name_in_each_model_before(fewer, corpus, tmp_path):
     """The list of the folder has their numbers in the model that lost some before."""
     again = tmp_path / "again"
-    command = ["prune", fewer[1], "--calibration", corpus[0], "--out", again, "--keep", "0.5"]
-    command += ["--keep-vocab", "320", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
-    command += ["--allocation", "curve", "--tile", "1"]  # for unequal layers
-    assert cli.main([*map(str, command), "--quiet"]) == 0
+    unequal = ("--allocation", "curve", "--tile", 1)
+    more = ("--keep", 0.5, "--keep-vocab", 320, *unequal, "--quiet")
+    assert cli.main(quick(fewer[1], corpus[0], again, *more)) == 0
     (uniform,) = export(again, "uniform", tmp_path / "uniform").paths
     assert not strangers(uniform) and compare_tokenization(uniform)
     for folder in (again, uniform):
@@ -355,9 +349,8 @@ def test_fewer_tokens_are_found_by_name_in_each_model_before(fewer, corpus, tmp_
 
 
 def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, corpus, tmp_path, capsys):
-    command = ["prune", fewer[0], "--calibration", corpus[0], "--out", tmp_path / "least"]
-    command += ["--keep", "1", "--keep-vocab", "320", "--samples", "16", "--seq-len", "32"]
-    assert cli.main([*map(str, command), "--quiet"]) == 0
+    more = ("--keep", 1, "--keep-vocab", 320, "--quiet")
+    assert cli.main(quick(fewer[0], corpus[0], tmp_path / "least", *more)) == 0
     for folder, teacher, said in (
         (pruned, fewer[0], "reads text as other tokens"),
         (fewer[1], tmp_path / "least", "lacks tokens of"),

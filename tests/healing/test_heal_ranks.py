@@ -14,6 +14,7 @@ import forked
 import pytest
 import torch
 import torch.distributed.fsdp  # once for all forks
+from command import quick
 from safetensors.torch import load_file
 from stopping import stop_at
 from test_ranks import close
@@ -79,9 +80,8 @@ def test_ranks_share_each_step(family, settings, tmp_path):
 
 
 def test_the_command_is_shared_stopped_and_resumed(llama_folder, corpus, tmp_path, monkeypatch):
-    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "pruned"]
-    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
-    assert main([*map(str, command), "--quiet"]) == 0
+    job = llama_folder, corpus[0], tmp_path / "pruned"
+    assert main(quick(*job, "--keep", 0.5, "--quiet")) == 0
     settings = ["--steps", "6", "--lr", "1e-2", "--batch-size", "2", "--quiet"]
     one = ["heal", tmp_path / "pruned", "--out", tmp_path / "one", "--grad-accumulation", "2"]
     assert main([*map(str, one), *settings]) == 0
@@ -102,9 +102,8 @@ def test_the_command_is_shared_stopped_and_resumed(llama_folder, corpus, tmp_pat
 
 def test_a_rank_that_is_lost_is_named(llama_folder, corpus, tmp_path, monkeypatch):
     """It is killed while the others wait for its part of the weights."""
-    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "pruned"]
-    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
-    assert main([*map(str, command), "--quiet"]) == 0
+    job = llama_folder, corpus[0], tmp_path / "pruned"
+    assert main(quick(*job, "--keep", 0.5, "--quiet")) == 0
     real = runs.losses
 
     def losses(*given):
@@ -129,9 +128,8 @@ def test_ranks_wait_for_the_folder_that_they_train(llama_folder, corpus, tmp_pat
         fill(*given, **named)
 
     monkeypatch.setattr(pruning, "fill_folder", slowly)
-    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "pruned"]
-    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
-    command = [*map(str, command), "--heal", "1s", "--quiet"]
+    job = llama_folder, corpus[0], tmp_path / "pruned"
+    command = quick(*job, "--keep", 0.5, "--heal", "1s", "--quiet")
     ended = forked.run(RANKS, lambda _: main(command), tmp_path)
     assert ended == [0] * RANKS, [(tmp_path / f"err{each}").read_text() for each in range(RANKS)]
     found = json.loads((tmp_path / "pruned/liar/report.json").read_text())["heal"]
