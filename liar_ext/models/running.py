@@ -45,13 +45,14 @@ def complete_inputs(
     """Return the inputs of a batch, with what the decoder reads where an encoder is there, too.
 
     Without ``decoder_input_ids`` it reads the labels, or else the text that the encoder reads,
-    shifted right by one token, as in training. InputError is raised if an input is missing, or a
-    token unknown.
+    shifted right by one token, as in training. InputError is raised if an input is missing, a token
+    unknown, or a sequence longer than the table of positions.
     """
     found, needed = dict(inputs), inputs_read(model)
     config = needed.get("input_ids")  # of a model of transformers; images have tokens of their own
     if "input_ids" in found and hasattr(config, "get_text_config") and "pixel_values" not in found:
         _check_tokens(model, found["input_ids"], known_tokens(model, config))
+        _check_length(model, found)
     if len(needed) > 1:
         if DECODER_IDS in needed and not any("decoder_input" in name for name in found):
             found |= _decoder_inputs(model.config, found, labels or {})
@@ -74,6 +75,21 @@ def _check_tokens(model: nn.Module, ids: Tensor, rows: int) -> None:
         raise InputError(
             f"batches: input_ids has token {most if least >= 0 else least}, and the tokens of "
             f"{type(model).__name__} are 0 to {rows - 1}; use the model's own tokenizer"
+        )
+
+
+def _check_length(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a sequence of more tokens than a table of positions has rows for."""
+    mask, most = inputs.get("attention_mask"), positions_of(model) or 0
+    padded = mask is not None and mask.dim() == 2
+    tokens = int(mask.sum(1).max()) if padded else inputs["input_ids"].shape[1]
+    named = (m for n, m in model.named_modules() if "position" in n or n.endswith("wpe"))
+    rows = (table.num_embeddings for table in named if isinstance(table, nn.Embedding))
+    # A table may begin with rows of padding. Others are of images, or count relative positions.
+    if "position_ids" not in inputs and tokens > most and any(0 <= n - most <= 2 for n in rows):
+        raise InputError(
+            f"batches: input_ids has {tokens} tokens in a sequence, and {type(model).__name__} has "
+            f"{most} positions; give sequences of at most {most}"
         )
 
 

@@ -21,6 +21,7 @@ from liar_ext import (
 )
 from liar_ext.calibration.batches import Batch, probe_batches, read_batch, read_batches
 from liar_ext.calibration.folds import Sequences
+from liar_ext.models.running import positions_of
 from liar_ext.selection.allocation import allocate
 
 IDS = torch.ones(2, 3).long()
@@ -68,6 +69,24 @@ def test_a_token_that_the_model_lacks_is_named(wrong):
     ids[2, 5] = wrong
     with pytest.raises(InputError, match=f"has token {wrong}, and the tokens of LlamaForCausalLM"):
         prune(model, [ids])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "mpnet", "siglip_text_model"])
+def test_sequences_longer_than_the_table_of_positions_are_refused(name):
+    model = tiny(name)
+    most = positions_of(model)
+    calibrate(model, [tiny_inputs(model, tokens=most)])
+    with pytest.raises(InputError, match=f"has {most + 1} tokens .*; give sequences of at most"):
+        calibrate(model, [tiny_inputs(model, tokens=most + 1)])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "nomic_bert", "deberta-v2"])
+def test_longer_sequences_are_read_without_a_table_or_beside_padding(name):
+    """OPT doesn't count padding."""
+    model = tiny(name)
+    inputs = tiny_inputs(model, tokens=positions_of(model) + 1)
+    inputs["attention_mask"][:, 0] = name != "opt"
+    calibrate(model, [inputs])
 
 
 @pytest.mark.parametrize(
