@@ -51,7 +51,7 @@ EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **TEXT}
 Header = dict[str, tuple[str, list[int]]]  # dtype and shape by name
 
 
-@dataclass
+@dataclass(eq=False)  # equal if the moments are, as of any other mapping
 class MomentBank(Mapping[str, Moments]):
     """The moments of every site of a model by site name, and where they come from.
 
@@ -97,9 +97,8 @@ class MomentBank(Mapping[str, Moments]):
             If the banks hold different sites, are of different models, dtypes or tokenizers, or
             have text in common; nothing is added then.
         """
-        if self.moments.keys() != other.moments.keys() or any(
-            self[name].d_in != other[name].d_in for name in self
-        ):
+        same = isinstance(other, MomentBank) and self.moments.keys() == other.moments.keys()
+        if not same or any(self[name].d_in != other[name].d_in for name in self):
             raise InputError("MomentBank.merge: both banks must hold the same sites of one model")
         if other is self:
             raise InputError(

@@ -51,6 +51,13 @@ class Moments:
         sums = (torch.zeros(FOLDS, *s, dtype=dtype, device=device) for s in ((d_in, d_in), (d_in,)))
         return cls(*sums, torch.zeros(FOLDS, 2, dtype=torch.float64, device=device))
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether all sums that are valid are the same numbers."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        pairs = zip(*((m.gram.tril(), m.total, m.count) for m in (self, other)), strict=True)
+        return all(torch.equal(*each) for each in pairs)
+
     @property
     def d_in(self) -> int:
         """Number of features."""

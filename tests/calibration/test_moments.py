@@ -63,6 +63,16 @@ def test_what_does_not_merge():
         itself.merge(itself)
     with pytest.raises(InputError, match="same sites"):
         MomentBank({"0.mlp": Moments.zeros(3)}).merge(MomentBank({"1.mlp": Moments.zeros(3)}))
+    with pytest.raises(InputError, match="same sites"):
+        MomentBank().merge("bank.safetensors")
+
+
+def test_banks_are_equal_if_their_moments_are():
+    one, other, above = (MomentBank({"0.mlp": filled()[0]}) for _ in range(3))
+    above["0.mlp"].gram[:, 0, 1] += 1  # which no triangle holds
+    assert one == other == above and one != MomentBank() and one["0.mlp"] != 3
+    other["0.mlp"].total[0, 0] += 1
+    assert one != other
 
 
 def test_moments_of_other_fold_counts_are_none():
