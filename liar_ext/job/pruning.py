@@ -141,9 +141,6 @@ def prune(
     """
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
-    if not isinstance(bank, MomentBank | None):
-        kind = type(bank).__name__
-        raise InputError(f"prune: bank must be a MomentBank, got {kind}; MomentBank.load reads one")
     own = "bank", "checkpoint", "progress"
     check_keywords("prune", choices, [*PruneOptions.__annotations__, *own], AROUND)
     texts = {name: kept_batches(choices.pop(name, None)) for name in TextOptions.__annotations__}

@@ -59,6 +59,10 @@ class Known:
     @classmethod
     def of_bank(cls, bank: MomentBank | None, probe_keep: float | None = None) -> Known:
         """Return the sensitivities that a bank has."""
+        if not isinstance(bank, MomentBank | None):
+            raise InputError(
+                f"bank: must be a MomentBank, got {type(bank).__name__}; MomentBank.load reads one"
+            )
         known = cls(probe_keep=probe_keep)
         for each in [] if bank is None else bank.source.get("sensitivities", ()):
             for name, value in each["sites"].items():

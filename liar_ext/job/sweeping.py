@@ -192,7 +192,7 @@ def sweep(
         If a choice, the model, the data or a budget cannot be used, before the first is decided.
     """
     start = Recipe.build(recipe, **choices)
-    keep = [keep] if isinstance(keep, int | float | str | Budget) else keep
+    keep = list(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
     if not keep:
         raise InputError("sweep: needs at least one budget, got none; give keep=[0.9, 0.8], say")
     budgets = (asdict(each) if isinstance(each, Budget) else {"keep": each} for each in keep)

@@ -119,7 +119,12 @@ def test_a_head_for_answers_goes_through_a_whole_job(tmp_path):
         (lambda: calibration_sequences([["a"]], None), "needs the tokenizer of the model, got"),
         (lambda: save_pruned("m", "o"), "needs the pruned model first, got str"),
         (lambda: calibrate("m", []), "needs a loaded model, got str"),
-        (lambda: prune(tiny("llama"), bank="b.safetensors"), "bank must be a MomentBank, got str"),
+        (lambda: prune(tiny("llama"), bank="b.safetensors"), "must be a MomentBank, got str"),
+        (lambda: sweep(tiny("llama"), bank="b"), "must be a MomentBank, got str"),
+        (
+            lambda: sweep(tiny("llama"), [], keep=None),
+            "keep must be a number such as 0.5, got None",
+        ),
         (lambda: Recipe.build(None, sites="atn"), "sites must be all, attn, mlp, .*, got 'atn'"),
     ],
 )

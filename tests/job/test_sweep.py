@@ -172,6 +172,7 @@ def test_what_can_not_be_swept_is_refused_before_anything_is_run(banks, monkeypa
     bare = MomentBank(dict(banks["llama"].moments), banks["llama"].source)
     for keep, choices, message in (
         ((), {}, "at least one budget"),
+        (torch.tensor([0.5, 0.8]), {}, "keep must be a number such as 0.5, got a Tensor"),
         ((0.8, 0.001), {}, "no plan keeps 0.001"),
         ((0.8, 1.5), {}, "keep must be in"),
         ((0.8,), {"keep_hidden": 0.5}, "keep_hidden, keep_blocks and keep_experts take moments"),
