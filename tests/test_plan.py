@@ -7,7 +7,7 @@ from liar_ext import Budget, InputError, Plan
 from liar_ext.models.plan import SitePlan
 
 
-@pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, float("nan")])
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, float("nan"), "0.8", None, [0.8]])
 def test_keep_outside_its_range(keep):
     with pytest.raises(InputError, match=r"keep must be in \(0, 1\]"):
         Budget(keep)
@@ -15,8 +15,9 @@ def test_keep_outside_its_range(keep):
 
 @pytest.mark.parametrize("field", ["tile", "seq_len"])
 def test_other_fields_outside_their_range(field):
-    with pytest.raises(InputError, match=field):
-        Budget(0.5, **{field: 0})
+    for wrong in (0, 1.5, "8", None):
+        with pytest.raises(InputError, match=field):
+            Budget(0.5, **{field: wrong})
     with pytest.raises(InputError, match="of must be one of prunable, params, flops, kv_cache"):
         Budget(0.5, of="seconds")
 

@@ -107,16 +107,17 @@ class Budget:
     latency_new_tokens: int = 32
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.keep <= 1.0:
-            raise InputError(f"Budget: keep must be in (0, 1], got {self.keep}; 0.8 keeps 80 %")
+        if not (isinstance(self.keep, numbers.Real) and 0.0 < self.keep <= 1.0):
+            raise InputError(f"Budget: keep must be in (0, 1], got {self.keep!r}; 0.8 keeps 80 %")
         for name, known in (("of", BUDGET_UNITS), ("latency_phase", PHASES)):
             if (value := getattr(self, name)) not in known:
                 one = ", ".join(known)
                 raise InputError(f"Budget: {name} must be one of {one}, got {value!r}")
         object.__setattr__(self, "tile", check_tile("Budget", self.tile))
         for name in ("seq_len", "latency_batch", "latency_prompt", "latency_new_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Integral) and value >= 1):
+                raise InputError(f"Budget: {name} must be an integer of at least 1, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that count for this unit, as a plan or a report keeps them."""

@@ -153,7 +153,7 @@ def test_phases_and_lengths_that_a_model_lacks():
         measure_latency(tiny("llama"), Budget(0.8, "latency", latency_prompt=60))
     with pytest.raises(InputError, match="latency_phase must be one of prefill, decode, both"):
         Budget(0.8, "latency", latency_phase="train")
-    with pytest.raises(InputError, match="latency_batch must be at least 1"):
+    with pytest.raises(InputError, match="latency_batch must be an integer of at least 1"):
         Budget(0.8, "latency", latency_batch=0)
 
 
