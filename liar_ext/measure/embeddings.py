@@ -321,8 +321,9 @@ def read_pairs(path: str) -> Pairs:
             row = _row(read(line))
         except (ValueError, RecursionError):
             raise InputError(
-                f"pairs: {where} must have two texts, and a number if they have a score: separated "
-                'by tabs, or in a .jsonl file as ["text", "text", 0.5]'
+                f"pairs: {where} must have two texts, and a number if they have a score; separate "
+                'them by tabs, or write ["text", "text", 0.5] in a .jsonl file; of seven columns '
+                """of STS-B take awk -F'\\t' '{print $6"\\t"$7"\\t"$5}'"""
             ) from None
         rows.append((*(checked(text, where) for text in row[:2]), *row[2:]))
     if len({len(row) for row in rows}) > 1:

@@ -28,6 +28,7 @@ def test_a_line_is_a_pair_of_texts_with_a_score_or_without(tmp_path):
         ("a.tsv", "a\tb\tc\nd\te\t1", "a.tsv line 1 must have two texts"),
         ("a.tsv", "a\tb\tnan\nd\te\t1", "line 1 must have two texts"),
         ("a.tsv", "a\tb\t1\t2\nd\te\t1\t2", "line 1 must have two texts"),
+        ("a.tsv", "main\tMSRvid\t2012\t1\t5.0\ta\tb", "line 1 must .*STS-B take awk"),
         ("a.tsv", "a\t \nd\te", "line 1 must have two texts"),
         ("a.tsv", "a\tb\t1\nd\te", "with a score and without"),
         ("a.tsv", "a\tb\t1", "at least two pairs, got 1"),
