@@ -80,7 +80,7 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
                 '{"text": "..."} on each line of a .jsonl file.'
             )
     elif path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in SUFFIXES:
-        where = "" if path.is_absolute() else f" in {os.getcwd()}"
+        where = "" if source.startswith(("/", "~")) else f" in {os.getcwd()}"
         raise InputError(
             f"text: {source} does not exist{where}; give a text file, a folder or a dataset"
         )
@@ -240,7 +240,7 @@ def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
         documents.append(_document(text, second, f"dataset {source} row {number}"))
         characters += len(documents[-1])
     if missing:
-        documents.notes.append(f"{missing:,} rows of the dataset {source} have no text.")
+        documents.notes.append(f"Rows of the dataset {source} without text: {missing:,}.")
     return documents
 
 

@@ -201,7 +201,7 @@ def test_a_dataset_is_read_no_further_than_needed(monkeypatch):
     assert documents == ["x" * 10] * 3 and max(taken) < 10
     assert documents.notes == [
         "Of the dataset name the first 3 documents were read, 30 characters.",
-        "1 rows of the dataset name have no text.",
+        "Rows of the dataset name without text: 1.",
     ]
 
 
