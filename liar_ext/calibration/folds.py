@@ -159,8 +159,8 @@ def split_documents(
         parts = cut_blocks("\n\n".join(dict.fromkeys(documents)), len(shares), seq_len, most)
         blocks = sum(map(len, parts))
         return parts, (
-            f"A calibration text of {few} document(s) was cut into {blocks} blocks of "
-            f"consecutive paragraphs, {blocks // len(shares)} for each of {len(shares)} parts, "
+            f"A calibration text of {few} document{'s' * (few > 1)} was cut into {blocks} blocks "
+            f"of consecutive paragraphs, {blocks // len(shares)} for each of {len(shares)} parts, "
             "with a gap between them: held-out errors are those on the same document. Give more "
             "documents."
         )

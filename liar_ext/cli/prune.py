@@ -85,7 +85,7 @@ def prune_by(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     _settle_healing(recipe.model, options)
     if getattr(options, "dry_run", False):
         lines = _sketched(_loaded(recipe, options, sketch=True), options)
-        lines += [f"training: {options.heal:g} minutes"] * bool(options.heal)
+        lines += [f"training: {options.heal:g} min"] * bool(options.heal)
         if is_first():
             show(options, {"dry_run": lines}, lines)
         return None
@@ -189,7 +189,7 @@ def _sketched(given: inputs.Given, options: argparse.Namespace) -> list[str]:
     if isinstance(given.calibration, inputs.TextAndOwn):
         seconds = given.calibration.seconds * max(given.recipe.seq_len / inputs.SKETCHED, 1.0)
     if seconds:
-        lines.append(f"text of its own: about {seconds:.0f} seconds to write")
+        lines.append(f"text of its own: about {seconds:.0f} s to write")
     return lines
 
 

@@ -177,7 +177,7 @@ def _rate(job: Job, at: Sequence[Site]) -> float:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) -> str:

@@ -58,18 +58,17 @@ class SiteRow:
 TOLD = {
     "dropped": "Up to {dropped} token rows per site held a non-finite value and were left out; "
     "calibrate in a wider dtype.",
-    "unknown": "The errors of {names} ({count} sites) are not finite and say nothing; load the "
-    "model in a wider dtype.",
+    "unknown": "The errors of {names} are not finite and say nothing; load the model in a wider "
+    "dtype.",
     "silent": "Every error is 0: the activations do not vary over the calibration text, or the "
     "removed units did nothing. Give other text, and look at the model's weights.",
-    "plainly": "The cross-validated error is least with plain dropping at {names} ({count} sites): "
-    "give more calibration text.",
-    "starved": "Fewer calibration tokens than the expert has channels reached {names} ({count} "
-    "experts): their channels are chosen, and compensated for, by little or nothing; give more "
+    "plainly": "The cross-validated error is least with plain dropping at {names}: give more "
     "calibration text.",
-    "on host": "The GPU had no memory to solve {names} ({count} sites), so the CPU did.",
-    "by blocks": "An allocation failed in the solve of {names} ({count} sites), so it was done by "
-    "blocks, in a file, more slowly: give more memory.",
+    "starved": "Fewer calibration tokens than the expert has channels reached {names}: their "
+    "channels are chosen, and compensated for, by little or nothing; give more calibration text.",
+    "on host": "The GPU had no memory to solve {names}, so the CPU did.",
+    "by blocks": "An allocation failed in the solve of {names}, so it was done by blocks, in a "
+    "file, more slowly: give more memory.",
     "few": "{tokens} calibration tokens are few for sites of {widest} features; the "
     "cross-validated errors say what that costs.",
 }
@@ -99,6 +98,6 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
     told = []
     for name, at in found.items():
         names = at if isinstance(at, list) else []
-        some = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-        told += [TOLD[name].format(names=some, count=len(names), **numbers)] * bool(at)
+        some = ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
+        told += [TOLD[name].format(names=some, **numbers)] * bool(at)
     return told

@@ -100,7 +100,7 @@ class Report:
         for name, *both in tables.measures(self.evaluation):
             if name == "perplexity":
                 known.append(f"perplexity {' → '.join(map(tables.quality, both))}")
-        return f"Report({', '.join([*known, f'{len(self.warnings)} warnings'])})"
+        return f"Report({', '.join([*known, self._noted])})"
 
     def _repr_html_(self) -> str:
         """Return sizes, warnings and, folded, the sites, which a notebook shows."""
@@ -189,6 +189,10 @@ class Report:
         return (before, after) if before and after is not None else None
 
     @property
+    def _noted(self) -> str:
+        return f"{len(self.warnings)} warning{'s' * (len(self.warnings) != 1)}"
+
+    @property
     def loader(self) -> tuple[str, str] | None:
         """The class of transformers that loads the folder, and what follows the folder's name."""
         found = LOADER.search(self.loading)
@@ -203,7 +207,7 @@ class Report:
         """Return in words what was removed, what that cost, and what needs attention."""
         quality, notes = tables.cost(self.evaluation), len(self.warnings)
         short = [f"{1 - self._params[1] / self._params[0]:.0%} smaller"] if self._params else []
-        warnings = f"{notes} warning{'s' * (notes > 1)}" if notes else "no warnings"
+        warnings = self._noted if notes else "no warnings"
         short += [quality or "quality not measured", warnings]
         rows, worst = [("removed", self._removed())], self.worst_layer()
         if worst is not None:

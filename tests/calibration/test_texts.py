@@ -50,7 +50,7 @@ def test_copies_of_documents_stand_in_one_part(tokenizer):
     assert set.union(*found) == {0, 1, "certification", "judging"}
     assert drawn.notes == ()
     (note,) = draw([3 * ["abcdefgh " * 40]], tokenizer, samples=2, seq_len=8).notes
-    assert note.startswith("A calibration text of 1 document(s) was cut into"), "3 are one"
+    assert note.startswith("A calibration text of 1 document was cut into"), "3 are one"
 
 
 def test_a_lone_document_is_cut_into_blocks_with_gaps(tokenizer):
@@ -66,7 +66,7 @@ def test_a_lone_document_is_cut_into_blocks_with_gaps(tokenizer):
         assert text[at + len(blocks[at]) : following].strip("\n") in paragraphs, "one left out"
     drawn = draw([[text]], tokenizer, samples=8, seq_len=8)
     assert drawn.notes == (
-        "A calibration text of 1 document(s) was cut into 16 blocks of consecutive paragraphs, 8 "
+        "A calibration text of 1 document was cut into 16 blocks of consecutive paragraphs, 8 "
         "for each of 2 parts, with a gap between them: held-out errors are those on the same "
         "document. Give more documents.",
     )

@@ -255,7 +255,7 @@ def test_the_preset_best_trains_where_it_can(llama_folder, corpus, tmp_path, mon
     words = ["prune", llama_folder, "--calibration", corpus[0], "--preset", "best", "--dry-run"]
     capsys.readouterr()
     assert cli.main([*map(str, words), "--samples", "4", "--seq-len", "32"]) == 0
-    assert "training: 0.02 minutes" in capsys.readouterr().out
+    assert "training: 0.02 min" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_a_report_without_a_recipe_shows_its_settings(tmp_path):
     ("row", "mode", "tokens", "said"),
     [
         (replace(ROW, dropped_rows=3), "linear", 9999, "Up to 3 token rows"),
-        (replace(ROW, damp=math.inf), "linear", 9999, "least with plain dropping at 3.mlp"),
+        (replace(ROW, damp=math.inf), "linear", 9999, "least with plain dropping at 3.mlp: give"),
         (ROW, "linear", 99, "99 calibration tokens are few"),
         (replace(ROW, error=math.nan), "linear", 9999, "are not finite"),
     ],
@@ -279,6 +279,12 @@ def test_warnings_are_given_where_they_are_due(row, mode, tokens, said):
     (warning,) = what_to_know([row], mode, tokens, 1536)
     assert said in warning
     assert what_to_know([ROW], mode, 9999, 1536) == []
+
+
+def test_a_warning_names_eight_sites_and_counts_the_others():
+    rows = [replace(ROW, name=f"{block}.mlp", damp=math.inf) for block in range(10)]
+    (warning,) = what_to_know(rows, "linear", 9999, 1536)
+    assert "at 0.mlp, 1.mlp, " in warning and ", 7.mlp and 2 more: give" in warning
 
 
 def test_the_clock_adds_stages_of_one_name():
@@ -308,6 +314,7 @@ def test_a_report_is_shown_in_one_line():
     sizes = "134,515,008 → 113,281,344 parameters, perplexity 26.97 → 26.97"
     assert repr(found) == f"Report(a/model, {sizes}, 2 warnings)"
     assert repr(Report("a/model")) == "Report(a/model, 0 warnings)"
+    assert repr(Report("a/model", warnings=["a"])) == "Report(a/model, 1 warning)"
 
 
 def test_sites_are_a_frame_of_pandas(monkeypatch):
