@@ -182,9 +182,11 @@ def compare_methods(
             "recipe: keep_vocab can't be compared, as every method would have the same tokens; "
             "prune with it and keep 1 first, and compare methods on that folder"
         )
+    methods = [methods] if isinstance(methods, str) else list(methods)
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     for name, given in {"methods": methods, "seeds": seeds}.items():
-        if len(set(given)) < len(given):
-            raise InputError(f"compare_methods: {name} must name each once, got {list(given)}")
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"compare_methods: {name} must name some, each once, got {given}")
     calibration = paths_of("compare_methods", text)
     shared = {**options, "model": os.fspath(model), "calibration": calibration}
     recipes = {

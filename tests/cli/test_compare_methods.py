@@ -44,7 +44,7 @@ def test_in_python_the_numbers_are_the_same(llama_folder, corpus, capsys):
     assert cli.main(command) == 0
     found = json.loads(capsys.readouterr().out)
     texts = {"text": [corpus[0]], "eval": str(corpus[1])}
-    again = compare_methods(llama_folder, **texts, methods=["flap"], seeds=[3], **SHORT)
+    again = compare_methods(llama_folder, **texts, methods="flap", seeds=iter([3]), **SHORT)
     for each in (found, again):
         del each["runs"][0]["seconds"]
     assert again == found and capsys.readouterr().out == ""
@@ -72,7 +72,7 @@ def test_the_table_has_mean_and_spread(llama_folder, corpus, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seeds", "1", "1"], "seeds must name each once"),
+        (["--seeds", "1", "1"], "seeds must name some, each once"),
         (["--keep", "0"], "keep must be in"),
         (["--keep-vocab", "0.75"], "--keep-vocab can't be compared"),
     ],
@@ -92,7 +92,8 @@ def test_what_is_missing_is_named(llama_folder, capsys):
     [
         ({}, "compare_methods: needs held-out text; give eval="),
         ({"seed": 1}, "seed is no keyword in Python: give seeds"),
-        ({"methods": ["flap", "flap"], "eval": "b.txt"}, "methods must name each once"),
+        ({"methods": ["flap", "flap"], "eval": "b.txt"}, "methods must name some, each once"),
+        ({"methods": [], "eval": "b.txt"}, r"methods must name some, each once, got \[\]"),
         ({"methods": ["snip"], "eval": "b.txt"}, "preset must be one of"),
         ({"keeep": 0.5}, "there is no keyword keeep; did you mean keep?"),
     ],
