@@ -13,7 +13,15 @@ import forked
 import pytest
 from tqdm import auto, tqdm
 
-from liar_ext.system.progress import Bar, Stage, Timeline, plain_lines, spare
+from liar_ext.system.progress import (
+    Bar,
+    Stage,
+    Timeline,
+    hiding_bars,
+    plain_lines,
+    showing_bars,
+    spare,
+)
 
 
 class Terminal(io.StringIO):
@@ -79,6 +87,12 @@ def test_what_was_done_before_a_stop_takes_no_time(clock):
     spare("layerwise")  # outside of a job it is nothing
 
 
+@pytest.fixture(autouse=True)
+def shown():
+    with showing_bars(True):
+        yield
+
+
 def test_a_job_has_one_line_on_a_terminal_that_is_gone_at_the_end():
     out = Terminal()
     job = Timeline({"curves": Stage(4, 1.0), "probes": Stage(4, 3.0)})
@@ -121,7 +135,8 @@ def test_where_there_is_no_terminal_nothing_is_written():
     job = Timeline({"curves": Stage(4, 1.0)})
     with job.shown():
         assert list(Bar(range(4), desc="curves", file=out)) == [0, 1, 2, 3]
-        assert list(Bar(range(4), desc="curves", file=Terminal(), disable=True)) == [0, 1, 2, 3]
+        with hiding_bars():
+            assert list(Bar(range(4), desc="curves", file=Terminal())) == [0, 1, 2, 3]
     assert out.getvalue() == "" and job.stages["curves"].done == 4
 
 

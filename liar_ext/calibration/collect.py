@@ -32,7 +32,7 @@ from liar_ext.models.sites import Site, sites
 from liar_ext.system import distributed
 from liar_ext.system.checkpoint_store import Checkpoint, opened
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar, spare
+from liar_ext.system.progress import Bar, showing_bars, spare
 
 
 @torch.no_grad()
@@ -91,7 +91,8 @@ def calibrate(
     with opened(checkpoint) as room:
         saved = SavedSums(room, of=len(batches) if isinstance(batches, Sized) else None)
         taps = [tap_at(model, site) for site in at]
-        bank = collect(model, batches, taps, keep_text=keep_text, saved=saved, progress=progress)
+        with showing_bars(progress):
+            bank = collect(model, batches, taps, keep_text=keep_text, saved=saved)
     facts = ("unit", "units", "width", "groups")
     bank.source["sites"] = {site.name: {n: getattr(site, n) for n in facts} for site in at}
     return bank
@@ -105,7 +106,6 @@ def collect(
     *,
     keep_text: bool = False,
     saved: SavedSums | None = None,
-    progress: bool = False,
     title: str = "calibrate",
 ) -> MomentBank:
     """Run a model over ``batches``, without its head if it can; return the sums of ``taps``.
@@ -127,7 +127,7 @@ def collect(
         return sums, facts | seen.facts(*counted(current))
 
     # Before the hooks: the model may write the last batches when their number is asked for.
-    bar = Bar(batches, desc=title, disable=not progress)
+    bar = Bar(batches, desc=title)
     with evaluating(model), summing(model, taps, ends) as (moments, current):
         saved.restore(moments, facts)
         if distributed.is_first():
@@ -195,11 +195,9 @@ class Passes:
         *,
         bank: MomentBank | None = None,
         saved: Checkpoint | None = None,
-        progress: bool = False,
     ) -> None:
         check_finite_weights(model)
-        self.model, self.progress = model, progress
-        self.groups = group_sites(at, room)
+        self.model, self.groups = model, group_sites(at, room)
         once = len(self.groups) == 1 and saved is None
         self.batches = batches if once else list(batches)
         self.bank = MomentBank({}) if bank is None else bank
@@ -228,9 +226,9 @@ class Passes:
             if len(self.groups) > 1:
                 title, part = f"calibrate, pass {len(self.summed)}", number + 1
             of = None if self.saved is None else len(self.batches)
-            how = {"saved": SavedSums(self.saved, of, part), "progress": self.progress}
+            saved = SavedSums(self.saved, of, part)
             taps = [tap_at(self.model, site) for site in group]
-            self.bank = collect(self.model, self.batches, taps, title=title, **how)
+            self.bank = collect(self.model, self.batches, taps, title=title, saved=saved)
         return group
 
 

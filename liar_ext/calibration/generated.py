@@ -42,7 +42,6 @@ def write_documents(
     documents: int,
     tokens: int,
     seed: int = 0,
-    progress: bool = False,
 ) -> Documents:
     """Let a model write documents: each token is drawn from the model's own distribution.
 
@@ -57,8 +56,6 @@ def write_documents(
         How many to write, and tokens of each.
     seed : int
         Of the draw. The same seed, machine and number of threads give the same text.
-    progress : bool
-        Show a progress bar.
 
     Raises
     ------
@@ -70,7 +67,7 @@ def write_documents(
     Source: Williams, Chrysostomou and Aletras, "Self-calibration for Language Model Quantization
     and Pruning", NAACL 2025, arXiv:2410.17170.
     """
-    ids = _write(model, tokenizer, documents, tokens, seed, progress)
+    ids = _write(model, tokenizer, documents, tokens, seed)
     return Documents(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
@@ -82,7 +79,6 @@ def write_sequences(
     seq_len: int,
     seed: int = 0,
     written: int | None = None,
-    progress: bool = False,
 ) -> Sequences:
     """Let a model write sequences, as :func:`write_documents` does, and leave them tokens.
 
@@ -95,7 +91,7 @@ def write_sequences(
     count = max(count, FOLDS)
     prefix = torch.tensor(document_prefix(tokenizer), dtype=torch.long).expand(count, -1)
     tokens = seq_len - prefix.shape[1]
-    ids = _write(model, tokenizer, count, min(written or tokens, tokens), seed, progress).cpu()
+    ids = _write(model, tokenizer, count, min(written or tokens, tokens), seed).cpu()
     ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
     return of_no_text(torch.cat([prefix, ids], 1))
 
@@ -106,9 +102,7 @@ def enough_documents(sequences: int) -> int:
 
 
 @torch.no_grad()
-def _write(
-    model: nn.Module, tokenizer, count: int, tokens: int, seed: int, progress: bool
-) -> Tensor:
+def _write(model: nn.Module, tokenizer, count: int, tokens: int, seed: int) -> Tensor:
     """Return ``(count, tokens)`` tokens that a model writes, each row from the beginning on."""
     if not predicts_next_token(model):
         raise InputError(
@@ -121,7 +115,7 @@ def _write(
     rounds = -(-count // most)
     written = []
     cuda = [device] if device.type == "cuda" else []
-    bar = Bar(total=count, desc="write", disable=not progress)
+    bar = Bar(total=count, desc="write")
     fork = torch.random.fork_rng(devices=cuda)
     with fork, bar, evaluating(model), packed(model, -(-count // rounds)):
         torch.manual_seed(seed)

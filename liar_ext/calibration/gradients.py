@@ -53,7 +53,7 @@ class SiteGradients:
 
 
 def collect_gradients(
-    model: nn.Module, batches: Batches, at: Sequence[Site], *, progress: bool = False
+    model: nn.Module, batches: Batches, at: Sequence[Site]
 ) -> dict[str, SiteGradients]:
     """Run the model forward and backward over ``batches``; return the statistics by site name.
 
@@ -79,8 +79,7 @@ def collect_gradients(
     }
     items = sequences = 0
     with evaluating(model), _tracked(model, parameters, at) as read:
-        bar = Bar(batches, desc="gradients", disable=not progress)
-        for index, batch in enumerate(read_batches(bar)):
+        for index, batch in enumerate(read_batches(Bar(batches, desc="gradients"))):
             batch = batch.to(device)
             check_loss(model, batch)
             loss, count = _summed_loss(model, batch)

@@ -53,15 +53,15 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     check_bank_place(options.out, "calibrate", options.overwrite)
     check_apart(options)
     with checkpoint_of(recipe, options) as saved:
-        loaded = load(recipe, progress=options.progress)
+        loaded = load(recipe)
         at = sites(loaded.model, attn_unit=recipe.attn_unit)
         check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
         packed = predicts_next_token(loaded.model)
-        let_write(loaded, saved, progress=options.progress)
+        let_write(loaded, saved)
         how = {"keep_text": not options.no_text, "checkpoint": saved}
-        bank = calibrate(loaded.model, loaded.calibration, at, **how, progress=options.progress)
+        bank = calibrate(loaded.model, loaded.calibration, at, **how)
         if options.sensitivities:
-            given = loaded.model, loaded.calibration, bank, options.progress
+            given = loaded.model, loaded.calibration, bank
             work = Sweep(*given, saved=saved, probe_keep=PROBE_KEEP)
             work.plan(recipe)
             work.known.store_sensitivities(bank)

@@ -123,7 +123,7 @@ def _is_causal(options: argparse.Namespace, model: nn.Module) -> bool:
 def _perplexity(
     options: argparse.Namespace, model: nn.Module, batches: Any, windows: str
 ) -> Result:
-    result = perplexity(model, batches, progress=options.progress)
+    result = perplexity(model, batches)
     return result, [
         f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
         f"{result['sequences']} {windows} {result['seq_len']}"
@@ -145,9 +145,9 @@ def _files(options: argparse.Namespace, kind: str) -> Result:
     dense, _, result = _dense(options, needed=not spoken)
     lines = []
     if spoken:
-        settings = {"batch_size": options.batch_size, "progress": options.progress}
-        found = word_errors(model, reader, items, **settings)
-        own = {} if dense is None else word_errors(dense, reader, items, **settings)
+        size = options.batch_size
+        found = word_errors(model, reader, items, batch_size=size)
+        own = {} if dense is None else word_errors(dense, reader, items, batch_size=size)
         names = ("word_error_rate", "seconds_per_minute") if own else ()
         result |= found | {f"dense_{name}": own[name] for name in names}
         beside = f" (dense {own['word_error_rate']:.2%})" if own else ""
@@ -159,7 +159,7 @@ def _files(options: argparse.Namespace, kind: str) -> Result:
         ]
     if dense is not None:
         batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)
-        found = encoder_similarity(model, dense, batches, progress=options.progress)
+        found = encoder_similarity(model, dense, batches)
         result, lines = result | found, lines + _said(found)
     return result, lines
 
@@ -207,7 +207,7 @@ def _on_text(
     )
     if len(pruned[1]) == len(dense[1]) and torch.equal(own.input_ids, other.input_ids):
         batches = own.batches(options.batch_size)
-        return encoder_similarity(pruned[0], dense[0], batches, progress=options.progress)
+        return encoder_similarity(pruned[0], dense[0], batches)
     judge = VocabularyQuality(*dense, documents, batch_size=options.batch_size, **how)
     if judge.judged_by is None:
         raise InputError(
@@ -230,7 +230,7 @@ def _tasks(options: argparse.Namespace) -> Result:
     model, tokenizer = _load(options, options.model)
     if not predicts_next_token(model):
         raise _not_causal("eval", type(model).__name__)
-    names = ("limit", "num_fewshot", "batch_size", "progress")
+    names = ("limit", "num_fewshot", "batch_size")
     settings = {name: getattr(options, name) for name in names}
     result = evaluate_tasks(model, tokenizer, tasks, **settings)
     return result, [result.pop("table").rstrip()]
@@ -256,7 +256,7 @@ def _of_pairs(
     def embeddings(of: Sequence[str]) -> Tensor:
         sequences = evaluation_sequences(of, tokenizer, seq_len=options.seq_len, packed=False)
         order = sequences.attention_mask.sum(1).argsort(stable=True)  # as batches are made
-        found = embed(model, sequences.batches(options.batch_size), progress=options.progress)
+        found = embed(model, sequences.batches(options.batch_size))
         return found[order.argsort()]
 
     first, second = map(embeddings, (pairs.first, pairs.second))
@@ -275,8 +275,7 @@ def run_bench(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in names},
         batches=tuple(dict.fromkeys(options.batch)),
     )
-    shown = {"memory": options.memory, "progress": options.progress}
-    found = benchmark(options.folder, options.against, settings, **shown)
+    found = benchmark(options.folder, options.against, settings, memory=options.memory)
     timed = speed(found)
     print(found.to_json() if options.json else "\n".join([*to_text(timed), timed.note]))
     if target is not None:

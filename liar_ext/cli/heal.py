@@ -69,15 +69,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     return 130 if found["interrupted"] else 0
 
 
-def train_pruned(folder: str, minutes: float, *, checkpoint: str | None, progress: bool) -> Report:
+def train_pruned(folder: str, minutes: float, checkpoint: str | None) -> Report:
     """Train a folder in place, as ``liar heal FOLDER --minutes N`` does; return its report.
 
     The first rank writes the folder, before and in here, and the others wait for it.
     """
     broadcast(None)
     options = parse(["heal", "FOLDER", "--minutes", str(minutes)])
-    options.folder, options.out = folder, folder
-    options.checkpoint, options.progress = checkpoint, progress
+    options.folder, options.out, options.checkpoint = folder, folder, checkpoint
     train(_recipe(Report.load(folder, "heal").recipe, options), options)
     broadcast(None)
     return Report.load(folder, "heal")
@@ -94,7 +93,6 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         given = load(
             recipe,
             loader=partial(_load_teacher, Path(options.folder)),
-            progress=options.progress,
             judge=max(recipe.samples // TRAINED, 2),
             must_judge=True,
         )
@@ -102,9 +100,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         model = load_pruned(options.folder, dtype="auto", **spread)
         model = model if spread else model.to(recipe.device)
         _check_teacher(given, model, options.folder)
-        quality = partial(_quality, Evaluator(), given.evaluation, options.progress)
+        quality = partial(_quality, Evaluator(), given.evaluation)
         rows = [quality(given.model), quality(model)]
-        let_write(given, saved, progress=options.progress)
+        let_write(given, saved)
         batches = list(small(given.calibration))
         found = heal(
             model,
@@ -117,7 +115,6 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             accumulate=options.grad_accumulation,
             seed=recipe.seed,
             checkpoint=saved,
-            progress=options.progress,
         )
         rows.append(quality(model) if found["improved"] else rows[-1])
         names = [name for name in rows[0] if name in rows[1]]
@@ -259,5 +256,5 @@ def _budget(options: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _quality(evaluator: Evaluator, held_out: Any, progress: bool, model: Any) -> dict[str, float]:
-    return {} if held_out is None else measured(evaluator(model, held_out, progress=progress))
+def _quality(evaluator: Evaluator, held_out: Any, model: Any) -> dict[str, float]:
+    return {} if held_out is None else measured(evaluator(model, held_out))

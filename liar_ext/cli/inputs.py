@@ -101,7 +101,6 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
 def load(
     recipe: Recipe,
     *,
-    progress: bool = False,
     loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
     sketch: bool = False,
     judge: int = 0,
@@ -126,13 +125,12 @@ def load(
             "prune: --dry-run can't tell how --keep-vocab auto shares a budget of params, which it "
             "measures on pruned models; give a number of tokens, or leave --dry-run out"
         )
-    write = partial(_written, recipe, model, progress=progress, sketch=sketch)
+    write = partial(_written, recipe, model, sketch=sketch)
     asked = {"write": write, "judge": judge, "must_judge": must_judge}
     draw = partial(_draw, recipe, model, read=read, held_out=held_out, **asked)
     vocabulary = SmallerVocabulary(
         *(recipe, model, tokenizer, read, held_out),
         draw=lambda: draw(tokenizer)["calibration"],
-        progress=progress,
     )
     tokenizer, drawn = vocabulary.tokenizer, None
     if is_first():
@@ -266,13 +264,13 @@ def evaluation_batches(
 
 
 def _written(
-    recipe: Recipe, model: nn.Module, tokenizer: Any, size: int, *, progress: bool, sketch: bool
+    recipe: Recipe, model: nn.Module, tokenizer: Any, size: int, *, sketch: bool
 ) -> tuple[Sequence[str], dict[str, float]]:
     """Return the model's own share of ``size`` sequences, and of a sketch what all would take."""
     start = time.perf_counter()
     share = generated.enough_documents(-(-size // len(recipe.calibration)))
     tokens = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
-    how = {"documents": share, "tokens": tokens, "seed": recipe.seed, "progress": progress}
+    how = {"documents": share, "tokens": tokens, "seed": recipe.seed}
     written = generated.write_documents(model, tokenizer, **how)
     if not sketch:
         return written, {}
@@ -313,9 +311,7 @@ class TextAndOwn(Sequence):
         return self._all[index]
 
 
-def let_write(
-    given: Given, saved: Checkpoint | None = None, *, progress: bool = False, sketch: bool = False
-) -> None:
+def let_write(given: Given, saved: Checkpoint | None = None, *, sketch: bool = False) -> None:
     """Add the sequences that the model writes, if any, once the calibration set is gone through.
 
     The first rank writes, or takes what a checkpoint has, and hands it to the others. A ``sketch``
@@ -330,7 +326,7 @@ def let_write(
         for row in batch.inputs["input_ids"][batch.source >= 0]
     ]
     how = {"count": count_beside(len(rows), recipe.self_text), "seed": seed_of(rows, recipe.seed)}
-    how |= {"written": min(length, SKETCHED) if sketch else length, "progress": progress}
+    how["written"] = min(length, SKETCHED) if sketch else length
     if how["count"] == 0:
         return
 

@@ -113,14 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from liar_ext.checkpoint.loading import register
     from liar_ext.cli.output import quietened
     from liar_ext.system.distributed import tells
-    from liar_ext.system.progress import no_bars, plain_lines
+    from liar_ext.system.progress import no_bars, plain_lines, showing_bars
 
     register()
     plain = wanted == "plain" or not sys.stderr.isatty()
     try:
         with quietened(options):
+            bars = showing_bars(options.progress)
             others = no_bars() if wanted and (plain or not options.progress) else nullcontext()
-            with shown(options.progress, options.quiet), plain_lines(plain), others:
+            with shown(options.progress, options.quiet), plain_lines(plain), others, bars:
                 code, error = _run(options)
     except BaseException:
         tells()  # so that the others don't

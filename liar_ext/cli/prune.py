@@ -37,7 +37,7 @@ from liar_ext.report.report import Report
 from liar_ext.report.sections import vocabulary_lines
 from liar_ext.system.distributed import alone, is_first
 from liar_ext.system.errors import InputError, naming_memory, one_line
-from liar_ext.system.progress import OnProgress, no_bars, told
+from liar_ext.system.progress import OnProgress, no_bars, showing_bars
 
 CALIBRATION_SELF = "--calibration self has the model write text, for which it must be in memory"
 NONE_WRITTEN = (
@@ -93,8 +93,7 @@ def prune_by(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     if options.heal:
         try:
             with naming_memory("heal: out of memory"):
-                how = {"checkpoint": options.checkpoint, "progress": options.progress}
-                report = train_pruned(options.out, options.heal, **how)
+                report = train_pruned(options.out, options.heal, options.checkpoint)
         except (InputError, MemoryError) as error:
             if asked:
                 raise InputError(f"{error}; {options.out} is pruned and saved") from error
@@ -128,12 +127,11 @@ def _pruned(
             early = given.notes if is_first() and not options.json else ()
             for note in early:
                 warnings.warn(note, stacklevel=2)
-            inputs.let_write(given, saved, progress=options.progress)
+            inputs.let_write(given, saved)
             job = Job(
                 given.model,
                 given.calibration,
                 given.recipe,
-                options.progress,
                 given.bank,
                 saved=saved,
                 judged=given.judging,
@@ -170,7 +168,7 @@ def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -
     if options.bank:
         return load_by_bank(recipe, options)
     judge = sequences_to_judge(recipe)
-    return inputs.load(recipe, progress=options.progress, sketch=sketch, judge=judge)
+    return inputs.load(recipe, sketch=sketch, judge=judge)
 
 
 def _sketched(given: inputs.Given, options: argparse.Namespace) -> list[str]:
@@ -182,7 +180,7 @@ def _sketched(given: inputs.Given, options: argparse.Namespace) -> list[str]:
     if not is_first():
         return []
     with alone():
-        inputs.let_write(given, sketch=True, progress=options.progress)
+        inputs.let_write(given, sketch=True)
         lines = describe(given.model, given.calibration, given.recipe, given.judging)
     lines += [f"vocabulary: {said}" for said in vocabulary_lines(given.vocabulary.facts)]
     seconds = given.facts.get("writing", 0.0)
@@ -211,7 +209,7 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> inputs.Given:
         return stores[0].model, stores[0].tokenizer
 
     read = replace(recipe, self_text=0.0)
-    given = inputs.load(read, loader=open_store, progress=options.progress)
+    given = inputs.load(read, loader=open_store)
     (given.store,) = stores
     if inputs.writes(recipe, given.model):
         given.warnings.append(NONE_WRITTEN)
@@ -312,11 +310,10 @@ def compress(
         max_memory=_read(kinds.read_size, "max_memory", max_memory),
         heal=_read(kinds.read_minutes, "heal", minutes),
         overwrite=overwrite,
-        progress=bool(progress),
         quiet=True,
         json=False,
     )
-    with told(progress), nullcontext() if progress is True else no_bars():
+    with showing_bars(progress), nullcontext() if progress is True else no_bars():
         report = prune_by(built, command)
     for note in report.warnings if is_first() else ():
         warnings.warn(note, stacklevel=2)

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> object:
             lines.append(f"{result}: not trained yet: {again}")
         return show(options, {"out": result, "written_before": True}, lines)
     own = {"checkpoint": folder, "command": command, **job["options"]}
-    own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}
+    own |= {name: getattr(options, name) for name in ("quiet", "json", "overwrite")}
     start = import_module(f"liar_ext.cli.{command}").run_recipe  # it imports this module
     return start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**own))
 

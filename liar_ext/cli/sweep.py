@@ -32,7 +32,7 @@ from liar_ext.report.report import Report
 from liar_ext.report.sections import vocabulary_lines
 from liar_ext.report.tables import Table, figure, measured, quality, to_text
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import no_bars
+from liar_ext.system.progress import no_bars, showing_bars
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,9 +57,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
     for folder in folders.values():
         check_folder(folder, options.overwrite)
-    progress = options.progress
-    given = load_by_bank(recipe, options) if options.bank else load(recipe, progress=progress)
-    let_write(given, progress=progress)
+    given = load_by_bank(recipe, options) if options.bank else load(recipe)
+    let_write(given)
 
     def save(pruned: nn.Module, report: Report) -> None:
         given.add_to(report, pruned)
@@ -67,9 +66,9 @@ def run(options: argparse.Namespace) -> None:
         with writing(folders[report.recipe.keep], options.overwrite) as path:
             fill_folder(pruned, path, report.plan, **saving)
 
-    texts = {"bank": given.bank, "evaluate_on": given.evaluation}
-    shown = {"on_result": save if folders else None, "progress": progress}
-    points = sweep(given.model, given.calibration, given.recipe, keep=keep, **texts, **shown)
+    more = {"bank": given.bank, "evaluate_on": given.evaluation}
+    more["on_result"] = save if folders else None
+    points = sweep(given.model, given.calibration, given.recipe, keep=keep, **more)
     whole = count_params(given.model) + tokens_gone(given.model)
     dense = {"params": whole, "flops": 1.0, "time": points[0].time and 1.0}
     dense |= points[0].quality("dense")
@@ -194,12 +193,12 @@ def compare_methods(
         for seed in seeds
         for method in methods
     }
-    with nullcontext() if progress else no_bars():
-        dense, rows = compare(recipes, progress)
+    with showing_bars(progress), nullcontext() if progress else no_bars():
+        dense, rows = compare(recipes)
     return {"dense": dense, "runs": rows}
 
 
-def compare(recipes: Mapping[tuple[str, int], Recipe], progress: bool) -> tuple[Row, list[Row]]:
+def compare(recipes: Mapping[tuple[str, int], Recipe]) -> tuple[Row, list[Row]]:
     """Return the numbers of the dense model, and of each recipe, by method and seed.
 
     Recipes on the same text share its statistics.
@@ -212,14 +211,14 @@ def compare(recipes: Mapping[tuple[str, int], Recipe], progress: bool) -> tuple[
     for keys in groups.values():
         first = recipes[keys[0]]
         judge = max(sequences_to_judge(recipes[key]) for key in keys)
-        texts = load(first, loader=loader, judge=judge, progress=progress)
-        let_write(texts, progress=progress)
+        texts = load(first, loader=loader, judge=judge)
+        let_write(texts)
         if dense is None:
-            dense = _numbers(measure, texts.model, texts.evaluation, progress)
-        work = Sweep(texts.model, texts.calibration, progress=progress, judge_on=texts.judging)
+            dense = _numbers(measure, texts.model, texts.evaluation)
+        work = Sweep(texts.model, texts.calibration, judge_on=texts.judging)
         for method, seed in keys:
             pruned, point = work.prune(recipes[method, seed])
-            found = _numbers(measure, pruned, texts.evaluation, progress)
+            found = _numbers(measure, pruned, texts.evaluation)
             rows.append({"method": method, "seed": seed, **found, "seconds": point.seconds})
     return dense, rows
 
@@ -244,6 +243,5 @@ def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
     return Table("", heads, cells)
 
 
-def _numbers(measure: Evaluator, model: nn.Module, batches: Any, progress: bool) -> Row:
-    found = measure(model, batches, progress=progress)
-    return {"params": count_params(model), **measured(found)}
+def _numbers(measure: Evaluator, model: nn.Module, batches: Any) -> Row:
+    return {"params": count_params(model), **measured(measure(model, batches))}

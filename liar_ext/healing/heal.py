@@ -42,7 +42,7 @@ from liar_ext.recipe.checks import check_keywords
 from liar_ext.system.checkpoint_store import Checkpoint, opened
 from liar_ext.system.distributed import all_reduce, broadcast, exchanging, rank, world_size
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar
+from liar_ext.system.progress import Bar, showing_bars
 
 MEASURES = 4  # of the held-out loss, besides that before training
 LOWER = 1 / 3  # of the learning rate, where the held-out loss has clearly risen
@@ -123,7 +123,7 @@ def heal(
     paths = dict.fromkeys(site.path for site in sites(model))
     original = {name: each.detach().cpu().clone() for name, each in model.named_parameters()}
     interrupted = False
-    with ExitStack() as stack:
+    with ExitStack() as stack, showing_bars(progress):
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             stack.callback(setattr, parameter, "grad", parameter.grad)
@@ -142,7 +142,7 @@ def heal(
             recompute = run.begin(settings, original, recompute)
             with exchanging(), run.spread(map(model.get_submodule, paths)) as blocks:
                 with checkpointed(blocks if recompute else ()):
-                    run.train(progress)
+                    run.train()
         except KeyboardInterrupt:
             if world_size() > 1:
                 raise
@@ -259,7 +259,7 @@ class Healing:
                 self.best = None if parts else self.best  # ranks may be at different places
                 self.student, self.trained = before
 
-    def train(self, progress: bool) -> None:
+    def train(self) -> None:
         """Train until the budget is spent or the weights are no longer finite."""
         known = None if self.saved is None else self.saved.get(STATE)
         start = time.monotonic()
@@ -273,7 +273,7 @@ class Healing:
                 "heal: the outputs of the pruned or the dense model are not finite on the held-out "
                 "text; look for damaged weights, or load both in float32"
             )
-        with Bar(total=100, desc="heal", disable=not progress) as bar:
+        with Bar(total=100, desc="heal") as bar:
             while self.done() < 1 and self.step():
                 self.so_far.seconds = broadcast(time.monotonic() - start)
                 if self.done() * MEASURES >= len(self.so_far.curve):

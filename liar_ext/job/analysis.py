@@ -105,7 +105,7 @@ def narrowed(job: Job, along: Sequence[StreamedBatches] = ()) -> Base:
     blocks before.
     """
     recipe, model = job.recipe, job.model
-    settings = {"damp": recipe.damp, "mode": recipe.reconstruct, "progress": job.progress}
+    settings = {"damp": recipe.damp, "mode": recipe.reconstruct}
     narrowing = experts = blocks = None
     if recipe.keep_blocks != 1.0:
         with job.clock("blocks"):
@@ -116,8 +116,7 @@ def narrowed(job: Job, along: Sequence[StreamedBatches] = ()) -> Base:
         with job.clock("experts"):
             if job.walk is None:
                 check_finite_weights(model)  # a store checks what it reads
-            walk = job.walk or Walk(InMemory(model), progress=job.progress)
-            how = {"mode": recipe.reconstruct, "damp": recipe.damp, "along": along}
+            walk, how = job.walk or Walk(InMemory(model)), settings | {"along": along}
             experts = choose_experts(walk, job.batches, recipe.keep_experts, **how)
             if job.walk is None:
                 model = _without(model, experts.scales, experts=experts.plans)
@@ -148,7 +147,7 @@ def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Pa
     if job.walk is not None:
         return StreamedPasses(job, along)
     given = base.model, () if job.batches is None else job.batches, base.at, job.room
-    return Passes(*given, bank=job.bank, saved=job.saved, progress=job.progress)
+    return Passes(*given, bank=job.bank, saved=job.saved)
 
 
 def analyze(job: Job, passes: Passes) -> Analysis:
@@ -161,21 +160,19 @@ def analyze(job: Job, passes: Passes) -> Analysis:
         return job.known.get(what, score_key(recipe), at, partial(share, compute=compute))
 
     def scores_of(some: Sequence[Site]) -> dict[str, Tensor]:
-        given = passes.model, passes.bank, some, recipe.criterion
-        return score(*given, **how, progress=job.bars)
+        return score(passes.model, passes.bank, some, recipe.criterion, **how)
 
     def curves_of(some: Sequence[Site]) -> dict[str, Tensor]:
-        given = passes.model, passes.bank, some, scores
-        return error_curves(*given, progress=job.bars, elsewhere=elsewhere)
+        return error_curves(passes.model, passes.bank, some, scores, elsewhere=elsewhere)
 
     kept = {"score": scores, "curve": curves, "shares": shares}
     kept |= {} if probes is None else {"errors": probes.errors}
     passes.restore(kept)
     for group in job.clock.each("calibrate", passes):
         # No name for the bank: its memory is for the next group.
-        with job.clock("score"):
+        with job.clock("score"), job.bars():
             scores |= known("score", group, scores_of)
-        with job.clock("allocate"):
+        with job.clock("allocate"), job.bars():
             if curve:
                 curves |= known("curve", group, curves_of)
                 shares |= energy_shares(passes.model, passes.bank, group)
@@ -206,11 +203,10 @@ def find_sensitivities(
         teams = {site.team for site in missing}  # experts of a layer are measured together
         some = [site for site in at if site.team in teams]
         budget = replace(recipe.budget, keep=known.probe_keep or recipe.keep)
-        how = {"mode": recipe.reconstruct, "progress": job.bars}
-        probes = probe_sites(model, passes.bank, some, scores, curves, budget, **how)
+        given = model, passes.bank, some, scores, curves, budget
+        probes = probe_sites(*given, mode=recipe.reconstruct)
         given = model, probes_of(model, passes.batches), probes.plan, probes.weights
-        saved = Measured(job.saved, at[0].name)
-        found = site_divergences(*given, saved=saved, progress=job.bars)
+        found = site_divergences(*given, saved=Measured(job.saved, at[0].name))
         return sensitivities_of(probes.errors, found)
 
     return known.get(SENSITIVITY, sensitivity_key(recipe, known, model, at), at, measure)

@@ -43,7 +43,7 @@ from liar_ext.selection.sensitivity import POSITIONS
 from liar_ext.system.checkpoint_store import RESULT, Checkpoint, opened
 from liar_ext.system.distributed import is_first
 from liar_ext.system.errors import InputError, naming_memory
-from liar_ext.system.progress import OnProgress, Stage, Timeline, told
+from liar_ext.system.progress import OnProgress, Stage, Timeline, showing_bars, shows_bars
 
 # What the command does around prune, and what does it in Python.
 AROUND: dict[str, str] = {
@@ -146,8 +146,8 @@ def prune(
     texts = {name: kept_batches(choices.pop(name, None)) for name in TextOptions.__annotations__}
     texts["judged"] = texts.pop("judge_on")
     built = Recipe.build(recipe, **choices)
-    with naming_memory("prune: out of memory"), told(progress), opened(checkpoint) as saved:
-        report = run(Job(model, batches, built, bool(progress), bank, saved=saved, **texts))
+    with naming_memory("prune: out of memory"), showing_bars(progress), opened(checkpoint) as saved:
+        report = run(Job(model, batches, built, bank, saved=saved, **texts))
     for note in report.warnings if is_first() else ():
         warnings.warn(note, stacklevel=2)
     return report
@@ -173,7 +173,7 @@ def prune_folder(
     with ExitStack() as stack:
         begin = partial(stack.enter_context, writing(folder, overwrite))
         if store is not None:
-            walk = Walk(store, job.recipe.attn_unit, job.saved, job.progress)
+            walk = Walk(store, job.recipe.attn_unit, job.saved)
             stack.callback(store.close)
             stack.callback(walk.states.close)
             walk.states.folder = nearest_folder(folder)
@@ -226,7 +226,7 @@ def check_resumable(recipe: Recipe) -> None:
 
 
 def _timeline(job: Job) -> Timeline:
-    stages = stages_of(job) if job.progress else {}
+    stages = stages_of(job) if shows_bars() else {}
     if job.walk is not None:
         job.walk.states.memory = job.shares.states
         body, head = work_of_token(job.model, job.sites(job.model))
@@ -264,7 +264,7 @@ def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Pla
     job.model.liar_plan = whole
     if dense is not None:
         with job.clock("rescale"):
-            fitted = rescale(dense, job.model, plan.attn_unit, progress=job.progress)
+            fitted = rescale(dense, job.model, plan.attn_unit)
         solved.facts |= fitted.facts()
         if not fitted.scales:
             solved.notes.append("Nothing was rescaled: no scales bring held-out outputs nearer.")

@@ -80,9 +80,7 @@ def rescale_batches(batches: Batches) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def rescale(
-    dense_outputs: Divergence, pruned: nn.Module, attn_unit: str = "auto", *, progress: bool = False
-) -> Rescaled:
+def rescale(dense_outputs: Divergence, pruned: nn.Module, attn_unit: str = "auto") -> Rescaled:
     """Find scales that bring a sliced model nearer to the dense one; multiply its weights by them.
 
     Nothing is multiplied unless held-out batches, and all of them together, are nearer by it.
@@ -90,7 +88,7 @@ def rescale(
     """
     every = sites(pruned, attn_unit=attn_unit)
     handles, (blocks, _) = handles_of(pruned, every), blocks_before(pruned, every)
-    bar = Bar(list(dense_outputs.outputs.items()), desc="rescale", disable=not progress)
+    bar = Bar(list(dense_outputs.outputs.items()), desc="rescale")
     with evaluating(pruned):
         own = {at: _expansion(each, pruned, handles, blocks) for at, each in bar}
     pairs = [pair for share in gather(own) for pair in share.items()]

@@ -61,11 +61,9 @@ class SmallerVocabulary:
         read: Mapping[str, Sequence[str]],
         held_out: Sequence[str] | None,
         draw: Callable[[], Batches],
-        progress: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.facts, self.notes = model, tokenizer, {}, []
-        self._draw, self._progress = draw, progress
-        self.whole: VocabularyQuality | None = None
+        self._draw, self.whole = draw, None
         if recipe.keep_vocab == 1.0:
             return
         told = list(dict.fromkeys(recipe.vocab_text or recipe.calibration))
@@ -93,8 +91,7 @@ class SmallerVocabulary:
 
     def _choose(self, recipe: Recipe, texts: Sequence[str]) -> tuple[Choice | None, dict[str, Any]]:
         """Return the tokens that stay, and what is known of them; without any if all do."""
-        how = {"scripts": recipe.vocab_scripts, "progress": self._progress}
-        count = partial(Counted, self.model, self.tokenizer, **how)
+        count = partial(Counted, self.model, self.tokenizer, scripts=recipe.vocab_scripts)
         if recipe.keep_vocab != "auto":
             chosen = count(texts).choose(recipe.keep_vocab)
             return chosen, chosen.facts if chosen else {}
@@ -156,7 +153,7 @@ def share_budget(
     model, tokenizer = counted.model, counted.tokenizer
     quality.check_judges(model)
     fixed = replace(recipe, schedule="one-pass", keep_vocab=1.0, vocab_text=(), vocab_scripts=())
-    work = Sweep(model, batches, progress=counted.progress, probe_keep=PROBE_KEEP)
+    work = Sweep(model, batches, probe_keep=PROBE_KEEP)
     total, tried, choices = count_params(model), {}, {}
 
     def measure(size: int) -> None:

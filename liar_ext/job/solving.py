@@ -127,7 +127,7 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
         with job.clock("certify"):
             passes.bank = MomentBank()  # its memory is for the fresh sums
             text = passes.model, job.certify_on, job.sites(passes.model), job.room
-            unseen = Passes(*text, progress=job.progress)  # no decision saw it: without bias
+            unseen = Passes(*text)  # no decision saw it: without bias
             for site in (site for group in unseen for site in group):
                 new = passes.model, site, plan, weights[site.name]
                 error = error_on(*new, unseen.bank[site.name])  # a name would keep the sums
@@ -138,7 +138,7 @@ def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
 def _solve(
     job: Job, schedule: str, passes: Passes, plan: Plan
 ) -> tuple[Weights, dict[str, SiteRow]]:
-    settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
+    settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp}
     if schedule == "layerwise":
         settings |= {"fresh": job.certify_on or (), "saved": job.saved}
         with job.clock("reconstruct"):
@@ -209,7 +209,7 @@ class Evaluation:
         if (text := self._text(0)) is None:
             return None
         with self._measuring("evaluate", 0):
-            return self.evaluator(self.job.model, text, progress=self.job.progress)
+            return self.evaluator(self.job.model, text)
 
     def see_dense(self, passes: Passes | None = None) -> None:
         """Note what the dense model gives on fresh text, before it is sliced.

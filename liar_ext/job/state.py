@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.system.checkpoint_store import Checkpoint
 from liar_ext.system.distributed import is_first
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Clock
+from liar_ext.system.progress import Clock, hiding_bars
 
 SENSITIVITY = "sensitivity"
 # A plan may miss what its sites add up to by this fraction of the dense seconds.
@@ -143,13 +143,11 @@ class Speed:
         at: Sequence[Site],
         budget: Budget,
         table: LatencyTable | None = None,
-        *,
-        progress: bool = False,
     ) -> None:
         self.model, self.at, self.budget = model, list(at), budget
         self.given = table is not None
         if table is None:
-            table = measure_latency(model, budget, at, progress=progress)
+            table = measure_latency(model, budget, at)
         table.check(budget)
         self.table = table
         here = where(model)
@@ -273,7 +271,6 @@ class Job:
     model: nn.Module
     batches: Batches | None
     recipe: Recipe
-    progress: bool = False
     bank: MomentBank | None = None
     known: Known | None = None  # what other jobs have found, of the same model, bank and text
     saved: Checkpoint | None = None  # where it keeps what is done
@@ -298,10 +295,9 @@ class Job:
         """Whether the hidden size is pruned."""
         return self.recipe.keep_hidden != 1.0
 
-    @property
-    def bars(self) -> bool:
-        """Whether stages show bars of their own: of a walk the blocks are the steps."""
-        return self.progress and self.walk is None
+    def bars(self) -> AbstractContextManager:
+        """Let stages show bars of their own, unless they are in a walk, whose steps are blocks."""
+        return nullcontext() if self.walk is None else hiding_bars()
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites that may be pruned."""
@@ -317,7 +313,7 @@ class Job:
             table = None if given is None else LatencyTable.load(given)
             if table is not None and self.recipe.keep_blocks == 1.0:  # else it may be of fewer
                 table.check_sites(at, sites(model, attn_unit=self.recipe.attn_unit))
-            speed = Speed(model, at, budget, table, progress=self.progress)
+            speed = Speed(model, at, budget, table)
             check_budget(at, budget, costs=speed.costs)
             if budget.keep < 1.0 and not speed.given:
                 speed.fit(even_plan(at, budget, speed.costs))

@@ -38,6 +38,7 @@ from liar_ext.selection.whole_experts import KeptExperts, layers_of
 from liar_ext.system.checkpoint_store import reading
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
+from liar_ext.system.progress import hiding_bars
 
 SHARD_PART = 8  # a shard may take this part of the memory
 
@@ -158,13 +159,16 @@ class StreamedPasses(Passes):
         if not self.keep:
             self.text.hidden.clear()
 
+        def solved(group: Sequence[Site]) -> tuple:
+            how = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
+            with hiding_bars():
+                return reconstruct_shared(self.model, self.bank, plan, group, **how)
+
         def steps(done: int, _: Streams) -> Iterator[Solved]:
             if self.keep and not self.kept:  # the plan was known
                 self._restore_sums(range(done, len(self.walk.blocks)))
             for group in self._groups(done, known=self.keep):
-                # A name for the bank would keep it.
-                how = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
-                yield self.index, *reconstruct_shared(self.model, self.bank, plan, group, **how)
+                yield self.index, *solved(group)
 
         def streams() -> Streams:
             return {} if self.keep else {"text": self.text.hidden}
@@ -302,7 +306,7 @@ class ProbeStreams:
         probes = {name: stream.answering_for for name, stream in self.streams.items()}
         with self.walk.begun(), self.walk.source.head():
             given = self.walk.model, own, self.dense.answering_for, probes
-            values = mean_divergences(*given, progress=self.walk.progress)
+            values = mean_divergences(*given)
         measured = dict.fromkeys(self.errors, 0.0)
         for name, value in values.items():
             measured |= dict.fromkeys(self.teams[name], value)

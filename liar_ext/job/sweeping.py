@@ -30,6 +30,7 @@ from liar_ext.report.tables import measured
 from liar_ext.selection.costs import total_cost
 from liar_ext.system.checkpoint_store import Checkpoint
 from liar_ext.system.errors import InputError
+from liar_ext.system.progress import showing_bars
 
 # At this fraction of each site, the default budget's, sensitivities are measured for all budgets.
 PROBE_KEEP = 0.8
@@ -71,7 +72,6 @@ class Sweep:
     model: nn.Module
     batches: Batches | None = None  # the text of the bank if not given
     bank: MomentBank | None = None
-    progress: bool = False
     judge_on: Sequence[Mapping[str, Tensor]] | None = None  # as for prune()
     saved: Checkpoint | None = None  # of divergences for sensitivities: for plans by one recipe
     probe_keep: float | None = None  # of a site whose sensitivity is measured; None: the budget's
@@ -85,7 +85,7 @@ class Sweep:
             if self.batches is None:
                 raise InputError("sweep: needs batches or a bank, got neither; give one of them")
             check_memory("sweep", sum(bytes_of_sums(site.d_in) for site in sites(self.model)))
-            self.bank = calibrate(self.model, self.batches, progress=self.progress)
+            self.bank = calibrate(self.model, self.batches)
         self.known = Known.of_bank(self.bank, self.probe_keep)
 
     def check(self, recipes: Iterable[Recipe]) -> None:
@@ -132,8 +132,8 @@ class Sweep:
                     f"over {missing}; {otherwise}leave them out"
                 )
             known = Known(probe_keep=self.probe_keep)
-            return Job(model, batches, recipe, self.progress, known=known)
-        given = model, self.batches, recipe, self.progress, self.bank, self.known
+            return Job(model, batches, recipe, known=known)
+        given = model, self.batches, recipe, self.bank, self.known
         return Job(*given, saved=self.saved)
 
 
@@ -197,24 +197,25 @@ def sweep(
         raise InputError("sweep: needs at least one budget, got none; give keep=[0.9, 0.8], say")
     budgets = (asdict(each) if isinstance(each, Budget) else {"keep": each} for each in keep)
     recipes = [replace(start, **each) for each in budgets]
-    work = Sweep(model, batches, bank, progress, probe_keep=PROBE_KEEP)
     solves = on_result is not None or evaluate_on is not None
-    work.check(recipes if solves else map(_decided, recipes))
     points, dense, evaluator = [], None, Evaluator()
     evaluate_on = kept_batches(evaluate_on)
-    for each in recipes:
-        if not solves:
-            points.append(work.plan(each))
-            continue
-        pruned, point = work.prune(each)
-        if evaluate_on is not None:
-            dense = dense or evaluator(model, evaluate_on, progress=progress)
-            quality = evaluator(pruned, evaluate_on, progress=progress)
-            point.report.evaluation |= {"dense": dense, "pruned": quality}
-        if on_result is not None:
-            on_result(pruned, point.report)
-        points.append(point)
-        del pruned
+    with showing_bars(progress):
+        work = Sweep(model, batches, bank, probe_keep=PROBE_KEEP)
+        work.check(recipes if solves else map(_decided, recipes))
+        for each in recipes:
+            if not solves:
+                points.append(work.plan(each))
+                continue
+            pruned, point = work.prune(each)
+            if evaluate_on is not None:
+                dense = dense or evaluator(model, evaluate_on)
+                quality = evaluator(pruned, evaluate_on)
+                point.report.evaluation |= {"dense": dense, "pruned": quality}
+            if on_result is not None:
+                on_result(pruned, point.report)
+            points.append(point)
+            del pruned
     return points
 
 

@@ -23,7 +23,7 @@ from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.outputs import LOGITS, output_of
 from liar_ext.models.running import complete_inputs, device_of, evaluating, predicts_next_token
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar
+from liar_ext.system.progress import Bar, showing_bars
 
 NEIGHBOURS = 10
 ROWS = 256  # texts whose cosines with all others are held at once
@@ -39,15 +39,13 @@ class Evaluator:
     def __init__(self) -> None:
         self._dense: DenseEncoder | None = None
 
-    def __call__(
-        self, model: nn.Module, batches: Batches, *, progress: bool = False
-    ) -> dict[str, float]:
+    def __call__(self, model: nn.Module, batches: Batches) -> dict[str, float]:
         """Return the numbers of a model by their names; the first one is the dense model."""
         if predicts_next_token(model):
-            return perplexity(model, batches, progress=progress)
+            return perplexity(model, batches)
         if self._dense is not None:
-            return self._dense.compare(model, batches, progress=progress)
-        self._dense = DenseEncoder(model, batches, progress=progress)
+            return self._dense.compare(model, batches)
+        self._dense = DenseEncoder(model, batches)
         return self._dense.own
 
 
@@ -76,7 +74,7 @@ class DenseEncoder:
     """
 
     @torch.no_grad()
-    def __init__(self, dense: nn.Module, batches: Batches, *, progress: bool = False) -> None:
+    def __init__(self, dense: nn.Module, batches: Batches) -> None:
         batches = list(read_batches(batches))
         facts = self._facts = _facts(batches)
         raw: list = []  # what the model returns for the first batch, which is run once
@@ -86,11 +84,11 @@ class DenseEncoder:
                 first = DenseOutputs(dense, batches[0], positions)
             self._outputs: list[DenseOutputs] = []
             if not first.has_logits:
-                self._embeddings = embed(dense, batches, progress=progress, known=raw)
+                self._embeddings = embed(dense, batches, known=raw)
                 names = ("cosine", "neighbours") if self._has_neighbours else ("cosine",)
                 self.own = {**dict.fromkeys(names, 1.0), **facts}
                 return
-            for at, batch in enumerate(Bar(batches, desc="evaluate", disable=not progress)):
+            for at, batch in enumerate(Bar(batches, desc="evaluate")):
                 self._outputs.append(DenseOutputs(dense, batch, positions) if at else first)
         self.own = {"divergence": 0.0, "agreement": 1.0, **facts}
         if first.name == "scores":
@@ -103,16 +101,14 @@ class DenseEncoder:
                 )
 
     @torch.no_grad()
-    def compare(
-        self, pruned: nn.Module, batches: Batches, *, progress: bool = False
-    ) -> dict[str, float]:
+    def compare(self, pruned: nn.Module, batches: Batches) -> dict[str, float]:
         """Return the numbers of a pruned model, which is run on the same batches.
 
         InputError if no number can be measured.
         """
         if self._outputs:
-            return {**self._predictions(pruned, progress), **self._facts}
-        found, dense = embed(pruned, batches, progress=progress), self._embeddings
+            return {**self._predictions(pruned), **self._facts}
+        found, dense = embed(pruned, batches), self._embeddings
         numbers = {}
         if found.shape == dense.shape:
             numbers["cosine"] = float(nn.functional.cosine_similarity(found, dense).mean())
@@ -130,10 +126,10 @@ class DenseEncoder:
     def _has_neighbours(self) -> bool:
         return len(self._embeddings) > NEIGHBOURS + 1
 
-    def _predictions(self, pruned: nn.Module, progress: bool) -> dict[str, float]:
+    def _predictions(self, pruned: nn.Module) -> dict[str, float]:
         divergence, same, count, scores = 0.0, 0, 0, []
         with evaluating(pruned):
-            for dense in Bar(self._outputs, desc="evaluate", disable=not progress):
+            for dense in Bar(self._outputs, desc="evaluate"):
                 rows = dense.outputs(pruned)
                 if dense.name == "scores":
                     scores.append(rows)
@@ -169,14 +165,12 @@ def encoder_similarity(
         If there is no batch, or the outputs can't be compared.
     """
     batches = list(batches)
-    whole = DenseEncoder(dense, batches, progress=progress)
-    return whole.compare(model, batches, progress=progress)
+    with showing_bars(progress):
+        return DenseEncoder(dense, batches).compare(model, batches)
 
 
 @torch.no_grad()
-def embed(
-    model: nn.Module, batches: Batches, *, progress: bool = False, known: Sequence[object] = ()
-) -> Tensor:
+def embed(model: nn.Module, batches: Batches, *, known: Sequence[object] = ()) -> Tensor:
     """Return one embedding for each input, ``(sequences, features)`` float32 on the CPU.
 
     They are pooled as the folder of the model says, for sentence-transformers, or else the mean
@@ -189,8 +183,8 @@ def embed(
     chain = chain or Sentence(Pooling(("mean",)), nn.Sequential())
     rows = []
     with evaluating(model):
-        bar = Bar(batches, desc="evaluate", disable=not progress)
-        for batch, outputs in zip_longest(read_batches(bar), known):
+        read = read_batches(Bar(batches, desc="evaluate"))
+        for batch, outputs in zip_longest(read, known):
             batch = batch.to(device_of(model))
             if outputs is None:
                 outputs = model(**complete_inputs(model, batch.inputs, batch.labels))

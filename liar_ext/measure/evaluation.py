@@ -21,7 +21,7 @@ from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
 from liar_ext.models.running import complete_inputs, device_of, evaluating, predicts_next_token
 from liar_ext.system.errors import InputError, did_you_mean, install, refusing
-from liar_ext.system.progress import Bar
+from liar_ext.system.progress import Bar, shows_bars
 
 MOST_EXPONENT = 709  # of exp in float64
 
@@ -63,7 +63,7 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
     placeholder = -1 if placeholder is None else placeholder
     loss, tokens, sequences, seq_len = 0.0, 0, 0, 0
     with evaluating(model):
-        for batch in read_batches(Bar(batches, desc="evaluate", disable=not progress)):
+        for batch in read_batches(Bar(batches, desc="evaluate", shown=progress)):
             batch = batch.to(device)
             ids = batch.inputs["input_ids"]
             mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
@@ -116,7 +116,7 @@ def kl_divergence(
     """
     total, rows = 0.0, 0
     with evaluating(model), evaluating(dense):
-        for batch in read_batches(Bar(batches, desc="divergence", disable=not progress)):
+        for batch in read_batches(Bar(batches, desc="divergence", shown=progress)):
             compared = DenseOutputs(dense, batch)
             total, rows = total + compared.divergence(model), rows + len(compared)
     if not rows:
@@ -166,7 +166,6 @@ def evaluate_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 4,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Return what lm-eval measures on tasks.
 
@@ -184,8 +183,6 @@ def evaluate_tasks(
         Examples in each prompt; what the task says by default.
     batch_size : int
         Requests per forward pass.
-    progress : bool
-        Show lm-eval's progress bars and messages.
 
     Returns
     -------
@@ -197,7 +194,7 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
 
-    with evaluating(model), _talking(lm_eval.evaluator, progress):
+    with evaluating(model), _talking(lm_eval.evaluator):
         results = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
@@ -228,15 +225,15 @@ ASKS = ("get_git_commit_hash", "add_env_info")
 
 
 @contextmanager
-def _talking(evaluator: Any, progress: bool) -> Iterator[None]:
-    """Show lm-eval's progress bars and messages, or none, and let it ask for nothing else."""
+def _talking(evaluator: Any) -> Iterator[None]:
+    """Show lm-eval's bars and messages where ours are shown, and let it ask for nothing else."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     with ExitStack() as stack:
         for name in ASKS:
             asks_nothing = mock.patch.object(evaluator, name, lambda *_: None, create=True)
             stack.enter_context(asks_nothing)
-        if not progress:
+        if not shows_bars():
             stack.enter_context(redirect_stderr(io.StringIO()))
             stack.callback(logger.setLevel, level)
             logger.setLevel(logging.ERROR)
@@ -258,7 +255,6 @@ def word_errors(
     items: Sequence[Item],
     *,
     batch_size: int = WRITTEN,
-    progress: bool = False,
 ) -> dict[str, float]:
     """Return the word error rate ``(substituted + left out + added words) / words``.
 
@@ -288,7 +284,7 @@ def word_errors(
     heard = ["" for _ in items]
     start = time.perf_counter()
     writer = Reader(reader.kind, model, reader.processor, reader.tokenizer)
-    for at in Bar(range(0, len(clips), batch_size), desc="evaluate", disable=not progress):
+    for at in Bar(range(0, len(clips), batch_size), desc="evaluate"):
         numbers, some = zip(*clips[at : at + batch_size], strict=True)
         features = writer.features([samples for samples, _ in some])
         said = writer.write_down(next(iter(features.values())))

@@ -44,7 +44,7 @@ from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, attn_unit_of, sites
 from liar_ext.models.slicing import allowed_counts, apply_plan
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar
+from liar_ext.system.progress import Bar, showing_bars
 
 SIZES = 7  # of one shape, at most: seconds lie between on a line
 SAMPLES = 24  # of each size of a shape: as many runs as give these
@@ -96,7 +96,8 @@ def measure_latency(
     for site in at:
         shapes[site.shape].append(site)
     sizes = {shape: _spread_out(allowed_counts(some[0], budget)) for shape, some in shapes.items()}
-    samples = _samples(model, budget, shapes, sizes, clock or clock_of(model), progress)
+    with showing_bars(progress):
+        samples = _samples(model, budget, shapes, sizes, clock or clock_of(model))
 
     def request(statistic: Callable, *keys: object) -> float:
         """Return the seconds of a request, over its phases, by a statistic of samples."""
@@ -132,7 +133,6 @@ def _samples(
     shapes: Mapping[tuple, Sequence[Site]],
     sizes: Mapping[tuple, Sequence[int]],
     clock: Clock,
-    progress: bool,
 ) -> dict[str, dict[Any, list[float]]]:
     """Return seconds by phase: of each site and count, of the ``rest``, and of the dense model."""
     at = [site for some in shapes.values() for site in some]
@@ -141,7 +141,7 @@ def _samples(
     runs = min(max(1, -(-SAMPLES // max(1, fewest))), MOST_RUNS)
     samples = {phase: defaultdict(list) for phase in _phases(model, budget)}
     with evaluating(model):
-        for turn, counts in enumerate(Bar(rounds, desc="latency", disable=not progress)):
+        for turn, counts in enumerate(Bar(rounds, desc="latency")):
             mixed = sliced(model, plan_of(model, at, counts))
             order = ((model, {s.name: s.units for s in at}), (mixed, counts))
             for each, kept in order if turn % 2 else order[::-1]:

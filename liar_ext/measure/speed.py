@@ -122,7 +122,6 @@ def benchmark(
     settings: Settings,
     *,
     memory: bool = True,
-    progress: bool = False,
 ) -> Benchmark:
     """Measure a pruned model beside a dense one.
 
@@ -144,7 +143,7 @@ def benchmark(
             sizes = sum(each.numel() for each in weights), sum(each.nbytes for each in weights)
             facts[role] = ModelFacts(name, *sizes, peaks[role])
         check_models(models, settings)
-        rates = measure(models, settings, progress=progress)
+        rates = measure(models, settings)
         threads = torch.get_num_threads()
     return Benchmark(
         **facts,
@@ -159,14 +158,13 @@ def measure(
     settings: Settings,
     *,
     clock: Clock = time.perf_counter,
-    progress: bool = False,
 ) -> list[Rate]:
     """Return the rates of two models that are loaded: ``pruned`` and ``dense``.
 
     Round 0 warms up and is not counted; then models take turns in going first.
     """
     found: list[Rate] = []
-    bar = Bar(total=len(settings.batches) * (settings.rounds + 1), disable=not progress)
+    bar = Bar(total=len(settings.batches) * (settings.rounds + 1))
     for batch in settings.batches:
         values: dict[tuple[str, str], dict[str, list[float]]] = {}
         for turn in range(settings.rounds + 1):

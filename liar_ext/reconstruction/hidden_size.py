@@ -45,7 +45,7 @@ from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
 from liar_ext.reconstruction.rows import SiteRow
 from liar_ext.reconstruction.solve import Solution, solve
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar
+from liar_ext.system.progress import Bar, showing_bars
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,16 @@ def narrow(
         Tap(norm, norm, hidden.size, lambda args, _: args[0], sums=Squares, repeats=repeats)
         for norm in hidden.norms
     ]
-    energy = collect(model, batches, taps, progress=progress, title=titles[0])
-    kept = score_hidden(energy).argsort(descending=True, stable=True)[:count].sort().values
-    solver, rows = _Solver(model, kept, mode, damp), []
-    for group, title in zip(groups, titles[1:], strict=True):
-        taps = [narrowing_tap(model, source, kept, hidden.size, repeats) for source in group]
-        bank = collect(model, batches, taps, progress=progress, title=title)
-        for source in Bar(group, desc="solve", disable=not progress):
-            # Released at once: the next group is summed in the memory of this one.
-            rows.append(solver.solve(source, bank.moments.pop(source.name)))
+    with showing_bars(progress):
+        energy = collect(model, batches, taps, title=titles[0])
+        kept = score_hidden(energy).argsort(descending=True, stable=True)[:count].sort().values
+        solver, rows = _Solver(model, kept, mode, damp), []
+        for group, title in zip(groups, titles[1:], strict=True):
+            taps = [narrowing_tap(model, source, kept, hidden.size, repeats) for source in group]
+            bank = collect(model, batches, taps, title=title)
+            for source in Bar(group, desc="solve"):
+                # Released at once: the next group is summed in the memory of this one.
+                rows.append(solver.solve(source, bank.moments.pop(source.name)))
     step = Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of)
     grid = {"units": hidden.size, "step": step, "kept": count}
     grid["kept_at_tile_1"] = count_kept(hidden, keep, 1)

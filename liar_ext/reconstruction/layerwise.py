@@ -28,6 +28,7 @@ from liar_ext.reconstruction.streams import (
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.system.checkpoint_store import Checkpoint
 from liar_ext.system.errors import InputError
+from liar_ext.system.progress import showing_bars
 
 # A block that is solved and still as it was, new weights, and rows of its sites.
 Solved = tuple[int, Weights, dict[str, SiteRow]]
@@ -104,11 +105,12 @@ def reconstruct_layerwise(
     check_settings(mode, damp)
     batches = list(batches)
     check_walk(model, batches)
-    walk = Walk(InMemory(model), plan.attn_unit, saved, progress)
+    walk = Walk(InMemory(model), plan.attn_unit, saved)
     weights, rows = {}, {}
-    for _, new, solved in solve_layerwise(walk, plan, mode, damp, batches, fresh):
-        weights |= new
-        rows |= solved
+    with showing_bars(progress):
+        for _, new, solved in solve_layerwise(walk, plan, mode, damp, batches, fresh):
+            weights |= new
+            rows |= solved
     return weights, [rows[name] for name in plan.sites]
 
 

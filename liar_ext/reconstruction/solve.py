@@ -267,7 +267,7 @@ def reconstruct(
     plan.check_sites(by_name.keys() & bank.keys(), "reconstruct")
     weights, rows = {}, []
     routed = getattr(bank, "source", {}).get("routed", {})
-    for name, kept in Bar(plan.sites.items(), desc="reconstruct", disable=not progress):
+    for name, kept in Bar(plan.sites.items(), desc="reconstruct", shown=progress):
         start, site, moments, form = time.perf_counter(), by_name[name], bank[name], mode
         weight, bias = get_consumer_weight(model, site), get_consumer_bias(model, site)
         if site.expert is not None or site.shared:

@@ -153,13 +153,9 @@ class Walk:
     """
 
     def __init__(
-        self,
-        source: InMemory,
-        attn_unit: str = "auto",
-        saved: Checkpoint | None = None,
-        progress: bool = False,
+        self, source: InMemory, attn_unit: str = "auto", saved: Checkpoint | None = None
     ) -> None:
-        self.source, self.model, self.saved, self.progress = source, source.model, saved, progress
+        self.source, self.model, self.saved = source, source.model, saved
         self.attn_unit, self.states = attn_unit, HiddenStates()
         self.blocks = Blocks(self.model, sites(self.model, attn_unit=attn_unit))
 
@@ -182,9 +178,9 @@ class Walk:
         """
         count = len(self.blocks) if count is None else count
         spare(title, first)
-        bar = {"initial": first, "total": count, "disable": not self.progress}
+        bar = Bar(range(first, count), desc=title, initial=first, total=count)
         with self.begun():
-            for index in Bar(range(first, count), desc=title, **bar):
+            for index in bar:
                 with self.source.block(index):
                     yield index
 

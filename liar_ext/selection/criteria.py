@@ -17,6 +17,7 @@ from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.recipe.checks import CRITERIA
 from liar_ext.recipe.checks import criterion as check_criterion
 from liar_ext.system.errors import InputError
+from liar_ext.system.progress import showing_bars
 
 # The choice of units hardly depends on λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
 OBS_DAMP = 1e-2
@@ -125,7 +126,8 @@ def score(
                 f"score: criterion {criterion} needs gradients, which moments do not hold; give "
                 "the calibration text as batches=, or take a criterion such as wifv"
             )
-        gradients = collect_gradients(model, batches, at, progress=progress)
+        with showing_bars(progress):
+            gradients = collect_gradients(model, batches, at)
     scores = {}
     for site in at:
         moments, own = bank[site.name], gradients.get(site.name)

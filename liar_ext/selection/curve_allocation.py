@@ -47,7 +47,6 @@ def probe_sites(
     budget: Budget,
     *,
     mode: str = "auto",
-    progress: bool = False,
 ) -> Probes:
     """Return the probes of some sites, with about the budget's fraction of each gone.
 
@@ -57,7 +56,7 @@ def probe_sites(
     plan = probe_plan(at, scores, budget, model_type=type_of(model))
     plan = with_bias(plan, model, mode)
     # Inputs that hardly vary, such as silence, leave sums of rounding errors.
-    settings = {"mode": mode, "damp": CURVE_DAMP, "drop_singular": True, "progress": progress}
+    settings = {"mode": mode, "damp": CURVE_DAMP, "drop_singular": True}
     weights, _ = reconstruct_shared(model, bank, plan, at, **settings)
     errors, shares = {}, energy_shares(model, bank, at)
     for team in teams_of(at).values():

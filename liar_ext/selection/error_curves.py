@@ -69,7 +69,7 @@ def error_curves(
         If there is no memory, and no room for a file either.
     """
     curves = {}
-    for site in Bar(at, desc="curves", disable=not progress):
+    for site in Bar(at, desc="curves", shown=progress):
         moments = bank[site.name]
         weight = get_consumer_weight(model, site).to(moments.gram.device, torch.float64)
         order = removal_order(site.per_unit(scores[site.name]), site.groups)

@@ -21,7 +21,7 @@ from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.system.checkpoint_store import Checkpoint, reading
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
-from liar_ext.system.progress import Bar, spare
+from liar_ext.system.progress import Bar, showing_bars, spare
 
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.
@@ -92,7 +92,6 @@ def mean_divergences(
     probes: Mapping[str, Having],
     *,
     saved: Measured | None = None,
-    progress: bool = False,
 ) -> dict[str, float]:
     """Return the mean ``KL(dense ‖ pruned)`` per token of each probe of all ranks, in nats.
 
@@ -103,7 +102,7 @@ def mean_divergences(
     measured = saved or Measured()
     spare("sensitivity", sum(measured.has(number, name) for number in batches for name in probes))
     of = len(batches) * len(probes)
-    with Bar(total=of, desc="sensitivity", disable=not progress) as bar:
+    with Bar(total=of, desc="sensitivity") as bar:
         for number, batch in batches.items():
             if measured.has(number, ROWS, *probes):
                 bar.update(len(probes))
@@ -176,9 +175,9 @@ def site_divergences(
 
     names = list(probes)[rank() :: world_size()]
     mine = {name: partial(pruned, probes[name]) for name in names}
-    numbered, how = dict(enumerate(read_batches(batches))), {"saved": saved, "progress": progress}
-    with evaluating(model):
-        values = mean_divergences(model, numbered, dense, mine, **how)
+    numbered = dict(enumerate(read_batches(batches)))
+    with evaluating(model), showing_bars(progress):
+        values = mean_divergences(model, numbered, dense, mine, saved=saved)
     found = dict.fromkeys(plan.sites, 0.0)
     return found | {s.name: values[name] for name, some in probes.items() for s in some}
 

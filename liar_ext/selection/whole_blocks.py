@@ -69,7 +69,6 @@ def choose_blocks(
     *,
     mode: str = "auto",
     damp: float | str = "auto",
-    progress: bool = False,
 ) -> KeptBlocks:
     """Choose the blocks that stay and solve the layers around the gaps; the model isn't changed.
 
@@ -89,10 +88,10 @@ def choose_blocks(
     judge, walk = Divergence(model, probes, POSITIONS), Walk(InMemory(model))
     own = StreamedBatches("probes", walk, probes[rank() :: world_size()])
     with walk.begun():
-        divergences = _choose(judge, own, len(blocks) - count, progress)
+        divergences = _choose(judge, own, len(blocks) - count)
     gone, weights, around = set(divergences), {}, []
     if mode not in ("none", "bias"):
-        weights, around = _refit(model, batches, gone, mode, damp, progress)
+        weights, around = _refit(model, batches, gone, mode, damp)
     kept = tuple(index for index in range(len(blocks)) if index not in gone)
     source = {"sequences": sum(map(len, batches)), "tokens": sum(map(count_tokens, batches))}
     row = _row(blocks, gone, around, time.perf_counter() - start)
@@ -100,9 +99,7 @@ def choose_blocks(
     return KeptBlocks(plan, weights, [row], source, divergences, judge)
 
 
-def _choose(
-    judge: Divergence, text: StreamedBatches, remove: int, progress: bool
-) -> dict[int, float]:
+def _choose(judge: Divergence, text: StreamedBatches, remove: int) -> dict[int, float]:
     """Return the blocks that go, in order, with the divergence from the dense model after each.
 
     ``text`` is what this rank judges by, before the first block. Without one block more a model
@@ -111,7 +108,7 @@ def _choose(
     """
     left, gone = list(range(len(text.walk.blocks))), {}
     known, attending = dict.fromkeys(left[1:], 0.0), attending_blocks(text.walk.model)
-    for _ in Bar(range(remove), desc="blocks", disable=not progress):
+    for _ in Bar(range(remove), desc="blocks"):
         before = [text]  # each block that is left
         for block in left[:-1]:
             before.append(before[-1].branch("probes", block))
@@ -142,7 +139,7 @@ def _choose(
 
 
 def _refit(
-    model: nn.Module, batches: Batches, gone: set[int], mode: str, damp: float | str, progress: bool
+    model: nn.Module, batches: Batches, gone: set[int], mode: str, damp: float | str
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Return new weights of consumers, and the rows of those before a gap."""
     at, first = sites(model), min(gone) - 1
@@ -150,7 +147,7 @@ def _refit(
     solved = [site for site in at if site.block >= first and site.block not in gone]
     whole = {site.name: SitePlan.first(site.units, site.units) for site in solved}
     plan = Plan(type_of(model), unit, whole)
-    walk = Walk(InMemory(model), unit, progress=progress)
+    walk = Walk(InMemory(model), unit)
     weights, rows = {}, {}
     for _, new, found in solve_layerwise(walk, plan, mode, damp, batches, (), gone=gone):
         weights |= {f"{DENSE}{name}": each for name, each in new.items()}

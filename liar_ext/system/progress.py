@@ -43,31 +43,31 @@ QUIETENED = (
 )
 _PLAIN: ContextVar[bool] = ContextVar("liar_ext_plain", default=False)
 _JOB: ContextVar[Timeline | None] = ContextVar("liar_ext_job", default=None)
-_TOLD: ContextVar[OnProgress | None] = ContextVar("liar_ext_told", default=None)
+_SHOWN: ContextVar[bool | OnProgress] = ContextVar("liar_ext_shown", default=False)
 
 
 class Bar(tqdm):
     """A bar of tqdm on a terminal, or the line of the job; elsewhere lines of the log.
 
-    The log gets one every :data:`EVERY` seconds. Within :func:`told` a function is called after
-    each step instead. ``desc`` names the stage, up to a comma.
+    It is shown within :func:`showing_bars`, or if ``shown``; where that is a function, it is called
+    after each step instead. The log gets a line every :data:`EVERY` seconds. ``desc`` names the
+    stage, up to a comma.
     """
 
     # Of a bar that Ctrl-C stops in its making, which is closed all the same.
     job, logs, disable, _ended = None, False, True, threading.Event()
 
     def __init__(
-        self, *args: object, disable: bool = False, desc: str = "", **settings: object
+        self, *args: object, shown: bool | OnProgress = False, desc: str = "", **settings: object
     ) -> None:
-        self.job = _JOB.get()
+        self.job, shown = _JOB.get(), shown or _SHOWN.get()
         file = settings.get("file") or sys.stderr
-        self.told = None if disable else _TOLD.get()
-        self.logs = not disable and bool(self.told or _PLAIN.get() or not file.isatty())
+        self.told = shown if callable(shown) else None
+        self.logs = bool(shown) and bool(self.told or _PLAIN.get() or not file.isatty())
         self.logged = time.monotonic()
         settings.setdefault("leave", self.job is None)
-        shown = self.job is not None and not disable
-        self.number = self.job.begin(desc) if shown else ""
-        super().__init__(*args, disable=disable or self.logs, desc=desc, **settings)
+        self.number = self.job.begin(desc) if shown and self.job is not None else ""
+        super().__init__(*args, disable=not shown or self.logs, desc=desc, **settings)
         self.desc, self._ended = desc, threading.Event()
         if self.logs and self.told is None:  # a step may take longer than two lines are apart
             ticking = weakref.ref(self), self._ended
@@ -124,9 +124,22 @@ def _tick(bar: weakref.ref[Bar], ended: threading.Event) -> None:
         del open_bar
 
 
-def told(progress: bool | OnProgress) -> AbstractContextManager[None]:
-    """Let bars that are made in the context call a function, if it is one."""
-    return _within(_TOLD, progress if callable(progress) else _TOLD.get())
+def showing_bars(progress: bool | OnProgress) -> AbstractContextManager[None]:
+    """Show bars that are made in the context, or let them call a function; else all is as before.
+
+    It is how ``progress`` of a call reaches all that the call does.
+    """
+    return _within(_SHOWN, progress or _SHOWN.get())
+
+
+def hiding_bars() -> AbstractContextManager[None]:
+    """Show no bars that are made in the context: what it does is a step of another bar."""
+    return _within(_SHOWN, False)
+
+
+def shows_bars() -> bool:
+    """Tell whether bars that are made here are shown."""
+    return bool(_SHOWN.get())
 
 
 def plain_lines(plain: bool) -> AbstractContextManager[None]:

@@ -62,10 +62,9 @@ class Counted:
         tokenizer: Any,
         texts: Sequence[str],
         scripts: Sequence[str] = (),
-        progress: bool = False,
     ) -> None:
         token_parameters(model)  # refuses what can't be sliced, before any text is read
-        self.model, self.tokenizer, self.progress = model, tokenizer, progress
+        self.model, self.tokenizer = model, tokenizer
         self.texts, self.spec = texts, spec_of(tokenizer)
         self.pieces = read_pieces(self.spec, rows_of(model))
         self.size = len(self.pieces.names)
@@ -100,7 +99,7 @@ class Counted:
         how = {"seq_len": length, "samples": STARTS, "packed": False}
         texts = [each for each in self.texts if each.strip()]
         drawn, total, positions = evaluation_sequences(texts, self.tokenizer, **how), 0.0, 0
-        bar = Bar(total=len(drawn), desc="tokens", disable=not self.progress)
+        bar = Bar(total=len(drawn), desc="tokens")
         with torch.no_grad(), evaluating(model), bar:
             for batch in drawn.batches(1):  # the logits of one sequence are many
                 logits = model(input_ids=batch["input_ids"].to(device_of(model))).logits[0]

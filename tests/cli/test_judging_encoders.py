@@ -20,6 +20,7 @@ from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.cli import evaluate
 from liar_ext.measure.embeddings import DenseEncoder
+from liar_ext.system.progress import shows_bars
 
 
 def sentence(generator: random.Random) -> str:
@@ -120,8 +121,8 @@ def test_pairs_need_no_dense_model(files, tmp_path, capsys):
 def test_progress_is_shown_as_asked(files, monkeypatch, wanted):
     shown = []
 
-    def measured(*_, progress):
-        shown.append(progress)
+    def measured(*_):
+        shown.append(shows_bars())
         return {"cosine": 1.0, "sequences": 1}
 
     monkeypatch.setattr(evaluate, "encoder_similarity", measured)

@@ -11,7 +11,7 @@ from liar_ext import Recipe, prune
 from liar_ext.job import pruning
 from liar_ext.job.estimate import Estimate, by_blocks
 from liar_ext.job.sweeping import Sweep
-from liar_ext.system.progress import Bar, Timeline
+from liar_ext.system.progress import Bar, Timeline, showing_bars
 
 SMALL = 16 * 24**2  # bytes: a group of sites for each
 
@@ -59,9 +59,10 @@ def test_every_stage_makes_the_steps_that_are_expected(timelines, family, choice
 
 def test_what_a_bank_or_a_job_before_has_is_no_stage(timelines):
     model = tiny("llama")
-    work = Sweep(model, batches(model, 8), progress=True, probe_keep=0.8)
-    for keep in (0.6, 0.5):
-        work.prune(Recipe(keep=keep, tile=1, schedule="one-pass"))
+    work = Sweep(model, batches(model, 8), probe_keep=0.8)
+    with showing_bars(True):
+        for keep in (0.6, 0.5):
+            work.prune(Recipe(keep=keep, tile=1, schedule="one-pass"))
     first, second = timelines
     assert first.bars == ["curves", "reconstruct", "sensitivity", "reconstruct"]
     assert second.bars == ["reconstruct"]

@@ -32,6 +32,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.error_curves import error_curve
+from liar_ext.system.progress import showing_bars
 
 GIB = 2**30
 # Tied and untied heads, stacked and transposed layers, norms after the sums, names that the file
@@ -137,11 +138,12 @@ def test_experts_leave_a_model_in_files_as_one_in_memory(family, choices, tmp_pa
         texts["certify_on"] = data[2:]
     expected = prune(whole, data, **choices, **texts)
     store = BlockStore(folder)
-    job = Job(store.model, data, Recipe(**choices), progress=True, limit=4 * GIB, **texts)
+    job = Job(store.model, data, Recipe(**choices), limit=4 * GIB, **texts)
     said = "read twice" if choices["keep"] == 1.0 else "read three times"
     assert said in describe_streamed(job, store)[-1]
     read.clear()
-    report = prune_folder(store, job, tmp_path / "pruned")
+    with showing_bars(True):
+        report = prune_folder(store, job, tmp_path / "pruned")
     assert report.plan == expected.plan and report.plan.experts
     # Once for all ways to scale; then for texts before and after, and for what is written.
     assert all(read.count(each) <= 8 for each in store._head)
