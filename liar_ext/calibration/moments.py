@@ -52,11 +52,11 @@ class Moments:
         return cls(*sums, torch.zeros(FOLDS, 2, dtype=torch.float64, device=device))
 
     def __eq__(self, other: object) -> bool:
-        """Tell whether all sums that are valid are the same numbers."""
+        """Tell whether all sums that are valid are the same numbers, on whatever devices."""
         if not isinstance(other, Moments):
             return NotImplemented
         pairs = zip(*((m.gram.tril(), m.total, m.count) for m in (self, other)), strict=True)
-        return all(torch.equal(*each) for each in pairs)
+        return all(torch.equal(own.cpu(), their.cpu()) for own, their in pairs)
 
     @property
     def d_in(self) -> int:

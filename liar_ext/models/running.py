@@ -80,13 +80,16 @@ def _check_tokens(model: nn.Module, ids: Tensor, rows: int) -> None:
 
 def _check_length(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """Raise InputError for a sequence of more tokens than a table of positions has rows for."""
-    mask, most = inputs.get("attention_mask"), positions_of(model) or 0
-    padded = mask is not None and mask.dim() == 2
-    tokens = int(mask.sum(1).max()) if padded else inputs["input_ids"].shape[1]
+    tokens, most = inputs["input_ids"].shape[1], positions_of(model) or 0
+    if tokens <= most or "position_ids" in inputs:
+        return
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        tokens = int(mask.sum(1).max())
     named = (m for n, m in model.named_modules() if "position" in n or n.endswith("wpe"))
     rows = (table.num_embeddings for table in named if isinstance(table, nn.Embedding))
     # A table may begin with rows of padding. Others are of images, or count relative positions.
-    if "position_ids" not in inputs and tokens > most and any(0 <= n - most <= 2 for n in rows):
+    if tokens > most and any(0 <= n - most <= 2 for n in rows):
         raise InputError(
             f"batches: input_ids has {tokens} tokens in a sequence, and {type(model).__name__} has "
             f"{most} positions; give sequences of at most {most}"

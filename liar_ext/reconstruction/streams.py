@@ -178,9 +178,9 @@ class Walk:
         """
         count = len(self.blocks) if count is None else count
         spare(title, first)
-        bar = Bar(range(first, count), desc=title, initial=first, total=count)
+        bar = {"initial": first, "total": count}
         with self.begun():
-            for index in bar:
+            for index in Bar(range(first, count), desc=title, **bar):
                 with self.source.block(index):
                     yield index
 

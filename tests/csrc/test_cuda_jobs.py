@@ -16,6 +16,7 @@ from tiny import TINY, outputs, tiny, tiny_inputs
 from liar_ext import (
     Budget,
     MomentBank,
+    Moments,
     allocate,
     apply_plan,
     calibrate,
@@ -154,6 +155,14 @@ def test_a_family_is_pruned_as_on_the_cpu(family):
 @pytest.mark.parametrize("family", ["opt", "mpnet"])  # norms before, and after the sum
 def test_a_family_is_narrowed_as_on_the_cpu(family):
     assert_as_on_the_cpu(family=family, allocation="uniform", keep_hidden=0.75)
+
+
+def test_moments_on_two_devices_are_compared():
+    moments = calibrate(tiny("llama"), batches(tiny("llama")))["0.mlp"]
+    there = Moments(*(each.to("cuda") for each in vars(moments).values()))
+    assert moments == there and there == moments
+    there.total[0, 0] += 1
+    assert moments != there
 
 
 @pytest.mark.parametrize("name", sorted(_CRITERIA))
