@@ -19,10 +19,13 @@ import fcntl
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+from torch import nn
 
 from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
 from liar_ext.system.atomic_write import made_folders
@@ -89,6 +92,18 @@ def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path
 def nearest_folder(folder: str | os.PathLike[str]) -> Path:
     """Return the folder that a path is in, or the nearest one above it that is there."""
     return next(path for path in Path(folder).resolve().parents if path.is_dir())
+
+
+def warn_of_little_room(folder: str | os.PathLike[str], model: nn.Module) -> None:
+    """Warn, while nothing is computed yet, of a disk that has less room than a model takes."""
+    where, size = nearest_folder(folder), sum(each.nbytes for each in model.parameters())
+    free = shutil.disk_usage(where).free
+    if free < size:
+        warnings.warn(
+            f"save_pruned: {where} has {free / 2**30:.3g} GiB free, and the model takes "
+            f"{size / 2**30:.3g} now; free some, or what is left of it may not fit",
+            stacklevel=2,
+        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from liar_ext.calibration.generated import SELF
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.placing import nearest_folder
+from liar_ext.checkpoint.placing import nearest_folder, warn_of_little_room
 from liar_ext.checkpoint.saving import check_folder
 from liar_ext.cli import inputs
 from liar_ext.cli import options as kinds
@@ -127,6 +127,8 @@ def _pruned(
             early = given.notes if is_first() and not options.json else ()
             for note in early:
                 warnings.warn(note, stacklevel=2)
+            if is_first():
+                warn_of_little_room(options.out, given.model)
             inputs.let_write(given, saved)
             job = Job(
                 given.model,

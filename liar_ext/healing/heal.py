@@ -171,10 +171,10 @@ def _readable(
     model: nn.Module, teacher: nn.Module, batches: Batches, held_out: Batches
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the text to train on and that to judge by; refuse models and text without use."""
-    if model is teacher:
+    if model is teacher or not all(isinstance(each, nn.Module) for each in (model, teacher)):
+        got = f"{type(model).__name__}, {'itself' if model is teacher else type(teacher).__name__}"
         raise InputError(
-            "heal: model and teacher are the same object, which has nothing to learn from itself; "
-            "give the dense model as teacher, loaded on its own"
+            f"heal: needs a pruned model and its dense one, each loaded on its own, got {got}"
         )
     if any(each.is_meta for one in (model, teacher) for each in one.parameters()):
         raise InputError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from safetensors.torch import load_file
 from tiny import batches, tiny
 
 import liar_ext
 from liar_ext import InputError, Recipe, cli, compress
+from liar_ext.checkpoint import placing
 
 SHORT = {"samples": 8, "seq_len": 16, "self_text": 0.0, "preset": "fast"}
 
@@ -34,9 +37,14 @@ def test_it_gives_the_folder_of_the_command(llama_folder, corpus, tmp_path, capf
     assert report.evaluation["pruned"]["perplexity"] > 1
 
 
-def test_it_repeats_a_recipe_block_by_block(llama_folder, corpus, tmp_path):
+def test_it_repeats_a_recipe_block_by_block_and_warns_of_a_full_disk(
+    llama_folder, corpus, tmp_path, monkeypatch
+):
     recipe = Recipe(calibration=(str(corpus[0]),), samples=8, seq_len=16, schedule="one-pass")
-    report = compress(llama_folder, recipe=recipe, max_memory="8GiB", out=tmp_path / "out")
+    used = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(placing.shutil, "disk_usage", lambda _: used._replace(free=1 << 10))
+    with pytest.warns(UserWarning, match="GiB free, and the model takes"):
+        report = compress(llama_folder, recipe=recipe, max_memory="8GiB", out=tmp_path / "out")
     assert report.recipe.samples == 8 and (tmp_path / "out/model.safetensors").exists()
     with pytest.raises(InputError, match="exists"):
         compress(llama_folder, recipe=recipe, out=tmp_path / "out")

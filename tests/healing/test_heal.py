@@ -476,10 +476,11 @@ def test_a_model_without_norms_to_train_is_refused():
         heal(student, dense, text(), held_out=text(1), train="norms", **STEPS)
 
 
-def test_a_model_is_not_its_own_teacher():
+def test_a_teacher_is_a_loaded_model_of_its_own():
     student, _ = pair()
-    with pytest.raises(InputError, match="same object.*give the dense model"):
-        heal(student, student, text(), held_out=text(1), **STEPS)
+    for teacher, got in ((student, "LlamaForCausalLM, itself"), ("folder", "ForCausalLM, str")):
+        with pytest.raises(InputError, match=f"loaded on its own.*got.*{got}"):
+            heal(student, teacher, text(), held_out=text(1), **STEPS)
 
 
 def test_equal_layers_work_as_unequal_ones():
