@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
 OPERATION = re.compile(r"^(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
 ARGUMENT = re.compile(r"argument ([^\s:]+): ")  # as argparse begins
-KEYWORD = re.compile(r"""\b([a-z_]+)=(["'])([a-z_-]+)\2""")  # of = "flops", as Python has it
+# of="flops" or tile=32, as Python has it.
+KEYWORD = re.compile(r"""(?<![\w./-])([a-z_]+)=(["']?)([\w.-]+)\2(?![\w/]|\.\w)""")
 PATHS = (  # options that name something to read
     *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
     *("folder", "folders", "against"),
@@ -87,7 +88,7 @@ def shown(progress: bool, quiet: bool) -> Iterator[None]:
 
 
 def _as_options(line: str) -> str:
-    """Return a line with ``of="flops"`` and ``keep_blocks`` spelled as options."""
+    """Return a line with ``of="flops"``, ``tile=32`` and ``keep_blocks`` spelled as options."""
     line = KEYWORD.sub(
         lambda found: f"{OPTIONS[found[1]]} {found[3]}" if found[1] in OPTIONS else found[0], line
     )

@@ -162,7 +162,7 @@ def count_kept(hidden: Hidden, keep: float, tile: int | str = "auto") -> int:
     if not count:
         raise InputError(
             f"hidden: {keep:.4g} of {hidden.size} features is less than {step}, of which the "
-            f"hidden size must be a multiple (tile={tile}); raise keep_hidden or lower tile"
+            f"hidden size must be a multiple; raise keep_hidden or lower tile={tile}"
         )
     return count
 

@@ -131,8 +131,9 @@ def check_budget(
     least = problem.spent([0] * len(teams))
     if least > problem.limit:
         outside = fixed / total
-        more = ", or remove tokens or features, too (keep_vocab, keep_hidden)"
-        hint = "raise keep, or lower tile" + more * (budget.of == "params")
+        hint = f"raise keep={budget.keep:.4g}, or lower tile={budget.tile}"
+        if budget.of == "params":
+            hint += ", or remove tokens or features, too (keep_vocab, keep_hidden)"
         beside = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
         raise InputError(
             f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile={budget.tile} "

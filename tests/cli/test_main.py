@@ -525,8 +525,12 @@ def test_colours_are_of_a_terminal(no_color, painted, monkeypatch):
     assert ("\033[1;31merror:\033[0m it is" in error_lines("load: it is")) is painted
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert error_lines("load: it is; do this") == "error: it is\nhint: do this"
-    said = error_lines("""latency: no; use of="flops" or attn_unit='head', not size="x\"""")
-    assert said == """error: no\nhint: use --of flops or --attn-unit head, not size="x\""""
+    said = error_lines("""latency: no; use of="flops" or attn_unit='head', not size="x\", tile=8""")
+    assert said == """error: no\nhint: use --of flops or --attn-unit head, not size="x", --tile 8"""
+    assert (
+        error_lines("in runs/keep=0.5/a and keep=0.5/a")
+        == "error: in runs/keep=0.5/a and keep=0.5/a"
+    )
     for name, shown in (("eval", "--eval"), ("eval.txt", "eval.txt"), ("my_eval", "my_eval")):
         assert error_lines(f"recipe: {name} changed") == f"error: {shown} changed"
 
