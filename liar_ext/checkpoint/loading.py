@@ -29,6 +29,7 @@ from liar_ext.checkpoint import folder as saved
 from liar_ext.checkpoint.carrying import source_folder
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
 from liar_ext.checkpoint.reading import (
+    PLAINLY,
     SAFELY,
     bare_class,
     check_keys,
@@ -200,7 +201,7 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         with quiet(), reading(name, "load_model"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             stock = stock_class(config.to_dict(), "load_model")
-            model, info = stock.from_pretrained(name, **SAFELY, **kwargs)
+            model, info = stock.from_pretrained(name, **PLAINLY, **SAFELY, **kwargs)
     except InputError as error:
         raise InputError(
             f"load_model: there is no folder {path} here; the hub says: {one_line(error, 160)}"
@@ -227,7 +228,7 @@ def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
 
     with obedient_bar(), quiet(), reading(path, "load_model"), _alone(path) as found:
         model, info = AutoModelForCausalLM.from_pretrained(
-            **found, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            **found, **PLAINLY, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     check_keys(info, path, "load_model", strict=False)
     model.config._name_or_path = os.fspath(path.parent)

@@ -26,6 +26,8 @@ from liar_ext.system.errors import InputError, one_line
 from liar_ext.system.progress import quiet
 
 SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+# Transformers 5.25 takes kernels of the hub by default: code of others, and other bits.
+PLAINLY = {"use_kernels": False}
 
 
 def read_marked_config(folder: Path) -> dict[str, Any]:
@@ -125,9 +127,9 @@ def read_weights(
     loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
     with quiet(), reading(found.path, operation):
         # Weights of other sizes are refused below, by name.
-        given = kwargs | SAFELY | {"ignore_mismatched_sizes": True}
+        given = PLAINLY | kwargs | SAFELY | {"ignore_mismatched_sizes": True}
         if CLASS_NAME in found.config:  # whose loader runs no code, and calls the type otherwise
-            del given["trust_remote_code"]
+            del given["trust_remote_code"], given["use_kernels"]
             if (dtype := given.pop("dtype", "auto")) == "auto":
                 with safe_open(min(found.path.glob("*.safetensors")), framework="pt") as file:
                     dtype = file.get_tensor(next(iter(file.keys()))).dtype

@@ -115,6 +115,21 @@ def test_options_of_a_trusted_load_are_heard(saved) -> None:
     assert loaded.config.use_cache is False
 
 
+def test_our_loaders_take_no_kernels_of_the_hub(saved, tmp_path: Path, monkeypatch) -> None:
+    """Transformers takes them by default from 5.25 on."""
+    real, seen = transformers.PreTrainedModel.from_pretrained.__func__, []
+
+    def spied(cls, *given, **options):
+        seen.append(options.get("use_kernels"))
+        return real(cls, *given, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(spied))
+    tiny("llama").save_pretrained(tmp_path)
+    load_model(tmp_path)
+    load_pruned(saved("llama")[-1])
+    assert seen == [False, False]
+
+
 def test_a_repository_of_the_hub_loads_the_same_way(tmp_path: Path, monkeypatch) -> None:
     """Here from the cache of the hub's client, laid out as a download leaves it."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
