@@ -116,8 +116,11 @@ def check_batches(batches: object) -> None:
 
 
 def kept_batches(batches: Batches | None) -> Batches | None:
-    """Return batches that can be read twice: a list of those that an iterator yields once."""
-    return list(batches) if isinstance(batches, Iterator) else batches
+    """Return batches that are the same when read again: a list, as of an iterator or a loader."""
+    if batches is None or isinstance(batches, Sequence):
+        return batches
+    check_batches(batches)
+    return list(batches)
 
 
 def completed(model: nn.Module, batch: Batch) -> Batch:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from tiny import tiny, tiny_inputs
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 import liar_ext
 from liar_ext import InputError, encoder_similarity
@@ -231,6 +232,15 @@ def test_recall_counts_own_texts_that_are_nearest():
     found = pair_quality(first, second, ["a", "c", "c", "d"], None)
     # The second text of 1 is far from it; that of 2 is the same as that of 1.
     assert found == {"recall_at_1": 0.75, "pairs": 4}
+
+
+def test_a_job_reads_inputs_once_that_are_shuffled_anew_every_time():
+    dense = bert()
+    model, rows = copy.deepcopy(dense), torch.cat([each["input_ids"] for each in texts(dense)])
+    loader = DataLoader(rows, batch_size=5, shuffle=True)
+    report = liar_ext.prune(model, texts(model, 20), keep=0.5, evaluate_on=loader)
+    found = encoder_similarity(model, dense, [rows])
+    assert report.evaluation["pruned"]["cosine"] == pytest.approx(found["cosine"])
 
 
 @pytest.mark.parametrize("head", ["", "classifier"])
