@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from liar_ext.system.errors import InputError, asking_hub, refusing
 
@@ -95,8 +96,8 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
 def check_apart(known: set[int], evaluation: Iterable[str]) -> None:
     """Raise InputError if documents of the evaluation are among those of ``known`` digests.
 
-    Documents are compared by a hash of their text without case and white space. Those of less than
-    ``TELLING`` characters, such as headings, count if at least half of the evaluation is shared.
+    Documents are compared by a hash of their :func:`plain_text`. Those of less than ``TELLING``
+    characters, such as headings, count if at least half of the evaluation is shared.
     """
     documents = list(evaluation)
     shared = [text for text in documents if document_digests([text]) <= known]
@@ -111,10 +112,14 @@ def check_apart(known: set[int], evaluation: Iterable[str]) -> None:
 
 def document_digests(documents: Iterable[str]) -> set[int]:
     """Return a digest of 8 bytes of each document, as :func:`check_apart` compares them."""
-    plain = ("".join(text.split()).casefold() for text in documents)
-    encoded = (text.encode("utf-8", "surrogatepass") for text in plain)
+    encoded = (plain_text(text).encode("utf-8", "surrogatepass") for text in documents)
     digests = (blake2b(text, digest_size=8).digest() for text in encoded)
     return {int.from_bytes(digest, "little", signed=True) for digest in digests}
+
+
+def plain_text(document: str) -> str:
+    """Return a document without case, white space and forms of Unicode: alike for its copies."""
+    return normalize("NFC", "".join(document.split()).casefold())
 
 
 def text_digest(documents: Iterable[str]) -> str:
