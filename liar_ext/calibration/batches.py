@@ -94,8 +94,9 @@ def read_batches(batches: Batches) -> Iterator[Batch]:
     """Yield batches in their one form; sequences without a ``fold`` alternate from 0.
 
     A batch is a mapping of keyword arguments of a model, or ``input_ids`` alone. Its
-    ``attention_mask`` ``(batch, tokens)`` is zero where a token is padding; ``fold``, ``source``
-    and ``weight`` ``(batch,)`` are as in :class:`Batch`. Anything else raises InputError.
+    ``attention_mask`` ``(batch, tokens)`` is zero where a token is padding. One of more dimensions
+    says which tokens see which, and all of them count. ``fold``, ``source`` and ``weight``
+    ``(batch,)`` are as in :class:`Batch`. Anything else raises InputError.
     """
     check_batches(batches)
     sequences = 0

@@ -45,14 +45,15 @@ def sequences_to_judge(recipe: Recipe) -> int:
 def hold_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Split batches into those to calibrate on and those to judge whole models by.
 
-    Every eighth sequence of text is held out, 64 at most. Random and generated sequences
-    (``source`` -1) are not. A set of fewer than 32 sequences stays whole.
+    Every eighth sequence of text is held out, 64 at most, in one fold after the other. Random and
+    generated sequences (``source`` -1) are not. A set of fewer than 32 sequences stays whole.
     """
     batches = list(batches)
     places = [
         (index, row)
+        for fold in range(FOLDS)
         for index, batch in enumerate(batches)
-        for row in range(len(batch))
+        for row in (batch.fold == fold).nonzero().flatten().tolist()
         if batch.source is None or batch.source[row] >= 0
     ]
     if len(places) < LEAST:

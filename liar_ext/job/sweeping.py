@@ -41,7 +41,7 @@ KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 class Point:
     """What one budget of a sweep gives."""
 
-    recipe: Recipe  # every choice, to be repeated by prune()
+    recipe: Recipe  # every choice
     plan: Plan
     predicted_divergence: float | None  # nats per token, for allocation curve
     params: int  # of the pruned model

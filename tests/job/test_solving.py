@@ -73,6 +73,7 @@ def test_no_solve_and_no_sensitivity_sees_what_decides():
         for part in (rest, judged)
     )
     assert len(apart) == 4 and not kept & apart
+    assert sum(int(batch.fold.sum()) for batch in judged) == 2  # of each fold as many
     one, other = copy.deepcopy(model), copy.deepcopy(model)
     prune(one, data, keep=0.6)
     prune(other, rest, keep=0.6, judge_on=[batch.inputs for batch in judged])
