@@ -109,7 +109,7 @@ class Wiring:
     stacked: Mapping[str, Stack] = field(default_factory=dict)
     transposed: bool = False  # weights are stored as (d_in, d_out), as in Conv1D
     # Integers that modules keep, and the size that each must hold; self_attn.config.x is one that
-    # forward reads from the config of the model.
+    # forward reads from the config of the model, and with ? at its end a module may lack it.
     numbers: Mapping[str, str] = field(default_factory=dict)
     # Config fields that express equal layers, and the size that each holds; None if the stock class
     # can't be built with fewer units.

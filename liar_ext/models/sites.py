@@ -342,7 +342,7 @@ def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: s
         else:
             unit, units, groups = "head", heads, kv_heads if grouped else 1
     for number in wiring.numbers:
-        if not has_path(block, number, int):
+        if not number.endswith("?") and not has_path(block, number, int):
             raise InputError(f"sites: {name} has no number {number!r}; mend the row of its family")
     site = Site(
         name=name,

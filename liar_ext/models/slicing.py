@@ -345,7 +345,7 @@ def _patch_numbers(model: nn.Module, site: Site) -> None:
     for path, size in site.wiring.numbers.items():
         owner, dot, name = path.partition(".config.")
         if not dot:
-            setattr(*owner_of(block, path), site.sizes[size])
+            setattr(*owner_of(block, path.removesuffix("?")), site.sizes[size])
         elif getattr((module := block.get_submodule(owner)).config, name) != site.sizes[size]:
             set_config_number(module, name, site.sizes[size])
 

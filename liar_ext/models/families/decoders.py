@@ -227,7 +227,12 @@ _STABLELM_STREAM = with_block(
 _FALCON = attention(
     "self_attention",
     "query_key_value dense",
-    numbers={"num_heads": "heads", "num_kv_heads": "kv_heads"},
+    # The last one came with transformers 5.25.
+    numbers={
+        "num_heads": "heads",
+        "num_kv_heads": "kv_heads",
+        "num_key_value_groups?": "group_size",
+    },
     stack=QKV_BY_GROUP,
     requires={"alibi": False},  # slopes are made for all heads at once
 )
