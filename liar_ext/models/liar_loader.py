@@ -48,7 +48,9 @@ def pruned_class(stock: type) -> type:
     if stock.__name__ not in globals():
         of_diffusers = hasattr(stock, "register_to_config")
         members = _diffusers_members(stock) if of_diffusers else _transformers_members(stock)
-        globals()[stock.__name__] = type(stock.__name__, (stock,), members)
+        # Else transformers adds this base, in one more class, which can't be pickled.
+        more = [base for base in stock.__bases__ if base.__name__.endswith("GenerationMixin")]
+        globals()[stock.__name__] = type(stock.__name__, (stock, *more), members)
     return globals()[stock.__name__]
 
 

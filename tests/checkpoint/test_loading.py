@@ -130,6 +130,19 @@ def test_our_loaders_take_no_kernels_of_the_hub(saved, tmp_path: Path, monkeypat
     assert seen == [False, False]
 
 
+@pytest.mark.parametrize("name", ["phi3", "whisper"])
+def test_a_class_that_generates_by_code_of_its_own_is_pickled(name: str, saved) -> None:
+    model, _, folder = saved(name)
+    script = """
+import pickle, sys
+import transformers
+model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(pickle.loads(pickle.dumps(model))) is type(model)
+"""
+    result = fresh_workers.run_script(script, folder, auto_classes(model)[0])
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_repository_of_the_hub_loads_the_same_way(tmp_path: Path, monkeypatch) -> None:
     """Here from the cache of the hub's client, laid out as a download leaves it."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
