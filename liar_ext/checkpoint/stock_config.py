@@ -205,7 +205,9 @@ def _layers(model: nn.Module, config: Any) -> Iterable[tuple[Any, dict[int, dict
     found: dict[str, tuple[Any, dict[int, dict[str, int]]]] = {}
     for site in sites(model):
         here = block_config(site.part, config)
-        if configs.count(site.part.config) > 1 or site.part.repeats or _differs(here):
+        # Trainer reads the file as a plain config, in which a field of another name counts nothing.
+        unread = "num_hidden_layers" in getattr(here, "attribute_map", ())
+        if configs.count(site.part.config) > 1 or site.part.repeats or _differs(here) or unread:
             continue  # such a config can't say them
         for name, size in (site.wiring.config or {}).items():
             if getattr(here, name, site.sizes[size]) != site.sizes[size]:

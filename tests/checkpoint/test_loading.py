@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from covers import cover, some
-from folders import equal_plan, make_plan, pruned, read, tokenizer
+from folders import change, equal_plan, make_plan, pruned, read, tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 
@@ -128,6 +128,23 @@ def test_our_loaders_take_no_kernels_of_the_hub(saved, tmp_path: Path, monkeypat
     load_model(tmp_path)
     load_pruned(saved("llama")[-1])
     assert seen == [False, False]
+
+
+@some("name", TINY, "llama", "gpt2")
+def test_trainer_reads_the_config_of_what_it_resumes(name: str, saved) -> None:
+    """It does so without the class of the config, and so without the names of its fields."""
+    *_, folder = saved(name)
+    transformers.PreTrainedConfig.from_json_file(folder / "config.json")
+
+
+def test_earlier_folders_say_the_sizes_of_layers_where_later_ones_do_not(tmp_path: Path) -> None:
+    model, plan = pruned("gpt2")
+    save_pruned(model, tmp_path / "pruned", plan)
+    assert "per_layer_config" not in read(tmp_path / "pruned")
+    layers = {"per_layer_config": {"0": {"n_head": 2}}}
+    earlier = {**layers, "allow_global_per_layer_attribute_access": True}
+    change(tmp_path / "pruned/config.json", **earlier)
+    assert torch.equal(outputs(load_pruned(tmp_path / "pruned")), outputs(model))
 
 
 @pytest.mark.parametrize("name", ["phi3", "whisper"])
