@@ -96,11 +96,11 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
 def check_apart(known: set[int], evaluation: Iterable[str]) -> None:
     """Raise InputError if documents of the evaluation are among those of ``known`` digests.
 
-    Documents are compared by a hash of their :func:`plain_text`. Those of less than ``TELLING``
+    Documents are compared by their :func:`document_digest`. Those of less than ``TELLING``
     characters, such as headings, count if at least half of the evaluation is shared.
     """
     documents = list(evaluation)
-    shared = [text for text in documents if document_digests([text]) <= known]
+    shared = [text for text in documents if document_digest(text) in known]
     telling = any(len(text) >= TELLING for text in shared)
     if telling or (shared and 2 * len(shared) >= len(documents)):
         raise InputError(
@@ -111,15 +111,15 @@ def check_apart(known: set[int], evaluation: Iterable[str]) -> None:
 
 
 def document_digests(documents: Iterable[str]) -> set[int]:
-    """Return a digest of 8 bytes of each document, as :func:`check_apart` compares them."""
-    encoded = (plain_text(text).encode("utf-8", "surrogatepass") for text in documents)
-    digests = (blake2b(text, digest_size=8).digest() for text in encoded)
-    return {int.from_bytes(digest, "little", signed=True) for digest in digests}
+    """Return the :func:`document_digest` of each document."""
+    return {document_digest(each) for each in documents}
 
 
-def plain_text(document: str) -> str:
-    """Return a document without case, white space and forms of Unicode: alike for its copies."""
-    return normalize("NFC", "".join(document.split()).casefold())
+def document_digest(document: str) -> int:
+    """Return a digest of 8 bytes, alike for copies of other white space, case or Unicode form."""
+    plain = normalize("NFC", "".join(document.split()).casefold())
+    digest = blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def text_digest(documents: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.documents import Pair, plain_text
+from liar_ext.calibration.documents import Pair, document_digest
 from liar_ext.system.errors import InputError
 
 # A lone text is cut into blocks of this many sequences or more, at most so many for each part; of
@@ -137,32 +137,28 @@ def split_documents(
     seed: int,
     seq_len: int,
     most: int,
-    home: dict[str, int],
+    home: dict[int, int],
 ) -> tuple[list[list[str]], str]:
     """Split the documents of one source into parts, and say what was done to few documents.
 
     In an order drawn with ``seed`` each goes to the part that has least of its share, the number
     of sequences wanted, until a part has ``most`` characters, about. Copies go together, by their
-    :func:`plain_text`, and pairs with one first text, such as a question, if there are several:
-    ``home`` is the part of each text, those of other sources included. Fewer texts than parts are
-    cut into blocks first, see :func:`cut_blocks`.
+    :func:`document_digest`, and pairs with one first text, such as a question, if there are
+    several: ``home`` is the part of each digest, those of other sources included. Fewer texts than
+    parts are cut into blocks first, see :func:`cut_blocks`.
     """
     firsts = (each.texts[0] if isinstance(each, Pair) else each for each in documents)
-    texts = [plain_text(each) for each in firsts]
+    texts = list(map(document_digest, firsts))
     if len(set(texts)) < len(shares):
-        texts = [plain_text(each) for each in documents]
+        texts = list(map(document_digest, documents))
     if (few := len(set(texts))) < len(shares):
         if any(isinstance(document, Pair) for document in documents):
             raise InputError(
                 f"calibration: {few} pair(s) of texts are too few for {len(shares)} parts that "
                 "share none; give more lines with a text and a text_pair"
             )
-        parts = cut_blocks(
-            "\n\n".join(dict(zip(texts, documents, strict=True)).values()),
-            len(shares),
-            seq_len,
-            most,
-        )
+        unlike = dict(zip(texts, documents, strict=True)).values()
+        parts = cut_blocks("\n\n".join(unlike), len(shares), seq_len, most)
         blocks = sum(map(len, parts))
         return parts, (
             f"A calibration text of {few} document{'s' * (few > 1)} was cut into {blocks} blocks "

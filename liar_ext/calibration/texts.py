@@ -144,7 +144,7 @@ def calibration_sequences(
     shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
     prefix = document_prefix(tokenizer) if text.packed else []
     split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
-    home: dict[str, int] = {}  # the part of each text
+    home: dict[int, int] = {}  # the part of each text, by its digest
     for documents in sources:
         parts, note = _split(documents, shares, text, home)
         split.append(parts)
@@ -281,7 +281,7 @@ def longest_read(tokenizer, seq_len: int) -> int:
 
 
 def _split(
-    documents: Sequence[str], shares: Sequence[int], text: Text, home: dict[str, int]
+    documents: Sequence[str], shares: Sequence[int], text: Text, home: dict[int, int]
 ) -> tuple[list[list[str]], str]:
     if text.lone == "halves" and len(documents) == 1:
         whole = documents[0]

@@ -18,7 +18,7 @@ from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.folder import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.inspection import CLASS_NAME, LARGEST, Folder, read_config
 from liar_ext.checkpoint.stock_config import describe, model_class
-from liar_ext.models.configs import config_parts, skeleton
+from liar_ext.models.configs import config_parts, counts_layers, skeleton
 from liar_ext.models.liar_loader import pruned_class, resize
 from liar_ext.models.plan import Plan
 from liar_ext.models.slicing import apply_plan
@@ -171,17 +171,16 @@ def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int | None, ..
         for name, size in sizes.items()
         if isinstance(size, list)
     }
-    spec = [part.__dict__.get("_heterogeneity_spec") for part in config_parts(config)]
+    # Of a config that counts no layers, earlier folders have some.
+    parts = filter(counts_layers, config_parts(config))
+    spec = [part.__dict__.get("_heterogeneity_spec") for part in parts]
     return shapes, [each and each.per_layer_overrides for each in spec]
 
 
 def _agree(one: tuple[dict, list], other: tuple[dict, list]) -> bool:
-    """Tell whether a config, and one made now, agree; null, for a whole dimension, fits any size.
-
-    Layers of GPT-2, for one, have no sizes in a config made now, but in earlier ones.
-    """
+    """Tell whether what two configs say agrees; null, for a whole dimension, does with any size."""
     return (
-        all(now in (None, said) for said, now in zip(one[1], other[1], strict=True))
+        one[1] == other[1]
         and one[0].keys() == other[0].keys()
         and all(
             len(size) == len(other[0][key])

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
-from liar_ext.models.configs import Fields, config_parts, put_config, skeleton
+from liar_ext.models.configs import Fields, config_parts, counts_layers, put_config, skeleton
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.plan import Plan
 from liar_ext.models.registry import FAMILIES, is_diffusion
@@ -205,9 +205,8 @@ def _layers(model: nn.Module, config: Any) -> Iterable[tuple[Any, dict[int, dict
     found: dict[str, tuple[Any, dict[int, dict[str, int]]]] = {}
     for site in sites(model):
         here = block_config(site.part, config)
-        # Trainer reads the file as a plain config, in which a field of another name counts nothing.
-        unread = "num_hidden_layers" in getattr(here, "attribute_map", ())
-        if configs.count(site.part.config) > 1 or site.part.repeats or _differs(here) or unread:
+        once = configs.count(site.part.config) == 1 and not site.part.repeats
+        if not once or _differs(here) or not counts_layers(here):
             continue  # such a config can't say them
         for name, size in (site.wiring.config or {}).items():
             if getattr(here, name, site.sizes[size]) != site.sizes[size]:

@@ -42,6 +42,14 @@ def config_parts(config: Any) -> list[Any]:
     return [config, *(part for part in parts if part is not None)]
 
 
+def counts_layers(config: Any) -> bool:
+    """Tell whether a plain config can count the layers of this one, whose name for them is its own.
+
+    ``Trainer`` reads ``config.json`` as a plain one, without the names of its class.
+    """
+    return "num_hidden_layers" not in getattr(config, "attribute_map", ())
+
+
 def put_config(model: nn.Module, config: Any) -> None:
     """Let a model have another config."""
     if isinstance(config, Fields):

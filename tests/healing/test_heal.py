@@ -478,7 +478,10 @@ def test_a_model_without_norms_to_train_is_refused():
 
 def test_a_teacher_is_a_loaded_model_of_its_own():
     student, _ = pair()
-    for teacher, got in ((student, "LlamaForCausalLM, itself"), ("folder", "ForCausalLM, str")):
+    for teacher, got in (
+        (student, "LlamaForCausalLM, itself"),
+        ("folder", "LlamaForCausalLM, str"),
+    ):
         with pytest.raises(InputError, match=f"loaded on its own.*got.*{got}"):
             heal(student, teacher, text(), held_out=text(1), **STEPS)
 
