@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from liar_ext import ops
-from liar_ext.ops import backends, curve, reference
+from liar_ext.ops import backends, reference
 
 SHAPES = {
     "Llama-3.2-1B o_proj": 2048,
@@ -216,7 +216,7 @@ def curve_rows(d, width, steps):
     yield measured(
         f"obs_curve, d = {d}, width = {width}",
         f"plain torch, {removed} units",
-        lambda: curve.obs_curve(weight, gram, width, 1e-2, units - removed),
+        lambda: reference.obs_curve(weight, gram, width, 1e-2, units - removed),
         repeats=3,
     )
 

@@ -24,7 +24,7 @@ from liar_ext import perplexity, prune
 from liar_ext.calibration.documents import check_apart, document_digests, read_documents
 from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint import load_model
-from liar_ext.recipe.fields import SCHEDULES
+from liar_ext.models.recipe_fields import SCHEDULES
 
 THIRD_FOLD = "third fold"
 COLUMNS = (

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext.calibration.batches import FACTS
+from liar_ext.calibration.batches import FACTS, Sequences
 from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.folds import Sequences
 from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.models.running import evaluating
-from liar_ext.system.atomic_write import atomic_write
+from liar_ext.system.files import atomic_write
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from liar_ext.models import registry
+from liar_ext.models.families import decoders, encoders, mixtures, vision
 from liar_ext.models.registry import COLUMNS, NO, NONE, Entry, overview
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,12 +15,12 @@ BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 OFTEN = 5  # families for which a reason is written once, above the table
 UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
 KINDS = {
-    "language models": "decoders gpt",
-    "hybrids with linear attention, Mamba or convolutions": "hybrid",
-    "mixtures of experts": "moe",
-    "encoders": "bert",
-    "encoder-decoders, speech": "t5",
-    "vision, text with images or sound, diffusion": "vit diffusion",
+    "language models": decoders.ROWS,
+    "hybrids with linear attention, Mamba or convolutions": mixtures.HYBRIDS,
+    "mixtures of experts": mixtures.ROWS,
+    "encoders": encoders.ROWS,
+    "encoder-decoders, speech": encoders.SEQUENCES,
+    "vision, text with images or sound, diffusion": vision.ROWS,
 }
 LEGEND = {
     "can be removed": """
@@ -40,8 +40,8 @@ folder.""",
 def summary(table: Mapping[str, Mapping[str, Entry]]) -> str:
     """Return the families by kind, with what can be removed from how many."""
     lines = ["| kind | families | can be removed |", "|---|---|---|"]
-    for kind, modules in KINDS.items():
-        names = [row.name for name in modules.split() for row in getattr(registry, name).ROWS]
+    for kind, rows in KINDS.items():
+        names = [row.name for row in rows]
         counts = {unit: sum(_applies(table[name][unit]) for name in names) for unit in UNITS}
         said = [
             COLUMNS[unit] + ("" if count == len(names) else f" ({count} of {len(names)})")

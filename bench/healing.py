@@ -39,14 +39,14 @@ from liar_ext import (
     prune,
     save_pruned,
 )
-from liar_ext.calibration.folds import (
-    Sequences,
+from liar_ext.calibration.batches import Sequences
+from liar_ext.calibration.generated import (
     count_beside,
     fraction_of,
     of_no_text,
     random_sequences,
+    write_sequences,
 )
-from liar_ext.calibration.generated import write_sequences
 
 ROOT = Path(__file__).parents[1]
 OUT, DATA = ROOT / "out" / "healing", ROOT / "docs" / "data"

@@ -30,9 +30,9 @@ from kinds_models import WHISPER, dinov2, whisper
 from liar_ext import cli
 from liar_ext.calibration.media import AUDIO, IMAGES, evaluation_inputs, read_files
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.loading import load_reader
+from liar_ext.checkpoint.readers import load_reader
 from liar_ext.measure.evaluation import word_errors
-from liar_ext.models.outputs import output_of
+from liar_ext.models.running import output_of
 
 COLUMNS = "kind,model,kept,measure,dense,pruned,speed,minutes".split(",")
 SPEECH = {  # the fraction to keep, and of which layers

@@ -28,13 +28,18 @@ from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.job.state import Speed
 from liar_ext.measure.latency import ratios
+from liar_ext.models.residual_stream import Weights
 from liar_ext.models.sites import Site
-from liar_ext.models.slicing import Weights
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.solve import with_bias
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.curve_allocation import losses_of, probe_sites, sensitivities_of
-from liar_ext.selection.error_curves import energy_shares, error_curves
+from liar_ext.selection.error_curves import (
+    energy_shares,
+    error_curves,
+    losses_of,
+    probe_sites,
+    sensitivities_of,
+)
 from liar_ext.selection.sensitivity import site_divergences
 from liar_ext.selection.whole_blocks import choose_blocks
 

@@ -19,7 +19,7 @@ import torch
 from common import parser_of
 
 from liar_ext import Moments
-from liar_ext.reconstruction import low_memory, ridge
+from liar_ext.reconstruction import ridge
 from liar_ext.reconstruction.ridge import Residual
 from liar_ext.reconstruction.solve import solution_of
 
@@ -39,9 +39,9 @@ def main() -> None:
     kept = torch.arange(d)[torch.arange(d) % 5 != 0]
     for name, system, target in (
         ("one pass", ridge.System, None),
-        ("one pass, low memory", low_memory.System, None),
+        ("one pass, low memory", ridge.SystemInFile, None),
         ("layerwise", ridge.System, residual),
-        ("layerwise, low memory", low_memory.System, residual),
+        ("layerwise, low memory", ridge.SystemInFile, residual),
     ):
         given = system(weight, None, moments, kept, target)
         memory, seconds, found = measured(lambda g=given: solution_of(g, (0.0, 1.0)))

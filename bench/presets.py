@@ -26,7 +26,7 @@ from common import (
 
 from liar_ext import Recipe, perplexity, prune
 from liar_ext.checkpoint import load_model
-from liar_ext.job.dry_run import describe
+from liar_ext.job.planning import describe
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from assets import write_documents
 from common import parser_of, table, write_json
 from encoder_tasks import read_sts
 
-from liar_ext.checkpoint.sentence import longest_text
+from liar_ext.checkpoint.readers import longest_text
 from liar_ext.measure.embeddings import pair_quality
 
 Encode = Callable[[Sequence[str], int], np.ndarray]

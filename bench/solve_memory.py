@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from liar_ext import ops
-from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.taps import Moments
 from liar_ext.job.estimate import PEAKS, bytes_of_solve
 from liar_ext.reconstruction.ridge import Residual
 from liar_ext.reconstruction.solve import solve

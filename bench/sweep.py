@@ -22,7 +22,7 @@ from torch import nn
 
 from liar_ext import MomentBank, Recipe, calibrate, prune, sweep
 from liar_ext.checkpoint import load_model
-from liar_ext.job.sweeping import KEEP, PROBE_KEEP, Sweep
+from liar_ext.job.planning import KEEP, PROBE_KEEP, Sweep
 
 SOLVED = 0.8
 Value = TypeVar("Value")

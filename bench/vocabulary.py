@@ -27,11 +27,11 @@ from torch import nn
 from bench.quality.models import gemma
 from liar_ext import compress, load_model
 from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.texts import document_prefix
+from liar_ext.calibration.generated import document_prefix
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.cli import main as liar
 from liar_ext.measure.speed import Settings, measure
-from liar_ext.vocabulary.keep import plain, tokens_per_byte
+from liar_ext.vocabulary.pieces import plain, tokens_per_byte
 
 ROOT = Path(__file__).parents[1]
 KEPT, TABLE = ROOT / "out" / "vocabulary" / "rows.json", ROOT / "docs" / "data" / "vocabulary.json"

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from liar_ext.calibration.batches import timestep_weights as timestep_weights
     from liar_ext.calibration.collect import calibrate as calibrate
     from liar_ext.calibration.documents import read_documents as read_documents
-    from liar_ext.calibration.moments import Moments as Moments
+    from liar_ext.calibration.taps import Moments as Moments
     from liar_ext.calibration.texts import calibration_sequences as calibration_sequences
     from liar_ext.checkpoint import load_model as load_model
     from liar_ext.checkpoint import load_pruned as load_pruned
     from liar_ext.checkpoint.saving import save_pruned as save_pruned
+    from liar_ext.cli.evaluate import compare_methods as compare_methods
     from liar_ext.cli.prune import compress as compress
-    from liar_ext.cli.sweep import compare_methods as compare_methods
     from liar_ext.export.verify import verify_pruned as verify_pruned
     from liar_ext.healing.heal import heal as heal
+    from liar_ext.job.planning import sweep as sweep
     from liar_ext.job.pruning import prune as prune
-    from liar_ext.job.sweeping import sweep as sweep
     from liar_ext.measure.embeddings import encoder_similarity as encoder_similarity
     from liar_ext.measure.evaluation import kl_divergence as kl_divergence
     from liar_ext.measure.evaluation import perplexity as perplexity
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from liar_ext.models.plan import Budget as Budget
     from liar_ext.models.plan import Plan as Plan
     from liar_ext.models.plan import SitePlan as SitePlan
+    from liar_ext.models.recipe import Recipe as Recipe
     from liar_ext.models.registry import register_family as register_family
     from liar_ext.models.sites import sites as sites
     from liar_ext.models.slicing import apply_plan as apply_plan
-    from liar_ext.recipe import Recipe as Recipe
     from liar_ext.reconstruction.hidden_size import narrow as narrow
     from liar_ext.reconstruction.layerwise import reconstruct_layerwise as reconstruct_layerwise
     from liar_ext.reconstruction.solve import reconstruct as reconstruct
@@ -60,9 +60,9 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "InputError": "system.errors",
     "LatencyTable": "measure.latency_table",
     "MomentBank": "calibration.bank",
-    "Moments": "calibration.moments",
+    "Moments": "calibration.taps",
     "Plan": "models.plan",
-    "Recipe": "recipe",
+    "Recipe": "models.recipe",
     "Report": "report.report",
     "SitePlan": "models.plan",
     "allocate": "selection.allocation",
@@ -70,7 +70,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "calibrate": "calibration.collect",
     "calibration_sequences": "calibration.texts",
     "choose_tokens": "vocabulary.keep",
-    "compare_methods": "cli.sweep",
+    "compare_methods": "cli.evaluate",
     "compress": "cli.prune",
     "criterion": "selection.criteria",
     "encoder_similarity": "measure.embeddings",
@@ -93,7 +93,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "site_divergences": "selection.sensitivity",
     "sites": "models.sites",
     "suggest_family": "suggest.suggest",
-    "sweep": "job.sweeping",
+    "sweep": "job.planning",
     "timestep_weights": "calibration.batches",
     "verify_pruned": "export.verify",
 }
@@ -119,6 +119,6 @@ def __dir__() -> list[str]:
 
 # The command answers some questions without torch.
 if not liar_ext.system.environment.is_command(sys.argv, sys.orig_argv):
-    from liar_ext.checkpoint.loading import register
+    from liar_ext.checkpoint import register
 
     register()  # stock loaders build layers of unequal sizes, where liar_ext is imported

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tiny import VOCAB, tiny
 
-from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.taps import Moments
 
 # Tests of operators need no models, and take seconds less without.
 if TYPE_CHECKING:

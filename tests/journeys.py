@@ -17,12 +17,13 @@ from torch import nn
 
 from liar_ext import Plan, load_pruned, narrow, prune, save_pruned
 from liar_ext.models.family import Stack
+from liar_ext.models.layers import weight_of
 from liar_ext.models.registry import FAMILIES
-from liar_ext.models.residual_stream import hidden_of, weight_of
+from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites, why_whole
 from liar_ext.models.slicing import apply_plan
 from liar_ext.reconstruction import hidden_size
-from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.reconstruction.solve import SiteRow
 
 KINDS = ("attn", "mlp")
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from liar_ext.selection.curve_allocation import losses_of, probe_sites, sensitivities_of
-from liar_ext.selection.error_curves import energy_shares, error_curves
+from liar_ext.selection.error_curves import (
+    energy_shares,
+    error_curves,
+    losses_of,
+    probe_sites,
+    sensitivities_of,
+)
 from liar_ext.selection.sensitivity import site_divergences
 
 

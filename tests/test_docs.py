@@ -16,8 +16,8 @@ import pytest
 
 import liar_ext
 from liar_ext.cli.main import parser
+from liar_ext.models.recipe_checks import CRITERIA
 from liar_ext.models.registry import FAMILIES
-from liar_ext.recipe.checks import CRITERIA
 from liar_ext.selection.criteria import _CRITERIA
 
 ROOT = Path(__file__).parent.parent

@@ -85,11 +85,10 @@ def broken():
     yield {}
     for name, values in {
         "version": (2, None, "1"),
-        "phase": ("sleep", None, 3),
         "batch": ("x", None, [1]),
         "fixed": (-1.0, math.nan, None, "a"),
-        "scale": (-2.0, math.inf, {}),
-        "rows": (None, [], {}, "rows", [1], [[]]),
+        "scale": (-2.0, math.nan, math.inf, {}),
+        "rows": (None, "rows", [1], [[]]),
     }.items():
         for value in values:
             yield {**whole, name: value}

@@ -12,8 +12,8 @@ import pytest
 from test_docs import ROOT, subcommands
 
 from liar_ext.export import FORMATS
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.fields import option_of, recipe_fields
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_fields import option_of, recipe_fields
 
 TEXT = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 # Sections of `liar prune` have the names of its stages.

@@ -29,8 +29,7 @@ import liar_ext
 from liar_ext import InputError, distributed
 from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.taps import InFlight
-from liar_ext.cli.main import main
-from liar_ext.cli.output import meet
+from liar_ext.cli.main import main, meet
 from liar_ext.system.checkpoint_store import Checkpoint, facts_of
 from liar_ext.system.distributed import RankLost
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.quality.windows import head_of, hidden_states, log_probabilities
 from liar_ext import InputError
-from liar_ext.calibration.texts import document_prefix
+from liar_ext.calibration.generated import document_prefix
 from liar_ext.models.running import evaluating
 
 BATCH = 16  # questions at a time

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.common import write_json
 from liar_ext import InputError, Recipe
-from liar_ext.recipe.recipe import REMOVED
+from liar_ext.models.recipe import REMOVED
 
 # What makes two rows the same measurement, but for the recipe.
 KEY = ("model", "weights", "method", "ratio", "seed", "calibration_digest", "judged_digest")

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext import Recipe
+from liar_ext.job.planning import Sweep
 from liar_ext.job.state import Known
-from liar_ext.job.sweeping import Sweep
 from liar_ext.models.sites import Site
 from liar_ext.report.report import Report
 

@@ -15,15 +15,24 @@ from torch import Tensor, nn
 from bench import assets
 from bench.quality.windows import HeldOut
 from liar_ext import InputError
+from liar_ext.calibration.batches import Sequences
 from liar_ext.calibration.documents import (
     Documents,
     check_apart,
     document_digests,
     read_documents,
 )
-from liar_ext.calibration.folds import Sequences, count_beside, fraction_of, seed_of
-from liar_ext.calibration.generated import SELF, enough_documents, write_documents, write_sequences
-from liar_ext.calibration.texts import calibration_sequences, document_prefix, evaluation_sequences
+from liar_ext.calibration.generated import (
+    SELF,
+    count_beside,
+    document_prefix,
+    enough_documents,
+    fraction_of,
+    seed_of,
+    write_documents,
+    write_sequences,
+)
+from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 
 PROMPT_TOKENS = 32
 # Of 50 articles of an encyclopaedia seven are held out, of 2,225 news articles every eighth.

@@ -167,7 +167,7 @@ def ridge(d: int, n: int, h: int, ladder: int) -> Counter:
 
 
 def probe_solves(shape: Shape, settings: Settings) -> Work:
-    """Count :func:`liar_ext.selection.curve_allocation.probe_sites`: one λ for every site."""
+    """Count :func:`liar_ext.selection.error_curves.probe_sites`: one λ for every site."""
     work = Work("solves for the probes", SITES)
     for kind, d in shape.features.items():
         n = settings.stays(shape, kind, settings.probed)

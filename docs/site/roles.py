@@ -35,6 +35,6 @@ class Roles(griffe.Extension):
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs) -> None:
         """Take the default out of an option of a recipe."""
-        own = attr.path.startswith("liar_ext.recipe.fields.Fields.")
+        own = attr.path.startswith("liar_ext.models.recipe_fields.Fields.")
         if own and isinstance(attr.value, griffe.ExprCall):
             attr.value = attr.value.arguments[0]

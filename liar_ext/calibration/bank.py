@@ -12,43 +12,53 @@ batches::
     text/source           (S,)   int32     which text each is of; left out where none is said
 
 All of these may be missing. ``file/digest``, 16 bytes at the end of the file, is the BLAKE2b digest
-of all before it. Metadata: ``liar_bank``, the version of this layout, and ``source``, JSON.
+of all before it. Metadata: ``liar_bank``, the version of this layout, and ``source``, JSON: see
+:mod:`liar_ext.calibration.saved_sums`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from liar_ext.calibration.bank_source import Text, check_source, combine, pack, renumbered, unpack
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.moments import Moments, all_finite
-from liar_ext.system.atomic_write import SEAL, Held, is_sealed, write_tensors
-from liar_ext.system.environment import available_memory
+from liar_ext.calibration.saved_sums import (
+    PARTS,
+    UNSAID,
+    Text,
+    Triangles,
+    added,
+    check_memory,
+    check_source,
+    unpacked,
+)
+from liar_ext.calibration.taps import Moments, all_finite
 from liar_ext.system.errors import InputError, refusing
+from liar_ext.system.files import SEAL, Held, is_sealed, write_tensors
 
 BANK_VERSION = 2
-PARTS = ("gram", "total", "count")
 SEQUENCES, DOCUMENTS = "sequences/digest", "documents/digest"
-TEXT = {
-    "text/batches": "I32",
-    "text/input_ids": "I32",
-    "text/attention_mask": "U8",
-    "text/fold": "U8",
-    "text/source": "I32",
+EXTRAS = {
+    **{SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8"},
+    **{"text/batches": "I32", "text/input_ids": "I32", "text/attention_mask": "U8"},
+    **{"text/fold": "U8", "text/source": "I32"},
 }
-EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **TEXT}
-Header = dict[str, tuple[str, list[int]]]  # dtype and shape by name
+# What a damaged file raises; shapes of text that contradict one another raise in torch.
+UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, RecursionError, SafetensorError)
+NAMES = ("input_ids", "attention_mask")
+MOST_ID = 2**31 - 1
+# Facts that must be the same for sums to add up. The first that differs is named: of two dtypes the
+# weights differ, too.
+SHARED = ("model_type", "dtype", "model", "config", "tokenizer", "relative")
+Source = dict[str, Any]
 
 
 @dataclass(eq=False)  # equal if the moments are, as of any other mapping
@@ -61,7 +71,7 @@ class MomentBank(Mapping[str, Moments]):
         By site name such as ``"3.mlp"``.
     source : dict
         JSON-ready facts on the calibration: ``model_type``, ``sequences``, ``tokens``, and more,
-        see :mod:`liar_ext.calibration.bank_source`.
+        see :mod:`liar_ext.calibration.saved_sums`.
     text : list of dict, optional
         The batches that the model was run over: ``input_ids`` and their like. Sensitivities,
         gradients and layerwise walks run over them; all else needs the moments alone.
@@ -70,7 +80,7 @@ class MomentBank(Mapping[str, Moments]):
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
-    source: dict[str, object] = field(default_factory=dict)
+    source: Source = field(default_factory=dict)
     text: Text | None = None
     sequences: Tensor | None = None
     documents: Tensor | None = None
@@ -97,17 +107,12 @@ class MomentBank(Mapping[str, Moments]):
             If the banks hold different sites, are of different models, dtypes or tokenizers, or
             have text in common; nothing is added then.
         """
-        same = isinstance(other, MomentBank) and self.moments.keys() == other.moments.keys()
+        same = self.moments.keys() == other.moments.keys()
         if not same or any(self[name].d_in != other[name].d_in for name in self):
             raise InputError("MomentBank.merge: both banks must hold the same sites of one model")
-        if other is self:
-            raise InputError(
-                "MomentBank.merge: both banks hold sums over the same text, being one; calibrate "
-                "on other text"
-            )
-        source, text = combine(self.source, other.source, (self.sequences, other.sequences)), None
+        source, text = _combined(self, other), None
         if self.text is not None and other.text is not None:
-            text = [b for bank in (self, other) for b in renumbered(bank.text, bank.source, source)]
+            text = [b for bank in (self, other) for b in _renumbered(bank, source)]
         for name, moments in self.moments.items():
             moments.merge(other[name])
         self.source, self.text = source, text
@@ -117,25 +122,23 @@ class MomentBank(Mapping[str, Moments]):
         if self.documents is not None:
             self.documents = self.documents.unique()
 
-    def save(
-        self, path: str | os.PathLike[str], take: Callable[[str, Path], None] | None = None
-    ) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank`.
 
-        The file is there whole or not at all. ``take`` moves it to its place, by default over one
-        that is there. It holds the calibration text as token ids, if the bank does.
+        The file is there whole or not at all, and replaces one of that name. It holds the
+        calibration text as token ids, if the bank does.
         """
         extras = {SEQUENCES: self.sequences, DOCUMENTS: self.documents}
         extras |= {} if self.text is None else pack(self.text)
         tensors: dict[str, Tensor | Held] = {}
         for name, sums in self.moments.items():
-            own = Triangles(sums.gram), sums.total, sums.count
-            tensors |= {f"{name}.{part}": each for part, each in zip(PARTS, own, strict=True)}
+            tensors |= {f"{name}.gram": Triangles(sums.gram), f"{name}.total": sums.total}
+            tensors |= {f"{name}.count": sums.count}
         tensors |= {name: value for name, value in extras.items() if value is not None}
         source = json.dumps(self.source, allow_nan=False)
         hint = "nothing was left behind, free space or name another file"
         with refusing(f"MomentBank.save: can't write {os.fspath(path)!r}", hint, OSError):
-            write_tensors(path, tensors, {"liar_bank": str(BANK_VERSION), "source": source}, take)
+            write_tensors(path, tensors, {"liar_bank": str(BANK_VERSION), "source": source})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, sums: bool = True) -> MomentBank:
@@ -150,26 +153,25 @@ class MomentBank(Mapping[str, Moments]):
             If the file is not a moment bank of this version, or is damaged, or holds what no
             calibration gives, or memory can't hold it.
         """
+        if not os.path.exists(path):
+            raise InputError(
+                f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
+                "--calibration TEXT --out FILE makes one"
+            )
         failure = f"MomentBank.load: {path} is not a moment bank of this version, or is damaged"
-        hint, kinds = "calibrate again and save that bank", (OSError, ValueError, SafetensorError)
-        with refusing(failure, hint, *kinds):
-            try:
-                mode = os.stat(path).st_mode
-            except FileNotFoundError:
-                raise InputError(
-                    f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
-                    "--calibration TEXT --out FILE makes one"
-                ) from None
-            if not stat.S_ISREG(mode):
+        with refusing(failure, "calibrate again and save that bank", *UNREADABLE):
+            if not os.path.isfile(path):
                 raise ValueError("it must be an ordinary file")
             with safe_open(os.fspath(path), framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 header = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
                 bank = cls(source=_source(file.metadata() or {}))
-                extras = _extras(header)
-                widths = _widths({name: header[name] for name in header.keys() - extras})
-                more = sum(12 * prod(header[name][1]) for name in extras)  # as int64, and before
-                _check_memory(path, list(widths.values()) if sums else [], more)
+                widths, extras = _checked(header)
+                needed = sum(12 * prod(header[name][1]) for name in extras)  # as int64, and before
+                if sums:  # squares of triangles, and one triangle more
+                    needed += sum(8 * FOLDS * d * d for d in widths.values())
+                    needed += max((4 * FOLDS * d * (d + 1) for d in widths.values()), default=0)
+                check_memory(f"MomentBank.load: {path}", needed)
                 if sums and not is_sealed(path):
                     raise ValueError("its bytes are not those that were written")
                 tensors = {name: file.get_tensor(name) for name in extras}
@@ -177,68 +179,29 @@ class MomentBank(Mapping[str, Moments]):
                 count = bank.source.get("sequences", 0)
                 if bank.sequences is not None and bank.sequences.shape != (count,):
                     raise ValueError(f"{SEQUENCES} must be of {count} sequences")
-                if "text/fold" in tensors:
+                if any(name.startswith("text/") for name in extras):
                     bank.text = unpack(tensors, count)
                 if sums:
                     bank.moments = {name: _sums(file, name, d) for name, d in widths.items()}
                 return bank
 
 
-class Triangles:
-    """The lower triangles of a Gram matrix per fold, packed when they are asked for."""
-
-    def __init__(self, gram: Tensor) -> None:
-        d = gram.shape[-1]
-        self.gram, self.dtype, self.shape = gram, gram.dtype, (FOLDS, d * (d + 1) // 2)
-
-    def get(self) -> Tensor:
-        """Return them, ``(2, d (d + 1) / 2)``."""
-        below = torch.ones(self.gram.shape[1:], dtype=torch.bool).tril_()
-        found = torch.empty(self.shape, dtype=self.dtype)
-        for fold, gram in enumerate(self.gram):  # a triangle at a time
-            found[fold] = gram.detach().cpu()[below]
-        return found
-
-
-def unpacked(triangles: Tensor, d: int) -> Tensor:
-    """Return the Gram matrices ``(2, d, d)`` of packed triangles, with zeros above."""
-    gram = triangles.new_zeros(FOLDS, d, d)
-    gram[:, torch.ones(d, d, dtype=torch.bool).tril_()] = triangles
-    return gram
-
-
-def _source(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _source(metadata: Mapping[str, str]) -> Source:
     version = metadata.get("liar_bank")
     if version != str(BANK_VERSION):
         raise ValueError(f"liar_bank must be {BANK_VERSION}, got {version}")
-    try:
-        source = json.loads(metadata["source"])
-        check_source(source)
-    except (KeyError, ValueError, RecursionError) as error:
-        why = f"{error}" if isinstance(error, InputError) else "it is none"
-        raise ValueError(f"source must be a JSON object of facts: {why}") from None
+    source = json.loads(metadata["source"])
+    check_source(source)
     return source
 
 
-def _extras(header: Header) -> list[str]:
-    names = [name for name in header if "/" in name]
-    for name in names:
-        if name not in EXTRAS:
-            raise ValueError("each site must have gram, total and count, and nothing else")
-        dtype, shape = header[name]
-        if dtype != EXTRAS[name] or len(shape) > 2:
-            raise ValueError(f"{name} must be {EXTRAS[name]}, got {dtype}")
-    if SEAL not in names:
-        raise ValueError(f"it has no {SEAL}")
-    text = set(names) & TEXT.keys()
-    if text and not text >= TEXT.keys() - {"text/source"}:
-        raise ValueError("of the text some is missing")
-    return names
-
-
-def _widths(header: Header) -> dict[str, int]:
-    names = sorted({key.rpartition(".")[0] for key in header})
-    if header.keys() != {f"{name}.{part}" for name in names for part in PARTS}:
+def _checked(header: Mapping[str, tuple[str, list[int]]]) -> tuple[dict[str, int], list[str]]:
+    """Return the width of each site by a header of dtypes and shapes, and the names of the rest."""
+    extras = [name for name in header if name in EXTRAS]
+    if any(header[name][0] != EXTRAS[name] for name in extras):
+        raise ValueError(f"{', '.join(extras)} must be {EXTRAS}")
+    names = sorted({name.rpartition(".")[0] for name in header.keys() - extras})
+    if header.keys() - extras != {f"{name}.{part}" for name in names for part in PARTS}:
         raise ValueError("each site must have gram, total and count, and nothing else")
     widths = {}
     for name in names:
@@ -250,19 +213,7 @@ def _widths(header: Header) -> dict[str, int]:
         if dtypes not in (("F64",) * 3, ("F32", "F32", "F64")):
             raise ValueError(f"sums of {name} must be F64, or F32, got {dtypes}")
         widths[name] = d
-    return widths
-
-
-def _check_memory(path: str | os.PathLike[str], widths: list[int], more: int) -> None:
-    """Refuse sums that the memory can't hold: squares of triangles, and one triangle more."""
-    needed = more + sum(8 * FOLDS * d * d for d in widths)
-    needed += max((4 * FOLDS * d * (d + 1) for d in widths), default=0)
-    free = available_memory()
-    if free is not None and needed > free:
-        raise InputError(
-            f"MomentBank.load: the sums in {path} take {needed / 2**30:.3g} GiB of memory, and "
-            f"{free / 2**30:.3g} are free; free some, or use a machine that has them"
-        )
+    return widths, extras
 
 
 def _sums(file: safe_open, name: str, d: int) -> Moments:
@@ -272,3 +223,100 @@ def _sums(file: safe_open, name: str, d: int) -> Moments:
     if not finite or (gram.diagonal(dim1=1, dim2=2) < 0).any() or (count < 0).any():
         raise ValueError(f"sums of {name} must be finite, sums of squares and counts not < 0")
     return Moments(gram, total, count)
+
+
+def _combined(one: MomentBank, other: MomentBank) -> Source:
+    """Return the facts of the sum of two banks; raise InputError if they don't add up."""
+    mine, theirs = both = one.source, other.source
+    for name in SHARED:
+        said = name in mine and name in theirs
+        if mine.get(name) != theirs.get(name) and (said or name not in UNSAID):
+            raise InputError(
+                f"MomentBank.merge: both banks must be of one model, got {name} {mine.get(name)} "
+                f"and {theirs.get(name)}; calibrate the same weights for both, with the same "
+                "config.json and tokenizer, and the same --dtype"
+            )
+    units, others = mine.get("sites", {}), theirs.get("sites", {})
+    for name in units.keys() & others.keys():
+        if units[name] != others[name]:
+            raise InputError(
+                f"MomentBank.merge: both banks must have the same units at {name}; calibrate both "
+                "with the same --attn-unit"
+            )
+    merged = {**theirs, **mine}
+    for key in merged.keys() & {"data", "calibrations", "texts"}:
+        merged[key] = [each for source in both for each in source.get(key, ())]
+    data, digests = merged.get("data", ()), (one.sequences, other.sequences)
+    twice = 0 if any(x is None for x in digests) else int(torch.isin(*digests).sum())
+    if len(set(data)) < len(data) or twice:
+        what = f"{twice} sequences" if twice else "sums"
+        raise InputError(
+            f"MomentBank.merge: both banks hold {what} over the same text, which would count it "
+            "twice; calibrate on other text"
+        )
+    for key in ("sequences", "tokens"):
+        merged[key] = sum(source.get(key, 0) for source in both)
+    if "texts" in merged:
+        merged["texts"] = list(dict.fromkeys(merged["texts"]))
+    if "routed" in merged:
+        merged["routed"] = added(source.get("routed", {}) for source in both)
+    if "seq_len" in merged:
+        merged["seq_len"] = max(source.get("seq_len", 0) for source in both)
+    merged.pop("sensitivities", None)  # measured by the sums of one alone
+    return merged
+
+
+def _renumbered(bank: MomentBank, merged: Source) -> Text:
+    """Return a bank's text with the numbers that its sources have in the sum of banks."""
+    found, names = [dict(batch) for batch in bank.text], bank.source.get("texts")
+    if names and "texts" in merged:
+        number = torch.tensor([merged["texts"].index(name) for name in names])
+        for batch in found:
+            if (of := batch.get("source")) is not None:
+                batch["source"] = torch.where(of < 0, of, number[of.clamp_min(0)])
+    return found
+
+
+def pack(text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of a text."""
+    shapes = [[*batch["input_ids"].shape, int("attention_mask" in batch)] for batch in text]
+
+    def joined(name: str) -> Tensor:
+        parts = [batch[name].flatten() for batch in text if name in batch]
+        return torch.cat([torch.zeros(0, dtype=torch.long), *parts])
+
+    packed = {
+        "text/batches": torch.tensor(shapes, dtype=torch.int32).view(-1, 3),
+        "text/input_ids": joined("input_ids").int(),
+        "text/attention_mask": joined("attention_mask").byte(),
+        "text/fold": joined("fold").byte(),
+    }
+    if all("source" in batch for batch in text):
+        packed["text/source"] = joined("source").int()
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor], sequences: int) -> Text:
+    """Return the batches of packed tensors; raise an error if they contradict one another."""
+    shapes = tensors["text/batches"].long()
+    rows, widths, masked = shapes.unbind(1)
+    sizes = {"input_ids": rows * widths, "attention_mask": rows * widths * masked, "fold": rows}
+    sizes |= {"source": rows} if "text/source" in tensors else {}
+    parts = {}
+    for name, size in sizes.items():
+        value = tensors[f"text/{name}"].long()
+        most = {"attention_mask": 1, "fold": FOLDS - 1}.get(name, MOST_ID)
+        if name != "source" and ((value < 0) | (value > most)).any():
+            raise ValueError("token ids must be at least 0, masks and folds 0 or 1")
+        parts[name] = value.split(size.tolist())
+    if int(rows.sum()) != sequences or (shapes[:, :2] < 1).any():
+        raise ValueError(f"text/batches must be of {sequences} sequences with a token at least")
+    text: Text = []
+    for index, (count, width, has_mask) in enumerate(shapes.tolist()):
+        batch = {name: values[index] for name, values in parts.items()}
+        if not has_mask:
+            del batch["attention_mask"]
+        text.append(
+            {n: each.view(count, width) if n in NAMES else each for n, each in batch.items()}
+        )
+    return text

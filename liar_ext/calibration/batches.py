@@ -1,4 +1,4 @@
-"""Batches: what a model is run over, in one form."""
+"""Batches: what a model is run over, in one form, and the sequences that they are made of."""
 
 from __future__ import annotations
 
@@ -149,14 +149,20 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
                 "batches: a batch is input_ids, or a mapping of names to tensors of one row per "
                 f"sequence, got {name} of type {type(value).__name__}"
             )
-    ids = inputs.get("input_ids")
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     kinds = (torch.int32, torch.int64)  # which embeddings take
     if ids is not None and (ids.dtype not in kinds or ids.dim() != 2 or not ids.numel()):
         raise InputError(
             "batches: input_ids must be int32 or int64 of shape (sequences, tokens), got "
             f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
         )
-    _check_mask(inputs.get("attention_mask"), ids)
+    if mask is not None and mask.dim() <= 2:  # of padding
+        shape = mask.shape if ids is None else ids.shape
+        if mask.shape != shape or not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError(
+                "batches: attention_mask must be 1 for tokens that count and else 0, of shape "
+                f"{tuple(shape)} as input_ids, got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
     fold, source, weight = (inputs.pop(name, None) for name in FACTS)
     labels = {name: inputs.pop(name) for name in LABELS if name in inputs}
     first = next((value for name, value in inputs.items() if name not in WHOLE), None)
@@ -164,37 +170,15 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
         raise InputError("batches: a batch holds no input of the model; give input_ids, say")
     if fold is None:
         fold = (torch.arange(len(first), device=first.device) + sequences) % FOLDS
-    if fold.shape != (len(first),) or not bool(((fold == 0) | (fold == 1)).all()):
-        raise InputError(
-            f"batches: fold must be 0 or 1 for each of {len(first)} sequences, got {fold.tolist()}"
-        )
-    if source is not None and (source.shape != (len(first),) or source.is_floating_point()):
-        raise InputError(
-            "batches: source must be a whole number for each of "
-            f"{len(first)} sequences, got {source.tolist()}"
-        )
+    rules = {"fold must be 0 or 1": (fold, (fold == 0) | (fold == 1))}
     if weight is not None:
-        fits = weight.shape == (len(first),) and weight.is_floating_point()
-        if not fits or not bool((weight.isfinite() & (weight > 0)).all()):
+        rules["weight must be a finite number above 0"] = weight, weight.isfinite() & (weight > 0)
+    for rule, (value, holds) in rules.items():
+        if value.shape != (len(first),) or not bool(holds.all()):
             raise InputError(
-                f"batches: weight must be a finite number above 0 for each of {len(first)} "
-                f"sequences, got {weight.tolist()}; liar_ext.timestep_weights makes some"
+                f"batches: {rule} for each of {len(first)} sequences, got {value.tolist()}"
             )
-    mask = _padding(inputs.get("attention_mask"))
-    return Batch(inputs, fold.long(), mask, labels, source, weight)
-
-
-def _check_mask(mask: Tensor | None, ids: Tensor | None) -> None:
-    """Raise InputError for a mask of padding that isn't of the tokens, or that isn't 0 and 1."""
-    if mask is None or mask.dim() > 2:
-        return
-    if ids is not None and mask.shape != ids.shape:
-        raise InputError(
-            f"batches: attention_mask must have the shape of input_ids, {tuple(ids.shape)}, got "
-            f"{tuple(mask.shape)}"
-        )
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise InputError("batches: attention_mask must be 1 for tokens that count, and else 0")
+    return Batch(inputs, fold.long(), _padding(mask), labels, source, weight)
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
@@ -203,16 +187,82 @@ def _padding(mask: Tensor | None) -> Tensor | None:
     return None if full else mask.bool()
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of one length, recordings or pictures, ready for a model."""
+
+    # By their names, a row each; of text input_ids and attention_mask, (sequences, seq_len) int64.
+    # Those of each sequence, if they are of sizes of their own.
+    inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+    fold: Tensor  # (sequences,) int64: 0 or 1; sequences of one document share it
+    source: Tensor | None = None  # (sequences,) int64: which of several texts; -1 of no text
+    bos: str = ""  # special tokens that every packed window begins with
+    # Of documents that none of these come from, for a figure that no decision has seen, and for a
+    # choice among whole models; their folds only take turns.
+    certification: Sequences | None = None
+    judging: Sequences | None = None
+    notes: tuple[str, ...] = ()  # what a user has to know of the draw
+
+    def __len__(self) -> int:
+        return len(self.fold)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids of text, ``(sequences, seq_len)`` int64."""
+        return self.inputs["input_ids"]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 for tokens of text, 0 for padding."""
+        return self.inputs["attention_mask"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text that are not padding."""
+        return int(self.attention_mask.sum())
+
+    def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
+        """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds.
+
+        Texts of similar length share a batch, which is cut after the longest. Inputs of sizes of
+        their own are a batch each.
+        """
+        facts = {"fold": self.fold} | ({} if self.source is None else {"source": self.source})
+        if not isinstance(self.inputs, Mapping):
+            return [
+                {**inputs, **{name: value[at : at + 1] for name, value in facts.items()}}
+                for at, inputs in enumerate(self.inputs)
+            ]
+        text, batches = "attention_mask" in self.inputs, []
+        lengths = self.attention_mask.sum(1) if text else torch.zeros(len(self))
+        for fold in self.fold.unique():
+            rows = (self.fold == fold).nonzero().flatten()
+            for some in rows[lengths[rows].argsort(stable=True)].split(batch_size):
+                longest = int(lengths[some].max()) if text else None
+                batch = {name: value[some, :longest] for name, value in self.inputs.items()}
+                batches.append(batch | {name: value[some] for name, value in facts.items()})
+        return batches
+
+    def beside(self, more: Sequences) -> Sequences:
+        """Return these sequences and others that are as long, each with its source."""
+        inputs = {name: torch.cat([self.inputs[name], more.inputs[name]]) for name in self.inputs}
+        fold, source = torch.cat([self.fold, more.fold]), torch.cat([self.source, more.source])
+        return replace(self, inputs=inputs, fold=fold, source=source)
+
+
+def in_turns(count: int) -> Tensor:
+    """Return folds for sequences that share no document with any other."""
+    return torch.arange(count) % FOLDS
+
+
 def probe_batches(
     batches: Batches, *, every: bool = False, rows: int = PROBE_ROWS
 ) -> list[dict[str, Tensor]]:
-    """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
+    """Return the beginnings of a few sequences, evenly spread, equally many of each source.
 
-    A text below ``PROBED_TEXT`` tokens gives fewer in proportion, but half at least. Every source
-    gives equally many, and at least one; what is of no text, a source below 0, gives none where
-    there is text. Of a text the first ``PROBE_LENGTH`` tokens are taken. Sequences without padding
-    are put together, ``rows`` at most. With ``every`` all are as of one source, none are fewer, and
-    no batch has more than ``rows``.
+    They have some ``PROBE_TOKENS`` tokens; of little text fewer in proportion, but half at least.
+    Those without padding are put together, ``rows`` at most. With ``every`` all are as of one
+    source, none are fewer, and no batch has more than ``rows``.
     """
     given = list(read_batches(batches))
     given = [replace(batch, source=None) for batch in given] if every else _of_text(given)
@@ -240,10 +290,7 @@ def probe_batches(
 
 
 def count_probes(sequences: int, tokens: int, text: int) -> int:
-    """Return how many sequences to take, if so many have ``text`` tokens, ``tokens`` to begin with.
-
-    It may be more than there are.
-    """
+    """Return how many sequences of ``text`` tokens, ``tokens`` in beginnings, to take at most."""
     most = max(PROBE_SEQUENCES, PROBE_TOKENS * sequences / max(tokens, 1))
     return math.ceil(most * min(1.0, max(0.5, text / PROBED_TEXT)))
 
@@ -254,12 +301,11 @@ def _sources(batch: Batch) -> list[int]:
 
 def _of_text(batches: Sequence[Batch]) -> Sequence[Batch]:
     """Return batches without sequences of no text; as they are if there is none of text."""
-    rows = [[row for row, source in enumerate(_sources(each)) if source >= 0] for each in batches]
-    kept = [
-        each if len(some) == len(each) else each.select(some)  # which copies
-        for each, some in zip(batches, rows, strict=True)
-        if some
-    ]
+    kept = []
+    for batch in batches:
+        rows = [row for row, source in enumerate(_sources(batch)) if source >= 0]
+        if rows:
+            kept.append(batch if len(rows) == len(batch) else batch.select(rows))
     return kept or batches
 
 
@@ -332,17 +378,12 @@ def timestep_weights(
     Raises
     ------
     InputError
-        If a timestep isn't in [0, last], there are fewer than two steps, or a weight isn't above 0.
+        If a timestep isn't in [0, last].
 
     Notes
     -----
     Source: OBS-Diff (arXiv 2510.06751), logarithmic-decrease weighting, with its defaults.
     """
-    if steps < 2 or not 0 < low or not 0 < high:
-        raise InputError(
-            f"timestep_weights: steps must be 2 at least, low and high above 0, got {steps}, {low} "
-            f"and {high}; 25, 0.8 and 1.2 are the defaults"
-        )
     part = timestep.double() / last
     if not bool(((part >= 0) & (part <= 1)).all()):
         raise InputError(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.bank_source import Seen, added, fingerprint_of
 from liar_ext.calibration.batches import (
     FOLDS,
     Batch,
@@ -22,11 +21,21 @@ from liar_ext.calibration.batches import (
     completed,
     read_batches,
 )
-from liar_ext.calibration.moments import Moments, Squares, all_finite, check_finite
-from liar_ext.calibration.saved_sums import SavedSums, group_sites
-from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
-from liar_ext.models.configs import config_digest
-from liar_ext.models.registry import type_of
+from liar_ext.calibration.saved_sums import SavedSums, Seen, added, fingerprint_of, group_sites
+from liar_ext.calibration.taps import (
+    Ended,
+    InFlight,
+    Moments,
+    Squares,
+    Tap,
+    adding,
+    all_finite,
+    check_finite,
+    is_relative,
+    tap_at,
+    watched,
+)
+from liar_ext.models.registry import config_digest, type_of
 from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, sites
 from liar_ext.system import distributed
@@ -110,8 +119,7 @@ def collect(
 ) -> MomentBank:
     """Run a model over ``batches``, without its head if it can; return the sums of ``taps``.
 
-    Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar. A
-    forward pass ends where all taps have got their tensor. Moments go on where ``saved`` has them.
+    A forward pass ends where all taps have got their tensor. Sums go on where ``saved`` has them.
     Batches are split round robin among ranks; in the end each has the sums over all of them.
     """
     count, seen, saved = distributed.world_size(), Seen(keep_text), saved or SavedSums(None)
@@ -176,12 +184,9 @@ def _facts_of(model: nn.Module, taps: Sequence[Tap] = ()) -> dict[str, object]:
 class Passes:
     """The moments of all sites, in groups that fit into memory at once: a pass for each.
 
-    Iterating gives the groups, in order and with their moments at hand as :attr:`bank`; going
-    :meth:`back` takes them the other way round, and begins with the moments that are there still.
-
-    Sums may take ``room`` bytes at a time. Groups that a ``bank`` over these batches holds take no
-    pass, and those that are ``saved`` in a checkpoint are not taken again. ``summed`` are the
-    numbers of the groups that took a pass.
+    Iterating gives the groups with their moments at hand as :attr:`bank`; :meth:`back` gives them
+    the other way round, and begins with the moments that are there still. Sums may take ``room``
+    bytes at a time. ``summed`` are the numbers of the groups that took a pass.
     """
 
     probes: Any = None  # what is measured on the way, see :class:`ProbeStreams`
@@ -242,10 +247,7 @@ def check_not_padding(index: int, batch: Batch, operation: str = "calibrate") ->
 def summing(
     model: nn.Module, taps: Sequence[Tap], ends: float = math.inf
 ) -> Iterator[tuple[dict[str, Moments | Squares], InFlight]]:
-    """Give the sums of taps, in the end those of all ranks, and the batch that adds to them.
-
-    ``ends`` is after how many runs of tapped modules a run of the model ends.
-    """
+    """Give the sums of taps, and the batch that adds to them; a run ends after ``ends`` taps."""
     moments, current = {}, InFlight()
     with ExitStack() as stack:
         for tap in taps:
@@ -285,23 +287,15 @@ def _check_alike(*digests: str) -> None:
 def check_sums(
     bank: Mapping[str, Moments | Squares], sequences: int, routed: Collection[str] = ()
 ) -> None:
-    """Raise InputError unless sums over ``sequences`` are finite, and each fold has tokens.
-
-    Sites that tokens are ``routed`` to may have none.
-    """
+    """Raise InputError unless sums are finite, and folds have tokens, but of ``routed`` sites."""
     every = {name: sums for name, sums in bank.items() if name not in routed}
     empty = [name for name, sums in every.items() if (sums.tokens == 0).any()]
-    dropped = [name for name in empty if sequences and every[name].count[:, 1].any()]
-    if dropped:
-        raise InputError(
-            f"calibrate: every token has values at {dropped[0]} that are not finite, or too large "
-            "to be summed; look for damaged weights before it, or load the model in a wider dtype"
-        )
     if not sequences or empty:
-        raise InputError(
-            f"calibrate: each of the {FOLDS} folds needs tokens, got {sequences} sequence(s); "
-            "give at least 2 sequences"
-        )
+        found, hint = f"{sequences} sequence(s)", f"give at least {FOLDS} sequences"
+        if dropped := [name for name in empty if every[name].count[:, 1].any()]:
+            found += f", and at {dropped[0]} tokens with values that are not finite or too large"
+            hint = "load the model in a wider dtype"
+        raise InputError(f"calibrate: each of the {FOLDS} folds needs tokens, got {found}; {hint}")
     for name, sums in bank.items():
         check_finite(sums.total, *([sums.gram] if isinstance(sums, Moments) else []), at=name)
 
@@ -314,42 +308,33 @@ def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> 
             f"calibrate: the bank must hold every site, with its features; {missing[0]} is "
             "missing or of another size; calibrate the model that is pruned, without keep_hidden"
         )
-    relative = set(bank.source.get("relative", ()))
-    for site in at:
-        if is_relative(site) != (site.name in relative):
-            raise InputError(
-                f"calibrate: tokens must count relative to what {site.consumer} gives where a norm "
-                f"reads it, and else alike; at {site.name} the bank has it otherwise; calibrate "
-                "the model anew"
-            )
     here = _facts_of(model)
-    there = here | bank.source
-    if there["dtype"] != here["dtype"]:
-        raise InputError(
-            f"calibrate: the bank is of the model in {there['dtype']}, got {here['dtype']}; load "
-            "the model as it was calibrated, or calibrate it anew"
-        )
-    if there["model"] != here["model"]:
-        raise InputError(
-            "calibrate: the bank is of other weights than the model's, or keep_hidden changes "
-            "them; calibrate the model that is pruned, or leave the bank out"
-        )
-    if there["config"] != here["config"]:
-        raise InputError(
-            "calibrate: the bank is of a model with another config, such as another activation; "
-            "restore the config.json, or calibrate the model anew"
-        )
+    there, relative = here | bank.source, set(bank.source.get("relative", ()))
+    alike = {
+        f"of the model in {there['dtype']}, got {here['dtype']}": there["dtype"] == here["dtype"],
+        "of other weights": there["model"] == here["model"],
+        "of a model with another config, such as another activation": (
+            there["config"] == here["config"]
+        ),
+        "without weights for tokens where a norm reads the output": all(
+            is_relative(site) == (site.name in relative) for site in at
+        ),
+    }
+    for what, holds in alike.items():
+        if not holds:
+            raise InputError(
+                f"calibrate: the bank is {what}; calibrate the model that is pruned, as it is "
+                "loaded and without keep_hidden"
+            )
 
 
 def check_finite_weights(model: nn.Module) -> None:
     """Raise InputError if a parameter of ``model`` is offloaded, or holds a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise InputError(
-                f"calibrate: weights must be in memory, got {name} on the meta device; load the "
-                "model without offloading, on more devices or on the CPU, or give liar prune "
-                "--max-memory"
-            )
+    if offloaded := [name for name, each in model.named_parameters() if each.is_meta]:
+        raise InputError(
+            f"calibrate: weights must be in memory, got {offloaded[0]} on the meta device; load "
+            "the model without offloading, or give liar prune --max-memory"
+        )
     check_finite_tensors(model.named_parameters())
 
 

@@ -1,18 +1,17 @@
-"""Text that a language model writes itself, to calibrate it on."""
+"""Sequences beside those of text: written by the model itself, or of random tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS
+from liar_ext.calibration.batches import FOLDS, Sequences, in_turns
 from liar_ext.calibration.documents import Documents
-from liar_ext.calibration.folds import Sequences, of_no_text
 from liar_ext.calibration.taps import replaced
-from liar_ext.calibration.texts import document_prefix
 from liar_ext.models.running import (
     computes_bfloat16,
     device_of,
@@ -24,7 +23,9 @@ from liar_ext.system.environment import available_memory
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar
 
-SELF = "self"  # the source that stands for it
+SELF = "self"  # the source that stands for text of the model's own
+NO_TEXT = -1  # the source of what comes beside, where texts count from 0
+RANDOM_TOKENS = 0.25  # of all sequences; docs/quality.md shows the effect
 # Documents are written side by side, as many as have their keys and values in this much memory.
 CACHE_BYTES, MOST_ROWS = 2 << 30, 64
 # Windows of a fixed length lose the last tokens of a text: one document in so many is to spare.
@@ -138,9 +139,7 @@ def _cached_bytes(model: nn.Module, tokens: int) -> int:
 def packed(model: nn.Module, rows: int) -> Iterator[None]:
     """Let linear layers in float32 on an x86 CPU multiply few rows by oneDNN, for the context.
 
-    Their weights are copied into its layout, if a copy fits into half of the memory that is free:
-    in bfloat16 where the CPU has instructions for it. Results differ by rounding alone, to that
-    type; docs/performance.md says how much faster it is.
+    Weights are copied into its layout if there is memory, in bfloat16 if the CPU computes in it.
     """
     cpu, room = torch.device("cpu"), available_memory() or 0
     every = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
@@ -179,12 +178,6 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
     try:
         how = {"attention_mask": torch.ones_like(start), "logits_processor": [_drawn]}
         return model.generate(start, **how)[:, start.shape[1] :]
-    except FloatingPointError:
-        raise InputError(
-            f"text: {type(model).__name__} gave probabilities that are not finite while it wrote "
-            "its calibration text; load it in a wider dtype, or calibrate on given text alone, "
-            "self_text=0"
-        ) from None
     finally:
         model.generation_config = own
 
@@ -197,7 +190,10 @@ def _drawn(_: Tensor, logits: Tensor) -> Tensor:
     below = logits.float().softmax(-1).cumsum(-1)
     total = below[:, -1:]
     if not total.isfinite().all():
-        raise FloatingPointError
+        raise InputError(
+            "text: the model gave probabilities that are not finite while it wrote its calibration "
+            "text; load it in a wider dtype, or calibrate on given text alone, self_text=0"
+        )
     # Above 0 and at most the total, so no token of probability 0 is found.
     token = torch.searchsorted(below, (1 - torch.rand_like(total)) * total)
     return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
@@ -224,3 +220,68 @@ def _of_other_inputs(model: nn.Module) -> list[int]:
         and name.endswith(("token_id", "token_index"))
         and isinstance(value, int)
     )
+
+
+def document_prefix(tokenizer) -> list[int]:
+    """Return the special tokens with which the tokenizer begins a document, such as BOS."""
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at]
+    return []
+
+
+def count_beside(sequences: int, fraction: float) -> int:
+    """Return how many sequences make a fraction of all beside that many of text, rounded."""
+    return round(sequences * fraction / (1 - fraction))
+
+
+def of_no_text(input_ids: Tensor) -> Sequences:
+    """Return full sequences that come beside those of text, and take turns in going to folds."""
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    return Sequences(inputs, in_turns(len(input_ids)), torch.full((len(input_ids),), NO_TEXT))
+
+
+def seed_of(rows: Iterable[Sequence[int] | Tensor], seed: int) -> int:
+    """Return a seed for what comes beside sequences, so that other ones have something else."""
+    digest = blake2b(str(seed).encode(), digest_size=7)
+    for row in rows:
+        digest.update(torch.as_tensor(row).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def fraction_of(asked: float | str, causal: bool, written: bool) -> float:
+    """Return the fraction of random tokens: of "auto" a quarter for models that write no text."""
+    if asked != "auto":
+        return float(asked)
+    return RANDOM_TOKENS if causal and not written else 0.0
+
+
+def random_sequences(
+    rows: Sequence[Sequence[int]],
+    tokenizer,
+    fraction: float,
+    seed: int,
+    vocab_size: int | None = None,
+) -> list[tuple[int, list[int]]]:
+    """Return copies of some rows, evenly spread, with random tokens, after the row each is of.
+
+    They are ``fraction`` of all. Special tokens stay, others are drawn from those below
+    ``vocab_size``. The draw depends on the rows, so that other text has others beside it.
+    """
+    count = count_beside(len(rows), fraction)
+    if not count:
+        return []
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    known = sorted({*tokenizer.get_vocab().values()} - special)
+    plain = torch.tensor([each for each in known if vocab_size is None or each < vocab_size])
+    fixed = torch.tensor(sorted(special), dtype=torch.long)
+    generator = torch.Generator().manual_seed(seed_of(rows, seed))
+    copies = []
+    for step in range(count):
+        index = (2 * step + 1) * len(rows) // (2 * count)
+        ids = torch.tensor(rows[index])
+        drawn = plain[torch.randint(len(plain), ids.shape, generator=generator)]
+        copies.append((index, torch.where(torch.isin(ids, fixed), ids, drawn).tolist()))
+    return copies

@@ -12,8 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.calibration.documents import JSON_LINES, checked, read_lines, rows_of_dataset
-from liar_ext.calibration.folds import Sequences
+from liar_ext.calibration.batches import Sequences
+from liar_ext.calibration.documents import (
+    JSON_LINES,
+    checked,
+    parsed,
+    read_lines,
+    rows_of_dataset,
+)
 from liar_ext.calibration.generated import SELF
 from liar_ext.calibration.media import (
     IMAGES,
@@ -50,20 +56,14 @@ class Example:
         return json.dumps(self.messages) if self.messages else self.text
 
     def digest(self) -> str:
-        """Return a digest of the images, or of the text if there are none.
-
-        Two questions on one picture are the same document: they share a fold.
-        """
+        """Return a digest of the images, so that questions on one share a fold, or else of text."""
         if not self.images:
             return blake2b(self.said.encode(), digest_size=64).hexdigest()
         return "".join(image.digest() for image in self.images)
 
 
 def holds_images(source: str) -> bool:
-    """Tell whether a source holds images: lines of a file, a folder, or a dataset with a column.
-
-    A source that can't be read holds none; who reads it says what is wrong.
-    """
+    """Tell whether a source, if it can be read, holds images: in lines, files or a column."""
     path = Path(source)
     try:
         if path.is_dir():
@@ -71,8 +71,8 @@ def holds_images(source: str) -> bool:
         if path.suffix.lower() in JSON_LINES:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
             # To look for the key before parsing is faster for long texts.
-            some = (line for line in lines if any(f'"{key}"' in line for key in KEYS))
-            return any(map(_names_images, some))
+            rows = (parsed(each) for each in lines if any(f'"{key}"' in each for key in KEYS))
+            return any(isinstance(row, dict) and not row.keys().isdisjoint(KEYS) for row in rows)
         named = path.exists() or path.is_absolute() or source.startswith(".")
         if named or source == SELF or path.suffix.lower() in (".txt", *SUFFIXES[IMAGES]):
             return path.suffix.lower() in SUFFIXES[IMAGES]
@@ -81,24 +81,13 @@ def holds_images(source: str) -> bool:
         return False
 
 
-def _names_images(line: str) -> bool:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and not row.keys().isdisjoint(KEYS)
-
-
 def read_examples(source: str | os.PathLike[str]) -> Files:
     """Return the images with text of a file, a folder or a dataset.
 
-    A line of a ``.jsonl`` file is a JSON object. ``image`` is the path of a picture, or a list of
-    several, below the folder of the file; ``text`` goes with it, or ``messages`` do: a chat in the
-    format of transformers, in whose content ``{"type": "image"}`` stands for an image, the next
-    one of the line or that of its own path. Lines of text alone may be among them. A folder, or a
-    dataset with a column ``image``, is as :func:`liar_ext.calibration.media.read_files` has it,
-    and each picture needs a text. InputError, with the number of the line, if one is no such
-    object, or names a picture that is not there or outside of the folder.
+    In a line of a ``.jsonl`` file ``image`` is the path of a picture below the folder of the file,
+    or a list of several; ``text`` goes with it, or ``messages``: a chat in the format of
+    transformers, in which ``{"type": "image"}`` stands for the next image of the line, or that of
+    its own path. A line may have text alone. In a folder or dataset each picture needs a text.
     """
     source = os.fspath(source)
     path, notes = Path(source), []
@@ -107,11 +96,6 @@ def read_examples(source: str | os.PathLike[str]) -> Files:
         if len(lines) > MOST_FILES:
             notes.append(f"Of {len(lines):,} lines of {source} {MOST_FILES:,} were read.")
         examples = [_of_line(line, place, path.parent) for place, line in spread(lines, MOST_FILES)]
-    elif not holds_images(source):
-        raise InputError(
-            f"data: {source} holds no images, other sources do; write its text as lines of a "
-            '.jsonl file, {"text": "..."}, or name it in a job of its own'
-        )
     else:
         files = read_files(source, IMAGES)
         examples = [Example(item.place, (item,), item.text) for item in files.items]
@@ -121,109 +105,77 @@ def read_examples(source: str | os.PathLike[str]) -> Files:
                 f"data: {silent[0]} has no text, which the model reads with each image; write it "
                 f"beside NAME.png into NAME.txt, or give a .jsonl file with lines {EXAMPLE}"
             )
-    if not examples:
-        raise InputError(f"data: {source} has no line; write {EXAMPLE} on each line")
     files = Files(examples, notes)
     files.said = [each.said for each in examples]
     return files
 
 
 def _of_line(line: str, place: str, folder: Path) -> Example:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise InputError(f"data: {place} is no JSON; write {EXAMPLE} on each line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"data: {place} must be a JSON object; write {EXAMPLE} on each line")
-    named = next((row[key] for key in ("images", "image") if row.get(key) is not None), [])
-    named = [named] if isinstance(named, str) else named
-    if not isinstance(named, list):
-        raise InputError(
-            f"data: {place} must name its image by a path, got {type(named).__name__}; write "
-            f"{EXAMPLE}, or a list of several paths"
-        )
-    images = [_image(each, place, folder) for each in named]
-    if "messages" not in row:
+    hint = (
+        f"write {EXAMPLE} on each line, or messages as transformers has them, "
+        '[{"role": "user", "content": [{"type": "image", "image": "a.png"}, '
+        '{"type": "text", "text": "..."}]}, ...], with images by their paths below the folder'
+    )
+    kinds = (ValueError, LookupError, TypeError, AttributeError)  # of messages in another form
+    with refusing(f"data: {place}", hint, *kinds):
+        row = parsed(line)
+        if not isinstance(row, dict):
+            raise ValueError("it is no JSON object")
+        named = next((row[key] for key in ("images", "image") if row.get(key) is not None), [])
+        named = named if isinstance(named, list) else [named]
+        images = [_image(each, place, folder) for each in named]
+        if "messages" in row:
+            messages, images = _chat(row["messages"], place, folder, images)
+            return Example(place, tuple(images), messages=messages)
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise InputError(
-                f"data: {place} must have a text beside its image; add a field text, a string, or "
-                "messages, a chat"
-            )
+            raise ValueError("it must have a text beside its image, a string, or messages, a chat")
         return Example(place, tuple(images), checked(text, place))
-    messages, images = _chat(row["messages"], place, folder, images)
-    return Example(place, tuple(images), messages=messages)
 
 
 def _image(name: object, place: str, folder: Path) -> Item:
     """Return the image at a path below a folder; the path is as it is written, links included."""
     if not isinstance(name, str):
-        raise InputError(
-            f"data: {place} must name an image by its path, got {type(name).__name__}; write "
-            f"{EXAMPLE}"
-        )
+        raise ValueError(f"it must name an image by its path, got {type(name).__name__}")
     said = repr(name if len(name) <= 80 else f"{name[:80]}...")
     inside = os.path.normpath(name)
     if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
-        raise InputError(
-            f"data: {place} names the image {said}, which is outside of the folder of the file; "
-            f"put images below {folder} and name them relative to it"
-        )
+        raise ValueError(f"it names the image {said}, which is outside of the folder {folder}")
     path = folder / inside
     if not os.path.isfile(path):  # which raises nothing for a name that is too long
-        raise InputError(
-            f"data: {place} names the image {said}, which is no file below {folder}; give the path "
-            "of a file relative to that folder, and no address"
-        )
+        raise ValueError(f"it names the image {said}, which is no file below {folder}")
     return Item(f"{place}, image {said},", path)
 
 
 def _chat(
-    messages: object, place: str, folder: Path, images: list[Item]
+    messages: Any, place: str, folder: Path, images: list[Item]
 ) -> tuple[list[dict[str, Any]], list[Item]]:
     """Return a chat without its images, and the images in the order of the chat."""
-
-    def refused(what: str) -> InputError:
-        return InputError(
-            f"data: {place}: {what}; write messages as transformers has them, "
-            '[{"role": "user", "content": [{"type": "image", "image": "a.png"}, '
-            '{"type": "text", "text": "..."}]}, ...]'
-        )
-
-    if not isinstance(messages, list) or not messages:
-        raise refused("messages must be a list of at least one message")
     left, used, chat = list(images), [], []
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise refused("a message must be an object with a role, a string, and a content")
-        content, parts = message.get("content"), []
+        content, parts = message["content"], []
         if isinstance(content, str):
             chat.append({"role": message["role"], "content": checked(content, place)})
             continue
-        for part in content if isinstance(content, list) else [None]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text" and isinstance(part.get("text"), str):
+        for part in content:
+            if part["type"] == "text":
                 parts.append({"type": "text", "text": checked(part["text"], place)})
-            elif kind == "image":
+            elif part["type"] == "image":
                 named = next((part[n] for n in ("image", "path", "url") if n in part), None)
                 if named is None and not left:
-                    raise refused("its chat has an image without a path, and the line names none")
+                    raise ValueError("its chat has an image without a path, and it names none")
                 used.append(left.pop(0) if named is None else _image(named, place, folder))
                 parts.append({"type": "image"})
             else:
-                raise refused("a content must be text, or a list of parts of type text or image")
+                raise ValueError("a content must be text, or a list of parts of type text or image")
         chat.append({"role": message["role"], "content": parts})
-    if left:
-        raise refused(f"{len(left)} of its images are in no message")
+    if left or not chat:
+        raise ValueError(f"{len(left)} of its images are in none of {len(chat)} messages")
     return chat, used
 
 
 class ImageTextReader(Reader):
-    """Makes the inputs of a model that reads images with text, by its ``processor``.
-
-    A chat goes through the template of the processor. A text begins with a placeholder for each
-    image, unless it has those that it needs.
-    """
+    """Makes the inputs of a model that reads images with text, by its ``processor``."""
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.kind, self.name, self.writes = IMAGES_WITH_TEXT, "", False

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS
+from liar_ext.calibration.batches import FOLDS, Sequences, in_turns
 from liar_ext.calibration.documents import Documents, read_text, rows_of_dataset
-from liar_ext.calibration.folds import Part, Sequences, in_turns, padded, split_files
+from liar_ext.calibration.texts import padded
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, evaluating, inputs_read
 from liar_ext.system.environment import errors_alone
 from liar_ext.system.errors import InputError, install, refusing
@@ -30,14 +30,14 @@ SUFFIXES = {
 }
 COLUMNS = {AUDIO: "audio", IMAGES: "image"}
 TEXTS = ("text", "transcription", "transcript", "sentence", "caption")  # columns of a dataset
-# Of one source, files that are read; each of them is hashed.
-MOST_FILES = 4096
+MOST_FILES = 4096  # of one source; each of them is hashed
 
 WAVES = "input_values"  # samples as they are
 INPUTS = {"input_features": AUDIO, WAVES: AUDIO, "pixel_values": IMAGES}
 PIECE = 5  # seconds of sound that a model of waves reads at a time
 WRITTEN = 8  # recordings that a model writes down at a time
 Clip = tuple[Any, str]  # samples or a picture, and what is said in it
+Part = list[tuple[Any, int]]  # files, and the source of each
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,10 @@ class Item:
         """Return the bytes of the file; raise InputError if they can't be read."""
         if isinstance(self.content, bytes):
             return self.content
-        try:
-            # A pipe waits for a writer, and a device never ends.
-            if self.content.exists() and not self.content.is_file():
-                raise InputError(f"data: {self.place} is no ordinary file; take it out")
+        with refusing(f"data: can't read {self.place}", "take it out", OSError):
+            if not self.content.is_file():  # a pipe waits for a writer, and a device never ends
+                raise OSError("it is no ordinary file")
             return self.content.read_bytes()
-        except OSError as error:
-            raise InputError(f"data: can't read {self.place}: {error.strerror}") from error
 
     def digest(self) -> str:
         """Return a digest so long that, unlike a heading, it tells documents apart."""
@@ -66,10 +63,7 @@ class Item:
 
 
 class Files(Documents):
-    """Recordings or pictures of one source; as documents they are digests of their bytes.
-
-    So :func:`liar_ext.calibration.documents.check_apart` and its like serve for files.
-    """
+    """Recordings or pictures of one source; as documents they are digests of their bytes."""
 
     def __init__(self, items: Sequence[Item], notes: Sequence[str] = ()) -> None:
         super().__init__((item.digest() for item in items), notes)
@@ -81,9 +75,7 @@ def read_files(source: str | os.PathLike[str], kind: str) -> Files:
     """Return the recordings or pictures, ``kind``, of a file, a folder or a dataset.
 
     What is said in ``NAME.wav`` of a folder stands in ``NAME.txt`` beside it, if anywhere. A
-    dataset, ``NAME[:CONFIG[:SPLIT]]``, has a column ``audio`` or ``image``, and maybe one of
-    :data:`TEXTS`. Of more than :data:`MOST_FILES` evenly spread ones are read, or the first ones
-    of a dataset. If there is none, InputError is raised.
+    dataset has a column ``audio`` or ``image``, and maybe one of :data:`TEXTS`.
     """
     source, suffixes = os.fspath(source), SUFFIXES[kind]
     path, notes = Path(source), []
@@ -113,9 +105,9 @@ def spread(items: Sequence[Any], most: int | None) -> list[Any]:
 
 
 def _item(path: Path) -> Item:
-    text = path.with_suffix(".txt")
-    said = " ".join(read_text(text).split()) if text.is_file() else ""
-    return Item(os.fspath(path), path, said)
+    beside = path.with_suffix(".txt")
+    text = read_text(beside) if beside.is_file() else ""
+    return Item(os.fspath(path), path, " ".join(text.split()))
 
 
 def _of_dataset(source: str, kind: str) -> tuple[list[Item], list[str]]:
@@ -152,13 +144,9 @@ def _undecoded(rows: Any) -> Any:
 def decode_image(item: Item) -> Any:
     """Return a picture in RGB, turned as its EXIF orientation says."""
     with _decoding(item, "an image", "images are read by the package pillow", "vision"):
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
 
-        try:
-            opened = Image.open(io.BytesIO(item.read()))
-        except UnidentifiedImageError:  # which names the bytes by their place in memory
-            raise ValueError("it is of no format that pillow knows") from None
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(item.read()))).convert("RGB")
 
 
 def decode_audio(item: Item, rate: int) -> Any:
@@ -169,10 +157,8 @@ def decode_audio(item: Item, rate: int) -> Any:
         import soxr
 
         samples, own = soundfile.read(io.BytesIO(item.read()), dtype="float32", always_2d=True)
-        if not len(samples):
-            raise ValueError("it has no samples")
-        if not np.isfinite(samples).all():
-            raise ValueError("it has samples that are NaN or infinite")
+        if not len(samples) or not np.isfinite(samples).all():
+            raise ValueError("it has no samples, or some that are NaN or infinite")
         mono = samples.mean(1)
         return mono if own == rate else soxr.resample(mono, own, rate)
 
@@ -191,9 +177,7 @@ def _decoding(item: Item, what: str, packages: str, extra: str) -> Iterator[None
 class Reader:
     """Makes the inputs of a model from files of a ``kind``, by its ``processor``.
 
-    Of a model that writes what it hears the decoder reads what is said in a recording. Where that
-    is unknown the model itself writes it down. A model of waves, which may know no padding, reads
-    pieces of equal length.
+    If the model writes what it hears, its decoder reads what is said, or what it writes itself.
     """
 
     def __init__(self, kind: str, model: nn.Module, processor: Any, tokenizer: Any = None) -> None:
@@ -201,11 +185,10 @@ class Reader:
         needed = inputs_read(model)
         self.name = next((name for name in needed if INPUTS.get(name) == kind), "")
         self.writes = DECODER_IDS in needed
-        beside = needed.keys() - {self.name, DECODER_IDS}
-        if beside:
+        if beside := needed.keys() - {self.name, DECODER_IDS}:
             raise InputError(
-                f"data: {type(model).__name__} reads {' and '.join(sorted(beside))} beside {kind}, "
-                "which files do not hold; call liar_ext.prune with batches of your own"
+                f"data: {type(model).__name__} reads {' and '.join(sorted(beside))} beside {kind}; "
+                "call liar_ext.prune with batches of your own"
             )
         if self.writes and tokenizer is None:
             raise InputError(
@@ -216,10 +199,9 @@ class Reader:
     def clips(self, items: Sequence[Item]) -> Iterator[Clip]:
         """Yield pictures, or pieces of recordings that are no longer than the model hears.
 
-        Of a recording in several pieces nobody knows what is said where. For a model of waves all
-        recordings are one, without the rest; it is repeated where it is shorter than one piece.
+        Of a recording in several pieces nobody knows what is said where.
         """
-        if self.name == WAVES:
+        if self.name == WAVES:  # which may know no padding: all are one, repeated if it is short
             rate = self.processor.sampling_rate
             sound, size = np.concatenate([decode_audio(each, rate) for each in items]), PIECE * rate
             sound = np.resize(sound, max(size, len(sound)))
@@ -236,10 +218,7 @@ class Reader:
                 yield samples[at : at + most], text
 
     def joined(self, clips: Sequence[Clip]) -> list[Clip]:
-        """Return recordings put together as long as the model hears them; all else as it is.
-
-        Short ones would be silence for the most part, which a model that pads them reads, too.
-        """
+        """Return recordings put together as long as the model hears them, with no silence."""
         most = getattr(self.processor, "n_samples", None)
         if most is None:
             return list(clips)
@@ -261,10 +240,10 @@ class Reader:
         if not self.writes:
             return Sequences(inputs, *facts)
         said = list(said)
-        unknown = torch.tensor([row for row, text in enumerate(said) if not text]).long()
-        for some in unknown.split(WRITTEN) if len(unknown) else ():
+        unknown = [row for row, text in enumerate(said) if not text]
+        for some in (unknown[at : at + WRITTEN] for at in range(0, len(unknown), WRITTEN)):
             heard = self.write_down(inputs[self.name][some])
-            for row, text in zip(some.tolist(), heard, strict=True):
+            for row, text in zip(some, heard, strict=True):
                 said[row] = text
         return Sequences(inputs | self._decoder_inputs(said, self._spoken(inputs)), *facts)
 
@@ -273,9 +252,8 @@ class Reader:
         given = {"return_tensors": "pt"}
         if self.kind == AUDIO:
             given["sampling_rate"] = self.processor.sampling_rate
-        failure = f"{type(self.processor).__name__} can't make one batch of these {self.kind}"
-        # Sizes that don't go together, and whatever a processor raises.
-        with refusing(f"data: {failure}", "give the processor one size for all of them", Exception):
+        failure = f"data: {type(self.processor).__name__} can't make one batch of {self.kind}"
+        with refusing(failure, "give the processor one size for all of them", Exception):
             found = self.processor(list(content), **given)[self.name]
         return {self.name: found.to(self.model.dtype)}
 
@@ -288,10 +266,7 @@ class Reader:
 
     @torch.no_grad()
     def _spoken(self, inputs: Mapping[str, Tensor]) -> list[list[int]]:
-        """Return the tokens of language and task that a multilingual Whisper writes first.
-
-        They are empty where the model has none, or its tokenizer writes them.
-        """
+        """Return the tokens of language and task that a multilingual Whisper writes first."""
         features = inputs[self.name]
         how = getattr(self.model, "generation_config", None)
         known = getattr(how, "lang_to_id", None)
@@ -311,10 +286,7 @@ class Reader:
     def _decoder_inputs(
         self, said: Sequence[str], spoken: Sequence[Sequence[int]]
     ) -> dict[str, Tensor]:
-        """Return what the decoder reads, all but the last token, and its mask.
-
-        The tokens ``spoken`` come after the first of each row.
-        """
+        """Return what the decoder reads, with ``spoken`` after the first token, and its mask."""
         most = getattr(self.model.config, "max_target_positions", None)
         how = {"truncation": most is not None, "max_length": most, "verbose": False}
         rows = self.tokenizer(list(said), **how)["input_ids"]
@@ -345,10 +317,8 @@ def calibration_inputs(
 ) -> Sequences:
     """Draw files of several sources, in two folds; each source contributes evenly.
 
-    ``samples`` files, or all, are for calibration; ``certify`` and ``judge`` come beside them, as
-    for :class:`liar_ext.calibration.texts.Text`. Recordings of one fold and source are put
-    together, see :meth:`Reader.joined`. If there are too few files, InputError is raised. Of few
-    files two are certified with before the rest is shared, and two judged by if ``must_judge``.
+    ``samples`` files, or all, are for calibration; ``certify`` and ``judge`` come beside them. Of
+    few files two are certified with before the rest is shared, and two judged by if ``must_judge``.
     """
     shares = [samples // FOLDS, samples - samples // FOLDS, certify, judge]
     least = [1, 1, FOLDS * bool(certify), FOLDS * bool(judge)]
@@ -385,6 +355,43 @@ def _read(reader: Reader, parts: Sequence[Part], *more: Any, join: bool = True) 
             sources += [source] * len(found)
     fold = torch.tensor(folds) if len(parts) > 1 else in_turns(len(clips))
     return reader.sequences(clips, fold, torch.tensor(sources), *more)
+
+
+def split_files(
+    sources: Sequence[Any], shares: Sequence[int], first: Sequence[int], seed: int, *, pooled: bool
+) -> list[Part]:
+    """Split files, each with its source, into two folds and parts kept apart.
+
+    Each source contributes evenly, unless they are ``pooled``. Parts kept apart get ``first`` files
+    before the rest is shared.
+    """
+    parts: list[Part] = [[] for _ in shares]
+    generator = torch.Generator().manual_seed(seed)
+    pools = [
+        [(digest, (item, place)) for digest, item in zip(files, files.items, strict=True)]
+        for place, files in enumerate(sources)
+    ]
+    for pool in [[each for some in pools for each in some]] if pooled else pools:
+        alike: dict[str, Part] = {}  # copies of a file go to one part
+        for digest, item in pool:
+            alike.setdefault(digest, []).append(item)
+        groups, count = list(alike.values()), 1 if pooled else len(pools)
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        wanted = [-(-share // count) for share in shares]
+        if sum(wanted) > len(pool):  # as many of each part as there are
+            wanted = [share * len(pool) // sum(wanted) for share in wanted]
+        if any(first):
+            few = [-(-each // count) for each in first]
+            apart = [max(pair) for pair in zip(few, wanted[FOLDS:], strict=True)]
+            most = max(len(pool) - sum(apart), 0) // FOLDS
+            wanted = [*(min(share, most) for share in wanted[:FOLDS]), *apart]
+        pairs = [*zip(parts, wanted, strict=True)]
+        for part, share in reversed(pairs) if any(first) else pairs:
+            taken: Part = []
+            while order and len(taken) < share:
+                taken += groups[order.pop(0)]
+            part += taken[:share]
+    return parts
 
 
 def evaluation_inputs(files: Files, reader: Reader, samples: int | None = None) -> Sequences:

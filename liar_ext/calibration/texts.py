@@ -10,31 +10,28 @@ from itertools import accumulate, cycle, islice, zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.documents import Pair
-from liar_ext.calibration.folds import (
+from liar_ext.calibration.batches import FOLDS, Sequences, in_turns
+from liar_ext.calibration.documents import (
     CHARACTERS,
-    NO_TEXT,
-    Sequences,
+    Pair,
     cut_pieces,
-    in_turns,
-    padded,
-    random_sequences,
+    digests_for,
     split_documents,
-    tokenised,
 )
+from liar_ext.calibration.generated import NO_TEXT, document_prefix, random_sequences
 from liar_ext.models.plan import check_fraction
 from liar_ext.models.running import positions_of, predicts_next_token
 from liar_ext.system.errors import InputError
 
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
 ENOUGH, TIMES = 1 << 22, 16
-LONE = ("blocks", "halves")  # how a lone document is cut
 # Of what encoders read, every so many tokens are in documents joined to whole sequences, and as
 # many in pieces of SHORT tokens. docs/quality.md shows what an encoder loses that saw one length.
 OTHER_LENGTHS, SHORT = 16, 16
+TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -85,20 +82,13 @@ class Text:
 
     def __post_init__(self) -> None:
         check_fraction("calibration", "random_tokens", self.random_tokens)
-        samples, seq_len, seed, lone = self.samples, self.seq_len, self.seed, self.lone
-        large, cut = samples >= FOLDS and seq_len >= 2, ("blocks",) if self.apart else LONE
-        rules = {
-            f"samples and seq_len must be at least 2, got {samples} and {seq_len}": large,
-            f"seed must be at least 0 and less than 2^63, got {seed}": 0 <= seed < 1 << 63,
-            f'lone must be "blocks", or "halves" without certify and judge, got {lone!r}': (
-                lone in cut
-            ),
-        }
-        for name, n in self.apart.items():
-            rules[f"{name} must be 0, or at least {FOLDS}, got {n}"] = n >= FOLDS
-        for rule, holds in rules.items():
-            if not holds:
-                raise InputError(f"calibration: {rule}")
+        numbers = {"samples": self.samples, "seq_len": self.seq_len, **self.apart}
+        if min(numbers.values()) < FOLDS:
+            said = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            raise InputError(
+                f"calibration: samples and seq_len must be at least {FOLDS}, and so must certify "
+                f"and judge unless they are 0, got {said}"
+            )
 
     @property
     def apart(self) -> dict[str, int]:
@@ -140,14 +130,22 @@ def calibration_sequences(
             f"calibration: needs the tokenizer of the model, got {tokenizer!r}; load_model of "
             "liar_ext.checkpoint gives it beside the model"
         )
-    text = _cut_as_in_use(replace(text or Text(), **choices), tokenizer)
+    text = replace(text or Text(), **choices)
+    if not text.packed:  # as long as an encoder reads them, and of as many tokens
+        longest = longest_read(tokenizer, text.seq_len)
+        counts = {"samples": text.samples, **text.apart}
+        more = {name: n * text.seq_len // longest for name, n in counts.items()}
+        text = replace(text, seq_len=longest, **more)
     shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
     prefix = document_prefix(tokenizer) if text.packed else []
-    split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
+    notes = [note for source in sources for note in getattr(source, "notes", ())]
     home: dict[int, int] = {}  # the part of each text, by its digest
-    for documents in sources:
-        parts, note = _split(documents, shares, text, home)
-        split.append(parts)
+    # Last those of so few documents that they are cut: none may be in another text, too.
+    digests = [digests_for(documents, len(shares)) for documents in sources]
+    few = [len(set(each)) < len(shares) for each in digests]
+    split: list[list[list[str]]] = [[]] * len(sources)
+    for index in sorted(range(len(sources)), key=few.__getitem__):
+        split[index], note = _split(sources[index], digests[index], shares, text, home)
         notes += [note] * (note != "")
     generator, drawn = torch.Generator().manual_seed(text.seed), []
     for part, share in enumerate(shares):
@@ -188,13 +186,8 @@ def evaluation_sequences(
     Raises
     ------
     InputError
-        If a number is out of range, or the text does not fill one window.
+        If the text does not fill one window.
     """
-    if seq_len < 2 or (samples is not None and samples < 1):
-        raise InputError(
-            "evaluation: seq_len must be at least 2 and samples at least 1, got "
-            f"{seq_len} and {samples}"
-        )
     notes = tuple(getattr(documents, "notes", ()))
     if packed:
         if samples is not None:  # of very much text every n-th document is enough
@@ -228,16 +221,6 @@ def unpacked(documents: Sequence[str], seq_len: int, samples: int | None) -> Seq
     return documents[:: len(documents) // samples or 1][:samples]
 
 
-def document_prefix(tokenizer) -> list[int]:
-    """Return the special tokens with which the tokenizer begins a document, such as BOS."""
-    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    whole = tokenizer("a", verbose=False)["input_ids"]
-    for at in range(len(whole) - len(plain) + 1):
-        if whole[at : at + len(plain)] == plain:
-            return whole[:at]
-    return []
-
-
 def tokenizer_fingerprint(tokenizer) -> str:
     """Return a digest of a tokenizer: its vocabulary, how a document begins, how a text is cut."""
     text = (
@@ -260,14 +243,6 @@ def check_seq_len(model: nn.Module, tokenizer, seq_len: int) -> None:
         )
 
 
-def _cut_as_in_use(text: Text, tokenizer) -> Text:
-    """Return the same draw with sequences that an encoder reads whole, of as many tokens."""
-    longest = text.seq_len if text.packed else longest_read(tokenizer, text.seq_len)
-    counts = {name: getattr(text, name) for name in ("samples", "certify", "judge")}
-    more = {name: n * text.seq_len // longest for name, n in counts.items()}
-    return replace(text, seq_len=longest, **more)
-
-
 def longest_read(tokenizer, seq_len: int) -> int:
     """Return the tokens of the longest sequence that an encoder reads, at most ``seq_len``."""
     longest = getattr(tokenizer, "model_max_length", seq_len)
@@ -281,7 +256,11 @@ def longest_read(tokenizer, seq_len: int) -> int:
 
 
 def _split(
-    documents: Sequence[str], shares: Sequence[int], text: Text, home: dict[int, int]
+    documents: Sequence[str],
+    digests: Sequence[int],
+    shares: Sequence[int],
+    text: Text,
+    home: dict[int, int],
 ) -> tuple[list[list[str]], str]:
     if text.lone == "halves" and len(documents) == 1:
         whole = documents[0]
@@ -291,7 +270,9 @@ def _split(
         note = "A calibration text of one document was cut into two halves, one for each fold."
     else:
         most = max(ENOUGH, TIMES * max(shares) * text.seq_len * CHARACTERS)
-        parts, note = split_documents(documents, shares, text.seed, text.seq_len, most, home)
+        parts, note = split_documents(
+            documents, digests, shares, text.seed, text.seq_len, most, home
+        )
     if note and not text.packed:  # an encoder reads the beginning of a document alone
         size = text.seq_len * CHARACTERS
         parts = [[piece for block in part for piece in cut_pieces(block, size)] for part in parts]
@@ -306,11 +287,7 @@ def _queue(
     prefix: list[int],
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """Return token rows of one source for one part, at random: enough for all of the part.
-
-    Not packed, some are of joined documents or of short pieces, where the documents' mean length
-    is another.
-    """
+    """Return token rows of one source for one part, at random: enough for all of the part."""
     if text.packed:
         windows = _packed_windows(pieces, tokenizer, text.seq_len, prefix)
         order = torch.randperm(len(windows), generator=generator).tolist()
@@ -354,11 +331,6 @@ def _packed_windows(
     joined = "\n\n".join(documents)
     tokens = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     step = seq_len - len(prefix)
-    if step < 1:
-        raise InputError(
-            f"text: seq_len must be more than the {len(prefix)} special tokens that a document "
-            f"begins with, got {seq_len}"
-        )
     return [prefix + tokens[at : at + step] for at in range(0, len(tokens) - step + 1, step)]
 
 
@@ -391,3 +363,37 @@ def _check_filled(drawn: Sequence[Sequence], sources: Sequence[Sequence[str]], t
         f"do not fill one sequence of {text.seq_len} tokens in each of {parts}{alone}; give more "
         "text or a smaller seq_len"
     )
+
+
+class OfPair(list):
+    """The token ids of a pair of texts, with their ``types``: 0 of the first, 1 of the second."""
+
+    types: Sequence[int] = ()  # where the model reads none
+
+
+def tokenised(tokenizer: Any, documents: Sequence[str], seq_len: int) -> list[list[int]]:
+    """Return the token ids of documents as an encoder reads them, cut after ``seq_len`` tokens."""
+    how = {"truncation": True, "max_length": seq_len}
+    if not any(isinstance(each, Pair) for each in documents):
+        return tokenizer(list(documents), **how)["input_ids"]
+    rows = []
+    for document in documents:
+        found = tokenizer(*getattr(document, "texts", (document,)), **how)
+        rows.append(OfPair(found["input_ids"]))
+        rows[-1].types = found.get(TYPES, ())
+    return rows
+
+
+def padded(rows: Iterable[Sequence[int]], pad: int | None) -> dict[str, Tensor]:
+    """Return token ids padded to the longest row, their mask, and their types if some differ."""
+    rows = list(rows)
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad or 0)
+    mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    types = [getattr(row, "types", ()) for row in rows]
+    if any(map(any, types)):
+        inputs[TYPES] = torch.zeros_like(ids)
+        for into, some in zip(inputs[TYPES], types, strict=True):
+            into[: len(some)] = torch.tensor(some, dtype=torch.long)
+    return inputs

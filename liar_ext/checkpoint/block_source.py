@@ -20,24 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.bank_source import fingerprint_of
 from liar_ext.calibration.collect import check_finite_tensors
-from liar_ext.checkpoint.inspection import inspect_folder, read_config
+from liar_ext.calibration.saved_sums import fingerprint_of
+from liar_ext.checkpoint.inspection import (
+    inspect_folder,
+    reach_hub,
+    read_config,
+    reading,
+    stock_class,
+)
 from liar_ext.checkpoint.loading import (
+    bare_class,
     dtype_of,
     load_pruned,
-    load_tokenizer,
     placement,
-    reach_hub,
     read_dense,
 )
 from liar_ext.checkpoint.placing import beside, clean_leftovers
-from liar_ext.checkpoint.reading import bare_class, reading, stock_class
-from liar_ext.models.configs import skeleton
-from liar_ext.models.registry import family_of
+from liar_ext.checkpoint.readers import load_tokenizer
+from liar_ext.models.registry import family_of, skeleton
 from liar_ext.models.running import blocks_of, body_of
-from liar_ext.system.atomic_write import WORDS
 from liar_ext.system.errors import InputError, refusing
+from liar_ext.system.files import WORDS
 from liar_ext.system.progress import quiet
 
 DTYPES = {word: dtype for dtype, word in WORDS.items()}

@@ -18,14 +18,19 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.checkpoint.folder import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
+from liar_ext.checkpoint.folder import (
+    CARD_FILE,
+    MODULES_FILE,
+    OWN_FOLDER,
+    TOKENIZER_FILES,
+    VOCABULARY_FILE,
+)
 from liar_ext.checkpoint.inspection import fields_of, lies_inside
 from liar_ext.models.sites import sites
 from liar_ext.system.errors import InputError, one_line, refusing
+from liar_ext.system.files import UNREADABLE, listing, mapping, read_object, read_value
 from liar_ext.system.progress import quiet
-from liar_ext.system.untrusted import UNREADABLE, listing, mapping, read_object, read_value
 
-MODULES_FILE = "modules.json"
 DIMENSIONS = ("word_embedding_dimension", "embedding_dimension")  # of pooling, old and new
 MOST = 64 << 20  # bytes of one file; vocabularies have some millions
 MOST_CARD = 64 << 10  # characters of a model card, whose first lines name the licence
@@ -56,11 +61,7 @@ DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.md", "*/config.json")
 
 
 def source_folder(name: str) -> Path | None:
-    """Return the folder that a model was loaded from: itself, or what the hub's cache has of it.
-
-    Only a model folder is one. What was built from a config has no name, and a GGUF file goes by
-    the folder that it lies in, where anything may lie beside it.
-    """
+    """Return the model folder that a model was loaded from, or what the hub's cache has of it."""
     if os.path.isdir(name):  # unlike Path's, False for no name, and for one that no file can have
         return Path(name) if (Path(name) / "config.json").is_file() else None
     if name.count("/") != 1 or Path(name).suffix == ".gguf":
@@ -77,9 +78,8 @@ def source_folder(name: str) -> Path | None:
 def carry(source: Path, folder: Path, model: nn.Module, *, tokenizer: bool) -> list[str]:
     """Copy what goes along from one folder to another, where it isn't there already.
 
-    ``tokenizer`` says that it was saved already, so that its files stay behind, as do those that
-    list tokens which the model lacks. Returned is a sentence for each file that stays behind
-    although its kind goes along.
+    Files of a ``tokenizer`` that was saved already stay behind, as do those that list tokens which
+    the model lacks. Returned is a sentence for each other file that stays behind.
     """
     said = []
     for path, name in _files(source, said):
@@ -170,10 +170,8 @@ def _fit_modules(folder: Path, hidden: int) -> list[str]:
     """Write a smaller hidden size into the pooling modules; tell of layers that read theirs."""
     said, configs, narrowed = [], {}, False
     for path in sorted(folder.glob("*/config.json")):
-        try:
+        with suppress(*UNREADABLE):
             configs[path] = mapping(read_value(path)[0])
-        except UNREADABLE:
-            said.append(f"{path.parent.name}/{path.name} can't be read and was copied as it is.")
     for path, fields in configs.items():
         wrong = {name: hidden for name in DIMENSIONS if fields.get(name, hidden) != hidden}
         if wrong:

@@ -19,11 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from liar_ext.models import liar_loader
-from liar_ext.models.outputs import output_of
-from liar_ext.models.running import draw_inputs, evaluating, inputs_read, positions_of
-from liar_ext.system.atomic_write import atomic_write
+from liar_ext.models.running import draw_inputs, evaluating, inputs_read, output_of, positions_of
 from liar_ext.system.errors import InputError, refusing
-from liar_ext.system.untrusted import UNREADABLE, read_value
+from liar_ext.system.files import UNREADABLE, atomic_write, read_value
 
 # Below a folder of its own: what globs *.safetensors at a folder's top takes all of it for weights,
 # and what copies a model elsewhere leaves it behind.
@@ -36,6 +34,7 @@ REPORT_MARKDOWN = f"{OWN_FOLDER}/report.md"
 VOCABULARY_FILE = f"{OWN_FOLDER}/vocabulary.json"
 RECIPE_YAML = f"{OWN_FOLDER}/recipe.yaml"
 CARD_FILE = "README.md"
+MODULES_FILE = "modules.json"  # of sentence-transformers
 # What was exported from the folder, and where it lies.
 EXPORTS_FILE = f"{OWN_FOLDER}/exports.json"
 # In a folder that is being written, or removed: nobody else's folder has it.

@@ -1,8 +1,8 @@
 """Look a model folder over before anything is built from it.
 
-A folder comes from anywhere. Its JSON is read with bounds, of its weights the headers only. Sizes
-that its config claims are compared with those of the weights, before memory is taken for them. Its
-code is run only if it is, byte for byte, that of ``save_pruned``, and by ``verify`` alone.
+A folder comes from anywhere. Its JSON is read with bounds, and sizes that its config claims are
+compared with the headers of the weights, before memory is taken for them. Its code is run only if
+it is, byte for byte, that of ``save_pruned``, and by ``verify`` alone.
 """
 
 from __future__ import annotations
@@ -10,16 +10,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from liar_ext.checkpoint.folder import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
+from liar_ext.checkpoint.folder import (
+    LOADER_CODE,
+    LOADER_FILE,
+    LOADER_MODULE,
+    MARK_VERSION,
+    OLD_MARK_VERSION,
+)
 from liar_ext.checkpoint.stock_config import auto_names, model_class
-from liar_ext.system.errors import InputError, refusing
-from liar_ext.system.untrusted import read_object
+from liar_ext.system.errors import InputError, asking_hub, one_line, refusing
+from liar_ext.system.files import mapping, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DIFFUSION = "diffusion_pytorch_"  # what diffusers begins both names with
@@ -52,10 +60,10 @@ class Folder:
 
 
 def inspect_folder(path: Path, operation: str) -> Folder:
-    """Read the config and the headers of the weights of a folder.
+    """Read the config and the headers of the weights of a folder; refuse what nobody should load.
 
-    Refused are files that are missing, damaged, no safetensors or outside the folder, texts that
-    are links out of it, and a config that can't be that of the weights.
+    That is files that are missing, damaged, no safetensors or outside of the folder, texts that are
+    links out of it, and a config that can't be that of the weights.
     """
     config = read_config(path, operation)
     _check_texts(path, operation)
@@ -72,20 +80,16 @@ def inspect_folder(path: Path, operation: str) -> Folder:
         with refusing(f"{operation}: {file} is damaged", "copy the folder again", *kinds):
             with safe_open(file, framework="pt") as it:
                 tensors |= {name: tuple(it.get_slice(name).get_shape()) for name in it.keys()}  # noqa: SIM118
-    if not tensors:
-        raise InputError(f"{operation}: {path} has no tensor in its weights; copy it again")
     _check_config(config, len(tensors), f"{operation}: config.json of {path}")
     return Folder(path, config, tensors)
 
 
 def read_config(path: Path, operation: str) -> dict[str, Any]:
     """Return the fields of a folder's config; InputError if there is none that can be read."""
-    with refusing(f"{operation}: {path} can't be read", "", OSError, ValueError):
-        there = (path / "config.json").exists()
-    if not there and (path / "model_index.json").exists():
-        refuse_diffusion(operation, f"{path} holds a pipeline of diffusers")
-    if not there:
-        what = "holds no readable config.json: no such file" if path.exists() else "doesn't exist"
+    if not os.path.exists(path / "config.json"):  # unlike Path's, False for what can't be read
+        if os.path.exists(path / "model_index.json"):
+            refuse_diffusion(operation, f"{path} holds a pipeline of diffusers")
+        what = "holds no readable config.json" if os.path.exists(path) else "doesn't exist"
         raise InputError(f"{operation}: {path} {what}; give a model folder")
     fields = read_json(path / "config.json", operation)
     if CLASS_NAME in fields and operation != "load_pruned":
@@ -103,12 +107,11 @@ def refuse_diffusion(operation: str, what: str) -> NoReturn:
 
 def read_json(path: Path, operation: str) -> dict[str, Any]:
     """Return the object in a JSON file; refuse any other file, or what is too large or deep."""
-    _check_file(path, operation)
     return read_object(path, operation)[0]
 
 
 def lies_inside(path: Path, folder: Path) -> bool:
-    """Tell whether a file lies in the folder, be it through links inside of the hub's cache."""
+    """Tell whether a file lies in the folder, also by links inside of the hub's cache."""
     target, home = (Path(os.path.realpath(each)) for each in (path, folder))
     caches = (up.parent for up in home.parents if up.name == "snapshots")
     return any(map(target.is_relative_to, (home, *(up / "blobs" for up in caches))))
@@ -160,12 +163,10 @@ def _weight_files(path: Path, operation: str) -> list[Path]:
 
 
 def _check_file(path: Path, operation: str) -> None:
-    if not os.path.exists(path):
-        raise InputError(f"{operation}: {path} is missing; copy the folder again")
     if not os.path.isfile(path):
-        raise InputError(f"{operation}: {path} must be an ordinary file; copy the folder again")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{operation}: no permission to read {path}; ask its owner, or chmod it")
+        raise InputError(
+            f"{operation}: {path} is missing, or no ordinary file; copy the folder again"
+        )
 
 
 def _check_config(config: Mapping[str, Any], tensors: int, where: str) -> None:
@@ -184,12 +185,12 @@ def _check_config(config: Mapping[str, Any], tensors: int, where: str) -> None:
             many = value if isinstance(value, list | tuple) and value else [value]
             if not all(_is_size(each, float if name == "mlp_ratio" else int) for each in many):
                 must = f"a size from 1 to {LARGEST:,}"
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            must = "a number of a model"
         if must:
             raise InputError(
                 f"{where}: {name} must be {must}, got {str(value)[:40]!r}; copy the folder again"
             )
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise InputError(f"{where}: {name} is no number of a model; copy the folder again")
 
 
 def _is_size(value: Any, kind: type = int) -> bool:
@@ -214,38 +215,145 @@ def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
     Those of other heads have no weights there, and aren't among them. Refused is a folder with any
     other code, or that names it, or that version 0.1.0 saved.
     """
-    if config["liar"]["version"] == OLD_MARK_VERSION:
+    mark, auto_map = config["liar"], config.get("auto_map", {})
+    if mark["version"] == OLD_MARK_VERSION:
         raise InputError(
             f"verify: {folder} was saved by version 0.1.0, which can only be loaded; load it with "
             "liar_ext.load_pruned and save it again with save_pruned"
         )
-    auto_map = config.get("auto_map", {})
-    unequal = config["liar"]["layers"] == "unequal"
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
-    others = [name for name in found if not (unequal and name == LOADER_FILE)]
-    if others:
-        raise _refusal(folder, others[0], "save_pruned doesn't write it")
-    if any(key == "auto_map" for part in config.values() for key, _ in fields_of(part)):
-        raise _refusal(folder, "a part of config.json with auto_map", "save_pruned writes none")
-    if not unequal:
-        if "auto_map" in config:
-            raise _refusal(folder, "auto_map", "equal layers need no code")
-        return []
-    for name, loader in auto_map.items() if isinstance(auto_map, Mapping) else [("", auto_map)]:
-        module, _, stock = str(loader).partition(".")
-        if name not in auto_names() or module != LOADER_MODULE or model_class(stock) is None:
-            raise _refusal(folder, f"auto_map with {name}: {str(loader)[:80]}", "it isn't ours")
     path, code = folder / LOADER_FILE, LOADER_CODE.encode()
     same = path.is_file() and path.stat().st_size == len(code) and path.read_bytes() == code
-    if auto_map and not same:
-        raise _refusal(folder, LOADER_FILE, "it isn't the file that save_pruned writes")
+    ours = same and mark["layers"] == "unequal"  # equal layers need no code
+    found = [each for each in sorted(folder.rglob("*.py")) if not (ours and each == path)]
+    wrong = [str(each.relative_to(folder)) for each in found]
+    if any(key == "auto_map" for part in config.values() for key, _ in fields_of(part)):
+        wrong.append("a part of config.json with auto_map")
+    for name, loader in auto_map.items() if isinstance(auto_map, Mapping) else [("", auto_map)]:
+        module, _, stock = str(loader).partition(".")
+        known = name in auto_names() and module == LOADER_MODULE
+        if not (ours and known and model_class(stock) is not None):
+            wrong.append(f"auto_map with {name}: {str(loader)[:80]}")
+    if wrong:
+        raise InputError(
+            f"verify: {folder} has {wrong[0]}, which save_pruned didn't write; no code of the "
+            "folder was run, nor should you trust it: load the weights with liar_ext.load_pruned, "
+            "or get the folder again"
+        )
     names = config.get("architectures")
     saved = f"{LOADER_MODULE}.{names[0] if isinstance(names, list) and names else ''}"
     return sorted(name for name, loader in auto_map.items() if loader == saved)
 
 
-def _refusal(folder: Path, what: str, why: str) -> InputError:
-    return InputError(
-        f"verify: {folder} has {what}, and {why}; no code of the folder was run, nor should you "
-        "trust it: load the weights with liar_ext.load_pruned, or get the folder again"
-    )
+def read_marked_config(folder: Path) -> dict[str, Any]:
+    """Return the fields of a pruned folder's config, with a mark that this version can read."""
+    fields = read_config(folder, "load_pruned")
+    if fields.get("liar") is None:
+        raise InputError(
+            f"load_pruned: {folder} holds a dense model; give a folder that liar prune wrote, load "
+            "it with transformers, or save what apply_plan sliced by save_pruned(model, folder, "
+            "plan)"
+        )
+    mark = mapping(fields["liar"])
+    version = mark.get("version")
+    if version not in (OLD_MARK_VERSION, MARK_VERSION) or isinstance(version, bool):
+        raise InputError(
+            f"load_pruned: {folder} has version {str(version)[:40]}, not {OLD_MARK_VERSION} or "
+            f"{MARK_VERSION}; read it with the liar_ext that wrote it"
+        )
+    wrong = "" if mark.get("layers") in ("equal", "unequal") else "layers must be equal or unequal"
+    for part in ("modules", "head", "head_inputs"):  # before a model is built by them
+        is_right = _is_head_input if part == "head_inputs" else _are_sizes
+        modules = mark.get(part, {})
+        if not isinstance(modules, Mapping) or not all(map(is_right, modules.values())):
+            wrong = f"{part} must map modules to sizes up to {LARGEST:,}"
+    if wrong:
+        raise InputError(f"load_pruned: config.json of {folder}: {wrong}; copy the folder again")
+    return fields
+
+
+def _are_sizes(said: Any) -> bool:
+    """Tell whether something maps names to numbers, or to shapes of a few, or of null."""
+
+    def is_size(value: Any) -> bool:
+        if isinstance(value, list):
+            numbers = [n for n in value if n is not None]
+            few = numbers and len(value) < 5
+            return bool(few) and all(isinstance(n, int) and is_size(n) for n in numbers)
+        return isinstance(value, int | float) and abs(value) <= LARGEST
+
+    return isinstance(said, Mapping) and all(map(is_size, said.values()))
+
+
+def _is_head_input(said: Any) -> bool:
+    """Tell whether something is ``[position, keyword, heads]``, or ``[..., output, table]``."""
+    types = (int, str, (list, type(None)), int, str)
+    if not isinstance(said, list) or len(said) not in (3, 5):
+        return False
+    if not all(isinstance(each, kind) for each, kind in zip(said, types, strict=False)):
+        return False
+    if said[2] is None:
+        return len(said) == 5
+    return all(isinstance(n, int) and 0 <= n <= LARGEST for n in said[2])
+
+
+def reach_hub(name: str | os.PathLike[str]) -> None:
+    """Raise InputError unless there is a local copy of a model, or the hub answers.
+
+    It is asked once: a download asks six times, which takes 23 seconds where there is no network.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    file = os.fspath(name), "config.json"
+    with asking_hub(f"load_model: there is no folder {name} here; the hub can't be reached"):
+        if not isinstance(try_to_load_from_cache(*file), str):
+            get_hf_file_metadata(hf_hub_url(*file))
+
+
+@contextmanager
+def reading(what: Any, operation: str) -> Iterator[None]:
+    """Turn whatever transformers raises at a damaged file into one line."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        hint = "give a folder, a hub id or a GGUF file that transformers can load"
+        if "trust_remote_code" in str(error):
+            hint = (
+                "it needs code of its own, which liar_ext doesn't run; take a model whose class is "
+                "in transformers"
+            )
+        raise InputError(
+            f"{operation}: can't load {what}: {type(error).__name__}: {one_line(error)}; {hint}"
+        ) from error
+
+
+def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
+    """Return the class of transformers that a config names, if it is one for that type of model."""
+    import transformers
+
+    if CLASS_NAME in fields:
+        name = str(fields[CLASS_NAME])[:80]
+        if (stock := model_class(name)) is None:
+            raise InputError(
+                f"{operation}: config.json names {name!r} of diffusers, which isn't installed, or "
+                "none of the families; pip install diffusers, or see docs/howto/diffusion.md"
+            )
+        return stock
+    names = fields.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    with reading(name, operation):
+        stock = model_class(name)
+    if stock is None:
+        raise InputError(
+            f"{operation}: transformers {transformers.__version__} has no model class "
+            f"{str(name)[:80]!r}, which config.json must name in architectures; update "
+            "transformers, or take a model that needs no code of its own"
+        )
+    expected = getattr(stock.config_class, "model_type", None)
+    if fields.get("model_type") != expected:
+        raise InputError(
+            f"{operation}: {name} is of type {expected!r}, config.json says "
+            f"{str(fields.get('model_type'))[:80]!r}; copy the folder again"
+        )
+    return stock

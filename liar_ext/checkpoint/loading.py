@@ -1,60 +1,54 @@
 """Load a pruned model, or any other.
 
 Transformers' own loaders read the weights. No code of a folder is run here, and what its files
-claim is looked over first: :mod:`liar_ext.checkpoint.inspection`. After :func:`register` they build
-the sizes in a config; without it a folder with layers of unequal sizes needs
-``trust_remote_code=True``.
+claim is looked over first: :mod:`liar_ext.checkpoint.inspection`.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
+import re
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from liar_ext.calibration.image_text import ImageTextReader, holds_images
-from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, INPUTS, Reader
 from liar_ext.checkpoint import folder as saved
-from liar_ext.checkpoint.carrying import source_folder
-from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
-from liar_ext.checkpoint.reading import (
-    PLAINLY,
-    SAFELY,
-    bare_class,
-    check_keys,
+from liar_ext.checkpoint.inspection import (
+    CLASS_NAME,
+    Folder,
+    inspect_folder,
+    reach_hub,
+    read_config,
+    read_json,
     read_marked_config,
-    read_weights,
     reading,
-    settled,
     stock_class,
 )
-from liar_ext.checkpoint.sentence import longest_text
-from liar_ext.checkpoint.stock_config import dense_config, wear
-from liar_ext.models.liar_loader import resize
+from liar_ext.checkpoint.readers import load_tokenizer, only_file
+from liar_ext.checkpoint.stock_config import dense_config, describe
+from liar_ext.models.liar_loader import pruned_class, resize
 from liar_ext.models.plan import Plan
-from liar_ext.models.running import DECODER_IDS, inputs_read, known_tokens, predicts_next_token
-from liar_ext.system.errors import InputError, asking_hub, one_line, refusing
+from liar_ext.models.registry import config_parts, counts_layers, skeleton
+from liar_ext.models.slicing import apply_plan
+from liar_ext.system.errors import InputError, one_line, refusing
 from liar_ext.system.progress import obedient_bar, quiet
+
+SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+# Transformers 5.25 takes kernels of the hub by default: code of others, and other bits.
+PLAINLY = {"use_kernels": False}
 
 # Arguments that would have transformers run code of the folder, or read other files of it.
 REFUSED_ARGUMENTS = (
     *("trust_remote_code", "use_safetensors", "custom_generate", "adapter_kwargs"),
     "ignore_mismatched_sizes",
 )
-# Transformers has no place to register sizes at, so post_init of the models that it has here, which
-# ends the building of each, looks for them first.
-MODELING = "transformers.modeling_utils"
 
 
 def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
@@ -210,23 +204,10 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     return settled(model)
 
 
-def reach_hub(name: str | os.PathLike[str]) -> None:
-    """Raise InputError unless there is a local copy of a model, or the hub answers.
-
-    It is asked once: a download asks six times, which takes 23 seconds where there is no network.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    file = os.fspath(name), "config.json"
-    with asking_hub(f"load_model: there is no folder {name} here; the hub can't be reached"):
-        if not isinstance(try_to_load_from_cache(*file), str):
-            get_hf_file_metadata(hf_hub_url(*file))
-
-
 def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    with obedient_bar(), quiet(), reading(path, "load_model"), _alone(path) as found:
+    with obedient_bar(), quiet(), reading(path, "load_model"), only_file(path) as found:
         model, info = AutoModelForCausalLM.from_pretrained(
             **found, **PLAINLY, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
@@ -238,147 +219,150 @@ def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
     return model
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[dict[str, Any]]:
-    """Give the arguments that read a GGUF file and nothing beside it: no code, no adapter."""
-    with TemporaryDirectory() as room:
-        Path(room, "model.gguf").symlink_to(path.resolve())
-        given = {"pretrained_model_name_or_path": room, "gguf_file": "model.gguf"}
-        yield given | {"trust_remote_code": False}
+def read_weights(
+    stock: Any,
+    found: Folder,
+    operation: str,
+    plan: Plan | None = None,
+    *,
+    strict: bool,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a folder by its stock class; refuse weights that lack, or add, any of the model's."""
+    is_packed = "quantization_config" in found.config
+    numel = None if is_packed else sum(map(prod, found.tensors.values()))
+    loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
+    with quiet(), reading(found.path, operation):
+        # Weights of other sizes are refused below, by name.
+        given = PLAINLY | kwargs | SAFELY | {"ignore_mismatched_sizes": True}
+        if CLASS_NAME in found.config:  # whose loader runs no code, and calls the type otherwise
+            del given["trust_remote_code"], given["use_kernels"]
+            if (dtype := given.pop("dtype", "auto")) == "auto":
+                with safe_open(min(found.path.glob("*.safetensors")), framework="pt") as file:
+                    dtype = file.get_tensor(next(iter(file.keys()))).dtype
+            given["torch_dtype"] = getattr(torch, str(dtype).removeprefix("torch."))
+        model, info = loader.from_pretrained(found.path, **given)
+    model.__class__ = stock  # only __init__ differed, and no module has that class
+    if not strict and "add_pooling_layer" in inspect.signature(stock.__init__).parameters:
+        # Many encoders' folders lack the pooler. A sentence encoder is read by its hidden states.
+        pooler = {name for name in info["missing_keys"] if name.startswith("pooler.")}
+        for name in pooler:
+            model.get_parameter(name).data.zero_()
+        info["missing_keys"] = set(info["missing_keys"]) - pooler
+    check_keys(info, found.path, operation, strict)
+    if hasattr(model.config, "liar"):
+        said = _sizes_said(model.config)
+        with reading(found.path, operation):
+            describe(model)
+        if said[0] and not _agree(said, _sizes_said(model.config)):
+            raise InputError(
+                f"{operation}: config.json of {found.path} contradicts itself: the sizes of its "
+                "modules aren't those of its layers and heads; copy the folder again"
+            )
+    return settled(model)
 
 
-def load_tokenizer(name: str | os.PathLike[str], model: nn.Module) -> Any | None:
-    """Return the tokenizer of a model, or None where there is none.
+def settled(model: nn.Module) -> nn.Module:
+    """Return a model that can run: the kernel for experts takes no float64."""
+    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
 
-    Its ``liar_longest`` is the ``max_seq_length`` of sentence-transformers, if there is one.
-    """
-    from transformers import AutoTokenizer
 
-    path = Path(name)
-    if path.suffix == ".gguf":
-        with reading(path, "load_model"), _alone(path) as found:
-            return AutoTokenizer.from_pretrained(**found)
-    if model.main_input_name != "input_ids":
-        return None  # a vision model, which has a processor
-    if path.is_dir():
-        there = [file for file in saved.TOKENIZER_FILES if (path / file).exists()]
-        if not there:
-            return None
-        for file in there:
-            if file.endswith("_config.json"):
-                read_json(path / file, "load_model")
-    with reading(f"the tokenizer of {name}", "load_model"):
-        given = {"config": model.config, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(name, **given)
-        special = set(tokenizer.all_special_tokens)  # which may have come later
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        special |= {token.content for token in added if token.special}
-        known = tokenizer.get_vocab().items()
-        largest = max((index for token, index in known if token not in special), default=-1)
-    rows = known_tokens(model, inputs_read(model)["input_ids"])
-    if largest >= rows:
-        raise InputError(
-            f"load_model: the tokenizer of {name} has tokens up to {largest}, the model knows "
-            f"{rows}; put the tokenizer of this model there"
+def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int | None, ...]], list[Any]]:
+    said = config.liar if isinstance(config.liar, Mapping) else {}
+    shapes = {
+        (path, name): tuple(size)
+        for part in ("modules", "head")
+        for path, sizes in said.get(part, {}).items()
+        for name, size in sizes.items()
+        if isinstance(size, list)
+    }
+    # Of a config that counts no layers, earlier folders have some.
+    parts = filter(counts_layers, config_parts(config))
+    spec = [part.__dict__.get("_heterogeneity_spec") for part in parts]
+    return shapes, [each and each.per_layer_overrides for each in spec]
+
+
+def _agree(one: tuple[dict, list], other: tuple[dict, list]) -> bool:
+    """Tell whether what two configs say agrees; null, for a whole dimension, does with any size."""
+    return (
+        one[1] == other[1]
+        and one[0].keys() == other[0].keys()
+        and all(
+            len(size) == len(other[0][key])
+            and all(n == m or None in (n, m) for n, m in zip(size, other[0][key], strict=True))
+            for key, size in one[0].items()
         )
-    folder = None if predicts_next_token(model) else source_folder(os.fspath(name))
-    if folder is not None and (longest := longest_text(folder)) is not None:
-        tokenizer.liar_longest = longest
-    return tokenizer
+    )
 
 
-def kind_of(name: str, sources: Iterable[str | None] = ()) -> str | None:
-    """Return what a model reads by its config: "audio", "images", or None for text.
+def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool) -> None:
+    """Refuse missing weights, and weights of layers that the model hasn't.
 
-    One that reads images and text is given "images with text" where any of the ``sources`` holds
-    images. What can't be told is text: the loader says what is wrong.
+    A dense folder may hold a head that the class doesn't read (``strict=False``).
     """
-    path = Path(name)
-    try:
-        if path.is_dir():
-            fields = read_config(path, "load_model")
-        elif path.exists() or path.is_absolute() or path.suffix == ".gguf":
-            return None
-        else:
-            from transformers import AutoConfig
+    wrong = [
+        f"has {name} with shape {tuple(theirs)}, its config or plan says {tuple(ours)}"
+        for name, theirs, ours in sorted(info["mismatched_keys"])
+    ]
+    wrong = wrong or [f"lacks {name}" for name in sorted(info["missing_keys"])]
+    wrong = wrong or [
+        f"has weights that its config, or plan, doesn't: {name}"
+        for name in sorted(info["unexpected_keys"])
+        if strict or re.search(r"\.\d+\..*(weight|bias)$", name)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(f"{operation}: {path} {wrong[0]}{more}; copy it again")
 
-            reach_hub(name)
-            fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-        alone = INPUTS.get(stock_class(fields, "load_model").main_input_name)
-        both = {"vision_config", "text_config"} <= fields.keys()
-        return IMAGES_WITH_TEXT if both and any(map(holds_images, filter(None, sources))) else alone
-    except Exception:  # transformers raises a dozen kinds
+
+def bare_class(found: Folder, stock: Any) -> Any | None:
+    """Return the class without a head, if the weights are those of it; None otherwise.
+
+    Of folders of sentence-transformers they are, whatever their config names. In any other folder
+    no weight of the head may be there, and none that the bare model lacks.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    bare = MODEL_MAPPING.get(stock.config_class, None)
+    if bare is stock or not isinstance(bare, type):
         return None
+    if (found.path / saved.MODULES_FILE).is_file():
+        return bare
+    with reading(found.path, "load_model"):
+        # Of the file, in which transformers writes an infinite number in a way of its own.
+        config = CONFIG_MAPPING[found.config["model_type"]].from_pretrained(found.path)
+        model, without = (skeleton(each, config) for each in (stock, bare))
+    prefix, tied = f"{stock.base_model_prefix}.", set(model.all_tied_weights_keys)
+    head = {name for name in model.state_dict() if not name.startswith(prefix)} - tied
+    there = {name.removeprefix(prefix) for name in found.tensors}
+    more = {name for name in there - set(without.state_dict()) if "position_ids" not in name}
+    return bare if head and head.isdisjoint(there) and not more else None
 
 
-def load_reader(kind: str, name: str, model: Any) -> Reader:
-    """Return what makes the inputs of a model from files, without running code of its folder."""
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
+def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:
+    """Return a class that builds the stock model, with the sizes of its config or of a plan.
 
-    path, given = Path(name), {"trust_remote_code": False}
-    wanted = (saved.PROCESSOR_FILES, saved.TOKENIZER_FILES)
-    there, texts = ([file for file in files if (path / file).exists()] for files in wanted)
-    if path.is_dir() and not there:
-        raise InputError(
-            f"load_model: {name} has no processor to read {kind} with; put its "
-            f"{saved.PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of "
-            "your own"
-        )
-    for file in there:
-        read_json(path / file, "load_model")
-    with reading(f"the processor of {name}", "load_model"):
-        if kind == AUDIO:
-            processor = AutoFeatureExtractor.from_pretrained(name, **given)
-        else:  # by pillow, whose numbers don't depend on what else is installed
-            processor = AutoImageProcessor.from_pretrained(name, backend="pil", **given)
-        if kind == IMAGES_WITH_TEXT:
-            both = AutoProcessor.from_pretrained(name, **given)
-            both.image_processor = processor
-            return ImageTextReader(model, both)
-    tokenizer = None
-    if DECODER_IDS in inputs_read(model) and (texts or not path.is_dir()):
-        with reading(f"the tokenizer of {name}", "load_model"):
-            tokenizer = AutoTokenizer.from_pretrained(name, **given)
-    return Reader(kind, model, processor, tokenizer)
+    It is built on the meta device, and takes no memory if it wants far more than the files hold. By
+    the name of the stock class transformers finds how to rename the weights of older checkpoints.
+    """
+    said = hasattr(stock, "register_to_config")  # of diffusers: its fields are arguments
+    base = pruned_class(stock) if said else stock
 
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+        resize(self)
+        if plan is not None:
+            apply_plan(self, plan)
+        tied = getattr(self, "all_tied_weights_keys", {})  # none of diffusers
+        claimed = sum(each.numel() for name, each in self.named_parameters() if name not in tied)
+        if numel is not None and claimed > 2 * numel:
+            raise InputError(
+                f"{what} has {numel:,} numbers in its weights, and its config claims {claimed:,}; "
+                "copy the folder again"
+            )
 
-def register() -> None:
-    """Let transformers build the sizes in a config, now or as soon as somebody imports it."""
-    if MODELING in sys.modules:
-        _extend(sys.modules[MODELING])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-class _Finder(MetaPathFinder):
-    """Extends the module after its import, which takes seconds and may never be wanted."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != MODELING:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                _extend(module)
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-
-def _extend(module: Any) -> None:
-    stock = module.PreTrainedModel.post_init
-    if hasattr(stock, "builds_pruned"):
-        return
-
-    @functools.wraps(stock)
-    def post_init(self: Any) -> None:
-        if resize(self):
-            wear(self)
-        stock(self)
-
-    post_init.builds_pruned = True
-    module.PreTrainedModel.post_init = post_init
+    if said:
+        build.__signature__ = inspect.signature(base.__init__)
+    return type(stock.__name__, (base,), {"__init__": build, "__module__": stock.__module__})

@@ -28,8 +28,8 @@ from uuid import uuid4
 from torch import nn
 
 from liar_ext.checkpoint.folder import MANIFEST_FILE, MARKER_FILE, strangers
-from liar_ext.system.atomic_write import made_folders
 from liar_ext.system.errors import InputError, one_line, refusing
+from liar_ext.system.files import made_folders
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.
 RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100

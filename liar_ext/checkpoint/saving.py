@@ -31,9 +31,8 @@ from liar_ext.checkpoint.folder import write_fingerprint, write_manifest
 from liar_ext.checkpoint.inspection import INDEX, WEIGHTS
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.stock_config import described, wear
-from liar_ext.models.configs import put_config, source_of
 from liar_ext.models.plan import Plan
-from liar_ext.models.registry import is_diffusion
+from liar_ext.models.registry import is_diffusion, put_config, source_of
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.system.errors import InputError, one_line, refusing
@@ -98,11 +97,7 @@ def save_pruned(
 
 @contextmanager
 def writing(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Give a hidden folder to write to, which takes the place of ``folder`` in the end, at once.
-
-    :func:`check_folder` has looked at the place: if something came there since, the hidden folder
-    gets a name of its own, so that no work is lost.
-    """
+    """Give a hidden folder to write to, which takes the place of ``folder`` in the end, at once."""
     folder = Path(folder).resolve()
     hint = "nothing was left behind, free space or choose another folder"
     with refusing(f"save_pruned: can't write {folder}", hint, OSError, SafetensorError):

@@ -15,13 +15,22 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.folder import LOADER_MODULE, MARK_VERSION
-from liar_ext.models.configs import Fields, config_parts, counts_layers, put_config, skeleton
+from liar_ext.models.layers import saved_tensors
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.plan import Plan
-from liar_ext.models.registry import FAMILIES, is_diffusion
+from liar_ext.models.registry import (
+    FAMILIES,
+    Fields,
+    config_parts,
+    counts_layers,
+    family_of,
+    is_diffusion,
+    put_config,
+    skeleton,
+)
 from liar_ext.models.residual_stream import stream_of
-from liar_ext.models.running import saved_tensors
-from liar_ext.models.sites import Site, block_config, family_of, get_consumer_bias, sites, why_whole
+from liar_ext.models.running import block_config
+from liar_ext.models.sites import Site, get_consumer_bias, sites, why_whole
 from liar_ext.system.errors import InputError, refusing
 from liar_ext.system.progress import quiet
 
@@ -78,13 +87,10 @@ def wear(model: nn.Module) -> None:
 
 
 def model_class(name: Any) -> type[nn.Module] | None:
-    """Return the model class of transformers, or of diffusers, that has a name, if there is one.
-
-    Diffusers is imported only for a class that the table of families has.
-    """
+    """Return the model class of transformers, or of diffusers for a known family, by its name."""
     import transformers
 
-    found = getattr(transformers, name, None) if str(name).isidentifier() else None
+    found = getattr(transformers, str(name), None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     if name not in FAMILIES:
@@ -106,10 +112,7 @@ def stock_of(model: nn.Module) -> type[nn.Module]:
 
 
 def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any:
-    """Return a config that says the sizes that a model has now; the model stays as it is.
-
-    A model that not even :mod:`liar_ext.models.liar_loader` builds from it is refused.
-    """
+    """Return a config that says the sizes of a model; refuse a model that no loader builds."""
     history = list(history_of(model.config)) + ([dict(pruning)] if pruning else [])
     config = dense_config(model.config)
     equal = equal_config(model, config)

@@ -6,34 +6,26 @@ import argparse
 from typing import Any
 
 from liar_ext.cli import options as kinds
-from liar_ext.cli.messages import TRACKERS, read_tracker
 from liar_ext.cli.options import COUNT, DIR, FILE, FLAG, NAME, YES_OR_NO, add, add_field, path
 from liar_ext.export import FORMATS
 from liar_ext.healing import TRAIN
-from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
+from liar_ext.models.recipe_fields import DTYPES, PRESETS, recipe_fields
 
 # Fields of the recipe that are options of heal, too: by default as in the recipe of the folder.
 HEAL_FIELDS = ("calibration", "self_text", "eval", "seq_len", "batch_size", "seed", "device")
 UNSET = {"default": argparse.SUPPRESS}
 BARS = "auto: a bar in a terminal, else a line every 30 s; plain: lines also in a terminal"
-PROGRESS = ("--progress", {"choices": ("auto", "plain", "none"), "default": "auto"}, BARS)
-JSON = ("--json", FLAG, "print JSON")
-JSON_ALONE = ("--json", FLAG, "print one JSON object and nothing else")
+JSON = ("--json", FLAG, "print one JSON object and nothing else")
+SHOWN = (
+    ("--progress", {"choices": ("auto", "plain", "none"), "default": "auto"}, BARS),
+    ("--quiet", FLAG, "no progress, no summary, no warnings"),
+    JSON,
+)
+SAVED = "save progress in DIR; resume with the same command or liar resume DIR"
+CHECKPOINT = ("--checkpoint", DIR, SAVED)
+OVERWRITE = ("--overwrite", FLAG, "replace what is there, if it is of the same kind")
 DTYPE = ("--dtype", {"choices": DTYPES, "default": "float32"}, "data type of the weights")
 DEVICE = ("--device", {**NAME, "default": "cpu"}, "cpu, cuda, cuda:1, ...; auto: all GPUs")
-
-
-def _checkpoint(what: str) -> tuple:
-    said = f"save {what} in DIR; resume with the same command or liar resume DIR"
-    return "--checkpoint", DIR, said
-
-
-def _shown(quiet: str = "no progress, no summary, no warnings") -> list[tuple]:
-    return [PROGRESS, ("--quiet", FLAG, quiet), JSON_ALONE]
-
-
-def _overwrite(what: str) -> tuple:
-    return "--overwrite", FLAG, f"replace {what}"
 
 
 def _prune(commands: Any) -> None:
@@ -59,10 +51,10 @@ def _prune(commands: Any) -> None:
     add(
         parser.add_argument_group("Output"),
         ("--out -o", DIR, "folder to write"),
-        _checkpoint("progress"),
-        _overwrite("DIR if it exists"),
-        *_shown(),
-        ("--log", {"type": read_tracker, "choices": TRACKERS}, log),
+        CHECKPOINT,
+        OVERWRITE,
+        *SHOWN,
+        ("--log", {"type": kinds.read_tracker, "choices": kinds.TRACKERS}, log),
     )
 
 
@@ -100,11 +92,11 @@ def _calibrate(commands: Any) -> None:
     no_text = "do not store token ids; steps that run the model over the text are then rejected"
     add(
         parser.add_argument_group("Output"),
-        _checkpoint("statistics and divergences"),
+        CHECKPOINT,
         ("--out -o", FILE, "file to write"),
         ("--no-text", FLAG, no_text),
-        _overwrite("FILE, if it is a bank"),
-        *_shown(),
+        OVERWRITE,
+        *SHOWN,
     )
 
 
@@ -120,7 +112,7 @@ def _merge(commands: Any) -> None:
         parser,
         ("banks", {**path("BANK"), "nargs": "+"}, "file written by liar calibrate"),
         ("-o --out", {**FILE, "required": True}, "bank to write"),
-        _overwrite("FILE, if it is a bank"),
+        OVERWRITE,
         ("--quiet", FLAG, "no summary"),
     )
 
@@ -134,8 +126,7 @@ def _resume(commands: Any) -> None:
         "it only on checkpoints that you trust: like a script, one says what is read and where "
         "results go.",
     )
-    overwrite = _overwrite("what the job writes, if it is there already")
-    add(parser, ("folder", DIR, "a checkpoint"), overwrite, *_shown())
+    add(parser, ("folder", DIR, "a checkpoint"), OVERWRITE, *SHOWN)
 
 
 def _sweep(commands: Any) -> None:
@@ -159,8 +150,8 @@ def _sweep(commands: Any) -> None:
     add(
         parser.add_argument_group("Output"),
         ("-o --out", DIR, "also write pruned models: DIR/keep-0.9 and so on"),
-        _overwrite("folders of pruned models in DIR"),
-        *_shown(),
+        OVERWRITE,
+        *SHOWN,
     )
 
 
@@ -201,9 +192,9 @@ def _heal(commands: Any) -> None:
     add(
         parser.add_argument_group("Output"),
         ("--out -o", path("OUT"), "write OUT, and keep DIR"),
-        _checkpoint("progress"),
-        _overwrite("OUT if it exists"),
-        *_shown("no progress, no summary"),
+        CHECKPOINT,
+        OVERWRITE,
+        *SHOWN,
     )
 
 
@@ -240,7 +231,7 @@ def _eval(commands: Any) -> None:
         ("--samples", COUNT, "use N evenly spread windows"),
         ("--seq-len", length, "tokens per window"),
         ("--batch-size", {**COUNT, "default": 4}, "windows, or requests, per forward pass"),
-        *(DTYPE, DEVICE, *_shown("no progress")),
+        *(DTYPE, DEVICE, *SHOWN),
     )
 
 
@@ -276,7 +267,7 @@ def _bench(commands: Any) -> None:
         ("--threads", COUNT, "CPU threads of torch"),
         ("--memory", {**YES_OR_NO, "default": True}, "measure memory"),
         ("--out -o", FILE, "file for the numbers (DIR.bench.json)"),
-        *_shown("no progress"),
+        *SHOWN,
     )
 
 
@@ -326,7 +317,7 @@ def _compare_methods(commands: Any) -> None:
     add(group, ("--methods", kind, said), ("--seeds", seeds, "random seeds"))
     chosen = [each for each in recipe_fields() if each.name not in ("seed", "certify")]
     kinds.add_fields(parser, chosen, "methods", "seeds")
-    add(parser.add_argument_group("Output"), *_shown("no progress"))
+    add(parser.add_argument_group("Output"), *SHOWN)
 
 
 def _export(commands: Any) -> None:
@@ -346,11 +337,11 @@ def _export(commands: Any) -> None:
         ("folder", DIR, "model folder"),
         ("--to", {"required": True, "choices": FORMATS}, formats),
         ("--out -o", path("OUT"), "file or folder to write"),
-        _overwrite("OUT, if an export wrote it"),
+        OVERWRITE,
         ("--quantize", {**path("TYPE"), **UNSET}, f"{types}float32)"),
         ("--check", {**YES_OR_NO, **UNSET}, check),
         ("--multiple-of", {**COUNT, **UNSET}, padded),
-        *_shown("no progress, no notes"),
+        *SHOWN,
     )
 
 

@@ -1,62 +1,69 @@
-"""``liar eval``, ``bench`` and ``verify``: a model's quality, its speed, and its proof."""
+"""The quality of models: ``liar eval`` and ``liar compare-methods``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
+from contextlib import nullcontext, suppress
+from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.media import evaluation_inputs, spread
 from liar_ext.calibration.texts import check_seq_len, evaluation_sequences
-from liar_ext.checkpoint.inspection import read_config
-from liar_ext.checkpoint.loading import kind_of, load_reader
+from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.placing import check_place
-from liar_ext.checkpoint.reading import stock_class
-from liar_ext.cli.inputs import load_with_tokenizer, read_source
-from liar_ext.cli.output import show
-from liar_ext.export.verify import table, verify_everywhere
+from liar_ext.checkpoint.readers import kind_of, load_reader
+from liar_ext.cli.inputs import let_write, load, load_with_tokenizer, read_source
+from liar_ext.cli.main import show
+from liar_ext.cli.options import StrPath, check_complete, given_fields, paths_of
+from liar_ext.job.planning import Sweep
+from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.vocabulary import VocabularyQuality
-from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
+from liar_ext.measure.embeddings import (
+    Evaluator,
+    Pairs,
+    embed,
+    encoder_similarity,
+    pair_quality,
+    read_pairs,
+)
 from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity, word_errors
-from liar_ext.measure.speed import BENCH_MARK, Settings, benchmark
-from liar_ext.models.running import inputs_read, positions_of, predicts_next_token
-from liar_ext.report.reading import bench_file, report_digest
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_checks import CompressOptions
+from liar_ext.models.recipe_fields import recipe_fields
+from liar_ext.models.running import predicts_next_token
 from liar_ext.report.report import Report, is_same_place, versions
-from liar_ext.report.sections import speed
-from liar_ext.report.tables import MEASURES, measured, measured_on, quality, to_text
-from liar_ext.system.atomic_write import begins_with, write_whole
+from liar_ext.report.tables import MEASURES, Table, figure, measured, measured_on, quality, to_text
 from liar_ext.system.errors import InputError
+from liar_ext.system.files import begins_with, write_whole
+from liar_ext.system.progress import no_bars, showing_bars
 
 PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
-NEEDS_CAUSAL = {  # an option of a command, and what others do
-    "eval": ("--tasks", "judge an encoder by --text"),
-    "verify": ("--text", "leave it out, and all runtimes read the same stored tokens"),
-}
-SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads
+Result = tuple[dict[str, Any], list[str]]  # what was measured, and the lines that say it
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the perplexity, what an encoder keeps, or lm-eval's table."""
     _check_together(options)
-    if options.tasks:
-        _check_causal("eval", options.model)
     output = Path(options.out) if options.out else None
     if output is not None:
-        check_place(output, "eval", "--out", begins_with('{\n "model": '))
+        check_place(output, "eval", "--out", partial(begins_with, '{\n "model": '))
+    kind = None if options.tasks else kind_of(options.model, [options.text])
     if options.tasks:
         result, lines = _tasks(options)
+    elif kind is None:
+        result, lines = _text(options)
     else:
-        kind = kind_of(options.model, [options.text])
-        result, lines = _text(options) if kind is None else _files(options, kind)
+        result, lines = _files(options, kind)
     show(options, result, lines)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
@@ -74,23 +81,14 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError("eval: needs --text TEXT, --tasks TASK, or of an encoder --pairs FILE")
 
 
-Result = tuple[dict[str, Any], list[str]]  # what was measured, and the lines that say it
-
-
 def _text(options: argparse.Namespace) -> Result:
     """Return the perplexity on a text, or what an encoder keeps on text and on pairs of texts."""
     documents = read_documents(options.text) if options.text else None
     pairs = read_pairs(options.pairs) if options.pairs else None
     model, tokenizer = _load(options, options.model)
     check_seq_len(model, tokenizer, options.seq_len)
-    name, causal = type(model).__name__, _is_causal(options, model)
-    if not causal and "input_ids" not in inputs_read(model):
-        raise InputError(
-            f"eval: {name} reads {' and '.join(inputs_read(model))}, and no text; call "
-            "liar_ext.encoder_similarity with batches of your own"
-        )
     how = {"seq_len": options.seq_len, "samples": options.samples}
-    if causal:
+    if _is_causal(options, model):
         windows = evaluation_sequences(documents, tokenizer, **how).batches(options.batch_size)
         return _perplexity(options, model, windows, "windows of")
     dense, reads, result = _dense(options, needed=documents is not None)
@@ -175,20 +173,18 @@ def _dense(
 
     It is named by an option or by the folder's report. InputError if it is needed and is not there.
     """
-    name, replaced = options.against or "", False
+    name = options.against
     if not name:
         with suppress(InputError):
             report = Report.load(options.model)
-            name = str(report.choices.get("model") or report.model)
-            replaced = is_same_place(name, options.model)
-    if options.against or (name and Path(name).is_dir() and not replaced):
+            said = str(report.choices.get("model") or report.model)
+            name = said if Path(said).is_dir() and not is_same_place(said, options.model) else None
+    if name:
         return *_load(options, name), {"against": name}
     if needed:
-        gone = f"the folder of its report, {name}, is not there" if name else "it has no report"
-        gone = "it was written in the place of that" if replaced else gone
         raise InputError(
-            f"eval: {options.model} is an encoder, which is compared with the dense model, and "
-            f"{gone}; give it by --against DENSE"
+            f"eval: {options.model} is an encoder, which is compared with the dense model, and its "
+            "report names none that is there; give it by --against DENSE"
         )
     return None, None, {}
 
@@ -229,25 +225,12 @@ def _tasks(options: argparse.Namespace) -> Result:
     tasks = load_tasks(options.tasks, options.include_path)
     model, tokenizer = _load(options, options.model)
     if not predicts_next_token(model):
-        raise _not_causal("eval", type(model).__name__)
+        kind = type(model).__name__
+        raise InputError(f"eval: --tasks needs a causal language model, got {kind}")
     names = ("limit", "num_fewshot", "batch_size")
     settings = {name: getattr(options, name) for name in names}
     result = evaluate_tasks(model, tokenizer, tasks, **settings)
     return result, [result.pop("table").rstrip()]
-
-
-def _check_causal(command: str, name: str) -> None:
-    """Raise InputError if a folder's config tells that its model predicts no next token."""
-    if Path(name).is_dir():
-        fields = read_config(Path(name), "load_model")
-        stock = stock_class(fields, "load_model")
-        if not stock.can_generate() or fields.get("is_encoder_decoder"):
-            raise _not_causal(command, stock.__name__)
-
-
-def _not_causal(command: str, kind: str) -> InputError:
-    option, hint = NEEDS_CAUSAL[command]
-    return InputError(f"{command}: {option} needs a causal language model, got {kind}; {hint}")
 
 
 def _of_pairs(
@@ -263,49 +246,122 @@ def _of_pairs(
     return pair_quality(first, second, pairs.second, pairs.scores)
 
 
-def run_bench(options: argparse.Namespace) -> None:
-    """Measure, print a table, and store the numbers: as told, or beside a folder."""
-    target = Path(options.out) if options.out is not None else None
-    if target is None and Path(options.folder).is_dir():  # and not a hub id
-        target = bench_file(options.folder)
-    if target is not None:
-        check_place(target, "bench", "--out", begins_with(BENCH_MARK))
-    names = ("rounds", "prompt_length", "new_tokens", "dtype", "device", "threads")
-    settings = Settings(
-        **{name: getattr(options, name) for name in names},
-        batches=tuple(dict.fromkeys(options.batch)),
-    )
-    found = benchmark(options.folder, options.against, settings, memory=options.memory)
-    timed = speed(found)
-    print(found.to_json() if options.json else "\n".join([*to_text(timed), timed.note]))
-    if target is not None:
-        found = replace(found, report_digest=report_digest(options.folder))
-        write_whole(target, found.to_json(), "bench", "--out")
-        if not options.json:
-            print(f"{target}: written")
+METHODS = {"liar": "balanced"}  # presets that have another name here
+Row = dict[str, Any]
 
 
-def run_verify(options: argparse.Namespace) -> int:
-    """Reload, compare, print; return 1 if outputs, tokens or weights differ."""
-    ids = _ids(options.folder, options.text) if options.text else None
-    facts = verify_everywhere(options.folder, options.device, ids)
-    lines = [f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}"]
-    lines += table(facts["rows"])
-    if "tokenizer_agrees" in facts:
-        verdict = "same tokens" if facts["tokenizer_agrees"] else "OTHER TOKENS"
-        lines.append(f"tokenizer: {verdict} for the stored texts")
-    lines += [f"{name}: CHANGED since it was saved" for name in facts["changed"]]
-    show(options, {**facts, "rows": [asdict(row) for row in facts["rows"]]}, lines)
-    return 0 if facts["agrees"] else 1
+def run_compare_methods(options: argparse.Namespace) -> None:
+    """Prune a copy of the model by each method with each seed, print a table."""
+    given = given_fields(options)
+    needed = {"MODEL": "model", "--calibration TEXT": "calibration", "--eval TEXT": "eval"}
+    example = "for one liar compare-methods MODEL --calibration text.txt --eval held_out.txt"
+    needed = {name: given.get(field) for name, field in needed.items()}
+    check_complete("compare-methods", needed, example)
+    given |= {name: getattr(options, name) for name in ("methods", "seeds", "progress")}
+    found = compare_methods(given.pop("model"), given.pop("calibration"), **given)
+    show(options, found, to_text(methods_table(found["dense"], found["runs"])))
 
 
-def _ids(folder: str, text: str) -> Any:
-    """Return token ids of a text, as many sequences as a check in every runtime bears."""
-    _check_causal("verify", folder)
-    documents = read_documents(text)
-    model, tokenizer = load_with_tokenizer(folder, "float32", "cpu")
-    if not predicts_next_token(model):
-        raise _not_causal("verify", type(model).__name__)
-    length = min(SEQ_LEN, positions_of(model) or SEQ_LEN)
-    sequences = evaluation_sequences(documents, tokenizer, seq_len=length, samples=SAMPLES)
-    return np.concatenate([batch["input_ids"].numpy() for batch in sequences.batches(1)])
+def compare_methods(
+    model: StrPath,
+    text: StrPath | Sequence[StrPath],
+    *,
+    methods: Sequence[str] = ("flap", "wanda-sp", "liar"),
+    seeds: Sequence[int] = (0, 1),
+    progress: bool = False,
+    **options: Unpack[CompressOptions],
+) -> dict[str, Any]:
+    """Prune copies of a model by several methods, and measure each: ``liar compare-methods``.
+
+    Options of the command are keywords, with their defaults there, and hold for all methods::
+
+        found = compare_methods("gpt2", "text.txt", eval="held_out.txt", keep=0.8)
+        for run in found["runs"]:
+            print(run["method"], run["seed"], run["perplexity"])
+
+    Parameters
+    ----------
+    model : str or path
+        Model folder, hub id, or GGUF file.
+    text : str or path, or a sequence of them
+        Calibration text.
+    methods : sequence of str
+        Presets, or ``"liar"`` for ``"balanced"``.
+    seeds : sequence of int
+        Random seeds: each method is run with each of them.
+    progress : bool
+        Show progress bars.
+    **options
+        ``eval``, the held-out text, and other fields of the recipe.
+
+    Returns
+    -------
+    dict
+        What the command prints with ``--json``. ``dense`` has the numbers of the dense model,
+        ``runs`` those of each method and seed: ``params``, ``seconds``, and ``perplexity`` or what
+        :func:`liar_ext.encoder_similarity` measures.
+
+    Raises
+    ------
+    InputError
+        If a file, the model or an option cannot be used.
+    """
+    if options.get("eval") is None or options.keys() & {"certify", "preset", "seed"}:
+        raise InputError(
+            "compare_methods: needs held-out text, such as eval='held_out.txt', and methods and "
+            "seeds, not preset and seed; it certifies nothing"
+        )
+    if options.get("keep_vocab", 1.0) != 1.0:
+        raise InputError(
+            "recipe: keep_vocab can't be compared, as every method would have the same tokens; "
+            "prune with it and keep 1 first, and compare methods on that folder"
+        )
+    calibration = paths_of(text)
+    shared = {**options, "model": os.fspath(model), "calibration": calibration}
+    recipes = {
+        (method, seed): Recipe.build(preset=METHODS.get(method, method), **shared, seed=seed)
+        for seed in seeds
+        for method in methods
+    }
+    groups: dict[tuple, list[tuple[str, int]]] = {}  # on the same text, which share its statistics
+    for key, recipe in recipes.items():
+        inputs = (getattr(recipe, each.name) for each in recipe_fields(affects="inputs"))
+        groups.setdefault((recipe.seed, *inputs), []).append(key)
+    dense, rows, loader, measure = None, [], cache(load_with_tokenizer), Evaluator()
+    with showing_bars(progress), nullcontext() if progress else no_bars():
+        for keys in groups.values():
+            judge = max(sequences_to_judge(recipes[key]) for key in keys)
+            given = load(recipes[keys[0]], loader=loader, judge=judge)
+            let_write(given)
+            if dense is None:
+                dense = _numbers(measure, given.model, given.evaluation)
+            work = Sweep(given.model, given.calibration, judge_on=given.judging)
+            for method, seed in keys:
+                pruned, point = work.prune(recipes[method, seed])
+                found = _numbers(measure, pruned, given.evaluation)
+                rows.append({"method": method, "seed": seed, **found, "seconds": point.seconds})
+    return {"dense": dense, "runs": rows}
+
+
+def methods_table(dense: Row, rows: Sequence[Row]) -> Table:
+    """Return a row for the dense model, and one for each method over its seeds.
+
+    They are judged by the perplexity, or the first that there is of the measures of an encoder.
+    """
+    by_method = {"dense": [dense]}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    measure, cells = next(iter(measured(dense))), []
+    for method, runs in by_method.items():
+        found = [row[measure] for row in runs]
+        spread = (min(found), max(found)) if len(found) > 1 else (None, None)
+        spent = mean(row["seconds"] for row in runs) if "seconds" in runs[0] else None
+        numbers = [quality(each) for each in (mean(found), *spread)]
+        params = mean(row["params"] for row in runs)
+        cells.append((method, f"{params:,.0f}", *numbers, figure(spent, ".1f")))
+    heads = ("method", "parameters", measure, "lowest seed", "highest seed", "seconds")
+    return Table("", heads, cells)
+
+
+def _numbers(measure: Evaluator, model: nn.Module, batches: Any) -> Row:
+    return {"params": count_params(model), **measured(measure(model, batches))}

@@ -7,8 +7,7 @@ import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,25 +21,24 @@ from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batc
 from liar_ext.checkpoint import load_pruned
 from liar_ext.checkpoint.carrying import kept_tokens
 from liar_ext.checkpoint.folder import EXPORTS_FILE, PLAN_FILE, REPORT_JSON
-from liar_ext.checkpoint.loading import load_tokenizer, placement, read_plan
-from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint.stock_config import stock_of
+from liar_ext.checkpoint.loading import placement, read_plan
+from liar_ext.checkpoint.placing import check_folder
+from liar_ext.checkpoint.readers import load_tokenizer
+from liar_ext.checkpoint.saving import fill_folder, writing
 from liar_ext.cli.inputs import Given, let_write, load, load_with_tokenizer
-from liar_ext.cli.main import parse
+from liar_ext.cli.main import parse, show
 from liar_ext.cli.options import given_fields
-from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.healing.heal import heal
-from liar_ext.healing.losses import Teacher, mean_loss
-from liar_ext.job.sharing import SAME_VOCABULARY
+from liar_ext.healing.training import Teacher, mean_loss
+from liar_ext.job.vocabulary import SAME_VOCABULARY
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.plan import Plan
-from liar_ext.recipe import Recipe
-from liar_ext.report.reading import bench_file, read_report, report_digest, stored_bench
+from liar_ext.models.recipe import Recipe
+from liar_ext.report.reading import read_report
 from liar_ext.report.report import Report
 from liar_ext.report.sections import HEALED_BEFORE, healing_lines
 from liar_ext.report.tables import measured
-from liar_ext.system.atomic_write import write_whole
 from liar_ext.system.checkpoint_store import RESULT
 from liar_ext.system.distributed import broadcast, is_first, world_size
 from liar_ext.system.errors import InputError
@@ -58,7 +56,7 @@ OUTDATED = "Files that liar export made of {} have the weights before healing: r
 def run(options: argparse.Namespace) -> int:
     """Run the job that the options and the report of the folder say."""
     options.out = options.out or options.folder
-    return run_recipe(_recipe(Report.load(options.folder, "heal").recipe, options), options)
+    return run_recipe(_recipe(options), options)
 
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
@@ -77,7 +75,7 @@ def train_pruned(folder: str, minutes: float, checkpoint: str | None) -> Report:
     broadcast(None)
     options = parse(["heal", "FOLDER", "--minutes", str(minutes)])
     options.folder, options.out, options.checkpoint = folder, folder, checkpoint
-    train(_recipe(Report.load(folder, "heal").recipe, options), options)
+    train(_recipe(options), options)
     broadcast(None)
     return Report.load(folder, "heal")
 
@@ -121,9 +119,15 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         found["quality"] = {name: [row[name] for row in rows] for name in names}
         found |= {"teacher": recipe.model, "text": list(recipe.calibration)}
         found["self_text"] = recipe.self_text
+        # How often the text was read stands for how many sequences it gave.
+        found["notes"] = [note for note in given.notes if not SHORT.search(note)]
         times = round(found["tokens"] / sum(map(count_tokens, batches)))
-        on_text = _on_text(given.notes, times, options)
-        found["notes"] = [*on_text, *_on_folder(report.heal, found, options.folder, in_place)]
+        if times > 1:
+            (unit,) = _budget(options)
+            found["notes"].append(
+                f"The text is read {times} times: give more text or fewer {unit}."
+            )
+        found["notes"] += _on_folder(report.heal, found, options.folder, in_place)
         report.heal = found
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
@@ -135,25 +139,18 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 def _write(
     model: nn.Module, plan: Plan, report: Report, options: argparse.Namespace, in_place: bool
 ) -> None:
-    """Write the healed folder; what was made of the pruned one stays, if nothing improved."""
-    as_before = in_place and not report.heal["improved"]
-    bench = stored_bench(options.folder)[0] if as_before else None
-    save = partial(_save, report, options.folder, as_before)
+    """Write the healed folder; its report has the JSON of the pruned one, but for the healing."""
+
+    def save(folder: Path) -> None:
+        facts, _ = read_report(options.folder, "heal")
+        report.save(folder)
+        text = json.dumps(facts | {"heal": report.to_dict()["heal"]}, indent=1)
+        (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
+
     # Without seconds: those of the report stay those of pruning.
     written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
     with writing(options.out, in_place or options.overwrite) as path:
         fill_folder(model, path, plan, report=written, source=options.folder)
-    if bench is not None:
-        bench = replace(bench, report_digest=report_digest(options.folder))
-        write_whole(bench_file(options.folder), bench.to_json(), "heal", "liar bench --out")
-
-
-def _on_text(drawn: Sequence[str], times: int, options: argparse.Namespace) -> list[str]:
-    """Return notes on the text: how often it was read stands for how many sequences it gave."""
-    found = [note for note in drawn if not SHORT.search(note)]
-    (unit,) = _budget(options)
-    again = f"The text is read {times} times: give more text or fewer {unit}."
-    return [*found, *([again] if times > 1 else ())]
 
 
 def _on_folder(
@@ -191,18 +188,13 @@ def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.
 
 
 def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
-    """Refuse a dense model of another class, or that reads text otherwise; compare outputs."""
-    name = given.recipe.model
-    classes = [stock_of(each).__name__ for each in (model, given.model)]
-    if classes[0] != classes[1] and not name.endswith(".gguf"):  # which may call Mistral a llama
-        raise InputError(
-            f"heal: {name} is a {classes[1]}, and {folder} was made of a {classes[0]}; {TEACHER}"
-        )
-    found = load_tokenizer(folder, model), given.tokenizer
-    own, other = map(_inner, found)
+    """Refuse a dense model that reads text otherwise, or has other outputs."""
+    own, other = (_inner(each) for each in (load_tokenizer(folder, model), given.tokenizer))
     both = own is not None and other is not None
     if both and any(own.encode(text) != other.encode(text) for text in SAMPLES):
-        raise InputError(f"heal: {name} reads text as other tokens than {folder}; {TEACHER}")
+        raise InputError(
+            f"heal: {given.recipe.model} reads text as other tokens than {folder}; {TEACHER}"
+        )
     mean_loss(model, Teacher(given.model), [next(small(given.judging)).select([0])])
 
 
@@ -217,21 +209,9 @@ def small(batches: Batches) -> Iterator[Batch]:
         yield from map(batch.select, torch.arange(len(batch)).tensor_split(parts))
 
 
-def _save(report: Any, pruned: str, as_before: bool, folder: Path) -> None:
-    """Write a report; its JSON stays as it is in the pruned folder, but for the healing.
-
-    So does the list of exports, if the model is as before.
-    """
-    facts, _ = read_report(pruned, "heal")
-    if as_before and Path(pruned, EXPORTS_FILE).is_file():
-        shutil.copyfile(Path(pruned, EXPORTS_FILE), folder / EXPORTS_FILE)
-    report.save(folder)
-    text = json.dumps(facts | {"heal": report.to_dict()["heal"]}, indent=1)
-    (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
-
-
-def _recipe(start: Any, options: argparse.Namespace) -> Recipe:
+def _recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe by which teacher and text are loaded: the folder's, with the options."""
+    start = Report.load(options.folder, "heal").recipe
     start = start if isinstance(start, Recipe) else Recipe()
     start = replace(start, random_tokens=0.0, self_text=0.0, certify=0, latency_table=None)
     start = replace(start, keep_vocab=1.0, vocab_text=(), vocab_scripts=())  # the folder says it

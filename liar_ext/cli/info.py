@@ -1,4 +1,4 @@
-"""Commands that prune nothing: ``doctor``, ``families``, ``export``, pages of reports."""
+"""Commands about models that there are: proof, speed, exports, pages; and about this machine."""
 
 from __future__ import annotations
 
@@ -7,20 +7,34 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from liar_ext import ops
-from liar_ext.cli.output import show
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import evaluation_sequences
+from liar_ext.checkpoint.placing import check_place
+from liar_ext.cli.inputs import load_with_tokenizer
+from liar_ext.cli.main import show
 from liar_ext.export import export
+from liar_ext.export.verify import table as loaders_table
+from liar_ext.export.verify import verify_everywhere
+from liar_ext.measure.speed import BENCH_MARK, Settings, benchmark
 from liar_ext.models.registry import COLUMNS, Entry, overview
+from liar_ext.models.running import positions_of, predicts_next_token
 from liar_ext.report.page import write_comparison, write_page
+from liar_ext.report.reading import bench_file, report_digest
 from liar_ext.report.report import versions
+from liar_ext.report.sections import speed
 from liar_ext.report.tables import Table, to_text
 from liar_ext.system.environment import available_memory, version_of
-from liar_ext.system.errors import install, one_line
+from liar_ext.system.errors import InputError, install, one_line
+from liar_ext.system.files import begins_with, write_whole
 
 PLACE = str(Path(__file__).parents[1])
 # Optional packages, and the extra of a checkout that installs each.
@@ -95,13 +109,10 @@ def problems(found: dict) -> list[str]:
                 f"the Gram operator fails on {device}: {wrong}; compile again in the checkout "
                 f"(pip install --no-build-isolation --force-reinstall --no-deps .), or {todo}"
             )
-    if found["memory_free"] is not None and found["memory_free"] < LEAST:
-        said.append(f"only {_size(found['memory_free'])} of memory are free; end other programs")
-    said += [
-        f"only {_size(free)} of disk are free in {folder}; delete files there"
-        for folder, free in found["disk_free"].items()
-        if free < LEAST
-    ]
+    room = {f"disk are free in {folder}": free for folder, free in found["disk_free"].items()}
+    for what, free in {"memory are free": found["memory_free"], **room}.items():
+        if free is not None and free < LEAST:
+            said.append(f"only {_size(free)} of {what}; make room")
     return said
 
 
@@ -113,44 +124,32 @@ def lines(found: dict) -> list[str]:
     if cuda == "compiled":
         cuda = f"kernels for {build.get('cuda_archs', 'unknown architectures')}; "
         cuda += f"CUDA {build['cuda_runtime']}, driver {build['cuda_driver']}"
-    checked = [
+    loaded = "loaded, uses {cpu_kernel} of {cpu_kernels}"
+    rows = {"liar_ext": f"{known['liar_ext']} in {found['folder']}"}
+    rows |= {name: known[name] for name in ("python", "torch", "transformers")}
+    rows |= {"extension": build.get("extension") or loaded.format(**build), "CUDA": cuda}
+    backends = {f"{name} backend": build.get(name.lower()) for name in ("Gram", "solve", "curve")}
+    rows |= {name: each for name, each in backends.items() if each}
+    rows["devices"] = ", ".join(
+        f"{device} ({name})" if name else device for device, name in found["devices"].items()
+    )
+    rows["threads"] = "{used}, on {cores} cores".format(**found["threads"])
+    rows["free memory"] = _size(found["memory_free"])
+    rows["free disk"] = ", ".join(
+        f"{_size(free)} in {folder}" for folder, free in found["disk_free"].items()
+    )
+    rows["self-check"] = "; ".join(
         f"{device}: {error if isinstance(error, str) else f'error {error:.1e} against float64'}"
         for device, error in found["self_check"].items()
-    ]
-    memory = found["memory_free"]
-    rows = {
-        "liar_ext": f"{known['liar_ext']} in {found['folder']}",
-        **{name: known[name] for name in ("python", "torch", "transformers")},
-        "extension": build.get("extension")
-        or f"loaded, uses {build['cpu_kernel']} of {build['cpu_kernels']}",
-        "CUDA": cuda,
-        **{
-            f"{name} backend": build[name.lower()]
-            for name in ("Gram", "solve", "curve")
-            if name.lower() in build
-        },
-        "devices": ", ".join(
-            f"{device} ({name})" if name else device for device, name in found["devices"].items()
-        ),
-        "threads": "{used}, on {cores} cores".format(**found["threads"]),
-        "free memory": "unknown" if memory is None else _size(memory),
-        "free disk": ", ".join(
-            f"{_size(free)} in {folder}" for folder, free in found["disk_free"].items()
-        ),
-        "self-check": "; ".join(checked),
-        **{name: each or _install(name) for name, each in found["packages"].items()},
-    }
-    said = [f"{name:22} {value}" for name, value in rows.items()]
-    return said + (found["problems"] or ["ok"])
+    )
+    for name, extra in PACKAGES.items():
+        missing = install(extra) if extra else f"pip install {name}"
+        rows[name] = found["packages"][name] or f"missing: {missing}"
+    return [*(f"{name:22} {value}" for name, value in rows.items()), *(found["problems"] or ["ok"])]
 
 
-def _install(name: str) -> str:
-    extra = PACKAGES[name]
-    return f"missing: {install(extra)}" if extra else f"missing: pip install {name}"
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB"
+def _size(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / (1 << 30):.1f} GiB"
 
 
 # Options of the command that are no options of a format.
@@ -218,3 +217,54 @@ def run_compare(options: argparse.Namespace) -> None:
     """Write the page, and pictures; print where."""
     for path in write_comparison(options.folders, options.out, options.png):
         print(f"{path}: written")
+
+
+SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Measure, print a table, and store the numbers: as told, or beside a folder."""
+    target = Path(options.out) if options.out is not None else None
+    if target is None and Path(options.folder).is_dir():  # and not a hub id
+        target = bench_file(options.folder)
+    if target is not None:
+        check_place(target, "bench", "--out", partial(begins_with, BENCH_MARK))
+    names = ("rounds", "prompt_length", "new_tokens", "dtype", "device", "threads")
+    settings = Settings(
+        **{name: getattr(options, name) for name in names},
+        batches=tuple(dict.fromkeys(options.batch)),
+    )
+    found = benchmark(options.folder, options.against, settings, memory=options.memory)
+    timed = speed(found)
+    print(found.to_json() if options.json else "\n".join([*to_text(timed), timed.note]))
+    if target is not None:
+        found = replace(found, report_digest=report_digest(options.folder))
+        write_whole(target, found.to_json(), "bench", "--out")
+        if not options.json:
+            print(f"{target}: written")
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Reload, compare, print; return 1 if outputs, tokens or weights differ."""
+    ids = _ids(options.folder, options.text) if options.text else None
+    facts = verify_everywhere(options.folder, options.device, ids)
+    lines = [f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}"]
+    lines += loaders_table(facts["rows"])
+    if "tokenizer_agrees" in facts:
+        verdict = "same tokens" if facts["tokenizer_agrees"] else "OTHER TOKENS"
+        lines.append(f"tokenizer: {verdict} for the stored texts")
+    lines += [f"{name}: CHANGED since it was saved" for name in facts["changed"]]
+    show(options, {**facts, "rows": [asdict(row) for row in facts["rows"]]}, lines)
+    return 0 if facts["agrees"] else 1
+
+
+def _ids(folder: str, text: str) -> Any:
+    """Return token ids of a text, as many sequences as a check in every runtime bears."""
+    documents = read_documents(text)
+    model, tokenizer = load_with_tokenizer(folder, "float32", "cpu")
+    if not predicts_next_token(model):
+        kind = type(model).__name__
+        raise InputError(f"verify: --text needs a causal language model, got {kind}")
+    length = min(SEQ_LEN, positions_of(model) or SEQ_LEN)
+    sequences = evaluation_sequences(documents, tokenizer, seq_len=length, samples=SAMPLES)
+    return np.concatenate([batch["input_ids"].numpy() for batch in sequences.batches(1)])

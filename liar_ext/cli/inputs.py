@@ -17,21 +17,26 @@ from liar_ext.calibration import generated, media, texts
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
-from liar_ext.calibration.generated import SELF, write_sequences
+from liar_ext.calibration.generated import (
+    SELF,
+    count_beside,
+    fraction_of,
+    of_no_text,
+    seed_of,
+    write_sequences,
+)
 from liar_ext.calibration.image_text import read_examples
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.loading import kind_of, load_reader
-from liar_ext.cli.output import check_device
-from liar_ext.job.sharing import SmallerVocabulary, shares_budget
+from liar_ext.checkpoint.readers import kind_of, load_reader
 from liar_ext.job.solving import LEAST
+from liar_ext.job.vocabulary import SmallerVocabulary, shares_budget
 from liar_ext.measure.latency_table import LatencyTable
+from liar_ext.models.recipe import Recipe
 from liar_ext.models.running import known_tokens, predicts_next_token
-from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.system.checkpoint_store import Checkpoint, Stored
-from liar_ext.system.distributed import broadcast, is_first
+from liar_ext.system.checkpoint_store import Checkpoint
+from liar_ext.system.distributed import broadcast, is_first, local_world_size, world_size
 from liar_ext.system.errors import InputError
 
 SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
@@ -140,7 +145,17 @@ def load(
 
 def check_unloaded(recipe: Recipe) -> None:
     """Refuse what can be told before the model is loaded, which may take minutes."""
-    check_device(recipe.device)
+    if recipe.device == "auto" and world_size() > 1:
+        raise InputError(
+            "load_model: --device auto spreads one model over all GPUs, and each of "
+            f"{world_size()} ranks has one of its own; give --device cuda: each then takes one GPU"
+        )
+    gpus, ranks = torch.cuda.device_count(), local_world_size()
+    if recipe.device.startswith("cuda") and world_size() > 1 and gpus < ranks:
+        raise InputError(
+            f"load_model: {ranks} ranks of this machine need a GPU each, and it has {gpus}; give "
+            "as many to --nproc-per-node, or --device cpu"
+        )
     if Path(recipe.model).is_file() and not recipe.model.endswith(".gguf"):
         raise InputError(
             f"load_model: {recipe.model} is a file, and no .gguf; give a model folder or a name on "
@@ -161,15 +176,11 @@ def _documents(
     recipe: Recipe, kind: str | None
 ) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:
     """Return the documents of a recipe by source, and those to evaluate on."""
-    if kind is not None and (SELF in recipe.calibration or recipe.random_tokens not in ("auto", 0)):
+    words = SELF in recipe.calibration or recipe.random_tokens not in ("auto", 0)
+    if kind is not None and (words or recipe.keep_vocab != 1.0):
         raise InputError(
-            f"prune: {recipe.model} reads {kind}, which no model writes (--calibration self) and "
-            "random tokens (--random-tokens) are not; leave them out"
-        )
-    if kind is not None and recipe.keep_vocab != 1.0:
-        raise InputError(
-            f"prune: {recipe.model} reads {kind}, by which no tokens are counted; leave out "
-            "--keep-vocab"
+            f"prune: {recipe.model} reads {kind}, and --calibration self, --random-tokens and "
+            "--keep-vocab are for text; leave them out"
         )
     sources = dict.fromkeys([*recipe.calibration, *recipe.vocab_text])
     read = {source: read_source(source, kind) for source in sources if source != SELF}
@@ -222,9 +233,10 @@ def _draw(
         short = [UNMEASURED] if judge and len(drawn) < LEAST else []
     facts |= {"bos": drawn.bos, **({"eval": recipe.eval} if recipe.eval else {})}
     every = [text for documents in read.values() for text in documents]
-    kinds = warnings_of(recipe.calibration, causal, recipe.self_text)
-    if not isinstance(reads, media.Reader):
-        kinds += _of_scores(model, every)
+    kinds = warnings_of(recipe.calibration, causal, recipe.self_text > 0)
+    pairs = isinstance(reads, media.Reader) or any(isinstance(text, docs.Pair) for text in every)
+    if not pairs and getattr(model.config, "num_labels", 0) == 1:
+        kinds.append(ONE_SCORE)
     whole = {**read, recipe.eval: held_out}
     parts = {"calibration": drawn, "certification": drawn.certification, "judging": drawn.judging}
     return {
@@ -238,15 +250,10 @@ def _draw(
     }
 
 
-def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[str]:
+def warnings_of(names: Sequence[str], causal: bool, own: bool) -> list[str]:
     """Return what a user has to know of the kinds of calibration text."""
-    alone = len(set(names)) == 1 and SELF not in names and self_text == 0
+    alone = len(set(names)) == 1 and SELF not in names and not own
     return [f"{ONE_KIND}{OWN_SHARE}."] if alone and causal else []
-
-
-def _of_scores(model: nn.Module, documents: Sequence[str]) -> list[str]:
-    alone = not any(isinstance(text, docs.Pair) for text in documents)
-    return [ONE_SCORE] if alone and getattr(model.config, "num_labels", 0) == 1 else []
 
 
 def evaluation_batches(
@@ -332,10 +339,11 @@ def let_write(given: Given, saved: Checkpoint | None = None, *, sketch: bool = F
 
     def write() -> Batches:
         check_finite_weights(model)
-        kept, ids = None if saved is None else saved.get(WRITTEN), None
+        kept = None if saved is None else saved.get(WRITTEN)
         if kept is not None:
-            ids = _read(kept[0], length, known_tokens(model, model.config))
+            ids = kept[0]["input_ids"]
         else:
+            ids = None
             if is_first():
                 ids = write_sequences(model, given.tokenizer, seq_len=length, **how).input_ids
             ids = broadcast(ids)
@@ -346,13 +354,3 @@ def let_write(given: Given, saved: Checkpoint | None = None, *, sketch: bool = F
         return own.batches(recipe.batch_size)
 
     given.calibration = TextAndOwn(given.calibration, write)
-
-
-def _read(kept: Stored, seq_len: int, known: int) -> Tensor:
-    """Return what a checkpoint has of it."""
-    ids = kept["input_ids"] if "input_ids" in kept else torch.empty(0)
-    if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != seq_len or not len(ids):
-        raise InputError(f"checkpoint: {kept.path} holds no text of this job; remove the folder")
-    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
-        raise InputError(f"checkpoint: {kept.path} has tokens beyond {known}; remove the folder")
-    return ids

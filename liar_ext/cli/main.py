@@ -1,46 +1,65 @@
-"""The ``liar`` command."""
+"""The ``liar`` command: from its arguments to its output and exit code."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import os
-import select
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from liar_ext.cli import commands
-from liar_ext.cli.messages import error_lines, is_other, shown
-from liar_ext.cli.options import Parser, PrintCompletion
-from liar_ext.system.errors import InputError, did_you_mean, is_out_of_memory, one_line
+from liar_ext.cli.options import (
+    OPERATION,
+    Parser,
+    PrintCompletion,
+    as_options,
+    error_lines,
+    painted,
+)
+from liar_ext.system.environment import launched
+from liar_ext.system.errors import (
+    InputError,
+    did_you_mean,
+    is_out_of_memory,
+    one_line,
+    printable,
+    typed,
+)
 
-# What another command calls an option.
-ALIASES = {"--text": "--calibration"}
+if TYPE_CHECKING:  # what imports torch is imported for a job alone
+    from liar_ext.report.report import Report
+    from liar_ext.system.distributed import RankLost
+
+ALIASES = {"--text": "--calibration"}  # what another command calls an option
+SHARED = ("prune", "calibrate", "heal", "resume")  # commands that several ranks can share
+# Options of which each machine may have its own.
+OWN = ("quiet", "json", "progress", "out", "bank", "checkpoint")
+HEALED = ("before", "after", "tokens", "seconds")  # what JSON says of training
 
 
-def _call(place: str, options: argparse.Namespace) -> int:
+def _call(module: str, function: str, options: argparse.Namespace) -> int:
     """Call a function of a module of commands, which imports torch, and return an exit code."""
-    module, function = place.split(":")
     code = getattr(import_module(f"liar_ext.cli.{module}"), function)(options)
     return code if isinstance(code, int) else 0
 
 
-PLACES = {  # module and function
-    **{name: f"{name}:run" for name in ("prune", "calibrate", "resume", "sweep", "heal")},
-    **{name: f"info:run_{name}" for name in ("compare", "doctor", "export", "families", "report")},
-    "bench": "evaluate:run_bench",
-    "compare-methods": "sweep:run_compare_methods",
-    "eval": "evaluate:run",
-    "merge": "calibrate:run_merge",
-    "verify": "evaluate:run_verify",
-}
+INFO = ("bench", "compare", "doctor", "export", "families", "report", "verify")
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    name: partial(_call, place) for name, place in PLACES.items()
+    **{name: partial(_call, name, "run") for name in ("prune", "calibrate", "resume", "heal")},
+    **{name: partial(_call, "info", f"run_{name}") for name in INFO},
+    "compare-methods": partial(_call, "evaluate", "run_compare_methods"),
+    "eval": partial(_call, "evaluate", "run"),
+    "merge": partial(_call, "calibrate", "run_merge"),
+    "sweep": partial(_call, "calibrate", "run_sweep"),
 }
 
 
@@ -74,14 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     option stands before it.
     """
     top = parser()
-    if not (sys.argv[1:] if arguments is None else arguments):
-        top.print_help(sys.stderr)
-        top.error("no command was given; name one of those above")
     options, rest = top.parse_known_args(arguments)
-    try:
-        os.getcwd()  # without which torch can't be imported
-    except OSError:
-        top.error("the current folder was removed; change to one that exists")
     takes = ("prune", "calibrate", "sweep", "compare-methods")
     lacks = options.command in takes and not hasattr(options, "model")
     if lacks and len(rest) == 1 and not rest[0].startswith("-"):
@@ -103,26 +115,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output, such as ``head``, has enough of it.
     """
     _open_streams()
-    with open(os.devnull, "w") as nowhere:  # the first rank alone says what all would say alike
-        with redirect_stderr(nowhere) if is_other() else nullcontext():
-            options = parse(arguments)
+    # The first rank alone says what all would say alike.
+    other = launched() and os.environ["RANK"] != "0"
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere) if other else nullcontext():
+        options = parse(arguments)
     wanted = getattr(options, "progress", None)  # None: a command that takes no time
-    options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
+    options.quiet = other or getattr(options, "quiet", False)
+    options.json = getattr(options, "json", False) and not other
     options.progress = wanted in ("auto", "plain") and not options.quiet
     # What follows imports torch; the version, the help and typos are answered without it.
-    from liar_ext.checkpoint.loading import register
-    from liar_ext.cli.output import quietened
+    from liar_ext.checkpoint import register
     from liar_ext.system.distributed import tells
+    from liar_ext.system.environment import errors_alone
     from liar_ext.system.progress import no_bars, plain_lines, showing_bars
 
     register()
     plain = wanted == "plain" or not sys.stderr.isatty()
+    bars = showing_bars(options.progress)
+    others = no_bars() if wanted and (plain or not options.progress) else nullcontext()
+    alone = errors_alone() if other else nullcontext()
     try:
-        with quietened(options):
-            bars = showing_bars(options.progress)
-            others = no_bars() if wanted and (plain or not options.progress) else nullcontext()
-            with shown(options.progress, options.quiet), plain_lines(plain), others, bars:
-                code, error = _run(options)
+        with alone, shown(options.progress, options.quiet), plain_lines(plain), others, bars:
+            code, error = _run(options)
     except BaseException:
         tells()  # so that the others don't
         raise
@@ -131,102 +145,203 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _open_streams() -> None:
+    """Let standard streams that are closed lead nowhere, before a file gets their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
+        elif number:
+            with suppress(AttributeError):
+                getattr(sys, name).reconfigure(errors="replace")  # what can't be shown is a "?"
+
+
 def _run(options: argparse.Namespace) -> tuple[int, object]:
-    """Run the command; return its exit code, and what to say of it."""
-    from liar_ext.cli.output import interrupted, meet
-    from liar_ext.system.distributed import leave
+    """Run the command; return its exit code, and what to say of it. A defect is raised."""
+    from liar_ext.system.distributed import RankLost, leave
 
-    with _interrupts() as interrupts:
-        try:
-            meet(options)
-            code = COMMANDS[options.command](options) or 0
-            _finish_output(options.command)
-            leave()
-            return code, None
-        except BaseException as error:
-            if interrupts or isinstance(error, KeyboardInterrupt):
-                return 130, interrupted(options)
-            return _answer(error, options)
-
-
-def _answer(error: BaseException, options: argparse.Namespace) -> tuple[int, object]:
-    """Return the exit code of an error, and what to say of it; raise one that is a defect."""
-    from liar_ext.cli.output import how_to_go_on
-    from liar_ext.system.distributed import RankLost
-
-    if isinstance(error, BrokenPipeError):
-        return (141, None) if _nobody_reads() else (2, error)
-    if isinstance(error, (InputError, OSError)):  # OSError: no permission, disk full, no such file
+    try:
+        meet(options)
+        code = COMMANDS[options.command](options) or 0
+        print(end="", flush=True)
+        leave()
+        return code, None
+    except KeyboardInterrupt:
+        return 130, interrupted(options)
+    except BrokenPipeError:  # what is left goes nowhere: Python would try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141, None
+    except (InputError, OSError) as error:  # OSError: no permission, disk full, no such file
         return 2, error
-    if isinstance(error, RankLost):
+    except RankLost as error:
         return 3, how_to_go_on(error, options)
-    if is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         said = str(error) or "out of memory"
         return 2, (
             f"{said.split('. ')[0]}; give smaller --batch-size or --memory, --dtype bfloat16, "
             "--device auto for several GPUs, or --max-memory to prune block by block"
         )
-    raise error
+
+
+def meet(options: argparse.Namespace) -> None:
+    """Meet the other ranks; raise InputError if a command can't be shared, or options differ."""
+    from liar_ext.system import distributed
+    from liar_ext.system.checkpoint_store import difference
+
+    distributed.join()
+    check_shared(options.command)
+    own = {name: each for name, each in vars(options).items() if name not in OWN}
+    first = distributed.broadcast(own)
+    if first != own:
+        raise InputError(
+            f"{options.command}: every rank must have the same options, and rank 0 has "
+            f"{difference('options', first, own)} at rank {distributed.rank()}"
+        )
+
+
+def check_shared(command: str) -> None:
+    """Raise InputError if several ranks were started for a command that runs in one process."""
+    from liar_ext.system.distributed import world_size
+
+    if (count := world_size()) > 1 and command not in SHARED:
+        raise InputError(
+            f"{command}: runs in one process, and torchrun started {count}; only "
+            f"liar {', '.join(SHARED)} can be shared"
+        )
+
+
+def interrupted(options: argparse.Namespace) -> str:
+    """Return the line that says so, and how to go on if a checkpoint has the job."""
+    from liar_ext.system.checkpoint_store import JOB_FILE, names_in
+
+    checkpoint = getattr(options, "checkpoint", None)
+    has_job = checkpoint and JOB_FILE in names_in(checkpoint)
+    hint = f"; liar resume {typed(checkpoint)} goes on" if has_job else ""
+    return f"{options.command}: interrupted{hint}"
+
+
+def how_to_go_on(error: RankLost, options: argparse.Namespace) -> str:
+    """Return the line that says that another rank is lost, and how to go on."""
+    command, checkpoint = options.command, getattr(options, "checkpoint", None)
+    count = "as many" if command == "heal" else "any number of"  # a rank has a part of its state
+    return (
+        f"{error}; no output was written, start the same command again, with {count} ranks"
+        f"{f'; it goes on from {checkpoint}' if checkpoint else ''}"
+    )
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect the interrupts that come; what is interrupted may raise another error instead."""
-    seen: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    background = threading.current_thread() is not threading.main_thread()
-    if background or before is not signal.default_int_handler:
-        yield seen
-        return
-
-    def interrupt(number: int, _: object) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+def shown(progress: bool, quiet: bool) -> Iterator[None]:
+    """Let warnings and logged progress be lines of stderr; ``quiet`` lets warnings go."""
+    logger, handler = logging.getLogger("liar_ext"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.setLevel(logging.INFO if progress else logging.WARNING)
+    logger.addHandler(handler)
     try:
-        yield seen
+        with warnings.catch_warnings():
+            if quiet:
+                warnings.simplefilter("ignore", UserWarning)
+            else:  # a line for the user, also under python -W error
+                warnings.filterwarnings("default", category=UserWarning, module="liar_ext")
+            other = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+                if category is not UserWarning:
+                    return other(message, category, *where)
+                line = as_options(printable(" ".join(str(message).split())))
+                said = OPERATION.sub("", line, count=1)
+                print(painted("warning"), said, file=sys.stderr, flush=True)
+
+            warnings.showwarning = show
+            yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
-def _open_streams() -> None:
-    """Let standard streams that are closed lead nowhere, before a file gets their numbers."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            with suppress(OSError):
-                os.fstat(number)
-                continue
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
-        elif number:  # a terminal that can't show a name shows a "?"
-            with suppress(AttributeError):
-                getattr(sys, name).reconfigure(errors="replace")
+def show(
+    options: argparse.Namespace,
+    facts: Mapping[str, object],
+    lines: Sequence[str],
+    notes: Sequence[str] | None = None,
+) -> None:
+    """Print facts with ``--json``, or lines; warn of ``notes``, which the JSON has as well."""
+    if options.json:
+        more = {} if notes is None else {"warnings": list(notes)}
+        lines = [json.dumps({**facts, **more}, indent=1, default=str)]
+    if lines:
+        print("\n".join(lines), flush=True)
+    for note in notes or ():
+        warnings.warn(note, stacklevel=2)
 
 
-def _finish_output(command: str) -> None:
-    """Write what is left of the output; where it can't be, say that the job is done."""
+def say(
+    report: Report, options: argparse.Namespace, start: float, known: Sequence[str] = ()
+) -> None:
+    """Print what came out, and what to do with it; log it where that is asked for.
+
+    The warnings that are ``known`` have been given before.
+    """
+    from liar_ext.report.tables import BYTES
+
+    if getattr(options, "log", None):
+        log(report, options.log, options.out)
+    seconds, folder = time.perf_counter() - start, options.out
+    each = BYTES.get(report.dtype, 4) / 1e6
+    megabytes = {name: report.params[name] * each for name in ("before", "after")}
+    found = report.loader
+    load = f'{found[0]}.from_pretrained("{folder}"{found[1]})' if found else report.loading
+    if options.json:
+        worst = report.worst_layer()
+        facts = {
+            "out": folder,
+            "parameters": report.params,
+            "megabytes": megabytes,
+            "quality": report.evaluation or None,
+            "heal": {each: report.heal[each] for each in HEALED} if report.heal else None,
+            "worst_layer": worst and {"name": worst.name, "error": worst.holdout_error},
+            "load": load,
+            "seconds": seconds,
+        }
+        return show(options, facts, (), report.warnings)
+    if options.quiet:
+        return None
+    before, after = (f"{megabytes[name]:,.1f} MB" for name in ("before", "after"))
+    place, dense = typed(folder), report.dense_beside(folder)
+    lines = [
+        *report.lines(),
+        f"{'weights':20} {before:>15} → {after:>15}",
+        f"{'load':20} {load}",
+        f"{'next':20} liar verify {place}",
+        f"{'':20} liar bench {place} --against {dense}",
+        f"{'':20} liar report {place}",
+        f"{folder}: saved after {seconds:.0f} s",
+    ]
+    return show(options, {}, lines, [each for each in report.warnings if each not in known])
+
+
+def log(report: Report, tracker: str, run: str) -> None:
+    """Log the recipe and the numbers of a report as one run; a failure is a warning."""
+    numbers = {part: getattr(report, part) for part in ("params", "evaluation", "seconds")}
+    metrics = dict(_flat(numbers))
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _drop_output()
-        raise InputError(
-            f"{command}: the job is done, and what it says can't be printed: {one_line(error)}"
-        ) from error
+        library = import_module(tracker)
+        if tracker == "wandb":
+            with library.init(project="liar_ext", name=run, config=dict(report.choices)) as made:
+                made.log(metrics)
+        else:
+            with library.start_run(run_name=run):
+                library.log_params(dict(report.choices))
+                library.log_metrics(metrics)
+    except Exception as error:  # the model is saved, and a server may be away
+        warnings.warn(f"--log {tracker}: nothing was logged: {one_line(error)}", stacklevel=2)
 
 
-def _drop_output() -> None:
-    """Let what is left of the output go nowhere: Python would try again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _nobody_reads() -> bool:
-    """Tell whether the standard output is closed at its other end; what is left goes nowhere."""
-    end = select.poll()
-    end.register(sys.stdout.fileno(), 0)
-    closed = any(event & select.POLLERR for _, event in end.poll(0))
-    if closed:
-        _drop_output()
-    return closed
+def _flat(facts: Mapping[str, object], above: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        elif isinstance(value, int | float):
+            yield f"{above}{name}", float(value)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import Field
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
-from liar_ext.cli.messages import error_lines
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import CRITERIA, check_printable, shown
-from liar_ext.recipe.fields import GROUPS, option_of, recipe_fields
-from liar_ext.system.errors import InputError, did_you_mean
+from liar_ext.models import recipe_checks as check
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_fields import GROUPS, option_of, recipe_fields
+from liar_ext.system.errors import InputError, did_you_mean, one_line
 
 StrPath = str | os.PathLike[str]
 NUMBERS = {"int": int, "float": float}  # types that fields begin with
+TRACKERS = ("mlflow", "wandb")
 
 
 class HelpAll(argparse.Action):
-    """``--help-all``: print all options."""
+    """``--help-all``."""
 
     def __call__(self, parser: Any, *_: object) -> None:
-        """Print, and end the command."""
+        """Print all options, and end the command."""
         parser.common = ()
         parser.print_help()
         parser.exit()
@@ -52,7 +54,7 @@ def add_field(
     facts, default, name = each.metadata, each.default, option_of(each)
     names, help = getattr(facts["check"], "names", None), facts["help"]
     if each.name == "criterion":
-        help += ": " + ", ".join(sorted(CRITERIA))
+        help += ": " + ", ".join(sorted(check.CRITERIA))
     if shows_default and default not in (None, ()) and not isinstance(default, bool):
         help += f" (default: {'all' if isinstance(default, tuple) else default})"
     add = partial(group.add_argument, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
@@ -80,19 +82,47 @@ def _read(kind: type, text: str) -> Any:
         return text
 
 
-def _wrong(must: str, value: object) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"must {must}, got {shown(value)}")
+def _reader(checks: check.Check, kind: type = str) -> Callable[[str], Any]:
+    """Return what argparse reads an option by, which is checked as a field of a recipe is."""
+
+    def read(text: str) -> Any:
+        try:
+            return checks("value", _read(kind, text))
+        except InputError as error:
+            said = str(error).removeprefix("recipe: value ")
+            raise argparse.ArgumentTypeError(said) from None
+
+    return read
 
 
-def read_name(text: str) -> str:
-    """Read a name or path."""
-    if not text.strip():
-        raise _wrong("not be empty", text)
-    try:
-        check_printable("name", text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+def _quantity(
+    examples: str, units: Mapping[str, float], kind: type = int, least: int = 1
+) -> Callable[[str], Any]:
+    """Return what reads a number and its unit."""
+
+    def read(text: str) -> Any:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w*)", text.strip())
+        unit = units.get(found[2]) if found else None
+        if unit is None or not least <= float(found[1]) * unit < check.MOST:
+            must = f"must be a number and a unit, such as {examples}"
+            raise argparse.ArgumentTypeError(f"{must}, got {check.shown(text)}")
+        return kind(float(found[1]) * unit)
+
+    return read
+
+
+BYTES = {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
+BYTES |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
+BYTES |= {each(unit): size for unit, size in BYTES.items() for each in (str.lower, str.upper)}
+read_size = _quantity("12GiB or 500MB", BYTES)
+read_count = _quantity("20000, 100k or 2M", {"": 1, "k": 1000, "M": 1_000_000})
+read_minutes = _quantity("5m, 1h or 90s", {"s": 1 / 60, "m": 1, "h": 60}, float, 0)
+read_number = _reader(check.number, float)
+read_name = _reader(check.text)
+above_zero = _reader(
+    check.checked("be a number above 0", lambda value: check.is_number(value) and 0 < value < 1e18),
+    float,
+)
 
 
 def read_names(text: str) -> list[str]:
@@ -102,58 +132,14 @@ def read_names(text: str) -> list[str]:
 
 def at_least(least: int) -> Callable[[str], int]:
     """Return what reads an integer of at least ``least``."""
-
-    def read(text: str) -> int:
-        value = _read(int, text)
-        if isinstance(value, str):
-            raise _wrong("be an integer", text)
-        if not least <= value < 2**63:
-            raise _wrong(f"be an integer of at least {least}", value)
-        return value
-
-    return read
+    return _reader(check.whole(least), int)
 
 
-def read_number(text: str) -> float:
-    """Read a finite number."""
-    value = _read(float, text)
-    if isinstance(value, str) or not math.isfinite(value):
-        raise _wrong("be a number", text)
-    return value
-
-
-def above_zero(text: str) -> float:
-    """Read a number above 0."""
-    value = read_number(text)
-    if value <= 0:
-        raise _wrong("be above 0", text)
-    return value
-
-
-def read_count(text: str) -> int:
-    """Read a count such as 20000, 100k or 2M."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text.strip())
-    value = float(found[1]) * {"": 1, "k": 1000, "M": 1_000_000}[found[2]] if found else 0
-    if not 1 <= value < 2**53:
-        raise _wrong("be a number of at least 1, such as 20000, 100k or 2M", text)
-    return int(value)
-
-
-def read_size(text: str) -> int:
-    """Read a size with its unit as bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
-    if not found or not float(found[1]) > 0:
-        raise _wrong("be a number and a unit, such as 12GiB or 500MB", text)
-    power = 1 + "KMGT".index(found[2].upper())
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-
-
-def read_minutes(text: str) -> float:
-    """Read a time such as 5m, 1h or 90s as minutes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
-    if not found or not float(found[1]) < 1e6:
-        raise _wrong("be a number and a unit, such as 5m, 1h or 90s", text)
-    return float(found[1]) * {"s": 1 / 60, "m": 1, "h": 60}[found[2]]
+def read_tracker(name: str) -> str:
+    """Read the name of a tracker; one that isn't installed is refused before the job begins."""
+    if name in TRACKERS and find_spec(name) is None:
+        raise argparse.ArgumentTypeError(f"{name} is not installed; run pip install {name}")
+    return name
 
 
 def path(metavar: str) -> dict[str, Any]:
@@ -219,10 +205,10 @@ PATHS = ("MODEL", "TEXT", "FILE", "DIR", "FOLDER")  # how the help names values 
 
 
 class PrintCompletion(argparse.Action):
-    """Print the script and leave."""
+    """``--print-completion``."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Print the script for the shell ``values``."""
+        """Print the script for the shell ``values``, and leave."""
         try:
             import shtab
         except ImportError:
@@ -235,12 +221,9 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def paths_of(operation: str, text: StrPath | Sequence[StrPath]) -> tuple[str, ...]:
+def paths_of(text: StrPath | Sequence[StrPath]) -> tuple[str, ...]:
     """Return the names of one path, or of several."""
     texts = [text] if isinstance(text, str | os.PathLike) else text
-    kinds = isinstance(texts, Sequence) and {isinstance(e, str | os.PathLike) for e in texts}
-    if kinds != {True}:
-        raise InputError(f"{operation}: text must be a path, or a list of paths, got {text!r}")
     return tuple(os.fspath(each) for each in texts)
 
 
@@ -275,3 +258,63 @@ def check_complete(command: str, given: Mapping[str, object], example: str) -> N
             f"{command}: liar {command} needs {', '.join(names)}; {example}, MODEL before "
             "--calibration"
         )
+
+
+COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
+OPERATION = re.compile(r"^(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
+ARGUMENT = re.compile(r"argument ([^\s:]+): ")  # as argparse begins
+# of="flops" or tile=32, as Python has it.
+KEYWORD = re.compile(r"""(?<![\w./-])([a-z_]+)=(["']?)([\w.-]+)\2(?![\w/]|\.\w)""")
+READ = (  # options that name something to read
+    *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
+    *("folder", "folders", "against"),
+)
+FIELD = re.compile(r"^(?:recipe|Budget): (\w+)(?= )")  # of a recipe, where an error begins
+OPTIONS = {each.name: option_of(each) for each in recipe_fields() if each.name != "model"}
+# A field such as keep_blocks in a line, and no part of a path.
+NAMED = re.compile(rf"(?<![\w./-])({'|'.join(n for n in OPTIONS if '_' in n)})(?![\w/=-])")
+
+
+def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
+    """Return ``error:`` with what is wrong and, where there is one, ``hint:`` with what to type.
+
+    An error of the package reads ``operation: what is wrong; what to do``. Fields of a recipe
+    become options. For a file or folder of the options that isn't there, a near name is shown.
+    """
+    line = as_options(" ".join(str(message).split()))
+    line = FIELD.sub(lambda found: f"recipe: {OPTIONS.get(found[1], found[1])}", line)
+    line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line))
+    cause, _, hint = line.partition("; ")
+    hint = " ".join(filter(None, [_near_path(options, cause), hint]))
+    lines = [("error", cause)] + ([("hint", hint)] if hint else [])
+    return "\n".join(f"{painted(word)} {one_line(said)}" for word, said in lines)
+
+
+def as_options(line: str) -> str:
+    """Return a line with ``of="flops"``, ``tile=32`` and ``keep_blocks`` spelled as options."""
+    line = KEYWORD.sub(
+        lambda found: f"{OPTIONS[found[1]]} {found[3]}" if found[1] in OPTIONS else found[0], line
+    )
+    return NAMED.sub(lambda found: OPTIONS[found[1]], line)
+
+
+def _near_path(options: argparse.Namespace | None, cause: str) -> str:
+    """Return a near name for the first path of the options that an error names and that isn't."""
+    words = tuple(word.strip("'\",:") for word in cause.split())
+    for value in (getattr(options, name, None) for name in READ):
+        for text in value if isinstance(value, list | tuple) else (value,):
+            named = isinstance(text, str) and any(word.endswith(text) for word in words)
+            if named and not os.path.lexists(text):
+                path, near = Path(text), ""
+                with suppress(OSError):  # no such folder, or none that can be read
+                    near = did_you_mean(path.name, os.listdir(path.parent))
+                return near.replace("mean ", f"mean {path.parent}/") if "/" in text else near
+    return ""
+
+
+def painted(word: str) -> str:
+    """Return a word with its colon, in colour where stderr is a terminal that has some."""
+    plain = (
+        not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    )
+    return f"{word}:" if plain else f"\033[{COLOURS[word]}m{word}:\033[0m"

@@ -17,29 +17,27 @@ from typing_extensions import Unpack
 
 from liar_ext.calibration.generated import SELF
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.placing import nearest_folder, warn_of_little_room
-from liar_ext.checkpoint.saving import check_folder
+from liar_ext.checkpoint.placing import check_folder, nearest_folder, warn_of_little_room
 from liar_ext.cli import inputs
 from liar_ext.cli import options as kinds
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.heal import train_pruned
+from liar_ext.cli.main import say, show
 from liar_ext.cli.options import StrPath, check_complete, paths_of, recipe_of
-from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, check_untrained, checkpoint_of
 from liar_ext.healing import MINUTES
-from liar_ext.job.dry_run import describe, describe_streamed
+from liar_ext.job.planning import describe, describe_streamed
 from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import Job
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import CompressOptions, check_keywords
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_checks import CompressOptions, check_keywords
 from liar_ext.report.report import Report
 from liar_ext.report.sections import vocabulary_lines
 from liar_ext.system.distributed import alone, is_first
 from liar_ext.system.errors import InputError, naming_memory, one_line
 from liar_ext.system.progress import OnProgress, no_bars, showing_bars
 
-CALIBRATION_SELF = "--calibration self has the model write text, for which it must be in memory"
 NONE_WRITTEN = (
     "The model wrote no calibration text of its own (--self-text), for which all of it must be in "
     "memory: text unlike that of the calibration set loses more."
@@ -49,11 +47,6 @@ NONE_WRITTEN = (
 def run(options: argparse.Namespace) -> int:
     """Check that the options and their recipe say a whole job, and run it."""
     recipe = recipe_of(options)
-    if getattr(options, "recipe", None) and not recipe.calibration and not options.bank:
-        raise InputError(
-            f"prune: {options.recipe} names no text, as its job ran in Python, or with a bank; "
-            "give --calibration TEXT"
-        )
     if options.bank and options.dry_run:
         raise InputError(
             "prune: --dry-run tells what a calibration would take, which --bank spares; leave one "
@@ -115,8 +108,9 @@ def _pruned(
         loaded = time.perf_counter() - start
 
         def annotate(report: Report) -> None:
-            own = isinstance(given.calibration, inputs.TextAndOwn)
-            before = {"load": loaded, **({"write": given.calibration.seconds} if own else {})}
+            before = {"load": loaded}
+            if isinstance(given.calibration, inputs.TextAndOwn):
+                before["write"] = given.calibration.seconds
             # Those of saving are added where the report is written.
             report.seconds = {**before, **report.seconds, "save": 0.0}
             report.seconds["total"] = time.perf_counter() - start
@@ -169,8 +163,7 @@ def _loaded(recipe: Recipe, options: argparse.Namespace, sketch: bool = False) -
         return load_blocks(recipe, options)
     if options.bank:
         return load_by_bank(recipe, options)
-    judge = sequences_to_judge(recipe)
-    return inputs.load(recipe, sketch=sketch, judge=judge)
+    return inputs.load(recipe, sketch=sketch, judge=sequences_to_judge(recipe))
 
 
 def _sketched(given: inputs.Given, options: argparse.Namespace) -> list[str]:
@@ -195,13 +188,11 @@ def _sketched(given: inputs.Given, options: argparse.Namespace) -> list[str]:
 
 def load_blocks(recipe: Recipe, options: argparse.Namespace) -> inputs.Given:
     """Return what a recipe names, with a model that stays in its files."""
-    for used, why in (
-        (SELF in recipe.calibration, CALIBRATION_SELF),
-        (recipe.keep_vocab != 1.0, "--keep-vocab cuts the embeddings of the whole model in memory"),
-        (options.bank, "--bank holds the sums of all layers, for which there must be memory"),
-    ):
-        if used:
-            raise InputError(f"prune: {why}; leave it or --max-memory out")
+    if SELF in recipe.calibration or recipe.keep_vocab != 1.0 or options.bank:
+        raise InputError(
+            "prune: --calibration self, --keep-vocab and --bank need all of the model or its "
+            "statistics in memory; leave them or --max-memory out"
+        )
     stores = []
 
     def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -220,11 +211,6 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> inputs.Given:
 
 
 OWN = ("text", "out", "recipe", "bank", "checkpoint", "progress")
-INSTEAD = {
-    "calibration": "give it as text",
-    "dry_run": "liar prune --dry-run prints the plan",
-    "quiet": "nothing is printed; progress=True shows bars",
-}
 
 
 def compress(
@@ -287,7 +273,8 @@ def compress(
     InputError
         If a file, the model or an option cannot be used.
     """
-    check_keywords("compress", options, [*CompressOptions.__annotations__, *OWN], INSTEAD)
+    known = [*CompressOptions.__annotations__, *OWN]
+    check_keywords("compress", options, known, {"calibration": "give it as text"})
     if not isinstance(model, str | os.PathLike):
         kind = type(model).__name__
         raise InputError(
@@ -298,7 +285,7 @@ def compress(
     minutes = options.pop("heal", None)
     given = dict(options, model=os.fspath(model))
     if text is not None:
-        given["calibration"] = paths_of("compress", text)
+        given["calibration"] = paths_of(text)
     start = Recipe.load(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     built = Recipe.build(start, **given)
     if not built.calibration and bank is None:

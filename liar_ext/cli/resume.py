@@ -17,10 +17,10 @@ from typing import Any
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.checkpoint.folder import PLAN_FILE, strangers
 from liar_ext.cli.inputs import WRITTEN
-from liar_ext.cli.output import check_shared, show
+from liar_ext.cli.main import check_shared, show
 from liar_ext.models.plan import Plan
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import check_printable
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_checks import text
 from liar_ext.system import checkpoint_store as store
 from liar_ext.system.checkpoint_store import JOB_FILE
 from liar_ext.system.distributed import broadcast, is_first
@@ -173,4 +173,4 @@ def _check(job: Any) -> None:
             raise ValueError(f"{name} must be of type {kinds[0].__name__}")
     for name, value in {"folder": job["folder"], **own}.items():
         if isinstance(value, str):
-            check_printable(name, value)
+            text(name, value)

@@ -1,8 +1,4 @@
-"""Write an export beside its folder: whole or not at all, by a rename.
-
-A folder that ``save_pruned`` wrote keeps a record of its exports in ``liar/exports.json``; any
-other folder stays as it is.
-"""
+"""Write an export beside its folder, whole or not at all, and record it in a pruned folder."""
 
 from __future__ import annotations
 
@@ -35,8 +31,8 @@ from liar_ext.checkpoint.placing import (
     rename_to_nothing,
 )
 from liar_ext.export import FORMATS, Exported, Format
-from liar_ext.system.atomic_write import atomic_write, begins_with
 from liar_ext.system.errors import InputError, install, one_line, refusing
+from liar_ext.system.files import atomic_write, begins_with
 from liar_ext.system.progress import no_bars
 
 
@@ -86,6 +82,8 @@ def export(
 
     with refusing(f"export: can't write {out!r}", "", *NO_PATH):
         target = folder.with_name(folder.name + row.suffix) if out is None else Path(out)
+        if target.name in ("", ".."):
+            target = target.resolve()
         target = target.parent.resolve() / target.name  # a link is not followed: it is in the way
     _check_target(target, folder.resolve(), overwrite)
     hint = "nothing was left behind, free space or choose another output"
@@ -110,12 +108,10 @@ def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[...
         with refusing(what, install(row.extra), Exception):
             import_module(package)
     run = import_module(row.module).export
-    known = inspect.signature(run).parameters.values()
-    known = [p.name for p in known if p.kind is p.KEYWORD_ONLY]
-    for name in options:
-        if name not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise InputError(f"export: --to {to} has no option {name}; {has}")
+    known = [p.name for p in inspect.signature(run).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    if unknown := [name for name in options if name not in known]:
+        has = ", ".join(known) or "none"
+        raise InputError(f"export: --to {to} has no option {unknown[0]}; it has {has}")
     return row, run
 
 
@@ -123,10 +119,8 @@ def _model_folder(folder: str | os.PathLike[str]) -> Path:
     """Return the path of a model folder, looked over."""
     with refusing(f"export: {os.fspath(folder)!r} can't be read", "", *NO_PATH):
         path = Path(os.path.abspath(folder))  # the name of a link is that of its export
-        is_folder = path.is_dir()
-    if not is_folder:
-        what = "is a file" if path.exists() else "doesn't exist"
-        raise InputError(f"export: {folder} {what}; give a model folder")
+        if path.is_file():
+            raise InputError(f"export: {folder} is a file; give a model folder")
     inspect_folder(path, "export")
     return path
 
@@ -134,13 +128,8 @@ def _model_folder(folder: str | os.PathLike[str]) -> Path:
 def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
     """Refuse an output that is in the way of something."""
     wrong = ""
-    if target.name in ("", ".", ".."):
-        wrong = "is no name for an output; name one with --out"
-    elif target == folder or folder in target.parents:
-        wrong = (
-            "lies in the folder that is exported, whose files are listed in its manifest; choose "
-            "an output outside"
-        )
+    if target == folder or folder in target.parents:
+        wrong = "lies in the folder that is exported; choose an output outside"
     elif target in folder.parents:
         wrong = "holds the folder that is exported; choose another"
     elif os.path.lexists(target):
@@ -148,7 +137,7 @@ def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
             wrong = "exists; choose another output or overwrite it"
         elif target.is_symlink() or not (target.is_file() or target.is_dir()):
             wrong = "is no ordinary file or folder; choose another output"
-        elif target.is_file() and not begins_with("GGUF")(target):
+        elif target.is_file() and not begins_with("GGUF", target):
             wrong = "is a file that no export wrote; choose another output"
         elif target.is_dir() and (others := strangers(target)):
             wrong = (
@@ -162,19 +151,17 @@ def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
 
 def _put(made: Path, target: Path, overwrite: bool) -> None:
     """Let what was made take its place."""
-    if not made.is_dir():
-        if target.is_dir():
-            raise InputError(f"export: {target} is a folder, the output a file; choose another")
-        if overwrite:
-            os.replace(made, target)
-        elif not rename_to_nothing(made, target):
-            raise InputError(f"export: {target} exists; choose another or overwrite it")
-        return
-    if target.is_file():
-        raise InputError(f"export: {target} is a file, the output a folder; choose another")
-    write_manifest(made)
-    (made / MARKER_FILE).touch()
-    put_in_place(made, target, overwrite)
+    if target.exists() and made.is_dir() != target.is_dir():
+        there = "folder" if target.is_dir() else "file"
+        raise InputError(f"export: {target} is a {there}, and the output isn't; choose another")
+    if made.is_dir():
+        write_manifest(made)
+        (made / MARKER_FILE).touch()
+        put_in_place(made, target, overwrite)
+    elif overwrite:
+        os.replace(made, target)
+    elif not rename_to_nothing(made, target):
+        raise InputError(f"export: {target} exists; choose another or overwrite it")
 
 
 def _size(path: Path) -> int:
@@ -200,10 +187,8 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
             raise InputError(f"export: {path} has an entry without format or path; remove it")
         at = folder / said["path"]
         if "\0" in said["path"] or any(map(_is_special, [at, *(at / "onnx").glob("*")])):
-            raise InputError(
-                f"export: {path} names {said['path'][:80]!r}, which is no file and no folder; "
-                "remove that entry"
-            )
+            name = said["path"][:80]
+            raise InputError(f"export: {path} names {name!r}, no file and no folder; remove it")
     return entries
 
 
@@ -225,14 +210,9 @@ def _write_record(folder: Path, done: Exported, options: Mapping[str, Any]) -> l
             if path.parent.is_symlink():
                 raise InputError(f"{path.parent} is a link")
             name = Path(os.path.relpath(out, folder)).as_posix()
-            entries = {entry["path"]: entry for entry in read_record(folder)}
-            entries[name] = {
-                "format": done.format,
-                "path": name,
-                "bytes": done.bytes,
-                "sha256": digest(out),
-                "options": dict(options),
-            }
+            entry = {"format": done.format, "path": name, "bytes": done.bytes}
+            entry |= {"sha256": digest(out), "options": dict(options)}
+            entries = {each["path"]: each for each in read_record(folder)} | {name: entry}
             path.parent.mkdir(exist_ok=True)
             text = {"version": RECORD_VERSION, "exports": list(entries.values())}
             with atomic_write(path) as file:

@@ -1,17 +1,17 @@
-"""Write a model folder as a GGUF file, for llama.cpp and what is built on it.
-
-Tensors are converted and written one after the other.
-"""
+"""Write a model folder as a GGUF file, for llama.cpp and what is built on it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.inspection import read_config
@@ -21,17 +21,27 @@ from liar_ext.export.gguf_architectures import (
     Layers,
     Mixture,
     architecture_of,
-    layers_of,
     rope_parameters,
     sliding_window,
 )
-from liar_ext.export.gguf_tensors import FLOATS, tensors_of
 from liar_ext.export.gguf_tokenizer import add_tokenizer
-from liar_ext.export.llama_cpp import LIBRARY, check_type, quantize_file, run_file
+from liar_ext.export.llama_cpp import LIBRARY, ROUTER, check_type, quantize_file, run_file
+from liar_ext.models.layers import get_path
+from liar_ext.models.sites import sites
+from liar_ext.models.whole import router_of
 from liar_ext.system.errors import InputError
 
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = {str(dtype).removeprefix("torch."): kind for kind, dtype in FLOATS.items()}
 TOLERANCE = 1e-2  # in nats, of float32 files: sums in another order, Gemma's GELU from a table
+LARGEST_F16 = 65504.0
+# Scaling of rotary embeddings that llama.cpp computes as transformers does.
+SCALINGS = ("default", "linear", "llama3")
+GPT2_LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+SHARED_GATE, HEAD = "ffn_gate_inp_shexp.weight", "output.weight"
+# What a router has for each expert, by the names in its module: its rows, and numbers that are
+# added to the weights in the choice alone.
+ROUTED = {"weight": ROUTER, "e_score_correction_bias": "exp_probs_b.bias"}
 
 
 def export(
@@ -41,33 +51,36 @@ def export(
 
     Parameters
     ----------
-    folder, out
-        As :mod:`liar_ext.export` says.
+    folder, out : Path
+        The model folder, and the file to write.
     quantize : str, optional
         Type of the matrices: ``f32``, ``f16``, ``bf16``, or one of llama.cpp's quantiser, such as
         ``q8_0`` or ``q4_k_m``, which needs its library. By default that of the weights.
     check : bool
         Run the file by llama.cpp, where its library is installed, and compare with the folder.
-
-    Raises
-    ------
-    InputError
-        If no architecture of llama.cpp runs the model, its tokenizer is of a kind that llama.cpp
-        lacks, a weight is out of the type's range, or llama.cpp computes something else.
     """
-    fields = read_config(folder, "export")
-    stored = stored_dtype(fields)
+    import gguf
+
+    stored = stored_dtype(read_config(folder, "export"))
     stored = stored if stored in DTYPES else "float32"
     kind = (quantize or DTYPES[stored]).lower()
     if kind not in FLOATS:
         check_type(kind)
     model, tokenizer = load_model(folder, stored)
-    architecture, layers = architecture_of(model), layers_of(model)
+    architecture, layers = architecture_of(model)
     notes = _notes(model, architecture, layers)
     base = out if kind in FLOATS else out.with_name(f"{out.name}.unquantized")
+    writer = gguf.GGUFWriter(base, architecture.name)
+    writer.add_type("model")
+    # A name on disk may be no UTF-8.
+    writer.add_name(folder.name.encode(errors="replace").decode())
     own = kind if kind in FLOATS else DTYPES[stored]
-    name = folder.name.encode(errors="replace").decode()  # a name on disk may be no UTF-8
-    notes += _write(model, tokenizer, architecture, layers, base, own, name)
+    share = "ALL" if own == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{share}_{own.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_sizes(writer, model, architecture, layers)
+    notes += add_tokenizer(writer, tokenizer, model)
+    _write(writer, list(tensors_of(model, architecture, layers, own)))
     if base != out:
         notes += quantize_file(base, out, kind)
         base.unlink()
@@ -103,40 +116,22 @@ def _checked(model: nn.Module, path: Path, kind: str, experts: bool) -> str:
 
 def _notes(model: nn.Module, architecture: Architecture, layers: Layers) -> list[str]:
     instead = f", whose layers may differ in size, instead of {model.config.model_type}"
-    how = f"Architecture {architecture.name}{'' if layers.equal else instead}: llama-cli -m FILE."
-    window = sliding_window(model.config)
-    if window is None or architecture.name == "gemma3":
-        return [how]
-    return [
-        how,
-        f"llama.cpp attends to all tokens here, transformers to the last {window}: outputs differ "
-        "in longer sequences.",
+    notes = [
+        f"Architecture {architecture.name}{'' if layers.equal else instead}: llama-cli -m FILE."
     ]
+    window = sliding_window(model.config)
+    if window is not None and architecture.name != "gemma3":
+        notes.append(
+            f"llama.cpp attends to all tokens here, transformers to the last {window}: outputs "
+            "differ in longer sequences."
+        )
+    return notes
 
 
-def _write(
-    model: nn.Module,
-    tokenizer: Any,
-    architecture: Architecture,
-    layers: Layers,
-    out: Path,
-    kind: str,
-    name: str,
-) -> list[str]:
-    """Write the file; return what the user should know of its tokenizer."""
-    import gguf
-
-    writer = gguf.GGUFWriter(out, architecture.name)
-    writer.add_type("model")
-    writer.add_name(name)
-    share = "ALL" if kind == "f32" else "MOSTLY"
-    writer.add_file_type(gguf.LlamaFileType[f"{share}_{kind.upper()}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_sizes(writer, model, architecture, layers)
-    notes = add_tokenizer(writer, tokenizer, model)
-    tensors = list(tensors_of(model, architecture, layers, kind))
+def _write(writer: Any, tensors: list[Written]) -> None:
+    """Write the file: its head, and the tensors as they are converted."""
     for each in tensors:
-        writer.add_tensor_info(*each.info)
+        each.announce(writer)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -145,11 +140,6 @@ def _write(
             writer.write_tensor_data(each.data())
     finally:
         writer.close()
-    return notes
-
-
-# Scaling of rotary embeddings that llama.cpp computes as transformers does.
-SCALINGS = ("default", "linear", "llama3")
 
 
 def add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers: Layers) -> None:
@@ -232,3 +222,131 @@ def _add_rope(writer: Any, config: Any, architecture: Architecture, head_dim: in
 
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor of the file: one of the model, or ``change`` of it, which has the same shape."""
+
+    name: str
+    tensor: Tensor
+    type: str  # of FLOATS
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def announce(self, writer: Any) -> None:
+        """Write name, shape and type into the head of the file."""
+        import gguf
+
+        size = FLOATS[self.type].itemsize * self.tensor.numel()
+        kind = gguf.GGMLQuantizationType[self.type.upper()]
+        writer.add_tensor_info(self.name, self.tensor.shape, np.dtype(np.float32), size, kind)
+
+    def data(self) -> np.ndarray:
+        """Return the values; refuse one that is out of the type's range."""
+        tensor = (self.tensor if self.change is None else self.change(self.tensor)).cpu()
+        largest = float(tensor.float().abs().max()) if self.type == "f16" else 0.0
+        if not largest <= LARGEST_F16:
+            raise InputError(
+                f"export: --to gguf: {self.name} has values up to {largest:.3g}, over those of "
+                "f16; give --quantize bf16 or f32"
+            )
+        values = tensor.to(FLOATS[self.type]).contiguous()
+        return (values.view(torch.int16) if self.type == "bf16" else values).numpy()
+
+
+def tensors_of(
+    model: nn.Module, architecture: Architecture, layers: Layers, kind: str
+) -> Iterator[Written]:
+    """Yield the tensors of a model in the order of the file, matrices in the type ``kind``."""
+    import gguf
+
+    def written(name: str, tensor: Tensor, *change: Any) -> Written:
+        # llama.cpp expects vectors (norms, biases) and routers in float32.
+        whole = tensor.ndim == 1 or name.endswith(ROUTER)
+        return Written(name, tensor.detach(), "f32" if whole else kind, *change)
+
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(arch, len(layers.heads))
+    experts = _experts(model) if architecture.mixture else {}
+    factors = rope_factors(model.config, layers.head_dim)
+    if factors is not None:
+        yield written("rope_freqs.weight", factors)
+    for path, _ in model.named_buffers():
+        yield from (written(*each) for each in experts.get(path, ()))
+    found = set()
+    for path, parameter in model.named_parameters():  # a head that shares its weight is not written
+        if path in experts:
+            yield from (written(*each) for each in experts[path])
+            continue
+        name = names.get_name(path, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise InputError(
+                f"export: --to gguf: {architecture.name} has no tensor for {path}; use the folder "
+                "itself"
+            )
+        found.add(name)
+        tensor = parameter
+        if architecture.transposed and path.endswith(GPT2_LINEAR):
+            tensor = parameter.T
+        elif name.endswith(SHARED_GATE):
+            tensor = parameter[0]  # the only row is a vector there
+        yield written(name, tensor, _change(path, architecture, layers.head_dim))
+    if architecture.head and HEAD not in found:
+        yield written(HEAD, model.get_output_embeddings().weight)
+
+
+def _experts(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
+    """Return what the parameters of all experts of a layer, and its router, become; by path."""
+    found: dict[str, list[tuple[str, Tensor]]] = {}
+    for site in sites(model, ("mlp",)):
+        if site.expert != 0:
+            continue
+        block, (producer,) = f"blk.{site.block}.", site.producers
+        gate, up = get_path(model, producer).chunk(2, dim=1)  # (experts, rows, columns) each
+        found[producer] = [
+            (f"{block}ffn_gate_exps.weight", gate),
+            (f"{block}ffn_up_exps.weight", up),
+        ]
+        down = get_path(model, site.consumer)
+        found[site.consumer] = [(f"{block}ffn_down_exps.weight", down)]
+        for name, tensor in router_of(model, site).state_dict().items():
+            there = ROUTED[name.rpartition(".")[2]]
+            path = f"{site.path}.{site.wiring.experts.router}.{name}"
+            found[path] = [(block + there, tensor if there == ROUTER else tensor.flatten())]
+    return found
+
+
+def _change(
+    path: str, architecture: Architecture, head_dim: int
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes of a parameter the one that the architecture takes, if it is another."""
+    owner = path.split(".")[-2]
+    if architecture.interleaved and owner in ("q_proj", "k_proj"):
+        return lambda rows: interleave(rows, head_dim)
+    if architecture.name == "gemma3" and owner.endswith("norm"):
+        return lambda weight: weight.float() + 1  # which transformers adds in its forward
+    if architecture.name == "gptneox" and owner == "query_key_value":  # q, k and v of each head
+        return lambda rows: rows.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
+    return None
+
+
+def interleave(rows: Tensor, head_dim: int) -> Tensor:
+    """Return the rows of q or k so that pairs (i, i + d/2) of each head become (2i, 2i + 1)."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def rope_factors(config: Any, head_dim: int) -> Tensor | None:
+    """Return what llama.cpp divides the rotary frequencies by, (head_dim / 2,): Llama 3 alone.
+
+    Frequencies with a wavelength beyond the original context are divided by ``factor``, those with
+    a short one by 1, with a linear passage (in the number of turns) between the two.
+    """
+    rope = rope_parameters(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    wavelength = 2 * math.pi * float(rope["rope_theta"]) ** steps
+    turns = float(rope["original_max_position_embeddings"]) / wavelength
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - share) / float(rope["factor"]) + share)).float()

@@ -1,10 +1,4 @@
-"""Which architecture of llama.cpp runs a model, and what none of them can.
-
-An architecture sizes every layer like the first one, except ``deci``, whose head counts and MLP
-sizes are arrays. It takes the place of ``llama``, and both take the place of ``qwen2``, which can't
-have fewer heads, with the rows of q and k in Llama's order: all are the same computation. None
-takes its place where there are experts: then all layers have one size.
-"""
+"""Which architecture of llama.cpp runs a model, and what none of them can."""
 
 from __future__ import annotations
 
@@ -15,9 +9,11 @@ from typing import Any, Literal
 from torch import nn
 
 from liar_ext.checkpoint.stock_config import auto_classes
-from liar_ext.models.experts import layer_at, router_of
+from liar_ext.models.layers import layer_at
+from liar_ext.models.registry import family_of
 from liar_ext.models.running import block_config, predicts_next_token
-from liar_ext.models.sites import SHARED, Site, family_of, sites
+from liar_ext.models.sites import SHARED, Site, sites
+from liar_ext.models.whole import router_of
 from liar_ext.system.errors import InputError
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
@@ -62,7 +58,8 @@ class Architecture:
 LLAMA = Architecture("llama", interleaved=True, biases=ALL, factors=True)
 DECI = Architecture("deci", interleaved=True, biases=ALL, per_layer=True, factors=True)
 QWEN2 = Architecture("qwen2", biases=QKV, square=True)
-# By model type, in the order of preference.
+# By model type, in the order of preference. Llama's, in its order of rows of q and k, compute the
+# same as qwen2, which can't have fewer heads; only deci, without experts, has sizes by layer.
 ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     "llama": (LLAMA, DECI),
     "mistral": (LLAMA, DECI),
@@ -128,13 +125,6 @@ FIXED: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_group": 1},
     "dots1": {"n_group": 1},
 }
-LACKS = {  # deci, of a family
-    "qwen3": "norms of queries and keys",
-    "smollm3": "layers without rotary embeddings",
-    "gpt2": "learned positions",
-    "gpt_neox": "LayerNorm",
-    "gemma3_text": "norms after the branches",
-}
 NOPE_STEP = 4  # of smollm3 in llama.cpp: every fourth layer has no rotary embedding
 GEMMA_STEP = 6  # of gemma3: every sixth layer attends to all tokens
 GEMMA_LOCAL_THETA = 10000.0  # of the others
@@ -193,8 +183,8 @@ def layers_of(model: nn.Module) -> Layers:
     )
 
 
-def architecture_of(model: nn.Module) -> Architecture:
-    """Return the architecture that runs a model; refuse it with the reason if there is none."""
+def architecture_of(model: nn.Module) -> tuple[Architecture, Layers]:
+    """Return the architecture that runs a model, and its sizes; refuse one that none runs."""
     config, kind = model.config, model.config.model_type
     if kind not in ARCHITECTURES or not predicts_next_token(model):
         others = "--to onnx" if not predicts_next_token(model) else "the folder itself"
@@ -205,15 +195,16 @@ def architecture_of(model: nn.Module) -> Architecture:
     if "AutoModelForCausalLM" not in auto_classes(model):
         raise _refusal(f"{type(model).__name__} has another head than a language model's")
     _check_config(block_config(family_of(model), config))
-    return _first_that_fits(model, ARCHITECTURES[kind], layers_of(model))
+    candidates, layers = ARCHITECTURES[kind], layers_of(model)
+    if candidates[0].mixture is not None:
+        _check_experts(candidates[0].name, candidates[0].mixture, layers)
+    return _first_that_fits(model, candidates, layers), layers
 
 
 def _first_that_fits(
     model: nn.Module, candidates: tuple[Architecture, ...], layers: Layers
 ) -> Architecture:
-    kind, best, unequal = model.config.model_type, candidates[-1], not layers.equal
-    if best.mixture is not None:
-        _check_experts(best.name, best.mixture, kind, layers)
+    best, unequal = candidates[-1], not layers.equal
     places = {(path, s.expert) for s in sites(model) for path in (s.consumer, *s.producers)}
     biases = {
         path.rpartition(".")[2]
@@ -228,9 +219,8 @@ def _first_that_fits(
             return each
     if unequal and not best.per_layer:
         raise _refusal(
-            f"{best.name} gives all layers the same sizes, those of this {kind} differ, and deci, "
-            f"which takes any, has no {LACKS[kind]}; prune with --uniform-layers, or, without "
-            "experts, export it with --to uniform first"
+            f"{best.name} gives all layers the same sizes, and those of this model differ; prune "
+            "with --uniform-layers, or, without experts, export it with --to uniform first"
         )
     if best.square and not square:
         raise _refusal(
@@ -243,28 +233,17 @@ def _first_that_fits(
     )
 
 
-def _check_experts(name: str, mixture: Mixture, kind: str, layers: Layers) -> None:
+def _check_experts(name: str, mixture: Mixture, layers: Layers) -> None:
     """Refuse layers of experts that no architecture has, and say what to do."""
-    routed = layers.experts[layers.leading :]
-    if not routed or 0 in (routed if mixture.leading else layers.experts):
+    routed = layers.experts[layers.leading :] if mixture.leading else layers.experts
+    if not routed or 0 in routed:
         where = "every layer after the first ones" if mixture.leading else "every layer"
         raise _refusal(
-            f"{name} has experts in {where}, {layers.experts.count(0)} of this {kind}'s "
+            f"{name} has experts in {where}, and {layers.experts.count(0)} of this model's "
             f"{len(layers.experts)} layers have an ordinary MLP; use the folder itself"
         )
-    if len(set(routed)) > 1:
-        counts = " and ".join(map(str, sorted(set(routed))))
-        raise _refusal(
-            f"a file has one expert_count for all layers, those of this {kind} have {counts}; keep "
-            "equally many, as --keep-experts does"
-        )
-    if not layers.equal:
-        raise _refusal(
-            f"{name} gives all layers the same sizes, those of this {kind} differ, and deci, which "
-            "takes any, has no experts; prune with --uniform-layers"
-        )
     shared, width = layers.shared[-1], layers.channels[-1]
-    if mixture.shared == "count" and (shared % width or not shared):
+    if layers.equal and mixture.shared == "count" and (shared % width or not shared):
         raise _refusal(
             f"{name} has a shared expert as wide as one or several others together, here {shared} "
             f"channels and {width}; choose another --keep, or prune by --keep-experts alone"
@@ -273,14 +252,13 @@ def _check_experts(name: str, mixture: Mixture, kind: str, layers: Layers) -> No
 
 def _check_config(config: Any) -> None:
     """Refuse what llama.cpp computes otherwise, or has fixed at other values."""
-    kind = config.model_type
+    kind, depth = config.model_type, config.num_hidden_layers
+    architecture = ARCHITECTURES[kind][0]
     names = ("hidden_act", "hidden_activation", "activation_function")
     found = next((getattr(config, name) for name in names if hasattr(config, name)), None)
-    wanted: dict[str, Any] = {"activation": ARCHITECTURES[kind][0].activation}
-    values, depth = {"activation": found}, config.num_hidden_layers
-    mixture = ARCHITECTURES[kind][0].mixture
-    wanted |= FIXED.get(kind, {})
-    normalised = None if mixture is None else mixture.normalised
+    wanted = {"activation": architecture.activation, **FIXED.get(kind, {})}
+    values: dict[str, Any] = {"activation": found}
+    normalised = architecture.mixture and architecture.mixture.normalised
     if normalised is not None and hasattr(config, "norm_topk_prob"):
         wanted["norm_topk_prob"] = normalised
     if kind == "smollm3":
@@ -311,7 +289,7 @@ def _check_config(config: Any) -> None:
         value = bool(value) if isinstance(right, bool) else value
         if value != right:
             raise _refusal(
-                f"llama.cpp's {ARCHITECTURES[kind][0].name} has {name} {str(right)[:60]}, this "
+                f"llama.cpp's {architecture.name} has {name} {str(right)[:60]}, this "
                 f"model {str(value)[:60]}; use the folder itself"
             )
 

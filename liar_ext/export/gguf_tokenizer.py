@@ -1,9 +1,7 @@
-r"""Write a tokenizer into a GGUF file.
+"""Write a tokenizer into a GGUF file, as one of the two kinds of BPE that llama.cpp has.
 
-llama.cpp has two kinds of BPE. The one that works on bytes (GPT-2, Llama 3, Qwen) needs tokens,
-merges and the *name* of the rule that splits text into words. The other (Llama 2, Gemma;
-SentencePiece's) joins the two neighbours whose token has the highest score. A fast tokenizer holds
-merges instead, sorted by these scores: minus the rank of the first that makes a token is its score.
+The one on bytes (GPT-2, Llama 3, Qwen) needs the name of the rule that splits text into words. That
+of SentencePiece (Llama 2, Gemma) joins the two neighbours whose token has the highest score.
 """
 
 from __future__ import annotations
@@ -62,7 +60,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, model: nn.Module) -> list[str]:
     merges = fields["model"]["merges"]
     pairs = [each.split(" ") if isinstance(each, str) else each for each in merges]
     if joins_by_score:
-        ranks: dict[str, int] = {}
+        ranks: dict[str, int] = {}  # merges are sorted by the scores of their tokens
         for rank, (first, second) in enumerate(pairs):
             ranks.setdefault(first + second, rank)
         writer.add_token_scores([-float(ranks[t]) if t in ranks else NEVER for t in tokens])
@@ -107,10 +105,9 @@ def _tokens(
 
 def _prepends_space(fields: Mapping[str, Any]) -> bool:
     """Return whether text gets a space in front; refuse what isn't SentencePiece's way."""
-    steps = [*_steps(fields["normalizer"], "normalizers")]
-    steps += _steps(fields["pre_tokenizer"], "pretokenizers")
     prepends = False
-    for step in steps:
+    before = _steps(fields["normalizer"], "normalizers")
+    for step in before + _steps(fields["pre_tokenizer"], "pretokenizers"):
         kind = step["type"]
         if kind == "Prepend" and step["prepend"] == SPACE:
             prepends = True
@@ -138,10 +135,10 @@ def _rule(fields: Mapping[str, Any]) -> tuple[str, list[str]]:
         parts.append((kind, detail.get("Regex") if kind == "Split" else detail))
         if step.get("add_prefix_space") or step.get("invert"):
             raise _refusal("that adds a space in front, or splits by what it keeps")
-    name = RULES.get((tuple(parts), bool(fields["model"].get("ignore_merges"))))
-    if name is None:
+    rule = tuple(parts), bool(fields["model"].get("ignore_merges"))
+    if rule not in RULES:
         raise _refusal(f"that splits text by {str(parts)[:120]}")
-    return name, notes
+    return RULES[rule], notes
 
 
 def _steps(step: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:

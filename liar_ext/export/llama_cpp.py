@@ -1,9 +1,4 @@
-"""Quantise GGUF files by llama.cpp's own quantiser, and run them.
-
-The quantiser is the program ``llama-quantize`` if it is on the path, else the library of the
-package ``llama-cpp-py-sync``, which also runs files. Both have a process of their own: llama.cpp
-ends its process if it can't go on.
-"""
+"""Quantise GGUF files by llama.cpp's quantiser, and run them, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from liar_ext.export.gguf_tensors import ROUTER
 from liar_ext.system.environment import child
 from liar_ext.system.errors import InputError
 
@@ -29,6 +23,7 @@ TYPES = {
     "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
     "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
 }  # fmt: skip
+ROUTER = "ffn_gate_inp.weight"  # how the names of routers end: they stay float32 in any type
 GROUP = 32  # weights that share a scale in q8_0 and its kin; the K types have 256
 
 
@@ -47,18 +42,13 @@ def check_type(kind: str) -> None:
 
 
 def quantize_file(source: Path, out: Path, kind: str) -> list[str]:
-    """Write ``source`` in another type; return what the user should know."""
+    """Write ``source`` in another type by the program, or the library; return notes."""
     program = shutil.which(PROGRAM)
     if program is not None:
         command = [program, str(source), str(out), kind.upper()]
     else:
         command = child(WORKER, "quantize", source, out, TYPES[kind])
-    done = _finished(command)
-    if done.returncode or not out.is_file():
-        raise InputError(
-            f"export: llama.cpp's quantiser failed ({done.returncode}): {_end(done)}; give "
-            "--quantize f16"
-        )
+    _finish(command, out, "llama.cpp's quantiser failed", "give --quantize f16")
     return _left_out(out, kind)
 
 
@@ -73,36 +63,30 @@ def run_file(path: Path, ids: np.ndarray, *, logits: bool = False) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder, "ids.npy"), Path(folder, "out.npz")
         np.save(given, np.ascontiguousarray(ids, dtype=np.int32))
-        done = _finished(child(WORKER, "logits" if logits else "score", path, given, out))
-        if done.returncode:
-            raise InputError(
-                f"export: llama.cpp can't run {path.name} ({done.returncode}): {_end(done)}; "
-                "update llama-cpp-py-sync, or use the folder itself"
-            )
+        command = child(WORKER, "logits" if logits else "score", path, given, out)
+        hint = "update llama-cpp-py-sync, or use the folder itself"
+        _finish(command, out, f"llama.cpp can't run {path.name}", hint)
         with np.load(out) as found:
             return dict(found)
 
 
-def _finished(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; where llama.cpp asserts, its words and no stack are the last."""
-    quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", env=quiet)
-
-
-def _end(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the end of what a process said, as one line."""
-    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return " / ".join(said[-3:])[-250:]
+def _finish(command: list[str], out: Path, what: str, hint: str) -> None:
+    """Run a command to its end; refuse one that fails, with the end of what it said."""
+    quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # where llama.cpp asserts: words, no stack
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=quiet)
+    if done.returncode or not out.is_file():
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        end = " / ".join(said[-3:])[-250:]
+        raise InputError(f"export: {what} ({done.returncode}): {end}; {hint}")
 
 
 def _left_out(path: Path, kind: str) -> list[str]:
     """Return a note on the matrices whose width no group divides."""
     import gguf
 
-    found = [each for each in gguf.GGUFReader(path).tensors if len(each.shape) > 1]
-    matrices = [each for each in found if not each.name.endswith(ROUTER)]  # no type changes them
-    floats = ("F32", "F16", "BF16")
-    odd = [each for each in matrices if each.tensor_type.name in floats]
+    tensors = gguf.GGUFReader(path).tensors
+    matrices = [t for t in tensors if len(t.shape) > 1 and not t.name.endswith(ROUTER)]
+    odd = [t for t in matrices if t.tensor_type.name in ("F32", "F16", "BF16")]
     if not odd:
         return []
     names = sorted({re.sub(r"blk\.\d+\.", "", each.name) for each in odd})

@@ -1,7 +1,6 @@
-"""What runs llama.cpp, in a process of its own: it ends the process where it can't go on.
+"""A script that runs llama.cpp, which ends its process where it can't go on.
 
-Run as a script, by :mod:`liar_ext.export.llama_cpp`, it needs the package ``llama-cpp-py-sync`` and
-numpy, and neither this package nor torch, whose import takes seconds::
+It needs ``llama-cpp-py-sync`` and numpy, and not torch, whose import takes seconds::
 
     quantize SOURCE OUT TYPE        TYPE: a number of llama.h, enum llama_ftype
     score    FILE IDS.npy OUT.npz   ids (sequences, tokens): nll (sequences, tokens - 1), seconds

@@ -1,9 +1,4 @@
-"""ONNX: encoders and classifiers for onnxruntime, optimum and sentence-transformers.
-
-``OUT/onnx/model.onnx`` takes input_ids, attention_mask[, token_type_ids], pixel_values or
-input_values, and gives last_hidden_state or logits, and sentence_embedding if the folder says how
-to pool. Beside it lie what stock tools read: config.json, tokenizer, modules.json, 1_Pooling/, ...
-"""
+"""ONNX: encoders and classifiers for onnxruntime, optimum and sentence-transformers."""
 
 from __future__ import annotations
 
@@ -24,8 +19,8 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint.folder import PROCESSOR_FILES
 from liar_ext.checkpoint.loading import load_model
+from liar_ext.checkpoint.readers import Sentence, read_inside, read_sentence
 from liar_ext.checkpoint.saving import save_tokenizer
-from liar_ext.checkpoint.sentence import Sentence, read_inside, read_sentence
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
 from liar_ext.models.running import draw_inputs, inputs_read, positions_of, predicts_next_token
 from liar_ext.system.errors import InputError, refusing
@@ -52,18 +47,15 @@ UNFIT = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
 def export(folder: Path, out: Path, *, quantize: str = "float32") -> list[str]:
     """Write a folder with a graph of any number of sequences and tokens, checked by onnxruntime.
 
+    ``OUT/onnx/model.onnx`` gives the outputs of the model, and sentence_embedding if the folder
+    says how to pool. Beside it lie what stock tools read: config.json, tokenizer, modules.json, ...
+
     Parameters
     ----------
     folder, out : Path
         A model folder, and the folder to write.
     quantize : {"float32", "int8"}
         ``int8``: weights of products and embeddings in 8 bits, inputs of products at run time.
-
-    Raises
-    ------
-    InputError
-        If the model is one that generates text, torch or onnxruntime can't express it, its
-        sentence-transformers files can't be followed, or the graph's outputs aren't torch's.
     """
     if quantize not in QUANTIZE:
         raise InputError(
@@ -91,7 +83,7 @@ def export(folder: Path, out: Path, *, quantize: str = "float32") -> list[str]:
     path.parent.mkdir(parents=True)
     first = path if quantize == "float32" else path.with_name("float32.onnx")
     write_graph(graph, first)
-    largest, _ = _checked(graph, first, MOST_LOST, "")
+    largest, _ = check_graph(graph, first, MOST_LOST)
     notes = [
         f"{FILE}: {', '.join(sample_inputs(model, 1, 1))} to {', '.join(graph.names)}, "
         f"{_size(first) / 1e6:,.1f} MB in float32; onnxruntime's outputs differ from torch's by "
@@ -107,17 +99,6 @@ def export(folder: Path, out: Path, *, quantize: str = "float32") -> list[str]:
     if tokenizer is None and model.main_input_name == "input_ids":
         notes.append("The folder has no tokenizer, so none was written: put one beside the graph.")
     return notes
-
-
-def _checked(graph: nn.Module, path: Path, most: float, hint: str) -> tuple[float, float]:
-    """Return how far a file is from torch, see :func:`compare`; refuse it if that is too far."""
-    largest, relative = compare(graph, path)
-    if not relative <= most:
-        raise InputError(
-            f"export: onnxruntime's outputs are not torch's: they differ by {largest:.1e}, "
-            f"relatively by {relative:.1e} where {most:.0e} is allowed; nothing was written{hint}"
-        )
-    return largest, relative
 
 
 def _to_int8(graph: nn.Module, first: Path, path: Path) -> str:
@@ -140,7 +121,7 @@ def _to_int8(graph: nn.Module, first: Path, path: Path) -> str:
         )
     for file in _files(first):
         file.unlink()
-    largest, relative = _checked(graph, path, MOST_LOST_BY_INT8, "; leave --quantize out")
+    largest, relative = check_graph(graph, path, MOST_LOST_BY_INT8, "; leave --quantize out")
     return (
         f"int8: {_size(path) / 1e6:,.1f} MB for {before / 1e6:,.1f} MB; greatest difference from "
         f"torch {largest:.2g}, relatively {relative:.2g}, on random inputs: measure "
@@ -274,11 +255,11 @@ def write_graph(graph: nn.Module, path: Path) -> None:
         )
 
 
-def compare(graph: nn.Module, path: Path) -> tuple[float, float]:
-    """Return how far a file is from torch, over all of ``SHAPES``, in a session of onnxruntime.
+def check_graph(graph: nn.Module, path: Path, most: float, hint: str = "") -> tuple[float, float]:
+    """Return how far a file is from torch, over all of ``SHAPES``; refuse one that is too far.
 
     Returned are ``max |y − ŷ|`` over all outputs, infinite if one isn't finite or of another
-    shape, and, of the output where it is largest, ``|y − ŷ|₂ / |y|₂``.
+    shape, and, of the output where it is largest, ``|y − ŷ|₂ / |y|₂``, which is at most ``most``.
     """
     import onnxruntime
 
@@ -287,21 +268,23 @@ def compare(graph: nn.Module, path: Path) -> tuple[float, float]:
     largest = relative = 0.0
     with _refusing("what was written, by onnxruntime", Exception):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        names = [each.name for each in session.get_outputs()]
-        taken = {each.name for each in session.get_inputs()}
         for seed, shape in enumerate(SHAPES):
             inputs = sample_inputs(graph.model, *shape, seed=seed)
-            if taken != set(inputs) or names != list(graph.names):
-                raise ValueError(f"it takes {', '.join(taken)} and gives {', '.join(names)}")
             with torch.no_grad():
                 expected = graph(**inputs)
-            got = session.run(None, {name: each.numpy() for name, each in inputs.items()})
+            fed = {name: each.numpy() for name, each in inputs.items()}
+            got = session.run(list(graph.names), fed)
             for ours, theirs in zip(expected, map(torch.from_numpy, got), strict=True):
-                if ours.shape != theirs.shape or not theirs.isfinite().all():
-                    return math.inf, math.inf
-                largest = max(largest, float((ours - theirs).abs().max()))
-                norm = float(ours.norm()) or 1.0
-                relative = max(relative, float((ours - theirs).norm()) / norm)
+                gap = norm = math.inf
+                if ours.shape == theirs.shape and (ours - theirs).isfinite().all():
+                    gap = float((ours - theirs).abs().max())
+                    norm = float((ours - theirs).norm()) / (float(ours.norm()) or 1.0)
+                largest, relative = max(largest, gap), max(relative, norm)
+    if not relative <= most:
+        raise InputError(
+            f"export: onnxruntime's outputs are not torch's: they differ by {largest:.1e}, "
+            f"relatively by {relative:.1e} where {most:.0e} is allowed; nothing was written{hint}"
+        )
     return largest, relative
 
 

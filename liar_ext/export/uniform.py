@@ -1,9 +1,4 @@
-"""Write a pruned folder with unequal layers as one with equal layers, with the same outputs.
-
-Every layer gets as many units as the widest one. Rows of producers, and columns of the consumer,
-are zero for units that are added: a zero channel writes zero, a zero KV group reads zeros. The
-price is parameters and time.
-"""
+"""Write a pruned folder with unequal layers as one with equal layers, padded with zeros."""
 
 from __future__ import annotations
 
@@ -30,13 +25,13 @@ from liar_ext.checkpoint.loading import read_plan
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import dense_config, equal_config, how_to_load
 from liar_ext.export import is_unequal, stored_dtype
-from liar_ext.models.configs import skeleton
-from liar_ext.models.experts import refuse_experts
 from liar_ext.models.plan import Plan, SitePlan, kind_of
+from liar_ext.models.registry import skeleton
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import draw_inputs
 from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan, unit_slices
+from liar_ext.models.whole import refuse_experts
 from liar_ext.system.errors import InputError, typed
 
 
@@ -45,17 +40,11 @@ def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:
 
     Parameters
     ----------
-    folder, out
-        As :mod:`liar_ext.export` says.
+    folder, out : Path
+        The model folder, and the folder to write.
     multiple_of : int
         The MLP gets a multiple of this many channels, as group quantisation and hardware want it,
         if the dense model has as many.
-
-    Raises
-    ------
-    InputError
-        If the folder loads without code already, has no plan, or no config of the family can say
-        equal layers that are as wide.
     """
     if multiple_of < 1:
         raise InputError(f"export: --multiple-of must be at least 1, got {multiple_of}")
@@ -64,11 +53,6 @@ def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:
         raise InputError(
             f"export: --to uniform: {folder.name} needs no code to load as it is, its layers being "
             "equal; use the folder itself"
-        )
-    if not (folder / PLAN_FILE).is_file():
-        raise InputError(
-            f"export: --to uniform: {folder} has no {PLAN_FILE}, which says what its layers keep; "
-            "copy the folder again, or prune again with --uniform-layers"
         )
     plan, stored = read_plan(folder / PLAN_FILE, "export"), stored_dtype(fields)
     model, tokenizer = load_model(folder, stored if hasattr(torch, stored) else "float32")
@@ -96,8 +80,8 @@ def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:
     wide = replace(wide.after(before), hidden=hidden, blocks=blocks)
     counts = {"before": count_params(model), "after": count_params(padded)}
     report = read_json(folder / REPORT_JSON, "export") if (folder / REPORT_JSON).is_file() else {}
-    report |= {"uniform": {"source": folder.name, "params": counts}}
-    report |= {"loading": how_to_load(padded, wide)}
+    report["uniform"] = {"source": folder.name, "params": counts}
+    report["loading"] = how_to_load(padded, wide)
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
     if (folder / VOCABULARY_FILE).is_file():
         shutil.copyfile(folder / VOCABULARY_FILE, out / VOCABULARY_FILE)
@@ -105,11 +89,7 @@ def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:
 
 
 def _rounds(plan: Plan, whole: nn.Module, found: list[Site]) -> tuple[Plan, Plan]:
-    """Return a plan for the dense model that leaves a config's model, and the plan for that one.
-
-    Together they keep what ``plan`` keeps. A config has fewer units than the dense model if an
-    earlier job left equal layers.
-    """
+    """Split a plan: the first part leaves the config's model, which an earlier job had pruned."""
     before, after = {}, {}
     for ours, theirs in zip(found, sites(whole, attn_unit=plan.attn_unit), strict=True):
         if ours.name in plan.sites:
@@ -128,8 +108,7 @@ def _rounds(plan: Plan, whole: nn.Module, found: list[Site]) -> tuple[Plan, Plan
 def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan:
     """Return the least plan with equal layers that holds all that a plan keeps.
 
-    A config may refuse head counts (one that doesn't divide the hidden size), or derive them: then
-    more units come back, up to all of the dense model.
+    A config may refuse or derive head counts: then more units come back, up to all there were.
     """
     whole = {name: replace(s, kept=tuple(range(s.units))) for name, s in plan.sites.items()}
     chosen, tied = replace(plan, sites=whole), {}  # sites by what says their number

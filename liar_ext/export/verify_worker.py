@@ -1,16 +1,12 @@
 """Loads a folder, compares its output with the one that was saved, and measures it.
 
-Run as a script it needs transformers and safetensors alone, and makes sure that liar_ext can't be
-imported, unless that is the loader to try. A list of jobs comes in as JSON, for each a row goes out
-on a line of its own, or what went wrong::
+As a script it makes sure that liar_ext can't be imported, unless that is the loader to try. A list
+of jobs comes in as JSON, for each a row goes out on a line of its own, or what went wrong::
 
     [{"folder": DIR, "loader": "AutoModelForCausalLM", "code": true,
       "device": "cpu", "fingerprint": FILE, "ids": FILE.npy or null}, ...]
     {"difference": 0.0, "params": 1000, "perplexity": 30.1, "tokens_per_second": 900.0}
     {"error": "RuntimeError: ..."}
-
-Several jobs have a process each, forked from one that has imported torch and transformers alone. A
-device must not have been touched then.
 """
 
 from __future__ import annotations
@@ -36,7 +32,7 @@ ROUNDS, TOKENS = 5, 128
 
 
 def main() -> None:
-    """Do the jobs on standard input."""
+    """Do the jobs on standard input; several have a process each, forked of this one."""
     jobs = json.load(sys.stdin)
     if len(jobs) > 1:
         from transformers import AutoModel  # noqa: F401  (so that no child has to)
@@ -105,7 +101,7 @@ def compare(model: nn.Module, job: dict[str, Any]) -> dict[str, Any]:
     known = [getattr(model.config.get_text_config(), "vocab_size", 0)]
     with suppress(NotImplementedError, AttributeError):  # of towers there is no one table
         known.append(model.get_input_embeddings().weight.shape[0])
-    for name, value in inputs.items():
+    for name, value in inputs.items():  # on a GPU others end all work of the process
         if name.endswith("_ids") and not 0 <= int(value.min()) <= int(value.max()) < max(known):
             raise ValueError(f"it has tokens beyond the {max(known)} that the model knows")
     found = output_of(model, inputs)
@@ -129,7 +125,7 @@ def _saved(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Tensor], Tens
 
 @torch.no_grad()
 def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return what a model puts out, as :func:`liar_ext.models.outputs.output_of`, on the CPU."""
+    """Return what a model puts out, as :func:`liar_ext.models.running.output_of`, on the CPU."""
     given = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
@@ -155,10 +151,8 @@ def tokens_per_second(model: nn.Module, inputs: dict[str, Tensor]) -> float:
 
 
 def timed_text(ids: np.ndarray, most: int | None) -> np.ndarray:
-    """Return a text of 128 tokens, or the one given if the model may not have the positions.
-
-    Of its ``most``, the first ones can be padding's, as in RoBERTa.
-    """
+    """Return a text of 128 tokens, or the one given if the model may not have the positions."""
+    # Of its ``most``, the first ones can be padding's, as in RoBERTa.
     return ids if most is not None and most < 2 * TOKENS else np.resize(ids, (1, TOKENS))
 
 

@@ -1,8 +1,4 @@
-"""Say how vLLM takes a folder; nothing is written.
-
-Equal layers vLLM builds by itself, unequal ones by the plug-in of this package, if its class of the
-architecture is a stack of Llama's kind of decoder layers.
-"""
+"""Say how vLLM takes a folder; nothing is written."""
 
 from __future__ import annotations
 
@@ -19,13 +15,7 @@ SERVED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 
 
 def export(folder: Path, out: Path) -> list[str]:
-    """Return how vLLM takes ``folder``.
-
-    Raises
-    ------
-    InputError
-        If it doesn't, with the reason and what to do instead.
-    """
+    """Return how vLLM takes ``folder``; refuse one that it doesn't, with what to do instead."""
     found = inspect_folder(folder, "export")
     command = f"vllm serve {folder}"
     if not is_unequal(found.config):

@@ -8,37 +8,39 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as computed_twice
 
-from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
-from liar_ext.calibration.collect import check_not_padding
-from liar_ext.healing.losses import Teacher, losses, mean_loss
+from liar_ext.calibration.saved_sums import digest_of, fingerprint_of
+from liar_ext.calibration.taps import replaced
 from liar_ext.healing.training import (
     State,
+    Teacher,
     Training,
     as_part,
     check_memory,
-    checkpointed,
+    check_usable,
     choose,
+    losses,
+    mean_loss,
     needs_checkpointing,
     part_of,
     put,
     rates,
-    schedule,
     set_dtypes,
     sharded,
     whole,
 )
-from liar_ext.models.configs import config_digest
-from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.recipe_checks import check_keywords
+from liar_ext.models.registry import config_digest
+from liar_ext.models.running import computes_bfloat16, device_of, evaluating
 from liar_ext.models.sites import sites
-from liar_ext.recipe.checks import check_keywords
 from liar_ext.system.checkpoint_store import Checkpoint, opened
 from liar_ext.system.distributed import all_reduce, broadcast, exchanging, rank, world_size
 from liar_ext.system.errors import InputError
@@ -48,6 +50,7 @@ MEASURES = 4  # of the held-out loss, besides that before training
 LOWER = 1 / 3  # of the learning rate, where the held-out loss has clearly risen
 RISEN = 1.05  # times the least one; smaller rises pass as the rate falls
 CLIP = 1.0
+WARM_UP = 0.3  # of the budget: AdamW's first steps are equally long for all weights, and do harm
 STATE = "state"  # its key in a checkpoint
 
 
@@ -64,7 +67,7 @@ def heal(
 ) -> dict[str, Any]:
     """Train a pruned model in place towards the outputs of the dense model.
 
-    The loss compares outputs and uses no labels, see :func:`liar_ext.healing.losses.losses`.
+    The loss compares outputs and uses no labels, see :func:`liar_ext.healing.training.losses`.
     AdamW without weight decay; learning rates, see :func:`liar_ext.healing.training.rates`, rise
     over the first three tenths of the budget and fall to 0 as a cosine; gradients are clipped to
     norm 1; dropout is off. The held-out loss is measured before training and four times during it.
@@ -116,9 +119,19 @@ def heal(
     ``accumulate``, within rounding. Each holds the whole dense model, but, as in FSDP, only a part
     of what is trained, of its gradients and moments.
     """
-    batches, held_out = _readable(model, teacher, batches, held_out)
+    if model is teacher or not isinstance(teacher, nn.Module):
+        raise InputError(
+            "heal: the teacher must be the dense model, loaded on its own, got "
+            f"{'the pruned model itself' if model is teacher else type(teacher).__name__}"
+        )
+    batches, held_out = list(read_batches(batches)), list(read_batches(held_out))
+    if not batches or not held_out:
+        raise InputError("heal: needs text to train on and held-out text; give more text")
+    check_usable((model, teacher), batches, held_out)
     check_keywords("heal", training, Training.__annotations__, {})
-    training = Training(budget, **training).on(device_of(model))
+    training = Training(budget, **training)
+    if training.bfloat16 is None:
+        training = replace(training, bfloat16=computes_bfloat16(device_of(model)))
     settings, recompute = training.facts(), training.gradient_checkpointing
     paths = dict.fromkeys(site.path for site in sites(model))
     original = {name: each.detach().cpu().clone() for name, each in model.named_parameters()}
@@ -139,7 +152,9 @@ def heal(
             check_memory(run.device, run.trained.values())
             if recompute is None:
                 recompute = needs_checkpointing(run.student, batches, run.trained.values())
-            recompute = run.begin(settings, original, recompute)
+            if saved is not None:
+                facts = {**settings, **run.identity(original)}
+                recompute = saved.begin({"heal": facts}, recompute=recompute)["recompute"]
             with exchanging(), run.spread(map(model.get_submodule, paths)) as blocks:
                 with checkpointed(blocks if recompute else ()):
                     run.train()
@@ -165,29 +180,6 @@ def heal(
         "budget": f"{training.amount:,} {training.unit}",
         "gradient_checkpointing": recompute,
     }
-
-
-def _readable(
-    model: nn.Module, teacher: nn.Module, batches: Batches, held_out: Batches
-) -> tuple[list[Batch], list[Batch]]:
-    """Return the text to train on and that to judge by; refuse models and text without use."""
-    if model is teacher or not all(isinstance(each, nn.Module) for each in (model, teacher)):
-        got = f"{type(model).__name__}, {'itself' if model is teacher else type(teacher).__name__}"
-        raise InputError(
-            f"heal: needs a pruned model and its dense one, each loaded on its own, got {got}"
-        )
-    if any(each.is_meta for one in (model, teacher) for each in one.parameters()):
-        raise InputError(
-            "heal: all weights must be in memory, and some are offloaded; use a larger device, or "
-            "the CPU"
-        )
-    batches, held_out = list(read_batches(batches)), list(read_batches(held_out))
-    if not batches or not held_out:
-        raise InputError("heal: needs text to train on and held-out text; give more text")
-    for some in (batches, held_out):
-        for index, batch in enumerate(some):
-            check_not_padding(index, batch, "heal")
-    return batches, held_out
 
 
 @dataclass
@@ -222,12 +214,9 @@ class Healing:
         self.optimizer: torch.optim.Optimizer | None = None
         self.rates: dict[str, float] = {}
 
-    def begin(self, settings: Mapping[str, Any], original: State, recompute: bool) -> bool:
-        """Refuse the checkpoint of another run; return what a known one says of ``recompute``."""
-        if self.saved is None:
-            return recompute
-        facts = {
-            **settings,
+    def identity(self, original: State) -> dict[str, Any]:
+        """Return what a checkpoint is of, beside settings."""
+        return {
             "ranks": world_size(),
             "model": fingerprint_of(original.items()),
             "configs": [config_digest(each) for each in (self.model, self.teacher.model)],
@@ -235,11 +224,10 @@ class Healing:
             "teacher": fingerprint_of(self.teacher.model.named_parameters()),
             "text": [digest_of(self.batches), digest_of(self.held_out)],
         }
-        return self.saved.begin({"heal": facts}, recompute=recompute)["recompute"]
 
     @contextmanager
     def spread(self, blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-        """Train a copy that is spread over the ranks, if there are several; give its blocks."""
+        """Train a copy that is spread over the ranks, if there are several; yield its blocks."""
         before = self.student, self.trained
         self.rates = rates(self.model, self.trained, self.training)
         with sharded(self.student, list(blocks)) as (self.student, copies):
@@ -302,7 +290,10 @@ class Healing:
         self.optimizer.zero_grad()
         sums = torch.zeros(2, dtype=torch.float64)  # rows and tokens of all ranks
         for index in range(so_far.steps * each, (so_far.steps + 1) * each)[rank() :: world_size()]:
-            batch = self.batches[self.place(index)]
+            turn, at = divmod(index, len(self.batches))  # each turn has an order of its own
+            generator = torch.Generator().manual_seed(self.training.seed + turn)
+            order = torch.randperm(len(self.batches), generator=generator)
+            batch = self.batches[int(order[at])]
             with self.cast():
                 found = losses(self.student, self.teacher(batch))
             found.sum().backward()
@@ -324,12 +315,6 @@ class Healing:
         self.optimizer.step()
         so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
         return True
-
-    def place(self, index: int) -> int:
-        """Return the batch to train on: each round has an order of its own."""
-        turn, at = divmod(index, len(self.batches))
-        generator = torch.Generator().manual_seed(self.training.seed + turn)
-        return int(torch.randperm(len(self.batches), generator=generator)[at])
 
     def measure(self) -> None:
         """Measure the held-out loss; keep the best weights, or go back to them, with a lower lr."""
@@ -377,10 +362,7 @@ class Healing:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(state)})
 
     def finish(self, original: State) -> bool:
-        """Give the model the best state, as it will be saved; tell whether it is better.
-
-        Merged adapters and weights in half precision are measured again, as they are rounded.
-        """
+        """Give the model the best state, measured again if it is rounded; tell if it is better."""
         curve = [loss for _, loss in self.so_far.curve]
         self.after = min(curve, default=math.inf)
         improved = self.best is not None and self.after < curve[0]
@@ -398,3 +380,20 @@ class Healing:
             put(named, original)
             self.after = curve[0] if curve else math.inf
         return improved
+
+
+def schedule(done: float) -> float:
+    """Return the factor of the learning rate after a fraction of the budget."""
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min((done - WARM_UP) / (1 - WARM_UP), 1)))
+
+
+@contextmanager
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let blocks compute their activations a second time in the backward pass."""
+    with ExitStack() as stack:
+        for block in blocks:
+            twice = partial(computed_twice, block.forward, use_reentrant=False)
+            stack.enter_context(replaced(block, twice))
+        yield

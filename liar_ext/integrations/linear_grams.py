@@ -1,8 +1,6 @@
-"""The Gram matrix of every linear layer of the blocks, from the calibration pass of pruning.
+"""The Gram matrix of every linear layer's input in the blocks, from the pass of pruning.
 
-A quantiser such as GPTQ wants ``H = 2 Σ_t x_t x_tᵀ`` of each linear layer's input. Pruning reads
-those of consumers anyway, of which ``G_KK`` stays; producers of a site read one input, whose Gram
-is taken in the same pass. All of them are of the dense model's activations.
+All are of the dense model's activations; a quantiser such as GPTQ wants ``H = 2 Σ_t x_t x_tᵀ``.
 """
 
 from __future__ import annotations
@@ -17,9 +15,9 @@ from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.saved_sums import bytes_of_sums, room_for_sums
 from liar_ext.calibration.taps import tap_at
-from liar_ext.models.experts import refuse_experts
 from liar_ext.models.plan import Plan
 from liar_ext.models.sites import CROSS, Site
+from liar_ext.models.whole import refuse_experts
 from liar_ext.ops.reference import symmetric
 from liar_ext.system.errors import InputError
 
@@ -29,13 +27,7 @@ def calibrate_linears(
 ) -> MomentBank:
     """Return the moments of all sites, as ``NAME``, and of what their producers read, ``NAME.in``.
 
-    If tokens of a site count relative to its output, ``NAME.alike`` counts them alike. ``memory``
-    is as for :func:`liar_ext.prune`.
-
-    Raises
-    ------
-    InputError
-        If the sums don't fit, and whatever :func:`liar_ext.calibrate` raises.
+    If tokens of a site count relative to its output, ``NAME.alike`` counts them alike.
     """
     check_finite_weights(model)
     instead = "let the quantiser calibrate by itself"

@@ -1,8 +1,6 @@
 """Modifiers of llm-compressor: prune before quantisation, in one recipe.
 
-``LIARPruningModifier`` prunes when it is initialised, on the data that ``oneshot`` was given:
-modifiers behind it in the recipe find the sliced model. Importing this module makes both modifiers
-known to YAML recipes.
+Importing this module makes both modifiers known to YAML recipes.
 """
 
 from __future__ import annotations
@@ -24,10 +22,9 @@ from liar_ext.calibration.batches import FACTS, LABELS, Batch, read_batch
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
 from liar_ext.job.pruning import prune
 from liar_ext.models.plan import Budget
+from liar_ext.models.recipe import Recipe, plain
+from liar_ext.models.recipe_fields import recipe_fields
 from liar_ext.models.sites import Site, sites
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.fields import recipe_fields
-from liar_ext.recipe.recipe import plain
 from liar_ext.report.report import Report
 from liar_ext.system.errors import InputError, refusing
 
@@ -50,7 +47,7 @@ __all__ = ["LIARGPTQModifier", "LIARPruningModifier"]
 CHOICES = {
     each.name: each.default
     for each in recipe_fields()
-    if not each.metadata["in_python"] or each.name in Budget.__dataclass_fields__
+    if each.metadata["in_python"] or each.name in Budget.__dataclass_fields__
 }
 
 _Choices = create_model(
@@ -64,9 +61,9 @@ class LIARPruningModifier(_Choices):
     """Structured pruning with closed-form reconstruction, as a modifier of llm-compressor.
 
     It removes attention heads and MLP channels and solves what stays for what was removed, see
-    :func:`liar_ext.prune`. Padding, and where ``oneshot(use_loss_mask=True)`` what the loss mask
-    leaves out, counts for nothing. With a :class:`LIARGPTQModifier` behind it, its one calibration
-    pass serves both.
+    :func:`liar_ext.prune`, when it is initialised: modifiers behind it find the sliced model.
+    Padding, and where ``oneshot(use_loss_mask=True)`` what the loss mask leaves out, counts for
+    nothing. With a :class:`LIARGPTQModifier` behind it, its one calibration pass serves both.
 
     Parameters
     ----------
@@ -77,12 +74,6 @@ class LIARPruningModifier(_Choices):
         Where the other fields begin.
     report_to : str, optional
         Folder that report, recipe and plan are written to.
-
-    Raises
-    ------
-    InputError
-        If a field can't be used: when the modifier is made. If model or data can't be: when
-        ``oneshot`` begins, with the model as it was.
     """
 
     preset: str | None = None
@@ -163,11 +154,11 @@ class LIARPruningModifier(_Choices):
         """Refuse channels that a quantiser can't cut into its groups, before calibration."""
         widest = max((site.units for site in at if site.kind == "mlp"), default=0)
         step = self.recipe.budget.step(widest)
-        for name, size in ((type(each).__name__, size) for each, size in _groups()):
+        for each, size in _groups():
             if "mlp" in self.kinds and self.keep < 1 and step % size:
                 raise InputError(
-                    f"LIARPruningModifier: {name} quantises groups of {size} inputs, and channels "
-                    f"are kept in multiples of {step}; set tile={size}"
+                    f"LIARPruningModifier: {type(each).__name__} quantises groups of {size} "
+                    f"inputs, and channels are kept in multiples of {step}; set tile={size}"
                 )
 
 
@@ -261,8 +252,7 @@ def _check_sizes(model: nn.Module) -> None:
 def _save_with_own_config(model: nn.Module) -> None:
     """Let a model be saved with its config, and not with that of the folder it came from.
 
-    What ``oneshot`` put in the place of ``save_pretrained`` writes the source folder's config.json
-    again, the dense sizes with it, unless the config names no source.
+    The ``save_pretrained`` of ``oneshot`` copies that folder's config.json if the config names it.
     """
     save, owner = model.save_pretrained, weakref.ref(model)
 

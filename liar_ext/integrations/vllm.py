@@ -46,11 +46,6 @@ def register() -> None:
 
     No model class is imported here. Whatever fails is a warning of one line: vLLM then has what it
     had before.
-
-    Raises
-    ------
-    ImportError
-        If vLLM isn't installed.
     """
     try:
         vllm = importlib.import_module("vllm")
@@ -290,14 +285,11 @@ def is_pruned(config: Any) -> bool:
 
 
 def check_tensor_parallel(config: Any, ranks: int) -> None:
-    """Refuse a number of ranks that doesn't divide every layer.
-
-    Query heads and channels must be multiples of it; key/value heads too, or divide it, since
-    vLLM then gives several ranks the same ones.
-    """
+    """Refuse a number of ranks that doesn't divide every layer."""
 
     def allowed(layer: Any, ranks: int) -> bool:
         heads, key_value, channels = (getattr(layer, name) for name in SIZES)
+        # Several ranks may have the same key/value heads.
         shared = key_value % ranks == 0 or ranks % key_value == 0
         return heads % ranks == 0 and channels % ranks == 0 and shared
 

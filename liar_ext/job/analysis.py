@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.collect import Passes, check_finite_weights
 from liar_ext.calibration.saved_sums import SUMS
-from liar_ext.job.state import SENSITIVITY, Job, Speed, per, score_key, sensitivity_key
+from liar_ext.job.state import SENSITIVITY, Evaluation, Job, Speed, per, score_key, sensitivity_key
 from liar_ext.job.streamed import StreamedPasses, leave_out
 from liar_ext.models.plan import Plan
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site
 from liar_ext.models.slicing import apply_plan
-from liar_ext.reconstruction.hidden_size import Narrowing, narrow
-from liar_ext.reconstruction.solve import with_bias
-from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk
+from liar_ext.reconstruction.hidden_size import narrow
+from liar_ext.reconstruction.solve import SiteRow, with_bias
+from liar_ext.reconstruction.streams import InMemory, Walk
 from liar_ext.selection.allocation import allocate
 from liar_ext.selection.criteria import score
-from liar_ext.selection.curve_allocation import (
+from liar_ext.selection.error_curves import (
+    energy_shares,
+    error_curves,
     losses_of,
     predict_divergence,
     probe_sites,
@@ -31,16 +33,15 @@ from liar_ext.selection.curve_allocation import (
     rounding,
     sensitivities_of,
 )
-from liar_ext.selection.error_curves import energy_shares, error_curves, notes_of
 from liar_ext.selection.sensitivity import Measured, site_divergences
-from liar_ext.selection.whole_blocks import KeptBlocks, choose_blocks
-from liar_ext.selection.whole_experts import KeptExperts, choose_experts
+from liar_ext.selection.whole_blocks import choose_blocks
+from liar_ext.selection.whole_experts import choose_experts
 from liar_ext.system.checkpoint_store import reading
 from liar_ext.system.distributed import broadcast, share
 from liar_ext.system.progress import spare
 
 PLAN = "plan"  # its key in a checkpoint
-SAVED = ("facts", "grid", "sensitivities", "notes")  # of a decision
+SAVED = ("facts", "grid", "sensitivities")  # of a decision
 
 
 @dataclass(frozen=True)
@@ -48,104 +49,95 @@ class Base:
     """The model whose sites are pruned: that of the job, or a copy that lacks something already."""
 
     model: nn.Module
-    at: Sequence[Site]  # what may be pruned
-    narrowing: Narrowing | None = None  # hidden features that the copy lacks
-    experts: KeptExperts | None = None  # experts that it lacks
-    blocks: KeptBlocks | None = None  # blocks that it lacks
-
-    @property
-    def source(self) -> Mapping[str, Any]:
-        """What it was decided on."""
-        none = {"sequences": 0, "tokens": 0}  # where the vocabulary alone is smaller
-        return getattr(self.narrowing or self.experts or self.blocks, "source", none)
-
-    @property
-    def weights(self) -> Mapping[str, Any]:
-        """New weights of what stays in it, beside those of sites."""
-        found = {} if self.blocks is None else dict(self.blocks.weights)
-        if self.experts is not None:
-            return found | self.experts.scales
-        return found if self.narrowing is None else found | self.narrowing.weights
-
-    def in_full(self, plan: Plan) -> Plan:
-        """Return a plan of its sites with what the copy lacks."""
-        if self.narrowing is not None:
-            plan = replace(plan, hidden=self.narrowing.kept)
-        if self.blocks is not None:
-            plan = replace(plan, blocks=self.blocks.plan)
-        return plan if self.experts is None else replace(plan, experts=self.experts.plans)
+    at: Sequence[Site]  # that may be pruned
+    gone: Mapping[str, Any]  # fields of a plan: blocks, experts, hidden
+    weights: Mapping[str, Any]  # new weights of the rest, beside those of sites
+    rows: Sequence[SiteRow]  # of blocks and experts
+    hidden: Sequence[SiteRow]  # of hidden features
+    grid: Mapping[str, Any]  # likewise
+    source: Mapping[str, Any]  # of the text that decided
+    settings: Mapping[str, Any]  # for the report
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What :func:`analyze` finds, by site."""
+    """The results of :func:`analyze` by site."""
 
     scores: dict[str, Tensor]
     losses: dict[str, Tensor]  # for allocation curve
     sensitivities: dict[str, float]  # likewise
-    notes: list[str]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan of a model's sites, and what the report says of how it was come by."""
+    """The plan of a model's sites, with facts for the report."""
 
     plan: Plan
     facts: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
     sensitivities: Mapping[str, float] = field(default_factory=dict)
-    notes: Sequence[str] = ()
     speed: Speed | None = None  # for a budget of latency
 
 
-def narrowed(job: Job, along: Sequence[StreamedBatches] = ()) -> Base:
+def narrowed(job: Job, evaluation: Evaluation | None = None) -> Base:
     """Return the model to prune: the job's, or a copy with fewer blocks, features or experts.
 
-    One that is read block by block loses its experts itself. ``along`` is text that passes its
-    blocks before.
+    A model that is read block by block loses its experts itself, after ``evaluation`` of the dense.
     """
-    recipe, model = job.recipe, job.model
-    settings = {"damp": recipe.damp, "mode": recipe.reconstruct}
-    narrowing = experts = blocks = None
+    recipe, model, walk = job.recipe, job.model, job.walk
+    how = {"damp": recipe.damp, "mode": recipe.reconstruct}
+    gone, weights, rows, hidden, grid, settings, of_blocks = {}, {}, [], [], {}, {}, {}
+    source = {"sequences": 0, "tokens": 0}  # where the vocabulary alone is smaller
     if recipe.keep_blocks != 1.0:
         with job.clock("blocks"):
-            blocks = choose_blocks(model, job.batches, recipe.keep_blocks, **settings)
+            blocks = choose_blocks(model, job.batches, recipe.keep_blocks, **how)
             blocks.check(_without(model, {}, blocks=blocks.plan))
             model = _without(model, blocks.weights, blocks=blocks.plan)
+        gone["blocks"], source, of_blocks = blocks.plan, blocks.source, blocks.divergences
+        weights, rows = dict(blocks.weights), [*blocks.rows]
     if recipe.keep_experts != 1.0:
         with job.clock("experts"):
-            if job.walk is None:
+            if walk is None:
                 check_finite_weights(model)  # a store checks what it reads
-            walk, how = job.walk or Walk(InMemory(model)), settings | {"along": along}
-            experts = choose_experts(walk, job.batches, recipe.keep_experts, **how)
-            if job.walk is None:
+            along = () if evaluation is None else evaluation.along
+            given = walk or Walk(InMemory(model)), job.batches, recipe.keep_experts
+            experts = choose_experts(*given, **how, along=along)
+            if walk is None:
                 model = _without(model, experts.scales, experts=experts.plans)
             else:
                 leave_out(walk, experts)
+        if walk is not None:
+            evaluation.see_dense()
+        gone["experts"], source = experts.plans, experts.source
+        weights, rows = weights | experts.scales, [*rows, *experts.rows]
+        settings = {"expert_scales": experts.divergences} if experts.divergences else {}
     elif job.narrows:
         with job.clock("narrow"):
-            settings |= {"tile": recipe.tile, "memory": recipe.memory}
-            narrowing = narrow(model, job.batches, recipe.keep_hidden, **settings)
-            model = _without(model, narrowing.weights, hidden=narrowing.kept)
-    return Base(model, job.sites(model), narrowing, experts, blocks)
+            given = model, job.batches, recipe.keep_hidden
+            found = narrow(*given, **how, tile=recipe.tile, memory=recipe.memory)
+            model = _without(model, found.weights, hidden=found.kept)
+        gone["hidden"], source, hidden = found.kept, found.source, found.rows
+        weights = weights | found.weights
+        grid = {"tile": recipe.tile, "hidden": found.grid}
+        settings = {"narrow_passes": source["passes"]}
+    if of_blocks:
+        settings["blocks_gone"] = of_blocks
+    return Base(model, job.sites(model), gone, weights, rows, hidden, grid, source, settings)
 
 
 def _without(model: nn.Module, weights: Mapping[str, Any], **gone: Any) -> nn.Module:
-    """Return a copy of the dense model that lacks what a plan says, and nothing else."""
+    """Return a copy of the dense model without some parts, and with all sites."""
     fewer = copy.deepcopy(model)
     apply_plan(fewer, Plan(type_of(model), "auto", {}, **gone), weights)
     return fewer
 
 
-def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Passes | None:
-    """Return the moments of all sites, to be summed in groups; None where only a copy is made.
-
-    ``along`` is other text that passes the blocks of a walk.
-    """
+def passes_of(job: Job, base: Base, evaluation: Evaluation | None = None) -> Passes | None:
+    """Return the moments of all sites, to be summed in groups; None where only a copy is made."""
     if not job.recipe.prunes_sites:
         return None
     if job.walk is not None:
-        return StreamedPasses(job, along)
+        return StreamedPasses(job, () if "experts" in base.gone else evaluation.along)
     given = base.model, () if job.batches is None else job.batches, base.at, job.room
     return Passes(*given, bank=job.bank, saved=job.saved)
 
@@ -153,7 +145,7 @@ def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Pa
 def analyze(job: Job, passes: Passes) -> Analysis:
     """Return scores, and for allocation ``curve`` losses, group by group of sites."""
     recipe, probes, curve = job.recipe, passes.probes, job.recipe.allocation == "curve"
-    scores, curves, sensitivities, shares, elsewhere = {}, {}, {}, {}, {}
+    scores, curves, sensitivities, shares = {}, {}, {}, {}
     how = {"seed": recipe.seed, "batches": passes.batches, "per": per(recipe)}
 
     def known(what: str, at: Sequence[Site], compute: Callable) -> dict[str, Tensor]:
@@ -163,7 +155,7 @@ def analyze(job: Job, passes: Passes) -> Analysis:
         return score(passes.model, passes.bank, some, recipe.criterion, **how)
 
     def curves_of(some: Sequence[Site]) -> dict[str, Tensor]:
-        return error_curves(passes.model, passes.bank, some, scores, elsewhere=elsewhere)
+        return error_curves(passes.model, passes.bank, some, scores)
 
     kept = {"score": scores, "curve": curves, "shares": shares}
     kept |= {} if probes is None else {"errors": probes.errors}
@@ -184,9 +176,7 @@ def analyze(job: Job, passes: Passes) -> Analysis:
     if probes is not None:
         with job.clock("allocate"):
             sensitivities |= probes.sensitivities()
-    losses = losses_of(curves, sensitivities, shares)
-    notes = notes_of(elsewhere, job.sites(passes.model))
-    return Analysis(scores, losses, sensitivities, notes)
+    return Analysis(scores, losses_of(curves, sensitivities, shares), sensitivities)
 
 
 def find_sensitivities(
@@ -230,11 +220,11 @@ def allocated(job: Job, model: nn.Module, analysis: Analysis) -> Decision:
     if speed is not None:
         with job.clock("time"):
             speed.time(plan)
-    return Decision(plan, facts, grid, analysis.sensitivities, analysis.notes, speed)
+    return Decision(plan, facts, grid, analysis.sensitivities, speed)
 
 
 def decide_anew(job: Job, passes: Passes | None) -> Decision:
-    """Return the plan of a job, of no site where only hidden features or experts go."""
+    """Return the plan of a job; it has no sites if only hidden features, experts or blocks go."""
     if passes is not None:
         return allocated(job, passes.model, analyze(job, passes))
     budget, model_type = job.recipe.budget.to_dict(), type_of(job.model)
@@ -248,8 +238,15 @@ def decide(job: Job, passes: Passes | None) -> Decision:
         return decide_anew(job, passes)
     saved, known = job.saved, job.saved.get(PLAN)
     if known is not None:
+        facts, sites = known[1], len(job.sites(job.model))
+        spare("calibrate", None if job.walk is None else len(job.walk.blocks))  # of the first walk
+        for stage in ("gradients", "curves", "sensitivity"):
+            spare(stage)
+        spare("reconstruct", sites if job.recipe.allocation == "curve" else 0)
         with reading(saved.path(PLAN)):
-            return _restored(job, passes, known[1])
+            passes.summed = facts["summed"]
+            passes.bank.source |= facts["source"]
+            return Decision(Plan.from_json(facts["plan"]), **{name: facts[name] for name in SAVED})
     decision = decide_anew(job, passes)
     facts = {name: getattr(decision, name) for name in SAVED}
     source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
@@ -259,13 +256,3 @@ def decide(job: Job, passes: Passes | None) -> Decision:
     if not (one_pass if job.walk is None else job.shares.keep_sums):
         saved.drop(SUMS)  # which a walk alone doesn't need
     return decision
-
-
-def _restored(job: Job, passes: Passes, facts: Mapping[str, Any]) -> Decision:
-    passes.summed = facts["summed"]
-    passes.bank.source |= facts["source"]
-    spare("calibrate", None if job.walk is None else len(job.walk.blocks))  # of the first walk
-    for stage in ("gradients", "curves", "sensitivity"):
-        spare(stage)
-    spare("reconstruct", len(job.sites(job.model)) if job.recipe.allocation == "curve" else 0)
-    return Decision(Plan.from_json(facts["plan"]), **{name: facts[name] for name in SAVED})

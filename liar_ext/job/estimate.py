@@ -1,7 +1,4 @@
-"""The cost of each stage of a job in seconds and bytes, counted before it starts.
-
-The progress line, ``--dry-run`` and the refusals for memory read it.
-"""
+"""The cost of each stage of a job in seconds and bytes, counted before it starts."""
 
 from __future__ import annotations
 
@@ -14,16 +11,15 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batches
 from liar_ext.calibration.saved_sums import bytes_of_sums, group_sites, split
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.job.rescaling import rescale_batches
+from liar_ext.job.solving import rescale_batches
 from liar_ext.job.state import SENSITIVITY, Job, score_key, sensitivity_key
-from liar_ext.models.depth import count_blocks_kept
-from liar_ext.models.experts import held_by_experts
 from liar_ext.models.plan import Budget
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_checks import CRITERIA
 from liar_ext.models.registry import is_diffusion
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import CRITERIA
+from liar_ext.models.whole import count_blocks_kept, held_by_experts
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
 from liar_ext.selection.costs import total_cost
@@ -61,69 +57,85 @@ PATCHES = 1024  # of an image
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a stage."""
+    """The cost of a stage, or of one of its bars."""
 
+    name: str
     seconds: float  # of all its steps
     bytes: int  # at its peak, beside the model: statistics, hidden states, and a solve
     steps: int  # of its progress bar
 
 
-def stages_of(job: Job, rate: float = RATE) -> dict[str, Estimate]:
-    """Return the stages of a job in order, by names of their bars.
+def bars_of(job: Job, rate: float = RATE) -> list[Estimate]:
+    """Return the progress bars of a job in order, if its batches can be counted before it runs.
 
-    Empty if the batches can't be counted before they are run. Sites keep the budget's fraction.
-    ``rate`` is in operations in float32 a second.
+    Sites keep the budget's fraction. ``rate`` is in operations in float32 a second.
     """
-    recipe, at = job.recipe, job.sites(job.model)
-    if not isinstance(job.batches, Sequence) or not job.batches or not at:
-        return {}
-    found = {name: Estimate(work / rate, size, steps) for name, steps, work, size in _stages(job)}
-    if not recipe.prunes_sites:
-        found = {name: found[name] for name in WHOLE if name in found}
-    return {name: each for name, each in found.items() if each.steps}
+    if not isinstance(job.batches, Sequence) or not job.batches or not job.sites(job.model):
+        return []
+    bars = [Estimate(name, work / rate, size, steps) for name, steps, work, size in _bars(job)]
+    some = [each for each in bars if job.recipe.prunes_sites or each.name in WHOLE]
+    return [each for each in some if each.steps]
 
 
-def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
-    """Yield name, steps, work and bytes of each stage, of no steps if it isn't asked for."""
+def stages_of(bars: Sequence[Estimate]) -> dict[str, Estimate]:
+    """Return the stages of a job by name, each with the sum of its bars."""
+    found: dict[str, Estimate] = {}
+    for each in bars:
+        before = found.get(each.name, Estimate(each.name, 0.0, 0, 0))
+        seconds, steps = before.seconds + each.seconds, before.steps + each.steps
+        found[each.name] = Estimate(each.name, seconds, max(before.bytes, each.bytes), steps)
+    return found
+
+
+def _bars(job: Job) -> Iterator[tuple[str, int, float, int]]:
+    """Yield name, steps, work and bytes of each bar, of no steps if it isn't asked for."""
     recipe, model, at = job.recipe, job.model, job.sites(job.model)
-    batches = list(read_batches(job.batches))
+    batches, held_out = (list(read_batches(some or ())) for some in (job.batches, job.evaluate_on))
     tokens, count = sum(map(tokens_of, batches)), len(batches)
+    whole = sum(work_of_token(model, at))
+    yield (judged := ("evaluate", len(held_out), sum(map(tokens_of, held_out)) * whole, 0))
     if recipe.keep_blocks != 1.0:
         yield from _shortening(job, batches, tokens)
         at = [site for site in at if site.block < count_blocks_kept(model, recipe.keep_blocks)]
     body, head = work_of_token(model, at)
     forward, groups = body * tokens, group_sites(at, job.room)
+    if job.narrows:
+        yield from _narrowing(job, count, tokens, forward)
     layerwise, curve = recipe.schedule == "layerwise", recipe.allocation == "curve"
-    one_pass = job.judged is not None or not layerwise
     drawn = curve and not job.known.has("curve", score_key(recipe), at)
     key = sensitivity_key(recipe, job.known, model, at)
     measured = curve and not job.known.has(SENSITIVITY, key, at)
+    backward = CRITERIA[recipe.criterion] == "gradient"
     affine = recipe.reconstruct in WITH_BIAS or _has_biases(model, at)
     held = max(sum(bytes_of_sums(site.d_in) for site in group) for group in groups)
 
     def peak(*steps: str) -> int:
         return held + max(bytes_of_solve(site.d_in, site.d_out, steps) for site in at)
 
-    held_out = list(read_batches(job.evaluate_on or ()))
-    yield "evaluate", 2 * len(held_out), 2 * sum(map(tokens_of, held_out)) * (body + head), 0
-    if job.narrows:
-        yield from _narrowing(job, count, tokens, forward)
-    passes = 2 * len(groups) - 1 if one_pass else len(groups)
-    passes *= job.bank is None
-    sums = sum(tokens * site.active * site.d_in**2 for site in at)
-    yield "calibrate", passes * count, passes * (forward + sums / len(groups)), held
-    backward = len(groups) * (CRITERIA[recipe.criterion] == "gradient")
-    yield "gradients", backward * count, backward * BACKWARD * (forward + head * tokens), held
-    solves = 0.0
-    if drawn:
-        yield "curves", len(at), sum(map(_curve, at)), peak("curve")
-    if measured:
-        probes, solves = probe_batches(batches), sum(_solve(site, recipe, FOLDS + 1) for site in at)
-        yield "sensitivity", len(probes) * len(at), _probed(probes, at, body, head), held
-    if one_pass:
-        solves += sum(_solve(site, recipe, _solves(recipe)) for site in at)
-    steps = (measured + one_pass) * len(at)
-    yield "reconstruct", steps, solves, peak("affine" if affine else "linear")
+    def sums(group: Sequence[Site]) -> tuple[str, int, float, int]:
+        steps = count if job.bank is None else 0
+        work = forward + sum(tokens * site.active * site.d_in**2 for site in group)
+        return "calibrate", steps, work, held
+
+    def solves(group: Sequence[Site], each: int) -> tuple[str, int, float, int]:
+        work = sum(_solve(site, recipe, each) for site in group)
+        return "reconstruct", len(group), work, peak("affine" if affine else "linear")
+
+    for group in groups:
+        yield sums(group)
+        yield "gradients", backward * count, BACKWARD * (forward + head * tokens), held
+        if drawn:
+            yield "curves", len(group), sum(map(_curve, group)), peak("curve")
+        if measured:
+            yield solves(group, FOLDS + 1)
+            probes, part = probe_batches(batches), len(group) / len(at)
+            work = part * _probed(probes, at, body, head)
+            yield "sensitivity", len(probes) * len(group), work, held
+    if job.judged is not None or not layerwise:
+        for group in reversed(groups):
+            if group is not groups[-1]:
+                yield sums(group)
+            yield solves(group, _solves(recipe))
     if layerwise:
         work = WALKED * forward + sum(_towards(site, recipe, tokens) for site in at)
         size = bytes_of_states(model, at, tokens, layerwise=True)
@@ -132,6 +144,7 @@ def _stages(job: Job) -> Iterator[tuple[str, int, float, int]]:
     if recipe.rescale:
         probes = rescale_batches(batches)
         yield "rescale", len(probes), _probed(probes, at, body, head), 0
+    yield judged
 
 
 def _probed(
@@ -161,67 +174,46 @@ def _shortening(
 def _narrowing(
     job: Job, count: int, tokens: int, forward: float
 ) -> Iterator[tuple[str, int, float, int]]:
+    """Yield the passes that choose hidden features, and those that sum what their readers read."""
     recipe, hidden = job.recipe, hidden_of(job.model)
     kept = count_kept(hidden, recipe.keep_hidden, recipe.tile)
-    width, sources = kept + hidden.size, len(hidden.sources)
-    size = bytes_of_sums(width)
-    runs = split(hidden.sources, [size] * sources, job.room)
-    passes, most = 1 + len(runs), max(map(len, runs))
-    yield "narrow", passes * count, passes * forward + sources * tokens * width**2, most * size
-    peak = most * size + bytes_of_solve(width, hidden.size, ["affine"])
-    yield "solve", sources, NORM * sources * _ridge(kept, hidden.size, _solves(recipe)), peak
+    width, size = kept + hidden.size, bytes_of_sums(kept + hidden.size)
+    runs = split(hidden.sources, [size] * len(hidden.sources), job.room)
+    most = size * max(map(len, runs))
+    yield "narrow", count, forward, most
+    for run in runs:
+        yield "narrow", count, forward + len(run) * tokens * width**2, most
+        work = NORM * len(run) * _ridge(kept, hidden.size, _solves(recipe))
+        yield "solve", len(run), work, most + bytes_of_solve(width, hidden.size, ["affine"])
 
 
-def bars_of(job: Job, stages: Mapping[str, Estimate]) -> list[str]:
-    """Return the stages of a job in the order of its bars: some have several."""
-    if job.walk is not None:
-        second = [name for name in stages if name in ("layerwise", "from memory")] or ["calibrate"]
-        order = ["calibrate", "sensitivity", "evaluate", *second]
-    else:
-        groups = len(group_sites(job.sites(job.model), job.room))
-        probes = ["reconstruct", "sensitivity"] * ("sensitivity" in stages)
-        order = ["evaluate", *["calibrate", "gradients", "curves", *probes] * groups]
-        if job.judged is not None or job.recipe.schedule == "one-pass":
-            order += ["reconstruct", *["calibrate", "reconstruct"] * (groups - 1)]
-        order += ["layerwise", "rescale"]
-        if "narrow" in stages:
-            runs = stages["narrow"].steps // len(job.batches) - 1
-            order[1:1] = ["narrow", *["narrow", "solve"] * runs]
-        order[1:1] = ["blocks", "gaps"]
-    return [name for name in [*order, "evaluate"] if name in stages]
+def by_blocks(bars: Sequence[Estimate], blocks: int, kept: bool) -> list[Estimate]:
+    """Return the bars of a job that reads one block at a time: its two walks over the blocks.
 
-
-def by_blocks(
-    stages: Mapping[str, Estimate], blocks: int, kept: bool, head: float
-) -> dict[str, Estimate]:
-    """Return the stages of a job that reads one block at a time: its two walks over the blocks.
-
-    A job in one pass solves on the second, from statistics that were ``kept`` or collected again.
-    Probes and held-out text pass the blocks there; the output head, which is this fraction of
-    their work, is run after a walk.
+    A job in one pass solves on the second, from statistics that were ``kept`` or summed again.
     """
+    stages = stages_of(bars)
     if "calibrate" not in stages:  # experts go, or nothing is counted
-        return dict(stages)
-    seconds = dict.fromkeys(("curves", "sensitivity", "reconstruct"), 0.0)
-    seconds |= {name: each.seconds for name, each in stages.items()}
-    first = seconds["calibrate"] + seconds["curves"] + (1 - head) * seconds["sensitivity"]
-    solves, second = seconds["reconstruct"], {}
+        return list(bars)
+    seconds = Counter({name: each.seconds for name, each in stages.items()})
+    steps = Counter({name: each.steps for name, each in stages.items()})
+    first = seconds["calibrate"] + seconds["curves"] + seconds["sensitivity"]
     if "layerwise" in stages:
-        first, second = first + solves, {"layerwise": (seconds["layerwise"], blocks)}
+        first, second = first + seconds["reconstruct"], ("layerwise", seconds["layerwise"])
     elif kept:
-        second = {"from memory": (solves, blocks)}
+        second = "from memory", seconds["reconstruct"]
     else:
-        first, blocks = first + seconds["calibrate"] + solves, 2 * blocks
-    work = {"calibrate": (first, blocks), **second}
-    for name in [each for each in ("sensitivity", "evaluate") if each in stages]:
-        work[name] = head * seconds[name], stages[name].steps
-    size = max(each.bytes for each in stages.values())
-    return {name: Estimate(each, size, steps) for name, (each, steps) in work.items()}
+        second = "calibrate", seconds["calibrate"] + seconds["reconstruct"]
+    evaluated = "evaluate", 0.0, steps["evaluate"] // 2
+    probed = "sensitivity", 0.0, steps["sensitivity"]
+    found = [("calibrate", first, blocks), probed, evaluated, (*second, blocks), evaluated]
+    size = max(each.bytes for each in bars)
+    return [Estimate(name, work, size, count) for name, work, count in found if count]
 
 
 def work_of_token(model: nn.Module, at: Sequence[Site]) -> tuple[float, int]:
     """Return the operations of a forward pass for one token: of the body, and of the head."""
-    # What a diffusion transformer ends with is a linear layer like any other.
+    # A diffusion transformer ends with a linear layer like any other.
     table = None if is_diffusion(model) else model.get_output_embeddings()
     head = getattr(table, "weight", None)
     work = 0 if head is None else 2 * head.numel()
@@ -229,7 +221,7 @@ def work_of_token(model: nn.Module, at: Sequence[Site]) -> tuple[float, int]:
 
 
 def tokens_of(inputs: Batch | Mapping[str, Tensor]) -> int:
-    """Return the tokens of a batch, padding included; for images what most models make of them."""
+    """Return the tokens of a batch, padding included; of images as many as is usual."""
     given = inputs.inputs if isinstance(inputs, Batch) else inputs
     ids = given.get("input_ids")
     return len(next(iter(given.values()))) * PATCHES if ids is None else ids.numel()
@@ -238,8 +230,7 @@ def tokens_of(inputs: Batch | Mapping[str, Tensor]) -> int:
 def bytes_of_states(model: nn.Module, at: Sequence[Site], tokens: int, *, layerwise: bool) -> int:
     """Return the bytes of the hidden states that a walk over the blocks holds."""
     size = model.dtype.itemsize
-    # Layerwise: both streams, the next dense one, one between attention and MLP, and two targets in
-    # float32.
+    # Layerwise: both streams, the next dense one, one amid the block, and two targets in float32.
     return tokens * at[0].d_out * (4 * size + 2 * 4 if layerwise else size)
 
 
@@ -250,11 +241,16 @@ def bytes_by_blocks(
     steps = steps_of(recipe, _has_biases(store.model, at))
     sums, solved = Counter(), Counter()  # solved: new weights, in float64 until a block is sliced
     cross = Counter()  # of all experts of a layer together
-    for site in at if recipe.prunes_sites else ():
+    pruned = at if recipe.prunes_sites else ()
+    for site in pruned:
         sums[site.block] += bytes_of_sums(site.d_in)
         solved[site.block] += 8 * site.d_in * site.d_out
         if recipe.schedule == "layerwise":
             cross[site.team] += bytes_of_sums(site.d_in) + FOLDS * 8 * site.d_in * site.d_out
+    solves = [
+        bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - 8 * s.d_in * s.d_out
+        for s in pruned
+    ]
     fewer = 0
     if recipe.keep_experts != 1.0:
         given = sum(map(tokens_of, batches)), at[0].d_out
@@ -269,14 +265,7 @@ def bytes_by_blocks(
         # The one that is read ahead, too.
         "blocks": store.block_bytes * (1 + store.prefetch) + fewer,
         "sums of a block": max(*sums.values(), *cross.values(), 0),
-        "their solve": max(
-            (
-                bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - 8 * s.d_in * s.d_out
-                for s in at
-                if recipe.prunes_sites
-            ),
-            default=0,
-        ),
+        "their solve": max(solves, default=0),
         # Without attention scores: the default kernels make none.
         "a batch": max(widest * ACTIVATIONS * tokens * 4, store.head_bytes),
     }
@@ -288,7 +277,7 @@ def in_gib(parts: Mapping[str, int]) -> str:
 
 
 def steps_of(recipe: Recipe, biases: bool) -> list[str]:
-    """Return the steps of ``PEAKS`` that a job takes, for consumers with biases or without."""
+    """Return the steps of ``PEAKS`` in a job, for consumers with biases or without."""
     affine = recipe.reconstruct in WITH_BIAS or biases
     layerwise, curve = recipe.schedule == "layerwise", recipe.allocation == "curve"
     steps = {

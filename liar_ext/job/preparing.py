@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,28 +10,24 @@ from itertools import islice
 import torch
 from torch import nn
 
-from liar_ext.calibration.bank_source import digest_of, fingerprint_of
 from liar_ext.calibration.batches import Batches, check_batches, read_batches
 from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights
-from liar_ext.calibration.divergence import DenseOutputs
-from liar_ext.calibration.gradients import check_loss, check_owned
-from liar_ext.calibration.media import INPUTS
-from liar_ext.calibration.saved_sums import room_for_sums
+from liar_ext.calibration.divergence import DenseOutputs, check_loss, check_owned
+from liar_ext.calibration.saved_sums import digest_of, fingerprint_of, room_for_sums
 from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.job.solving import hold_out
 from liar_ext.job.state import SENSITIVITY, Job, Known, sensitivity_key, tokens_gone
 from liar_ext.job.streamed import check_blocks, share_out
-from liar_ext.models.configs import config_digest
-from liar_ext.models.depth import check_block_count
 from liar_ext.models.plan import KINDS
-from liar_ext.models.registry import is_diffusion, type_of
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_checks import CRITERIA
+from liar_ext.models.registry import config_digest, is_diffusion, type_of
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.running import evaluating, inputs_read
+from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, why_whole
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import CRITERIA
+from liar_ext.models.whole import check_block_count
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.layerwise import check_walk
 from liar_ext.selection.allocation import check_budget
@@ -48,47 +43,41 @@ NO_GAIN = (
 
 
 def prepare(job: Job) -> Job:
-    """Return a job with all that its recipe leaves open resolved, before the first batch is run.
-
-    InputError is raised for whatever can't work.
-    """
+    """Return a job with its recipe resolved; raise InputError for whatever can't work."""
     if job.batches is not None:
         check_batches(job.batches)
-    _check_kind(job.model)
-    model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
-    job = replace(job, asked=job.recipe, recipe=job.recipe.settled(), notes=notes)
-    job = replace(job, known=job.known or Known.of_bank(job.bank))
+    model, auto = job.model, job.recipe.schedule == "auto"
+    notes = [*job.notes, *getattr(model, "liar_notes", [])]
+    known = job.known or Known.of_bank(job.bank)
+    job = replace(job, recipe=job.recipe.settled(), notes=notes, known=known)
     at = job.sites(model)
     if job.walk is not None:
         check_blocks(model, job.recipe, len(job.walk.source), certifies=job.certify_on is not None)
-    measures = _measures(job)
+    # Whether both schedules are tried, and the better one kept. Fewer hidden features can't be
+    # compared with the dense model's, nor can a model that is written as it is solved.
+    measures = auto and job.recipe.schedule == "layerwise" and job.recipe.prunes_sites
+    measures &= not job.narrows and job.walk is None
+    measures &= job.bank is None or job.judged is not None
     if not measures:
-        job = _without_gain(replace(job, judged=None), at)
+        job = replace(job, judged=None)
+        job = _without_gain(job, at) if auto else job
     recipe = job.recipe
-    if recipe.of == "latency" and world_size() > 1:
-        raise InputError(
-            "prune: of latency times the model, which all ranks would at once, and "
-            f"{world_size()} ranks share the job; leave it out, or run the job in one process"
-        )
-    _check_plain(model, at)
+    _check_model(job, at)
     earlier = stock_config.history_of(model.config)
-    _warn_of_what_stays(model, recipe.prunable_kinds, at)
-    if is_diffusion(model):
-        _check_diffusion(job)
+    _warn_of_whole(model, recipe.prunable_kinds, at)
     if job.bank is not None:
-        job = replace(job, batches=check_bank(job, at))
+        job = replace(job, batches=_check_bank(job, at))
     job = replace(job, speed=job.timed(model))
     check_budget(at, recipe.budget, recipe.allocation, job.costs(model))
     _check_sizes(job, at)
     backward = CRITERIA[recipe.criterion] == "gradient"
     if backward:
         check_owned(at)
-    if job.saved is not None or job.walk or runs_over_text(recipe, job.known, model, at):
+    if job.saved is not None or job.walk or _runs_over_text(job, at):
         job = replace(job, batches=list(job.batches or ()))  # to be gone through again
     if recipe.schedule == "layerwise" and job.walk is None:
-        job = _walked(job)
-        measures = measures and job.recipe.schedule == "layerwise"
-    if measures and job.judged is None:
+        job = _walked(job, auto)
+    if measures and job.recipe.schedule == "layerwise" and job.judged is None:
         batches, judged = hold_out(read_batches(job.batches))
         job = replace(job, batches=batches, judged=judged or None)
         job = job if judged else _without_gain(job, at)
@@ -103,17 +92,14 @@ def prepare(job: Job) -> Job:
     return job if job.walk is None else share_out(job)
 
 
-def _check_kind(model: nn.Module) -> None:
-    """Refuse models whose inputs are of a kind that can't be drawn."""
-    if type(model).__name__.endswith("ForMultipleChoice"):
+def _check_model(job: Job, at: Sequence[Site]) -> None:
+    """Refuse layers with adapters or masks, configs that can't be told, and wrong choices."""
+    model, recipe = job.model, job.recipe
+    if recipe.of == "latency" and world_size() > 1:
         raise InputError(
-            f"prune: {type(model).__name__} reads several texts at once, which no calibration text "
-            "gives; prune its base model"
+            "prune: of latency times the model, which all ranks would at once, and "
+            f"{world_size()} ranks share the job; leave it out, or run the job in one process"
         )
-
-
-def _check_plain(model: nn.Module, at: Sequence[Site]) -> None:
-    """Refuse layers with adapters or masks, or of several sites, and what no config says."""
     owner: dict[nn.Module, str] = {}
     for site in (each for each in at if each.expert is None and not each.shared):
         for path in (*site.producers, site.consumer):
@@ -130,11 +116,19 @@ def _check_plain(model: nn.Module, at: Sequence[Site]) -> None:
                 )
     with quiet():
         stock_config.described(model)  # what is not said now isn't said once layers are sliced
+    if is_diffusion(model) and (
+        recipe.of not in ("prunable", "params") or recipe.rescale or job.evaluate_on is not None
+    ):
+        raise InputError(
+            "prune: of a diffusion transformer only prunable parameters, or params, are counted, "
+            "without rescale and evaluate_on; leave these out, and give certify_on to compare"
+        )
 
 
-def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
+def _runs_over_text(job: Job, at: Sequence[Site]) -> list[str]:
     """Return which choices run the model over the calibration text, beside its moments."""
-    measured = known.has(SENSITIVITY, sensitivity_key(recipe, known, model, at), at)
+    recipe, key = job.recipe, sensitivity_key(job.recipe, job.known, job.model, at)
+    measured = job.known.has(SENSITIVITY, key, at)
     chosen = recipe.without("from_sums")
     return [recipe.spelled(each) for each in chosen if not (measured and each.name == "allocation")]
 
@@ -145,64 +139,22 @@ def changes_all(recipe: Recipe) -> list[str]:
     return [recipe.spelled(each) for each in chosen if each.metadata["affects"] == "scores"]
 
 
-def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
-    """Return the batches of a job that is given a bank: its own, or else the text of the bank.
-
-    Raise InputError if the bank doesn't serve the job, or keeps no text where the job needs it.
-    """
-    recipe, bank, model = job.recipe, job.bank, job.model
-    if whole := changes_all(recipe):
+def _check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
+    """Return the batches of a job with a bank, its own or those of the bank, if it can do."""
+    bank, model = job.bank, job.model
+    if whole := changes_all(job.recipe):
         raise InputError(
             f"prune: {whole[0]} does not work with a bank, which is of the whole model; leave the "
             "bank out and give the calibration text"
         )
     check_bank_is_of(bank, model, at)
-    if job.batches is not None:
-        return job.batches
-    needed = runs_over_text(recipe, job.known, model, at)
-    if bank.text is None and needed:
-        missing, otherwise = why_textless(model)
+    batches = bank.text if job.batches is None else job.batches
+    if batches is None and (needed := _runs_over_text(job, at)):
         raise InputError(
-            f"prune: {needed[0]} runs the model over {missing}; {otherwise}use --preset fast "
-            f"without {needed[0].split()[0]}"
+            f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
+            f"none; leave the bank out, or use --preset fast without {needed[0].split()[0]}"
         )
-    if not needed:
-        return bank.text
-    rows = model.get_input_embeddings()
-    if any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):
-        raise InputError(
-            f"prune: the bank's text has tokens that the {rows.num_embeddings} embeddings of the "
-            "model lack; calibrate this model anew"
-        )
-    return bank.text
-
-
-def why_textless(model: nn.Module) -> tuple[str, str]:
-    """Return what a bank without text lacks, and what to do about it other than to do without."""
-    media = [INPUTS[name] for name in inputs_read(model) if name in INPUTS]
-    if media:
-        return f"the calibration set, and banks keep no {media[0]}", ""
-    sees = not INPUTS.keys().isdisjoint(inspect.signature(model.forward).parameters)
-    how = "calibrate on text alone, and" if sees else "calibrate"
-    return "the calibration text, and the bank keeps none", f"{how} without --no-text, or "
-
-
-def _check_diffusion(job: Job) -> None:
-    """Refuse what counts tokens of one text, or scales layers that read one thing each."""
-    if job.recipe.of not in ("prunable", "params"):
-        raise InputError(
-            f'prune: of="{job.recipe.of}" counts the tokens of one text, and a diffusion '
-            'transformer reads others, too; give of="prunable" or of="params"'
-        )
-    if job.recipe.rescale:
-        raise InputError(
-            "prune: rescale does not work with a diffusion transformer; give rescale=False"
-        )
-    if job.evaluate_on is not None:
-        raise InputError(
-            "prune: evaluate_on does not work with a diffusion transformer; give certify_on, which "
-            "compares what it predicts, and judge its images"
-        )
+    return batches
 
 
 def _check_sizes(job: Job, at: Sequence[Site]) -> None:
@@ -228,7 +180,7 @@ def _check_sizes(job: Job, at: Sequence[Site]) -> None:
 
 
 def _check_compared(model: nn.Module, batches: Batches | None, option: str) -> None:
-    """Refuse what compares the dense model's outputs with narrower ones."""
+    """Refuse a comparison of the dense model's hidden states with narrower ones."""
     for batch in islice(batches or (), 1):
         with torch.no_grad(), evaluating(model):
             if DenseOutputs(model, batch, positions=1).has_logits:
@@ -239,7 +191,8 @@ def _check_compared(model: nn.Module, batches: Batches | None, option: str) -> N
         )
 
 
-def _warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:
+def _warn_of_whole(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:
+    """Warn of kinds of sites that can't lose anything."""
     for kind in (each for each in kinds if each in KINDS):
         some, reason = [site for site in at if site.kind == kind], why_whole(model, kind)
         if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
@@ -250,41 +203,32 @@ def _warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Sit
 
 
 def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
-    """Return a recipe with what ``schedule="auto"`` stands for where no text is left to measure by.
+    """Return a recipe with a schedule for ``auto`` where no text is left to measure by.
 
-    One pass where a norm reads what their consumers give: of Gemma-3 it is better in all pairs that
-    were measured, in two thirds of the time (docs/quality.md). Else :meth:`Recipe.settled`.
+    If a norm reads the outputs of consumers, one pass was better and faster (docs/quality.md).
     """
     if asked.schedule == "auto" and any(map(is_relative, at)):
         return replace(asked, schedule="one-pass")
     return asked.settled()
 
 
-def _measures(job: Job) -> bool:
-    auto = job.asked.schedule == "auto" and job.recipe.schedule == "layerwise"
-    # Fewer hidden features are no states to compare with the dense model's, and of a model that is
-    # written as it is solved there is nothing to compare.
-    possible = auto and not job.narrows and job.walk is None and job.recipe.prunes_sites
-    return possible and (job.bank is None or job.judged is not None)
-
-
 def _without_gain(job: Job, at: Sequence[Site]) -> Job:
-    """Solve in one pass by default where a walk gains nothing."""
+    """Solve in one pass where the default is a walk that gains nothing."""
     if job.walk is not None and job.certify_on is not None:
         return job  # in one pass fresh text can't be measured on block by block
-    settled = settled_for(job.asked, at)
+    settled = settled_for(replace(job.recipe, schedule="auto"), at)
     if job.recipe.schedule == "layerwise" and settled.schedule == "one-pass":
         return _in_one_pass(job, NO_GAIN)
     return job
 
 
-def _walked(job: Job) -> Job:
+def _walked(job: Job, auto: bool) -> Job:
     """Refuse to walk blocks that can't be run one by one, or do without one by default."""
     check_finite_weights(job.model)  # before anything is run
     try:
         check_walk(job.model, job.batches)
     except InputError as error:
-        if job.asked.schedule != "auto":
+        if not auto:
             raise
         return _in_one_pass(job, str(error).removeprefix("layerwise: ").partition("; use")[0])
     return job
@@ -299,7 +243,7 @@ def _in_one_pass(job: Job, reason: str) -> Job:
 def recorded(job: Job) -> Job:
     """Return a prepared job as its checkpoint has it; raise InputError if that is of another job.
 
-    What depends on the memory that is free stays what it was: other groups have other sums.
+    The room for sums is that of the checkpoint: other groups have other sums.
     """
     if job.saved is None:
         return job

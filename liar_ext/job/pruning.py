@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,21 +23,19 @@ from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.placing import nearest_folder
 from liar_ext.checkpoint.saving import fill_folder, writing
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
-from liar_ext.job.estimate import bars_of, by_blocks, stages_of, work_of_token
+from liar_ext.job.estimate import bars_of, by_blocks, stages_of
 from liar_ext.job.preparing import prepare, recorded
-from liar_ext.job.rescaling import rescale, rescale_batches
-from liar_ext.job.solving import Evaluation, Solved, reconstruct
-from liar_ext.job.state import Folder, Job
-from liar_ext.models.configs import source_of
+from liar_ext.job.solving import Solved, reconstruct, rescale, rescale_batches
+from liar_ext.job.state import Evaluation, Folder, Job
 from liar_ext.models.plan import Budget, Plan
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_checks import PruneOptions, TextOptions, check_keywords
+from liar_ext.models.recipe_fields import DTYPES, recipe_fields
+from liar_ext.models.registry import source_of
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import PruneOptions, TextOptions, check_keywords
-from liar_ext.recipe.fields import DTYPES, recipe_fields
-from liar_ext.reconstruction.features import features_once
-from liar_ext.reconstruction.rows import SiteRow, what_to_know
-from liar_ext.reconstruction.streams import HiddenStates, Walk
+from liar_ext.reconstruction.solve import SiteRow, what_to_know
+from liar_ext.reconstruction.streams import HiddenStates, Walk, features_once
 from liar_ext.report.report import Report, versions
 from liar_ext.selection.sensitivity import POSITIONS
 from liar_ext.system.checkpoint_store import RESULT, Checkpoint, opened
@@ -46,8 +44,14 @@ from liar_ext.system.errors import InputError, naming_memory
 from liar_ext.system.progress import OnProgress, Stage, Timeline, showing_bars, shows_bars
 
 # What the command does around prune, and what does it in Python.
+AROUND_ALL = (
+    "liar_ext.compress takes it; prune takes a model and batches, made by load_model and "
+    "calibration_sequences(...).batches()"
+)
 AROUND: dict[str, str] = {
-    **{each.name: each.metadata["in_python"] for each in recipe_fields()},
+    **dict.fromkeys((each.name for each in recipe_fields(in_python=False)), AROUND_ALL),
+    "certify": "give certify_on the batches",
+    "eval": "give evaluate_on the batches",
     "judge": "give judge_on the batches; calibration_sequences(judge=...) draws them",
     "max_memory": "liar_ext.compress takes it, and a folder as the model",
     "out": "liar_ext.save_pruned writes the folder",
@@ -66,7 +70,7 @@ def prune(
     progress: bool | OnProgress = False,
     **choices: Unpack[PruneOptions],
 ) -> Report:
-    """Prune ``model`` in place to a budget and reconstruct what was removed, without retraining.
+    """Prune ``model`` in place to a budget and reconstruct the outputs, without retraining.
 
     Calibrate (one pass of the dense model over ``batches``), score every unit, allocate the budget,
     solve every consumer ``W' = W_K + W_P G_PK (G_KK + Λ)⁻¹`` with λ chosen by cross-validation,
@@ -80,33 +84,32 @@ def prune(
     Parameters
     ----------
     model : nn.Module
-        A transformers model of a known family, dense or pruned before; it is changed only in the
-        last step, with its config, so that ``model.save_pretrained`` works.
+        A transformers model of a known family, dense or pruned before; it is changed, with its
+        config, in the last step only.
     batches : iterable of mapping, optional
         The calibration set; see :func:`liar_ext.calibrate`. The text of ``bank`` if not given.
     recipe : Recipe, Budget or float, optional
         Every choice, see :class:`liar_ext.Recipe`; or ``keep`` alone, the fraction of the prunable
         parameters that may stay, or a :class:`liar_ext.Budget`.
     bank : MomentBank, optional
-        The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
-        not summed again. Sensitivities, unless the bank has them, gradients and walks still run
-        over ``batches``.
+        The moments of this model over ``batches``, from :func:`liar_ext.calibrate`. Sensitivities,
+        unless the bank has them, gradients and walks still run over ``batches``.
     checkpoint : path, optional
-        A folder to keep what is done in, and to go on from where it has something of this very
-        job, with any number of ranks. The result has the same bits. The folder stays.
+        A folder to save progress in, and to resume the same job from, with any number of ranks.
+        The result has the same bits. The folder stays.
     progress : bool or callable
         Show progress bars; or call ``progress(stage, done, total, seconds_left)`` after each step
         instead, the last two None if unknown. An exception of the callable ends the job.
     **choices
-        Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
-        ``criterion``, ``schedule``, ...; ``preset``, such as ``"fast"``; ``sites``, such as
-        ``"mlp"``. Those that load the model and draw the text are of :func:`liar_ext.compress`.
+        Fields of the recipe that differ from ``recipe`` or the default: ``keep``, ``criterion``,
+        ``schedule``, ...; ``preset``, such as ``"fast"``; ``sites``, such as ``"mlp"``. Those that
+        load the model and draw the text are of :func:`liar_ext.compress`.
 
     Returns
     -------
     Report
-        With the recipe as ``report.recipe`` and the plan as ``report.plan``: of the dense model,
-        also where the model was pruned before, if that is known (``report.earlier`` tells of it).
+        With the recipe as ``report.recipe`` and the plan, of the dense model, as ``report.plan``.
+        If the model was pruned before, ``report.earlier`` tells of it.
 
     Other Parameters
     ----------------
@@ -114,15 +117,13 @@ def prune(
         Batches of held-out text, or of other inputs of an encoder. The report then has dense and
         pruned perplexity, or what :func:`liar_ext.encoder_similarity` measures.
     certify_on : sequence of mapping, optional
-        Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
-        decision sees them; the report then has errors on them, of each site's new weights and of
-        the whole model.
+        Fresh batches of the calibration set's kind, at least two sequences. No decision sees them;
+        the report then has errors on them, of each site's new weights and of the whole model.
     judge_on : sequence of mapping, optional
-        Batches of the calibration set's kind, that ``batches`` lacks. They decide
-        ``schedule="auto"``: layers are solved in one pass and layer by layer, and the model is kept
-        that diverges less from the dense one on them. By default every eighth sequence of
-        ``batches`` is held out for it, if there are 32 or more; with fewer, and with a ``bank``,
-        ``auto`` is as :meth:`liar_ext.Recipe.settled` says.
+        Fresh batches of the calibration set's kind. They decide ``schedule="auto"``: layers are
+        solved in one pass and layer by layer, and the model is kept that diverges less from the
+        dense one on them. By default every eighth sequence of ``batches`` is held out for it, if
+        there are 32 or more; with fewer, or a ``bank``, see :meth:`liar_ext.Recipe.settled`.
 
     Raises
     ------
@@ -165,10 +166,7 @@ def prune_folder(
     """Prune a model and save it, as :func:`liar_ext.prune` and :func:`liar_ext.save_pruned` do.
 
     With a ``store`` the model is read block by block and written as it is solved, within the
-    ``limit`` of the job for each process; hidden states that don't fit lie beside the folder. Of
-    several ranks each calls this alike; the first one writes the folder, whose place was checked
-    before the model was loaded. ``annotate`` adds to the report before it is written. InputError if
-    a choice, the data or the budget can't be used, or the memory isn't enough for a block.
+    ``limit`` of the job for each process. ``annotate`` adds to the report before it is written.
     """
     with ExitStack() as stack:
         begin = partial(stack.enter_context, writing(folder, overwrite))
@@ -196,24 +194,30 @@ def run(job: Job) -> Report:
     if job.saved is not None:
         check_resumable(job.recipe)
     job = recorded(prepare(job))  # refuses whatever can't work
+    with _running(job):
+        evaluation = Evaluation(job)  # of the dense model
+        base = narrowed(job, evaluation)  # fewer blocks, experts or hidden features, on a copy
+        passes = passes_of(job, base, evaluation)  # moments of all sites, group by group
+        decision = decide(job, passes)  # scores, error curves and sensitivities; the plan
+        solved = reconstruct(job, passes, decision.plan, evaluation)  # new weights
+        plan, rows = slice_modules(job, base, decision.plan, solved)
+        return report_of(job, base, replace(decision, plan=plan), solved, rows, evaluation.result())
+
+
+@contextmanager
+def _running(job: Job) -> Iterator[None]:
+    """Show the progress of a job, and run the features of its text once."""
     states = HiddenStates() if job.walk is None else job.walk.states
+    bars = bars_of(job) if shows_bars() else []
+    if job.walk is not None:
+        states.memory = job.shares.states
+        bars = by_blocks(bars, len(job.walk.blocks), job.shares.keep_sums)
+    stages = {n: Stage(each.steps, each.seconds) for n, each in stages_of(bars).items()}
+    timeline = Timeline(stages, [each.name for each in bars])
     # New parameters are of the kind of the old ones, in whatever mode the caller is.
     mode = torch.inference_mode(any(each.is_inference() for each in job.model.parameters()))
-    with mode, _timeline(job).shown(), features_once(job.model, states):
-        evaluation = Evaluation(job)
-        base = narrowed(job, evaluation.along)  # fewer hidden features or experts, on a copy
-        # The dense blocks of a walk are gone once their experts are chosen.
-        passed = job.walk is not None and base.experts is not None
-        if passed:
-            evaluation.see_dense()
-        passes = passes_of(job, base, () if passed else evaluation.along)
-        decision = decide(job, passes)  # analyze, allocate
-        solved = reconstruct(job, passes, decision.plan, evaluation)
-        if not passed:
-            evaluation.see_dense(passes)
-        plan, rows = slice_modules(job, base, decision.plan, solved)
-        decision = replace(decision, plan=plan)
-        return report_of(job, base, decision, solved, rows, evaluation.result())
+    with mode, timeline.shown(), features_once(job.model, states):
+        yield
 
 
 def check_resumable(recipe: Recipe) -> None:
@@ -225,66 +229,36 @@ def check_resumable(recipe: Recipe) -> None:
         )
 
 
-def _timeline(job: Job) -> Timeline:
-    stages = stages_of(job) if shows_bars() else {}
-    if job.walk is not None:
-        job.walk.states.memory = job.shares.states
-        body, head = work_of_token(job.model, job.sites(job.model))
-        share = head / (body / 2 + head)  # of a probe, which runs half of the blocks on average
-        stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums, share)
-    shown = {name: Stage(each.steps, each.seconds) for name, each in stages.items()}
-    return Timeline(shown, bars_of(job, stages) if stages else ())
-
-
 def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Plan, list[SiteRow]]:
-    """Slice the model as it is solved; return the plan of the dense model, and a row per site.
-
-    Then scale what the layers give, if that is asked for and brings it nearer to the dense model.
-    """
-    dense, rows = None, {}
+    """Slice the model, and rescale it if asked; return the plan of the dense model, and rows."""
+    model, out, dense, rows = job.model, job.out, None, {}
     if job.recipe.rescale:
         with job.clock("rescale"):
-            dense = Divergence(job.model, rescale_batches(job.batches), POSITIONS)
-    full = base.in_full(plan)
-    whole, missing = stock_config.from_dense(job.model, full), base.weights
-    if base.model is job.model:  # it lacks nothing, or has lost its experts already
+            dense = Divergence(model, rescale_batches(job.batches), POSITIONS)
+    full, missing = replace(plan, **base.gone), base.weights
+    whole = stock_config.from_dense(model, full)
+    if base.model is model:  # it lacks nothing, or has lost its experts already
         full, missing = plan, {}
     for index, weights, found in solved.blocks:
         rows |= found
         with job.clock("surgery"):
             some = None if index is None else [index]
-            apply_plan(job.model, full, {**missing, **weights}, blocks=some)
-            if job.out is not None:
-                job.out.add(index, job.shares.shard)
+            apply_plan(model, full, {**missing, **weights}, blocks=some)
+            if out is not None:
+                out.add(index, job.shares.shard)
     with job.clock("surgery"):
-        if job.out is not None:
-            job.out.add(None, job.shares.shard)
-        done = {"params": [job.params["before"], count_params(job.model)]}
-        stock_config.describe(job.model, {"budget": job.recipe.budget.to_dict(), **done})
-    job.model.liar_plan = whole
+        if out is not None:
+            out.add(None, job.shares.shard)
+        done = {"params": [job.params["before"], count_params(model)]}
+        stock_config.describe(model, {"budget": job.recipe.budget.to_dict(), **done})
+    model.liar_plan = whole
     if dense is not None:
         with job.clock("rescale"):
-            fitted = rescale(dense, job.model, plan.attn_unit)
+            fitted = rescale(dense, model, plan.attn_unit)
         solved.facts |= fitted.facts()
         if not fitted.scales:
             solved.notes.append("Nothing was rescaled: no scales bring held-out outputs nearer.")
     return whole, [rows[name] for name in plan.sites]
-
-
-def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recipe:
-    """Return a recipe with what model and text were, where it doesn't say which they are."""
-    changes: dict[str, object] = {"text_digests": {}}  # of batches there are no names
-    dtype = str(model.dtype).removeprefix("torch.")
-    if dtype in DTYPES:
-        changes["dtype"] = dtype
-    if recipe.device != "auto":
-        changes["device"] = str(device_of(model))
-    if not recipe.calibration:  # the batches were drawn elsewhere
-        count = max(source["sequences"], 2)
-        changes |= {"samples": count, "self_text": 0.0, "random_tokens": 0.0}
-        if recipe.of not in ("flops", "latency"):  # whose budgets are of another length
-            changes["seq_len"] = max(source["tokens"] // count, 1)
-    return replace(recipe, **changes)
 
 
 def report_of(
@@ -298,30 +272,39 @@ def report_of(
     """Return every number that a user needs to trust the result."""
     model, recipe, plan, speed = job.model, job.recipe, decision.plan, decision.speed
     source = solved.source or base.source
-    hidden, grid = [], dict(decision.grid)
-    if base.narrowing is not None:
-        hidden = base.narrowing.rows
-        grid |= {"tile": recipe.tile, "hidden": base.narrowing.grid}
     left = sum(each.params_after for each in rows) if rows else sum(s.params for s in base.at)
-    said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
-    if rows or hidden:
-        given = [*rows, *hidden], recipe.reconstruct, source["tokens"]
+    said = [*job.notes, *solved.notes, *decision.grid.get("warnings", [])]
+    if rows or base.hidden:
+        given = [*rows, *base.hidden], recipe.reconstruct, source["tokens"]
         said = what_to_know(*given, max(site.d_in for site in base.at)) + said
-    # What was measured is measured again where the recipe is.
+    # The recipe is resolved, but for a schedule that was chosen by measuring.
     asked = recipe if job.judged is None else replace(recipe, schedule="auto")
+    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
     return Report(
         model=recipe.model or source_of(model) or type(model).__name__,
         plan=plan,
         recipe=as_run(asked, model, source),
         budget=recipe.budget.to_dict(),
         earlier=list(job.earlier),
-        settings=_settings(model, base, decision, solved),
+        settings={
+            "schedule": solved.schedule,
+            "attn_unit": plan.attn_unit,
+            "calibration_sequences": source["sequences"],
+            "calibration_tokens": source["tokens"],
+            "dtype": _dtype(model),
+            "device": ", ".join(sorted(devices)),
+            "threads": torch.get_num_threads(),
+            **decision.facts,
+            **solved.facts,
+            **base.settings,
+        },
         versions=versions(),
-        sites=(base.blocks.rows if base.blocks else [])
-        + (base.experts.rows if base.experts else [])
-        + [replace(row, sensitivity=decision.sensitivities.get(row.name)) for row in rows],
-        hidden=hidden,
-        grid=grid,
+        sites=[
+            *base.rows,
+            *(replace(row, sensitivity=decision.sensitivities.get(row.name)) for row in rows),
+        ],
+        hidden=list(base.hidden),
+        grid={**decision.grid, **base.grid},
         params={**job.params, "prunable_after": left, "after": count_params(model)},
         latency={} if speed is None else speed.facts(),
         evaluation=evaluation,
@@ -331,25 +314,20 @@ def report_of(
     )
 
 
-def _settings(model: nn.Module, base: Base, decision: Decision, solved: Solved) -> dict[str, Any]:
-    """Return what was decided on the way, and on what."""
-    source = solved.source or base.source
-    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
-    settings = {
-        "schedule": solved.schedule,
-        "attn_unit": decision.plan.attn_unit,
-        "calibration_sequences": source["sequences"],
-        "calibration_tokens": source["tokens"],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": ", ".join(sorted(devices)),
-        "threads": torch.get_num_threads(),
-        **decision.facts,
-        **solved.facts,
-    }
-    if base.narrowing is not None:
-        settings["narrow_passes"] = base.source["passes"]
-    if base.experts is not None and base.experts.divergences:
-        settings["expert_scales"] = base.experts.divergences
-    if base.blocks is not None:
-        settings["blocks_gone"] = base.blocks.divergences
-    return settings
+def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recipe:
+    """Return a recipe with the dtype, device and text of the job, if it doesn't name them."""
+    changes: dict[str, object] = {"text_digests": {}}  # of batches there are no names
+    if _dtype(model) in DTYPES:
+        changes["dtype"] = _dtype(model)
+    if recipe.device != "auto":
+        changes["device"] = str(device_of(model))
+    if not recipe.calibration:  # the batches were drawn elsewhere
+        count = max(source["sequences"], 2)
+        changes |= {"samples": count, "self_text": 0.0, "random_tokens": 0.0}
+        if recipe.of not in ("flops", "latency"):  # whose budgets are of another length
+            changes["seq_len"] = max(source["tokens"] // count, 1)
+    return replace(recipe, **changes)
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(model.dtype).removeprefix("torch.")

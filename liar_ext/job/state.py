@@ -1,10 +1,10 @@
-"""The state of a job: what it is asked for, what is known already, and where its result goes."""
+"""The state of a job: its settings, what is known already, and where its result goes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,48 +13,45 @@ from typing import Any, TypeVar
 from torch import nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import Batches, read_batch
+from liar_ext.calibration.batches import Batch, Batches, read_batch, read_batches
+from liar_ext.calibration.collect import Passes
+from liar_ext.calibration.divergence import Divergence
 from liar_ext.checkpoint.folder import fixed_inputs
 from liar_ext.checkpoint.saving import Shards, fill_folder
+from liar_ext.measure.embeddings import Evaluator
 from liar_ext.measure.latency import measure_latency, plan_of, ratios, sliced, where
 from liar_ext.measure.latency_table import LatencyTable
 from liar_ext.measure.speed import Quartiles
 from liar_ext.models.plan import Budget, Plan
+from liar_ext.models.recipe import Recipe
+from liar_ext.models.recipe_fields import recipe_fields
+from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site, get_consumer_bias, sites
-from liar_ext.recipe import Recipe
-from liar_ext.recipe.fields import recipe_fields
 from liar_ext.reconstruction.ridge import form_at
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
 from liar_ext.report.report import Report
 from liar_ext.selection.allocation import check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.system.checkpoint_store import Checkpoint
-from liar_ext.system.distributed import is_first
+from liar_ext.system.distributed import alone, is_first
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Clock, hiding_bars
 
 SENSITIVITY = "sensitivity"
-# A plan may miss what its sites add up to by this fraction of the dense seconds.
-TOLERANCE = 0.01
-# A correction by more than this factor at a time is no error of a sum, but a machine that is busy.
-MOST_CORRECTED = 1.5
+TOLERANCE = 0.01  # of the dense seconds, by which a plan may miss the sum over its sites
+MOST_CORRECTED = 1.5  # a larger correction is no error of that sum, but a machine that is busy
 MOST_ROUNDS = 2
-PLACE = ("device", "dtype", "threads", "cpu", "gpu")  # what seconds are of
-MISSED = 0.03  # what a warning tells of, by the dense seconds
-NOISY = 0.05  # likewise, of their own spread
+PLACE = ("device", "dtype", "threads", "cpu", "gpu")  # of a machine, for seconds to compare
+MISSED, NOISY = 0.03, 0.05  # fractions of the dense seconds that a warning tells of
 Value = TypeVar("Value")
 
 
 @dataclass
 class Known:
-    """What has been found for one dense model, its moments and their text.
+    """Values of sites that were found for one dense model and its moments, by kind and key."""
 
-    ``found`` has values by what they are, key and site. ``probe_keep`` is the fraction of a site
-    that stays while its sensitivity is measured; None: the budget's.
-    """
-
-    found: dict[tuple[str, str, str], Any] = field(default_factory=dict)
-    probe_keep: float | None = None
+    found: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    probe_keep: float | None = None  # of a site whose sensitivity is measured; None: the budget's
 
     @classmethod
     def of_bank(cls, bank: MomentBank | None, probe_keep: float | None = None) -> Known:
@@ -63,11 +60,8 @@ class Known:
             raise InputError(
                 f"bank: must be a MomentBank, got {type(bank).__name__}; MomentBank.load reads one"
             )
-        known = cls(probe_keep=probe_keep)
-        for each in [] if bank is None else bank.source.get("sensitivities", ()):
-            for name, value in each["sites"].items():
-                known.found[SENSITIVITY, each["key"], name] = value
-        return known
+        stored = () if bank is None else bank.source.get("sensitivities", ())
+        return cls({(SENSITIVITY, each["key"]): dict(each["sites"]) for each in stored}, probe_keep)
 
     def get(
         self,
@@ -76,44 +70,42 @@ class Known:
         at: Sequence[Site],
         compute: Callable[[Sequence[Site]], Mapping[str, Value]],
     ) -> dict[str, Value]:
-        """Return the values of sites by name; ``compute`` gives those that aren't there."""
-        missing = [site for site in at if not self.has(what, key, [site])]
+        """Return the values of sites by name; ``compute`` returns those that aren't there."""
+        known = self.found.setdefault((what, key), {})
+        missing = [site for site in at if _place(site) not in known]
         values = compute(missing) if missing else {}
-        self.found |= {(what, key, _place(site)): values[site.name] for site in missing}
-        return {site.name: self.found[what, key, _place(site)] for site in at}
+        known |= {_place(site): values[site.name] for site in missing}
+        return {site.name: known[_place(site)] for site in at}
 
     def has(self, what: str, key: str, at: Sequence[Site]) -> bool:
         """Tell whether the values of all sites are there."""
-        return all((what, key, _place(site)) in self.found for site in at)
+        return self.found.get((what, key), {}).keys() >= set(map(_place, at))
 
     def store_sensitivities(self, bank: MomentBank) -> None:
-        """Put the sensitivities that were measured into a bank, for jobs to come."""
-        by_key: dict[str, dict[str, float]] = {}
-        for (what, key, name), value in self.found.items():
-            if what == SENSITIVITY:
-                by_key.setdefault(key, {})[name] = value
-        bank.source["sensitivities"] = [{"key": k, "sites": own} for k, own in by_key.items()]
+        """Put the measured sensitivities into a bank, for later jobs."""
+        measured = {key: own for (what, key), own in self.found.items() if what == SENSITIVITY}
+        bank.source["sensitivities"] = [{"key": k, "sites": own} for k, own in measured.items()]
 
 
 def _place(site: Site) -> str:
-    """Return what a value is of: a site with its units."""
+    """Return a site with its units, as a key."""
     return f"{site.name} {site.unit} {site.units} {site.groups}"
 
 
 def per(recipe: Recipe) -> str:
-    """Return what scores are of: features where weights are compared across layers."""
+    """Return whether scores are of features, to compare them across layers, or of units."""
     return "feature" if recipe.allocation == "global" else "unit"
 
 
 def score_key(recipe: Recipe, **more: object) -> str:
-    """Return what scores and error curves depend on, beside the site."""
+    """Return all that scores and error curves depend on, beside the site."""
     chosen = {each.name: getattr(recipe, each.name) for each in recipe_fields(affects="scores")}
     facts = {**chosen, "per": per(recipe), "liar_ext": version("liar_ext"), **more}
     return json.dumps(facts, sort_keys=True)
 
 
 def sensitivity_key(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> str:
-    """Return what sensitivities depend on, beside the site: also the form of the new weights."""
+    """Return all that sensitivities depend on, beside the site: also the form of new weights."""
     forms = {get_consumer_bias(model, site) is not None for site in at}
     mode = recipe.reconstruct
     form = form_at(mode, *forms) if len(forms) == 1 else mode
@@ -122,7 +114,7 @@ def sensitivity_key(recipe: Recipe, known: Known, model: nn.Module, at: Sequence
 
 @dataclass(frozen=True)
 class Shares:
-    """What the memory of a job is for, in bytes."""
+    """The parts of a job's memory, in bytes."""
 
     need: dict[str, int]  # the peak without hidden states, by its parts
     shard: int  # of what is written at a time
@@ -131,11 +123,7 @@ class Shares:
 
 
 class Speed:
-    """What the sites of a model cost in seconds, and how that fits the plans made by it.
-
-    A ``table`` that was measured before, here or elsewhere, is taken as it is, so that the plan
-    comes out again. Without one the sites are measured.
-    """
+    """The seconds that sites take, by a given ``table`` or measured, and those of whole plans."""
 
     def __init__(
         self,
@@ -151,7 +139,6 @@ class Speed:
         table.check(budget)
         self.table = table
         here = where(model)
-        # What was measured elsewhere can't be compared with seconds of this machine.
         self.is_here = all(table.where.get(key) == here.get(key) for key in PLACE)
         self.timed: dict[str, int] | None = None
         self.predicted = 1.0
@@ -163,26 +150,23 @@ class Speed:
         return Costs.measured(self.table, self.at)
 
     def settle(self, allocate: Callable[[Costs], Plan]) -> Costs:
-        """Return costs that are corrected until they say what a plan made by them takes.
-
-        A correction by which no plan meets the budget any more isn't taken; a warning tells.
-        """
+        """Return costs, corrected until they agree with the time of a plan made by them."""
         for _ in range(MOST_ROUNDS):
             before = self.table
             if not self.fit(allocate(self.costs)):
                 break
             try:
                 allocate(self.costs)
-            except InputError:
+            except InputError:  # no plan meets the budget any more; a warning tells
                 self.table = before
                 break
         return self.costs
 
     def fit(self, plan: Plan) -> bool:
-        """Time a plan; correct the costs if they say another time, and tell whether they did.
+        """Time a plan; correct costs that say another time, and tell whether they did.
 
-        ``scale ← scale · (1 − measured) / (1 − predicted)``, both by the dense seconds, where they
-        differ by more than ``TOLERANCE``. A table that was given stays as it is.
+        ``scale ← scale · (1 − measured) / (1 − predicted)``, both by the dense seconds. A table
+        that was given stays as it is.
         """
         self.time(plan)
         expected = 1.0 - self.predicted
@@ -196,13 +180,10 @@ class Speed:
         return True
 
     def time(self, plan: Plan) -> None:
-        """Time a plan beside the dense model, unless it was the last one.
-
-        Where the table is of another machine, seconds of this one say nothing.
-        """
+        """Time a plan beside the dense model, unless it was the last one."""
         counts = {site.name: len(plan.sites[site.name].kept) for site in self.at}
         self.predicted = self.costs.kept_fraction(plan)
-        if counts == self.timed or not self.is_here:
+        if counts == self.timed or not self.is_here:  # seconds of another machine don't compare
             return
         models = {"pruned": sliced(self.model, plan_of(self.model, self.at, counts))}
         models["dense"] = self.model
@@ -210,7 +191,7 @@ class Speed:
         self.timed = counts
 
     def facts(self) -> dict[str, object]:
-        """Return what a report keeps: fractions of the dense seconds, and the table."""
+        """Return fractions of the dense seconds, and the table, for a report."""
         return {
             "dense_seconds": self.table.total,
             "predicted": self.predicted,
@@ -219,27 +200,21 @@ class Speed:
         }
 
     def warnings(self) -> list[str]:
-        """Return what a user has to know of the speed."""
+        """Tell of a time that varied, and of a plan that is slower than asked for."""
         found, noise = [], self.table.spread / self.table.total
+        again = "measure again on a machine that does nothing else."
         if noise > NOISY:
-            found.append(
-                f"The time of the dense model varied by {noise:.0%} of it (half of the distance "
-                "between quartiles): measure again on a machine that does nothing else."
-            )
+            found.append(f"The time of the dense model varied by {noise:.0%} of it: {again}")
         if self.measured is not None and self.measured.median > self.budget.keep + MISSED:
             found.append(
                 f"The plan takes {self.measured.median:.3g} of the dense time, where "
-                f"{self.budget.keep:.3g} was asked for: give a lower keep, or measure again on a "
-                "machine that does nothing else."
+                f"{self.budget.keep:.3g} was asked for: give a lower keep, or {again}"
             )
         return found
 
 
 class Folder:
-    """The folder that blocks of a walk go to as they are solved, written by the first rank.
-
-    ``begin`` returns the path to write to. ``fixed`` is the input that the folder is verified by.
-    """
+    """The folder, begun by ``begin``, for the blocks of a walk; the first rank writes it."""
 
     def __init__(self, walk: Walk, begin: Callable[[], Path]) -> None:
         dtype, inputs = walk.model.dtype, fixed_inputs(walk.model)
@@ -249,7 +224,7 @@ class Folder:
         self.begin, self.shards = begin, None
 
     def add(self, index: int | None, size: int) -> None:
-        """Write a block, or what lies outside of the blocks, in shards of ``size`` bytes."""
+        """Write a block, or all outside of the blocks, in shards of ``size`` bytes."""
         if not is_first():
             return
         if self.shards is None:
@@ -266,7 +241,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of :func:`liar_ext.prune`, as it is asked for, or as :func:`prepare` returns it."""
+    """One run of :func:`liar_ext.prune`: as it is asked for, then as :func:`prepare` returns it."""
 
     model: nn.Module
     batches: Batches | None
@@ -282,7 +257,6 @@ class Job:
     out: Folder | None = None  # where the blocks go, with a walk
     clock: Clock = field(default_factory=Clock)
     # Found by prepare().
-    asked: Recipe | None = None  # the recipe before it was resolved
     notes: Sequence[str] = ()  # what to know of how the job is done
     earlier: Sequence[dict[str, object]] = ()  # jobs before this one
     params: Mapping[str, int] = field(default_factory=dict)  # of the dense model
@@ -296,7 +270,7 @@ class Job:
         return self.recipe.keep_hidden != 1.0
 
     def bars(self) -> AbstractContextManager:
-        """Let stages show bars of their own, unless they are in a walk, whose steps are blocks."""
+        """Let stages show bars of their own, unless they are steps of a walk."""
         return nullcontext() if self.walk is None else hiding_bars()
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -304,7 +278,7 @@ class Job:
         return sites(model, self.recipe.prunable_kinds, self.recipe.attn_unit)
 
     def timed(self, model: nn.Module) -> Speed | None:
-        """Return what the sites of a model take in seconds, if latency is what is counted."""
+        """Return the seconds of the sites of a model, for a budget of latency."""
         at, budget = self.sites(model), self.recipe.budget
         if budget.of != "latency" or (self.speed is not None and self.speed.model is model):
             return self.speed
@@ -320,12 +294,87 @@ class Job:
         return speed
 
     def costs(self, model: nn.Module) -> Costs:
-        """Return what the sites cost in the budget's unit."""
+        """Return the costs of the sites in the budget's unit."""
         if self.recipe.of == "latency":
             return self.timed(model).costs
         at, budget = self.sites(model), self.recipe.budget
         gone = tokens_gone(model) if budget.of == "params" and not self.narrows else 0
         return Costs.of(at, budget, total_cost(model, at, budget), gone)
+
+
+class Evaluation:
+    """Measures a model: on held-out text at the first rank, on fresh text at all.
+
+    Both texts of a walk are ``along``, at the first rank: they pass the blocks in both walks, after
+    which only the head is run.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.outputs, self.evaluator = job, None, Evaluator()
+        self.texts = [job.evaluate_on if is_first() else None, job.certify_on]
+        if job.walk is not None:
+            texts = (job.evaluate_on, job.certify_on) if is_first() else (None, None)
+            held_out, fresh = (list(read_batches(text or ())) for text in texts)
+            if predicts_next_token(job.model):
+                held_out = list(map(_as_judged, held_out))
+            self.texts = [held_out or None, fresh or None]
+        self._begin()
+        self.dense = self.quality() if job.walk is None else None
+
+    def _begin(self) -> None:
+        """Let the texts of a walk begin."""
+        walk, named = self.job.walk, zip(("held out", "fresh"), self.texts, strict=True)
+        streams = (StreamedBatches(name, walk, text or ()) for name, text in named)
+        self.along = () if walk is None else tuple(streams)
+
+    @contextmanager
+    def _measuring(self, stage: str, which: int) -> Iterator[None]:
+        """Let the model answer for a text, at this rank alone if that is past the last block."""
+        with ExitStack() as stack:
+            stack.enter_context(self.job.clock(stage))
+            if self.along:
+                stack.enter_context(self.along[which].answering())
+                stack.enter_context(alone())
+            yield
+
+    def quality(self) -> dict[str, float] | None:
+        """Measure the model as it is now, if there is held-out text."""
+        if self.texts[0] is None:
+            return None
+        with self._measuring("evaluate", 0):
+            return self.evaluator(self.job.model, self.texts[0])
+
+    def see_dense(self, passes: Passes | None = None) -> None:
+        """Note the outputs of the dense model on fresh text, before it is sliced.
+
+        After its walk also the quality; both texts begin again then, for the pruned model.
+        """
+        if self.along:
+            if passes is not None:
+                passes.passed.restore()
+            self.dense = self.quality()
+        if self.texts[1] is not None:
+            with self._measuring("certify", 1):
+                self.outputs = Divergence(self.job.model, self.texts[1])
+        for each in self.along:
+            each.hidden.clear()  # needed no more
+        self._begin()
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """Measure the pruned model; return all measurements for a report."""
+        found = {"dense": self.dense, "pruned": self.quality()}
+        found = {} if None in found.values() else found
+        if self.outputs is not None:
+            with self._measuring("certify", 1):
+                found["certified"] = self.outputs.of(self.job.model)
+        return found
+
+
+def _as_judged(batch: Batch) -> Batch:
+    """Return a batch as the model gets it for its perplexity."""
+    ids = batch.inputs["input_ids"]
+    mask = ids.new_ones(ids.shape) if batch.mask is None else batch.mask.to(ids.dtype)
+    return read_batch({**batch.inputs, "attention_mask": mask})
 
 
 def tokens_gone(model: nn.Module) -> int:

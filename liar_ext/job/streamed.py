@@ -1,7 +1,4 @@
-"""What a job does otherwise with one block of the model in memory at a time.
-
-Calibration is a walk: every sequence passes a block before the next one is read.
-"""
+"""Calibration with one block in memory: every text passes a block before the next is read."""
 
 from __future__ import annotations
 
@@ -16,23 +13,21 @@ from torch import Tensor, nn
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.batches import count_tokens, read_batches
 from liar_ext.calibration.collect import Passes, check_not_padding, check_sums, counted, summing
-from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
-from liar_ext.calibration.taps import is_relative, tap_at
+from liar_ext.calibration.taps import Moments, is_relative, tap_at
 from liar_ext.checkpoint.saving import SHARD_BYTES
 from liar_ext.job.estimate import bytes_by_blocks, room_for_states
 from liar_ext.job.state import Job, Shares
-from liar_ext.models.depth import why_no_chain
-from liar_ext.models.experts import held_by_experts
 from liar_ext.models.plan import Plan
+from liar_ext.models.recipe import Recipe
 from liar_ext.models.registry import family_of, type_of
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.models.slicing import apply_plan
-from liar_ext.recipe import Recipe
+from liar_ext.models.whole import held_by_experts, why_no_chain
 from liar_ext.reconstruction.layerwise import Solved, check_block, solve_blocks
 from liar_ext.reconstruction.solve import reconstruct_shared
 from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
-from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
+from liar_ext.selection.error_curves import probe_sites, probes_of, sensitivities_of
 from liar_ext.selection.sensitivity import mean_divergences, pruned_site
 from liar_ext.selection.whole_experts import KeptExperts, layers_of
 from liar_ext.system.checkpoint_store import reading
@@ -44,7 +39,7 @@ SHARD_PART = 8  # a shard may take this part of the memory
 
 
 def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bool) -> None:
-    """Raise InputError for what can't be done with one of so many blocks at a time."""
+    """Raise InputError for choices that need more than one of so many blocks at a time."""
     refused = [recipe.spelled(each) for each in recipe.without("streamed")]
     if certifies and recipe.schedule == "one-pass":
         refused.append("--certify with --schedule one-pass")
@@ -61,31 +56,24 @@ def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bo
 
 
 def share_out(job: Job, keep_sums: bool | None = None) -> Job:
-    """Return a job with its limit shared out; raise InputError if a block and its sums don't fit.
-
-    Sums are kept where they fit, unless ``keep_sums`` says.
-    """
+    """Share the limit of a job out; raise InputError if a block and its sums don't fit."""
     store, at, recipe, limit = job.walk.source, job.sites(job.model), job.recipe, job.limit
-    batches = list(read_batches(job.batches))
-
-    def needed(shard: int) -> dict[str, int]:
-        return bytes_by_blocks(store, at, batches, recipe) | {"a shard to be written": shard}
-
+    given = store, at, list(read_batches(job.batches)), recipe
     shard = min(SHARD_BYTES, max(limit // SHARD_PART, store.block_bytes))
-    need = needed(shard)
+    need = bytes_by_blocks(*given) | {"a shard to be written": shard}
     if sum(need.values()) > limit:
         store.prefetch = False  # slower, but memory for one block less
         shard = store.block_bytes
-        need = needed(shard)
+        need = bytes_by_blocks(*given) | {"a shard to be written": shard}
     left, sums = room_for_states(need, limit), sum(bytes_of_sums(site.d_in) for site in at)
-    if keep_sums is None:
+    if keep_sums is None:  # if they fit
         keep_sums = all(gather(recipe.schedule == "one-pass" and sums <= left // 2))
     states = max(0, left - (sums if keep_sums else 0))
     return replace(job, shares=Shares(need, shard, states, keep_sums))
 
 
 def leave_out(walk: Walk, chosen: KeptExperts) -> None:
-    """Let the model of a walk lack experts: those of blocks that are read from now on, too."""
+    """Remove experts from the model of a walk, also from blocks that are read later."""
     model, paths = walk.model, {module: path for path, module in walk.model.named_modules()}
     for site in layers_of(model):
         if site.team in chosen.plans:
@@ -101,13 +89,11 @@ ALONG = "judged"  # the key of text that has passed the dense model
 
 
 class StreamedPasses(Passes):
-    """The moments of all sites, block by block: what :class:`Passes` is for a model in memory.
+    """The moments of all sites, block by block: :class:`Passes` for a model that is not in memory.
 
-    Iterating gives the sites of one block after the other, with the weights of that block in memory
-    and its moments at hand as :attr:`bank`; the sums are those of one pass of the whole model. With
-    ``keep`` all sums are kept, so that going through the blocks again takes no forward pass.
-    ``along`` and ``probes`` are other text that passes the blocks in the first walk; ``passed`` is
-    where the former is once that is done.
+    Iterating yields the sites of one block after the other, with its weights in memory and its
+    moments as :attr:`bank`. With ``keep`` all sums are kept for a second walk. ``along`` and
+    ``probes`` are other text that passes the blocks in the first walk; ``passed`` saves the former.
     """
 
     def __init__(self, job: Job, along: Sequence[StreamedBatches]) -> None:
@@ -120,11 +106,9 @@ class StreamedPasses(Passes):
         self.summed: list[int] = []  # numbers of the walks that ran the text
         for index, batch in enumerate(self.batches):
             check_not_padding(index, batch)
-        sequences, model_type = sum(map(len, self.batches)), type_of(self.model)
-        source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
-        self.bank = MomentBank(source=source)
-        self.index = 0  # of the block that is given
-        self.first = 0  # the block to begin with
+        source = {"model_type": type_of(self.model), "tokens": 0}
+        self.bank = MomentBank(source=source | {"sequences": sum(map(len, self.batches))})
+        self.index = self.first = 0  # of the block at hand, and of that to begin with
         self.kept: dict[str, Moments] = {}
         others = [] if self.probes is None else [self.probes.hidden, self.probes.dense.numbers]
         self._streams = SavedStreams(walk, SUMS, (self.text, *along), *others)
@@ -134,7 +118,7 @@ class StreamedPasses(Passes):
         return self._groups(self.first)
 
     def _groups(self, first: int, known: bool = False) -> Iterator[list[Site]]:
-        """Yield the groups from a block on, with the sums that are ``known``, or anew."""
+        """Yield the groups from a block on, with sums that are ``known``, or anew."""
         if known or not first:
             self.text.hidden.clear()
         if not known:
@@ -159,16 +143,14 @@ class StreamedPasses(Passes):
         if not self.keep:
             self.text.hidden.clear()
 
-        def solved(group: Sequence[Site]) -> tuple:
-            how = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
-            with hiding_bars():
-                return reconstruct_shared(self.model, self.bank, plan, group, **how)
-
         def steps(done: int, _: Streams) -> Iterator[Solved]:
             if self.keep and not self.kept:  # the plan was known
                 self._restore_sums(range(done, len(self.walk.blocks)))
+            how = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
             for group in self._groups(done, known=self.keep):
-                yield self.index, *solved(group)
+                with hiding_bars():
+                    found = reconstruct_shared(self.model, self.bank, plan, group, **how)
+                yield self.index, *found
 
         def streams() -> Streams:
             return {} if self.keep else {"text": self.text.hidden}
@@ -247,11 +229,10 @@ PROBE = "probe "  # and the name of its site: the name of a stream
 
 
 class ProbeStreams:
-    """What :func:`liar_ext.selection.sensitivity.site_divergences` does, block by block.
+    """Sensitivities block by block, as :func:`liar_ext.selection.sensitivity.site_divergences`.
 
     A probe begins at the block whose site it prunes, on the dense model's hidden states, and passes
-    the later blocks as they are; so the weights are read once for all probes. Ranks take a batch of
-    the few probe sequences each in turn.
+    the later blocks as they are. Ranks take batches of probe sequences in turn.
     """
 
     def __init__(self, job: Job) -> None:
@@ -265,11 +246,11 @@ class ProbeStreams:
         self.teams = {name: [site.name for site in team] for name, team in teams}  # of each probe
 
     def hidden(self) -> Streams:
-        """Return the hidden states of all that passes the blocks."""
+        """Return the hidden states of the dense model and of all probes."""
         return {each.name: each.hidden for each in (self.dense, *self.streams.values())}
 
     def restore(self, streams: Streams) -> None:
-        """Take the probes that have begun from saved hidden states."""
+        """Restore the probes that have begun from saved hidden states."""
         for name, hidden in streams.items():
             if name.startswith(PROBE):
                 given = name, self.walk, self.dense.batches, self.dense.numbers, hidden

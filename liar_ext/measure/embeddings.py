@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,11 +17,18 @@ from liar_ext.calibration.divergence import MOST_ROWS, DenseOutputs
 from liar_ext.calibration.documents import JSON_LINES, checked, read_lines
 from liar_ext.calibration.taps import watched
 from liar_ext.checkpoint.carrying import source_folder
-from liar_ext.checkpoint.sentence import Pooling, Sentence, read_sentence
+from liar_ext.checkpoint.readers import Pooling, Sentence, read_sentence
 from liar_ext.measure.evaluation import perplexity
-from liar_ext.models.outputs import LOGITS, output_of
-from liar_ext.models.running import complete_inputs, device_of, evaluating, predicts_next_token
+from liar_ext.models.running import (
+    LOGITS,
+    complete_inputs,
+    device_of,
+    evaluating,
+    output_of,
+    predicts_next_token,
+)
 from liar_ext.system.errors import InputError
+from liar_ext.system.files import number
 from liar_ext.system.progress import Bar, showing_bars
 
 NEIGHBOURS = 10
@@ -30,11 +36,7 @@ ROWS = 256  # texts whose cosines with all others are held at once
 
 
 class Evaluator:
-    """Measures a dense model first, then models pruned from it, on the same held-out batches.
-
-    A causal language model has its :func:`liar_ext.perplexity`; any other is compared with the
-    dense one, by :class:`DenseEncoder`.
-    """
+    """Measures a dense model first, then models pruned from it, on the same held-out batches."""
 
     def __init__(self) -> None:
         self._dense: DenseEncoder | None = None
@@ -69,27 +71,26 @@ class DenseEncoder:
     - ``correlation``: that of both models' scores (Pearson), the mean if there are several
 
     The model is run when this is made. ``own`` is what it has itself: 1 for all but the divergence,
-    which is 0; ``sequences``, and of text ``tokens`` and ``seq_len``, the longest. InputError is
-    raised if there is no batch, or the outputs can't be compared.
+    which is 0; ``sequences``, and of text ``tokens`` and ``seq_len``, the longest.
     """
 
     @torch.no_grad()
     def __init__(self, dense: nn.Module, batches: Batches) -> None:
         batches = list(read_batches(batches))
         facts = self._facts = _facts(batches)
-        raw: list = []  # what the model returns for the first batch, which is run once
+        self._outputs: list[DenseOutputs] = []
+        raw: list = []  # what the model returns for the first batch: a walk runs each batch once
         with evaluating(dense):
             positions = max(1, MOST_ROWS // facts["sequences"])
             with watched(dense, lambda _, output: raw.append(output)):
                 first = DenseOutputs(dense, batches[0], positions)
-            self._outputs: list[DenseOutputs] = []
             if not first.has_logits:
                 self._embeddings = embed(dense, batches, known=raw)
                 names = ("cosine", "neighbours") if self._has_neighbours else ("cosine",)
                 self.own = {**dict.fromkeys(names, 1.0), **facts}
                 return
-            for at, batch in enumerate(Bar(batches, desc="evaluate")):
-                self._outputs.append(DenseOutputs(dense, batch, positions) if at else first)
+            rest = Bar(batches[1:], desc="evaluate")
+            self._outputs = [first, *(DenseOutputs(dense, batch, positions) for batch in rest)]
         self.own = {"divergence": 0.0, "agreement": 1.0, **facts}
         if first.name == "scores":
             self._scores = torch.cat([each.dense for each in self._outputs])
@@ -102,10 +103,7 @@ class DenseEncoder:
 
     @torch.no_grad()
     def compare(self, pruned: nn.Module, batches: Batches) -> dict[str, float]:
-        """Return the numbers of a pruned model, which is run on the same batches.
-
-        InputError if no number can be measured.
-        """
+        """Return the numbers of a pruned model, which is run on the same batches."""
         if self._outputs:
             return {**self._predictions(pruned), **self._facts}
         found, dense = embed(pruned, batches), self._embeddings
@@ -176,7 +174,6 @@ def embed(model: nn.Module, batches: Batches, *, known: Sequence[object] = ()) -
     They are pooled as the folder of the model says, for sentence-transformers, or else the mean
     over all tokens that are not padding. Those of an encoder with a decoder are the encoder's. The
     model isn't run on the first batches whose outputs are ``known``.
-    InputError if there is no batch, or the pooling of the folder is none that is known.
     """
     folder = source_folder(getattr(model.config, "name_or_path", ""))
     chain = read_sentence(folder) if folder is not None else None
@@ -189,8 +186,6 @@ def embed(model: nn.Module, batches: Batches, *, known: Sequence[object] = ()) -
             if outputs is None:
                 outputs = model(**complete_inputs(model, batch.inputs, batch.labels))
             rows.append(_pooled(model, outputs, batch, chain).float().cpu())
-    if not rows:
-        raise InputError("evaluation: needs at least one batch, got none; give more text")
     return torch.cat(rows)
 
 
@@ -231,9 +226,9 @@ def pair_quality(
 ) -> dict[str, float]:
     """Return how well the cosine of two texts, from their embeddings, says what is known of them.
 
-    ``spearman``, the rank correlation of the cosines of pairs and the scores, how alike their texts
-    are; without scores ``recall_at_1``, the fraction of first texts to which of all second texts
-    their own is the nearest (of two ``texts`` that are the same either is right); ``pairs``.
+    ``spearman``, the rank correlation of cosines and scores; without scores ``recall_at_1``, the
+    fraction of first texts to which of all second texts their own is the nearest (of two ``texts``
+    that are the same either is right); ``pairs``.
     """
     first, second = (nn.functional.normalize(each.double(), dim=1) for each in (first, second))
     if scores is not None:
@@ -302,51 +297,40 @@ def read_pairs(path: str) -> Pairs:
     """Return the pairs of a file: a line for each, of two texts and, in all or none, a score.
 
     In a ``.jsonl`` file a line is an array of these, or an object whose values are these, by any
-    names. In any other they are separated by tabs. InputError for any other file, or if there is
-    nothing to compare.
+    names. In any other they are separated by tabs.
     """
     place = Path(path)
     if not place.is_file():
         raise InputError(f"pairs: {path} is no file; give one with two texts in each line")
-    read = _of_json if place.suffix.lower() in JSON_LINES else _of_columns
     rows = []
     for where, line in read_lines(place):
         try:
-            row = _row(read(line))
-        except (ValueError, RecursionError):
+            values = _values(line, place.suffix.lower() in JSON_LINES)
+        except (AttributeError, ValueError, RecursionError):
+            values = []
+        texts = [each for each in values if isinstance(each, str) and each.strip()]
+        scores = [each for each in values if number(each) is not None]
+        if len(texts) != 2 or len(scores) > 1 or len(texts) + len(scores) < len(values):
             raise InputError(
                 f"pairs: {where} must have two texts, and a number if they have a score; separate "
                 'them by tabs, or write ["text", "text", 0.5] in a .jsonl file; of seven columns '
                 """of STS-B take awk -F'\\t' '{print $6"\\t"$7"\\t"$5}'"""
-            ) from None
-        rows.append((*(checked(text, where) for text in row[:2]), *row[2:]))
-    if len({len(row) for row in rows}) > 1:
+            )
+        rows.append((*(checked(text, where) for text in texts), *map(float, scores)))
+    if len({len(row) for row in rows}) != 1:
         raise InputError(f"pairs: {path} has lines with a score and without; give all one, or none")
-    if len(rows) < 2:
-        raise InputError(f"pairs: {path} must have at least two pairs, got {len(rows)}")
     first, second, *scores = map(list, zip(*rows, strict=True))
-    if scores and len(set(scores[0])) < 2:
-        raise InputError(f"pairs: all scores of {path} are {scores[0][0]}; give different ones")
-    if not scores and len(set(second)) < 2:
-        raise InputError(f"pairs: all second texts of {path} are the same; give different ones")
+    told = scores[0] if scores else second
+    if len(set(told)) < 2:
+        raise InputError(
+            f"pairs: all lines of {path} end with {str(told[0])[:40]}; give more pairs"
+        )
     return Pairs(first, second, scores[0] if scores else None)
 
 
-def _of_columns(line: str) -> list:
-    first, *rest = line.rstrip("\r").split("\t")
-    return [first, *rest[:1], *map(float, rest[1:])]
-
-
-def _of_json(line: str) -> list:
+def _values(line: str, is_json: bool) -> list[Any]:
+    if not is_json:
+        first, *rest = line.rstrip("\r").split("\t")
+        return [first, *rest[:1], *map(float, rest[1:])]
     value = json.loads(line)
-    value = list(value.values()) if isinstance(value, dict) else value
-    return value if isinstance(value, list) else []
-
-
-def _row(values: list[Any]) -> list:
-    """Return two texts, and the score if there is one; ValueError if that isn't so."""
-    texts = [each for each in values if isinstance(each, str) and each.strip()]
-    scores = [each for each in values if type(each) in (int, float) and math.isfinite(each)]
-    if len(texts) != 2 or len(scores) > 1 or len(texts) + len(scores) < len(values):
-        raise ValueError
-    return [*texts, *map(float, scores)]
+    return value if isinstance(value, list) else list(value.values())

@@ -7,18 +7,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
 from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.divergence import DenseOutputs
-from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader, language_of
+from liar_ext.calibration.media import WRITTEN, Item, Reader, language_of
 from liar_ext.models.running import complete_inputs, device_of, evaluating, predicts_next_token
 from liar_ext.system.errors import InputError, did_you_mean, install, refusing
 from liar_ext.system.progress import Bar, shows_bars
@@ -132,8 +131,7 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> list[An
     names : sequence of str
         Tasks, groups or tags.
     include_path : str, optional
-        Folder of task files (YAML) of one's own, which come before lm-eval's. Where it has all of
-        ``names``, lm-eval's aren't looked through.
+        Folder of task files (YAML) of one's own, which come before lm-eval's.
 
     Raises
     ------
@@ -143,14 +141,11 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> list[An
     lm_eval = _import()
     if include_path is not None and not Path(include_path).is_dir():
         raise InputError(f"eval: --include-path must be a folder of task files, got {include_path}")
-    for defaults in (False, True) if include_path else (True,):
-        manager = lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=defaults)
-        unknown = [name for name in names if name not in manager.all_tasks]
-        if not unknown:
-            break
-    else:
-        hint = did_you_mean(unknown[0], manager.all_tasks, "lm-eval ls tasks lists them", 3)
-        raise InputError(f"eval: lm-eval knows no task {unknown[0]!r}; {hint}")
+    manager = lm_eval.tasks.TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            hint = did_you_mean(name, manager.all_tasks, "lm-eval ls tasks lists them", 3)
+            raise InputError(f"eval: lm-eval knows no task {name!r}; {hint}")
     hint = "its data must be at hand, in the cache of datasets or in files that the task names"
     # Of datasets, YAML and a task's own code: whatever a file holds.
     with refusing("eval: a task can't be loaded", hint, Exception, named=True):
@@ -194,7 +189,7 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
 
-    with evaluating(model), _talking(lm_eval.evaluator):
+    with evaluating(model), _talking():
         results = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
@@ -220,24 +215,17 @@ def _import() -> Any:
     return lm_eval
 
 
-# What lm-eval asks of git, pip and the hardware, for a record that nobody reads here.
-ASKS = ("get_git_commit_hash", "add_env_info")
-
-
 @contextmanager
-def _talking(evaluator: Any) -> Iterator[None]:
-    """Show lm-eval's bars and messages where ours are shown, and let it ask for nothing else."""
+def _talking() -> Iterator[None]:
+    """Show lm-eval's bars and messages where ours are shown."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    with ExitStack() as stack:
-        for name in ASKS:
-            asks_nothing = mock.patch.object(evaluator, name, lambda *_: None, create=True)
-            stack.enter_context(asks_nothing)
-        if not shows_bars():
-            stack.enter_context(redirect_stderr(io.StringIO()))
-            stack.callback(logger.setLevel, level)
-            logger.setLevel(logging.ERROR)
-        yield
+    with nullcontext() if shows_bars() else redirect_stderr(io.StringIO()):
+        logger.setLevel(level if shows_bars() else logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -261,26 +249,22 @@ def word_errors(
     Case, punctuation, and in English spellings and numbers, are made alike first, as Whisper's
     authors do. Recordings longer than the model hears are cut, and their pieces joined. The model,
     in evaluation mode, writes as its generation config says, greedily by default. ``reader`` makes
-    its inputs, see :func:`liar_ext.checkpoint.loading.load_reader`; ``items`` are recordings
+    its inputs, see :func:`liar_ext.checkpoint.readers.load_reader`; ``items`` are recordings
     with what is said in them, of which ``batch_size`` pieces are written down at a time.
 
     Returns ``word_error_rate``; ``words`` of the transcripts; ``recordings``; ``minutes`` of audio;
-    ``seconds_per_minute``: time to write down a minute of it, features included. InputError if the
-    model writes nothing, or nobody knows what is said in a recording.
+    ``seconds_per_minute``: time to write down a minute of it, features included.
     """
     what = "eval: word error rates are counted by the package jiwer"
     with refusing(what, "pip install jiwer", Exception):
         from jiwer import process_words
-    silent = [item.place for item in items if not item.text]
-    if silent or not reader.writes or not items:
-        what = f"{silent[0]} has none beside it" if silent else f"got {type(model).__name__}"
+    if not reader.writes or not items or not all(item.text for item in items):
         raise InputError(
             "eval: word error rates need a model that writes, and what is said in each recording "
-            f"as NAME.txt beside NAME.wav; {what}"
+            "as NAME.txt beside NAME.wav"
         )
-    clips: list[tuple[int, Clip]] = []  # pieces with the number of their recording
-    for number, item in enumerate(items):
-        clips += [(number, clip) for clip in reader.clips([item])]
+    # Pieces with the number of their recording.
+    clips = [(at, clip) for at, item in enumerate(items) for clip in reader.clips([item])]
     heard = ["" for _ in items]
     start = time.perf_counter()
     writer = Reader(reader.kind, model, reader.processor, reader.tokenizer)

@@ -15,12 +15,12 @@ from __future__ import annotations
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from random import Random
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -37,12 +37,12 @@ from liar_ext.measure.speed import (
     now,
     step_of,
 )
-from liar_ext.models.experts import refuse_experts
 from liar_ext.models.plan import Budget, Plan, SitePlan
 from liar_ext.models.registry import type_of
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, attn_unit_of, sites
 from liar_ext.models.slicing import allowed_counts, apply_plan
+from liar_ext.models.whole import refuse_experts
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar, showing_bars
 
@@ -69,13 +69,11 @@ def measure_latency(
         The dense model; it is as it was afterwards. Slices of its weights are held beside it for a
         while.
     budget : Budget
-        What is timed (``latency_phase``, ``latency_batch``, ``latency_prompt``,
-        ``latency_new_tokens``), and which sizes there are (``tile``).
+        What is timed (fields ``latency_...``), and which sizes there are (``tile``).
     at : sequence of Site, optional
         The sites; all by default.
     clock : callable, optional
-        What time it is, in seconds; :func:`clock_of` the model by default. On a GPU, sites are
-        timed by its own events.
+        What time it is, in seconds. On a GPU, sites are timed by its own events.
     progress : bool
         Show a progress bar.
 
@@ -89,15 +87,15 @@ def measure_latency(
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
         raise InputError(
-            f"latency: the model must lie on one device, got {', '.join(sorted(devices))}; load it "
-            "on one, or take a table that was measured so"
+            f"latency: the model must lie on one device, got {', '.join(sorted(devices))}"
         )
     shapes = defaultdict(list)
     for site in at:
         shapes[site.shape].append(site)
     sizes = {shape: _spread_out(allowed_counts(some[0], budget)) for shape, some in shapes.items()}
+    phases = _phases(model, budget)
     with showing_bars(progress):
-        samples = _samples(model, budget, shapes, sizes, clock or clock_of(model))
+        samples = _samples(model, budget, phases, shapes, sizes, clock or clock_of(model))
 
     def request(statistic: Callable, *keys: object) -> float:
         """Return the seconds of a request, over its phases, by a statistic of samples."""
@@ -105,7 +103,7 @@ def measure_latency(
         for phase, found in samples.items():
             # A part of the model that these inputs don't reach costs nothing.
             values = [value for key in keys for value in found[key]] or [0.0]
-            total += _times(phase, budget) * statistic(values)
+            total += phases[phase] * statistic(values)
         return total
 
     rows = []
@@ -114,7 +112,7 @@ def measure_latency(
         rising = tuple(rising_means([request(median, *each) for each in keys]))
         spread = tuple(request(_half_spread, *each) for each in keys)
         rows.append(SizeRow(*shape, len(some), tuple(sizes[shape]), rising, spread))
-    timed = " and ".join(samples) if predicts_next_token(model) else "a forward pass"
+    timed = " and ".join(phases) if predicts_next_token(model) else "a forward pass"
     return LatencyTable(
         phase=budget.latency_phase,
         batch=budget.latency_batch,
@@ -130,16 +128,26 @@ def measure_latency(
 def _samples(
     model: nn.Module,
     budget: Budget,
+    phases: Iterable[str],
     shapes: Mapping[tuple, Sequence[Site]],
     sizes: Mapping[tuple, Sequence[int]],
     clock: Clock,
 ) -> dict[str, dict[Any, list[float]]]:
     """Return seconds by phase: of each site and count, of the ``rest``, and of the dense model."""
     at = [site for some in shapes.values() for site in some]
-    rounds = list(_mixed_counts(shapes, sizes))
+    draw = Random(SEED)
+    places = {shape: draw.sample(range(len(some)), len(some)) for shape, some in shapes.items()}
+    rounds = [
+        {
+            site.name: sizes[shape][(place + turn) % len(sizes[shape])]
+            for shape, some in shapes.items()
+            for place, site in zip(places[shape], some, strict=True)
+        }
+        for turn in range(max(map(len, sizes.values())))
+    ]
     fewest = min(len(some) * len(rounds) // len(sizes[shape]) for shape, some in shapes.items())
     runs = min(max(1, -(-SAMPLES // max(1, fewest))), MOST_RUNS)
-    samples = {phase: defaultdict(list) for phase in _phases(model, budget)}
+    samples = {phase: defaultdict(list) for phase in phases}
     with evaluating(model):
         for turn, counts in enumerate(Bar(rounds, desc="latency")):
             mixed = sliced(model, plan_of(model, at, counts))
@@ -152,19 +160,6 @@ def _samples(
                         found["rest"].append(whole - sum(of_site.values()))
                         found["dense"] += [whole] if each is model else []
     return samples
-
-
-def _mixed_counts(
-    shapes: Mapping[tuple, Sequence[Site]], sizes: Mapping[tuple, Sequence[int]]
-) -> Iterator[dict[str, int]]:
-    draw = Random(SEED)
-    places = {shape: draw.sample(range(len(some)), len(some)) for shape, some in shapes.items()}
-    for turn in range(max(map(len, sizes.values()))):
-        yield {
-            site.name: sizes[shape][(place + turn) % len(sizes[shape])]
-            for shape, some in shapes.items()
-            for place, site in zip(places[shape], some, strict=True)
-        }
 
 
 def ratios(
@@ -182,9 +177,9 @@ def ratios(
         for role in list(models) if turn % 2 else list(models)[::-1]:
             with evaluating(models[role]):
                 spent[role] = 0.0
-                for phase in phases:
+                for phase, times in phases.items():
                     runs = _runs(models[role], (), budget, phase, clock, RUNS_COMPARED)
-                    spent[role] += _times(phase, budget) * median(whole for whole, _ in runs)
+                    spent[role] += times * median(whole for whole, _ in runs)
         for role, values in found.items():
             values.append(spent[role] / spent["dense"])
     return {role: Quartiles.of(values) for role, values in found.items()}
@@ -227,21 +222,20 @@ def where(model: nn.Module) -> dict[str, object]:
 
 
 def rising_means(values: Sequence[float]) -> list[float]:
-    """Return the nearest values that never fall, by least squares: those that do are pooled."""
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        pools.append((value, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (high, some), (low, more) = pools[-2:]
-            pools[-2:] = [((high * some + low * more) / (some + more), some + more)]
-    return [mean for mean, count in pools for _ in range(count)]
+    """Return the nearest values that never fall, by least squares: those that do are pooled.
+
+    The i-th is ``max_{j ≤ i} min_{k ≥ i} mean(values[j..k])``.
+    """
+    places = range(len(values))
+    return [
+        max(min(fmean(values[j : k + 1]) for k in places[i:]) for j in places[: i + 1])
+        for i in places
+    ]
 
 
 def _spread_out(counts: Sequence[int]) -> list[int]:
-    if len(counts) <= SIZES:
-        return list(counts)
     last = len(counts) - 1
-    return [counts[round(i * last / (SIZES - 1))] for i in range(SIZES)]
+    return sorted({counts[round(i * last / (SIZES - 1))] for i in range(SIZES)})
 
 
 def _half_spread(values: Sequence[float]) -> float:
@@ -249,25 +243,22 @@ def _half_spread(values: Sequence[float]) -> float:
     return (found.high - found.low) / 2
 
 
-def _phases(model: nn.Module, budget: Budget) -> list[str]:
-    """Return the phases that count; one forward pass is the only one of many models."""
-    phase = budget.latency_phase
-    if not predicts_next_token(model):
-        if phase == "decode":
-            raise InputError(
-                f"latency: decode needs a model that generates, got {type(model).__name__}; use "
-                "latency_phase='prefill'"
-            )
-        check_length(model, budget.latency_prompt, 0)
-        return ["prefill"]
-    decoded = 0 if phase == "prefill" else max(budget.latency_new_tokens, MOST_RUNS + 1)
+def _phases(model: nn.Module, budget: Budget) -> dict[str, int]:
+    """Return how often a request runs each phase: its prompt once, a step per token.
+
+    One forward pass is the only phase of many models.
+    """
+    phase, generates = budget.latency_phase, predicts_next_token(model)
+    if phase == "decode" and not generates:
+        raise InputError(
+            f"latency: decode needs a model that generates, got {type(model).__name__}; use "
+            "latency_phase='prefill'"
+        )
+    times = {"prefill": 1, "decode": budget.latency_new_tokens if generates else 0}
+    times = {each: count for each, count in times.items() if count and phase in (each, "both")}
+    decoded = max(budget.latency_new_tokens, MOST_RUNS + 1) if "decode" in times else 0
     check_length(model, budget.latency_prompt, decoded)
-    return ["prefill", "decode"] if phase == "both" else [phase]
-
-
-def _times(phase: str, budget: Budget) -> int:
-    """Return how often a request runs what a phase times: its prompt once, a step per token."""
-    return budget.latency_new_tokens if phase == "decode" else 1
+    return times
 
 
 @torch.no_grad()
@@ -325,15 +316,12 @@ def _stopwatch(
 
 def _marks(model: nn.Module, clock: Clock) -> tuple[Callable, Callable]:
     """Return how to mark a moment of the device, and the seconds between two."""
-    device = device_of(model).type
-    if device == "cuda":
+    if device_of(model).type != "cuda":
+        return partial(now, model, clock), lambda first, last: last - first
 
-        def mark() -> torch.cuda.Event:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-        return mark, lambda first, last: first.elapsed_time(last) / 1000
-    if device == "cpu":
-        return clock, lambda first, last: last - first
-    return lambda: now(model, clock), lambda first, last: last - first
+    return mark, lambda first, last: first.elapsed_time(last) / 1000

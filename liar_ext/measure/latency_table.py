@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from liar_ext.models.plan import PHASES, Budget
+from liar_ext.checkpoint.folder import REPORT_JSON
+from liar_ext.models.plan import Budget
 from liar_ext.models.sites import Site
-from liar_ext.system.errors import InputError
-from liar_ext.system.untrusted import listing, mapping, named, read_object, text
+from liar_ext.system.errors import InputError, refusing
+from liar_ext.system.files import mapping, named, read_object, text
 
 VERSION = 1
-MOST_ROWS, MOST_COUNTS = 4096, 256
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class SizeRow:
     spread: tuple[float, ...]  # half of the distance between the quartiles of single runs
 
     def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in zip(self.counts, self.counts[1:], strict=False))
-        if not self.counts or not ascending or self.counts[0] < 0 or self.counts[-1] != self.units:
-            raise InputError("latency: counts must be ascending, up to all units")
-        if len(self.seconds) != len(self.counts) or len(self.spread) != len(self.counts):
-            raise InputError("latency: a row must have seconds and a spread for every count")
-        never_falls = all(a <= b for a, b in zip(self.seconds, self.seconds[1:], strict=False))
-        if not never_falls or not all(0.0 <= each < float("inf") for each in self.seconds):
-            raise InputError("latency: seconds must be finite, at least 0, and never fall")
+        counts, seconds = list(self.counts), list(self.seconds)
+        ascending = counts == sorted({*counts, self.units}) and counts[0] >= 0
+        rising = seconds == sorted(seconds) and all(0.0 <= each < float("inf") for each in seconds)
+        if not ascending or not rising or not len(counts) == len(seconds) == len(self.spread):
+            raise InputError(
+                "latency: a row must have ascending counts up to all units, and seconds that never "
+                "fall and a spread for each of them"
+            )
 
     @property
     def shape(self) -> tuple[str, str, int, int, int, int]:
@@ -98,14 +98,13 @@ class LatencyTable:
 
     def check(self, budget: Budget) -> None:
         """Raise InputError unless this is what the budget counts."""
-        names = ("phase", "batch", "prompt", "new_tokens")
-        asked = [getattr(budget, f"latency_{name}") for name in names]
-        found = [getattr(self, name) for name in names]
+        found = {name: getattr(self, name) for name in ("phase", "batch", "prompt", "new_tokens")}
+        asked = {name: getattr(budget, f"latency_{name}") for name in found}
         if asked != found:
-            told = ", ".join(f"{n} {a}" for n, a in zip(names, found, strict=True))
+            told = ", ".join(f"{name} {value}" for name, value in found.items())
             raise InputError(
                 f"latency: the table was measured with {told}, the budget asks for "
-                f"{', '.join(map(str, asked))}; ask for what it has, or measure again"
+                f"{', '.join(map(str, asked.values()))}; ask for what it has, or measure again"
             )
 
     def check_sites(self, *several: Sequence[Site]) -> None:
@@ -129,27 +128,20 @@ class LatencyTable:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> LatencyTable:
         """Read what :meth:`to_dict` gave; raise InputError if it is no table."""
-        if facts.get("version") != VERSION:
-            raise InputError(f"latency: a table must be of version {VERSION}")
-        rows = [mapping(row) for row in listing(facts.get("rows"))]
-        if not rows or len(rows) > MOST_ROWS:
-            raise InputError("latency: a table must have rows")
-        try:
-            made = cls(
+        what, hint = "latency: this is no table", "measure_latency writes one"
+        with refusing(what, hint, ArithmeticError, LookupError, TypeError, ValueError, named=True):
+            if facts["version"] != VERSION:
+                raise ValueError(f"its version is not {VERSION}")
+            found = cls(
                 phase=text(facts["phase"]),
                 **{name: int(facts[name]) for name in ("batch", "prompt", "new_tokens")},
                 **{name: float(facts[name]) for name in ("fixed", "spread", "scale")},
-                rows=tuple(_row(row) for row in rows),
+                rows=tuple(map(_row, facts["rows"])),
                 where=named(facts.get("where")),
             )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"latency: not a table: {error!r}") from error
-        numbers = (made.fixed, made.spread, made.scale)
-        if made.phase not in PHASES or not all(0.0 <= each < float("inf") for each in numbers):
-            raise InputError("latency: a table must have a phase, and numbers of at least 0")
-        return made
+            if not all(0.0 <= each < float("inf") for each in (found.fixed, found.scale)):
+                raise ValueError("fixed and scale must be finite and at least 0")
+            return found
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
@@ -158,19 +150,12 @@ class LatencyTable:
         InputError is raised if the file can't be read, or holds no table.
         """
         path = Path(path)
-        if path.is_dir():
-            path = path / "liar" / "report.json"
-        facts, _ = read_object(path, "latency")
-        inside = mapping(mapping(facts.get("latency")).get("table"))
-        try:
-            return cls.from_dict(inside or facts)
-        except InputError as error:
-            raise InputError(f"{error} (in {path}); measure_latency writes one") from None
+        facts, _ = read_object(path / REPORT_JSON if path.is_dir() else path, "latency")
+        return cls.from_dict(mapping(facts.get("latency")).get("table") or facts)
 
 
 def _row(facts: Mapping[str, Any]) -> SizeRow:
-    found: dict[str, Any] = {name: text(facts[name], 40) for name in ("kind", "unit")}
-    found |= {name: int(facts[name]) for name in ("units", "width", "groups", "d_out", "sites")}
-    for name, read in (("counts", int), ("seconds", float), ("spread", float)):
-        found[name] = tuple(map(read, listing(facts.get(name))[:MOST_COUNTS]))
-    return SizeRow(**found)
+    several = {n: tuple(map(float, facts[n])) for n in ("seconds", "spread")}
+    numbers = {n: int(facts[n]) for n in ("units", "width", "groups", "d_out", "sites")}
+    kind, unit = (text(facts[name], 40) for name in ("kind", "unit"))
+    return SizeRow(kind, unit, **numbers, counts=tuple(map(int, facts["counts"])), **several)

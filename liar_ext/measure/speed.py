@@ -1,7 +1,6 @@
 """Speed and memory of two models, in turns; memory in a process of its own.
 
-The order changes from round to round, so that what else the machine does falls on both; a ratio is
-taken within a round, and its quartiles say how steady it was.
+The order changes from round to round, so that other work of the machine falls on both.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import inspect
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +39,6 @@ from liar_ext.system.progress import Bar
 BENCH_VERSION = 1
 BENCH_MARK = f'{{\n "version": {BENCH_VERSION},\n "pruned": '  # begins a file of ours
 SEED = 0
-PATIENCE = 3600  # seconds that one process may take
 Clock = Callable[[], float]
 
 
@@ -128,15 +126,16 @@ def benchmark(
     Prefill: the prompt's tokens by the seconds until the first token is known, which are the
     first-token latency. Decode: greedy tokens after it, one at a time, with a key-value cache.
     Models that predict no next token: inputs by second. With ``memory`` each model is also run in a
-    process of its own. InputError if one of them can't be loaded, they do different things, or the
-    settings don't fit.
+    process of its own.
     """
     placement(settings.device)  # refuses one that is not there
     names = {"pruned": os.fspath(folder), "dense": os.fspath(against)}
     # First, while this process holds no model.
     peaks = {role: peak_memory(name, settings) if memory else {} for role, name in names.items()}
-    with use_threads(settings.threads):
-        models, facts = {}, {}
+    models, facts, before = {}, {}, torch.get_num_threads()
+    threads = settings.threads or before
+    torch.set_num_threads(threads)
+    try:
         for role, name in names.items():
             model = models[role] = load_model(name, settings.dtype, settings.device)[0]
             weights = list(model.parameters())  # tied ones once
@@ -144,7 +143,8 @@ def benchmark(
             facts[role] = ModelFacts(name, *sizes, peaks[role])
         check_models(models, settings)
         rates = measure(models, settings)
-        threads = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
     return Benchmark(
         **facts,
         settings={**asdict(settings), "batches": list(settings.batches), "threads": threads},
@@ -164,20 +164,17 @@ def measure(
     Round 0 warms up and is not counted; then models take turns in going first.
     """
     found: list[Rate] = []
-    bar = Bar(total=len(settings.batches) * (settings.rounds + 1))
     for batch in settings.batches:
-        values: dict[tuple[str, str], dict[str, list[float]]] = {}
-        for turn in range(settings.rounds + 1):
-            for role in list(models) if turn % 2 else list(models)[::-1]:
-                for key, value in run_once(models[role], batch, settings, clock).items():
-                    if turn:
-                        values.setdefault(key, {}).setdefault(role, []).append(value)
-            bar.update()
-        for (what, unit), by_role in values.items():
-            pruned, dense = by_role["pruned"], by_role["dense"]
+        rounds = []
+        for turn in Bar(range(settings.rounds + 1)):
+            roles = list(models) if turn % 2 else list(models)[::-1]
+            rounds.append({r: run_once(models[r], batch, settings, clock) for r in roles})
+        for what, unit in rounds[0]["dense"]:
+            pruned, dense = (
+                [each[role][what, unit] for each in rounds[1:]] for role in ("pruned", "dense")
+            )
             ratios = [ours / theirs for ours, theirs in zip(pruned, dense, strict=True)]
             found.append(Rate(batch, what, unit, *map(Quartiles.of, (pruned, dense, ratios))))
-    bar.close()
     return found
 
 
@@ -250,8 +247,8 @@ def check_models(models: Mapping[str, nn.Module], settings: Settings) -> None:
     if len(kinds) > 1:
         named = ", ".join(f"{role} {type(model).__name__}" for role, model in models.items())
         raise InputError(
-            f"bench: both models must do the same, one of them predicts tokens and the other "
-            f"doesn't, or takes other inputs: {named}; give the model that was pruned as --against"
+            f"bench: both models must do the same with the same inputs, got {named}; give the "
+            "model that was pruned as --against"
         )
     for model in models.values():
         check_length(model, settings.prompt_length, settings.new_tokens)
@@ -262,22 +259,10 @@ def check_length(model: nn.Module, prompt: int, new_tokens: int) -> None:
     reads, positions = any(n.endswith("_ids") for n in inputs_read(model)), positions_of(model)
     needed = prompt + (new_tokens if predicts_next_token(model) else 0)
     if reads and positions is not None and needed > positions:
-        new = f" and {needed - prompt} new ones take {needed}" if needed > prompt else " is longer"
         raise InputError(
-            f"bench: {type(model).__name__} has {positions} positions, and a prompt of {prompt} "
-            f"tokens{new}; give a smaller prompt length, or fewer new tokens"
+            f"bench: {type(model).__name__} has {positions} positions, and prompt and new tokens "
+            f"take {needed}; give a smaller prompt length, or fewer new tokens"
         )
-
-
-@contextmanager
-def use_threads(number: int | None) -> Iterator[None]:
-    """Give torch a number of threads for a while; None leaves it as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def machine(device: str) -> dict[str, str]:
@@ -290,38 +275,22 @@ def machine(device: str) -> dict[str, str]:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return found[1] if found else platform.machine()
 
 
 def peak_memory(name: str, settings: Settings) -> dict[str, int]:
     """Return the greatest resident memory in bytes of a process that runs a model.
 
     By stage: after ``load``, and after the inputs of each batch size, smallest first, under its
-    number; ``device`` is the memory taken of a GPU. InputError if the model can't be loaded or run
-    there.
+    number; ``device`` is the memory taken of a GPU.
     """
-    try:
-        done = subprocess.run(
-            child(__file__),
-            input=json.dumps({"name": name, **asdict(settings)}),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise InputError(
-            f"bench: a process that loads and runs {name} took more than {PATIENCE} s; give fewer "
-            "--new-tokens or smaller --batch"
-        ) from error
+    job = json.dumps({"name": name, **asdict(settings)})
+    done = subprocess.run(child(__file__), input=job, capture_output=True, text=True)
     answer = done.stdout.splitlines()[-1:] if done.returncode == 0 else []
     if not answer:
-        said = done.stderr.strip().splitlines() or ["no reason given"]
-        reason = "it was killed, for lack of memory?" if done.returncode < 0 else said[-1]
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = "it was killed, for lack of memory?" if done.returncode < 0 else reason
         raise InputError(
             f"bench: the memory of {name} can't be measured: {one_line(reason)}; give smaller "
             "--batch, or --no-memory"
@@ -332,30 +301,23 @@ def peak_memory(name: str, settings: Settings) -> dict[str, int]:
     return found
 
 
-def _own_peaks(name: str, settings: Settings) -> dict[str, int]:
-    peaks: dict[str, int] = {}
-    with use_threads(settings.threads):
-        model = load_model(name, settings.dtype, settings.device)[0]
-        check_models({"model": model}, settings)
+def _answer(name: str, **settings: Any) -> dict[str, Any]:
+    """Return the peaks of memory, or what is wrong with the input."""
+    asked, peaks = Settings(**settings), {}
+    try:
+        torch.set_num_threads(asked.threads or torch.get_num_threads())
+        model = load_model(name, asked.dtype, asked.device)[0]
+        check_models({"model": model}, asked)
         peaks["load"] = process_memory(peak=True)
-        for batch in sorted(settings.batches):
-            run_once(model, batch, settings, time.perf_counter)
+        for batch in sorted(asked.batches):
+            run_once(model, batch, asked, time.perf_counter)
             peaks[str(batch)] = process_memory(peak=True)
-    if settings.device.startswith("cuda"):
-        peaks["device"] = torch.cuda.max_memory_allocated(settings.device)
+    except InputError as error:
+        return {"refused": str(error)}
+    if asked.device.startswith("cuda"):
+        peaks["device"] = torch.cuda.max_memory_allocated(asked.device)
     return peaks
 
 
-def _answer() -> None:
-    """Run the job on standard input; print the peaks of memory, or what is wrong with the input."""
-    job = json.loads(sys.stdin.read())
-    name = job.pop("name")
-    try:
-        answer: dict[str, Any] = _own_peaks(name, Settings(**job))
-    except InputError as error:
-        answer = {"refused": str(error)}
-    print(json.dumps(answer))
-
-
 if __name__ == "__main__":
-    _answer()
+    print(json.dumps(_answer(**json.loads(sys.stdin.read()))))

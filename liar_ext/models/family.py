@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from itertools import chain
 from typing import NamedTuple
 
 from liar_ext.system.errors import InputError
@@ -21,13 +20,10 @@ class HeadInput:
     """An input of an attention module that is computed once, for all heads of the dense model."""
 
     module: str  # path
-    # Where its forward takes the tensor, of shape (batch, heads, queries, keys).
-    position: int
+    position: int  # where its forward takes the tensor, of shape (batch, heads, queries, keys)
     keyword: str
     output: int | None = None  # where its output passes the tensor on to the next block, if it does
-    # Embedding inside the module, a column per head, that makes the tensor where the module is
-    # given none, as in the first block; empty if there is none.
-    table: str = ""
+    table: str = ""  # embedding inside of it, a column per head, that makes a tensor not given
     own: bool = False  # given none, the module makes the tensor for the heads that it has
 
 
@@ -76,9 +72,7 @@ class Experts:
     module: str  # called with tokens, the experts chosen for each and their weights
     router: str  # chooses top_k experts of a token; gives logits, weights and chosen experts
     weight: str = "weight"  # of the router, with a row per expert, as a bias beside it
-    # Buffer outside of the router, a number per expert, that it is called with beside the tokens;
-    # empty if there is none. A model may lack it.
-    choice: str = ""
+    choice: str = ""  # buffer, a number per expert, that the router is called with, if it is there
     # Whether the module is called with r h alone, of all tokens for one expert after another, and
     # gives each expert's output likewise; r = 0 where a token isn't sent.
     scales_input: bool = False
@@ -88,23 +82,17 @@ class Experts:
 class Wiring:
     """How one kind of site is wired; sizes are named as by :attr:`Site.sizes`."""
 
-    # Linear layers whose rows belong to the units: one run of rows per channel or query head.
-    producers: tuple[str, ...]
+    producers: tuple[str, ...]  # linear layers with one run of rows per channel or query head
     consumer: str  # the linear layer that reads the units
-    # More of them, which read the same units of other tokens: text beside an image, say.
-    also: tuple[str, ...] = ()
-    # Where the units are among the columns of a consumer that reads something else, too: first or
-    # last; empty if it doesn't.
-    columns: str = ""
+    also: tuple[str, ...] = ()  # more that read them of other tokens: text beside an image, say
+    columns: str = ""  # where a consumer that reads something else, too, has them: first or last
     key_value: tuple[str, ...] = ()  # producers with one run of rows per key/value head
     # Attribute that holds the size of a head, or two with // between; empty if units are channels.
     head_dim: str = ""
     # The same of a key head, where heads keep one state in place of the keys and values of all
-    # tokens: linear attention, whose key heads have a query each, and Mamba. "Query heads" are
-    # the heads of values then.
+    # tokens: linear attention, and Mamba. "Query heads" are the heads of values then.
     key_dim: str = ""
-    # Whether heads can leave by whole groups alone, as a norm runs over the heads of a group.
-    whole_groups: bool = False
+    whole_groups: bool = False  # heads leave by whole groups alone, as a norm runs over these
     # Producers, and parameters of heads, that hold several matrices.
     stacked: Mapping[str, Stack] = field(default_factory=dict)
     transposed: bool = False  # weights are stored as (d_in, d_out), as in Conv1D
@@ -116,25 +104,18 @@ class Wiring:
     config: Mapping[str, str] | None = None
     bias_flag: str | None = None  # config field that gives all these layers a bias
     head_input: HeadInput | None = None  # from outside of the block, with one slice per head
-    # Config fields, and the values that all this is true for; a model with others keeps these
-    # sites whole.
+    # Config fields, and the values that all this is true for; else these sites stay whole.
     requires: Mapping[str, object] = field(default_factory=dict)
     optional: bool = False  # some blocks have another kind of layer in the place of such a site
     # Parameters whose first dimension is a run for each query head: a number, or the channels of a
     # depthwise convolution; of an embedding, a column. A model may lack them.
     per_head: tuple[str, ...] = ()
     experts: Experts | None = None  # where every expert has such layers, which name parameters then
-    # Norm that reads what the consumer gives, and that alone; empty if there is none.
-    output_norm: str = ""
+    output_norm: str = ""  # norm that reads what the consumer gives, and that alone
 
     def __post_init__(self) -> None:
-        known = {*self.producers, *self.per_head}
-        if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= known:
-            raise InputError(
-                "Wiring: stacked must map some of the producers to a Stack, got "
-                f"{self.stacked!r}; for [q; k; v] in one layer write "
-                "stacked={'c_attn': Stack(('query', 'key', 'value'))}"
-            )
+        if unknown := self.stacked.keys() - {*self.producers, *self.per_head}:
+            raise InputError(f"Wiring: stacked must name producers, got {', '.join(unknown)}")
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -195,12 +176,6 @@ class Stream:
     # the buffer embed_scale and the number scalar_embed_scale.
     scaled: bool = False
 
-    def __post_init__(self) -> None:
-        named = [step for step in self.block if step.does != "site"]
-        for step in chain(self.start, named, *self.ends):
-            if step.does.removesuffix("_if") not in DOES:
-                raise InputError(f"Stream: a step may {', '.join(DOES)}, got {step.does!r}")
-
 
 @dataclass(frozen=True)
 class Part:
@@ -208,8 +183,8 @@ class Part:
 
     name: str  # begins the names of its sites, as in decoder.3.mlp; empty for an only one
     blocks: str = ""  # path of their list inside the base model; * is every module of a list
-    # The two sites of a block: one wiring, or alternatives, of which the first whose layers exist
-    # is taken; None where the family can't have it pruned.
+    # Sites: one wiring, or alternatives, of which the first whose layers exist is taken; None where
+    # the family can't have it pruned.
     attn: Wiring | tuple[Wiring, ...] | None = None
     mlp: Wiring | tuple[Wiring, ...] | None = None
     _: KW_ONLY
@@ -237,21 +212,16 @@ class Family(Part):
     stream: Stream | tuple[Stream, ...] | None = None
     # What can't be done, and why, in a few words: attn and mlp can't be pruned, kv_group not as
     # whole groups, whole experts not, the hidden size not (beside a stream: not of models that it
-    # isn't of), no stock config says the sizes, no job is layerwise, as blocks can't be run one by
-    # one.
+    # isn't of), no stock config says the sizes, no blocks can be run one by one (layerwise).
     without: Mapping[str, str] = field(default_factory=dict)
-    # Config field: unless it is 0, blocks read keys and values of earlier ones, too.
-    lends: str = ""
-    # Where there are several stacks of blocks: these, in the order of computation. A model may have
-    # some of them only.
+    lends: str = ""  # config field: unless it is 0, blocks read keys and values of earlier ones
+    # Several stacks of blocks, in the order of computation. A model may have some of them only.
     parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
-        unknown = self.without.keys() - set(WITHOUT)
-        if unknown:
-            raise InputError(
-                f"Family: without may name {', '.join(WITHOUT)}, got {', '.join(sorted(unknown))}"
-            )
+        if unknown := self.without.keys() - set(WITHOUT):
+            known = ", ".join(WITHOUT)
+            raise InputError(f"Family: without may name {known}, got {', '.join(unknown)}")
 
     @property
     def all_parts(self) -> tuple[Part, ...]:
@@ -274,7 +244,6 @@ JOINT = "its q_norm and k_norm run over all heads at once"
 BORROWED = "some layers read keys and values of others"
 PICTURES = "what reads pictures writes hidden features, too"
 NO_STOCK = {"stock": "heads: its config derives the size of a head from the hidden size"}
-ROUTED = "its routers read it, and a narrower one sends tokens elsewhere"
 TWO_STREAMS = "encoder and decoder have a residual stream each"
 
 QKV = Stack(("query", "key", "value"))
@@ -292,10 +261,7 @@ def attention(
     stack: Stack | None = None,
     **more: object,
 ) -> Wiring:
-    """Return attention by its module and, in there, query, key, value and output.
-
-    With a ``stack`` the layers are two: that of queries, keys and values, and the output.
-    """
+    """Return attention by its module and, in there, q, k, v (or a ``stack`` of them) and output."""
     query, *key_value, output = (f"{module}.{name}" for name in layers.split())
     return Wiring(
         producers=(query,),

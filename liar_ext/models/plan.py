@@ -6,7 +6,6 @@ import json
 import math
 import numbers
 import os
-import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,10 +36,8 @@ def check_tile(operation: str, value: Any) -> int | str:
         return int(value)
     if isinstance(value, str) and value == "auto":
         return value
-    long = integral and abs(value) >= 2**63  # which Python may refuse to write out
-    came = f"an integer of {int(value).bit_length()} bits" if long else reprlib.repr(value)
     raise InputError(
-        f'{operation}: tile must be an integer of at least 1 or "auto", got {came}; 32 is one'
+        f'{operation}: tile must be an integer of at least 1 or "auto", got {value!r}; 32 is one'
     )
 
 
@@ -133,10 +130,8 @@ class Budget:
 
         An automatic tile is halved until the size has ``LEAST_STEPS`` steps, if it can have them.
         """
-        if self.tile != "auto":
-            return math.lcm(base, self.tile)
-        tile = AUTO_TILE
-        while tile > 1 and LEAST_STEPS * math.lcm(base, tile) > size:
+        tile = AUTO_TILE if self.tile == "auto" else self.tile
+        while self.tile == "auto" and tile > 1 and LEAST_STEPS * math.lcm(base, tile) > size:
             tile //= 2
         return math.lcm(base, tile)
 
@@ -154,13 +149,8 @@ class SitePlan:
         if not self.kept or not ascending or self.kept[0] < 0 or self.kept[-1] >= self.units:
             raise InputError(
                 f"SitePlan: kept must be ascending indices in [0, {self.units}) and not empty, "
-                f"got {list(self.kept[:8])}{'...' if len(self.kept) > 8 else ''}"
+                f"got {self.kept[:8]}"
             )
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> SitePlan:
-        """Make one of what :meth:`Plan.to_json` wrote."""
-        return cls(fields["units"], tuple(fields["kept"]), fields["bias"])
 
     @classmethod
     def first(cls, units: int, count: int, groups: int = 1) -> SitePlan:
@@ -231,14 +221,17 @@ class Plan:
                 f"{first.model_type}/{first.attn_unit} and {self.model_type}/{self.attn_unit}; "
                 "keep both plans"
             )
-        whole = {"hidden features": first.hidden, "blocks": first.blocks}
-        one = {**_renumbered(sites_left(first.sites, self.blocks), self.experts), **whole}
-        two = {**self.sites, "hidden features": self.hidden, "blocks": self.blocks}
-        sites = _composed(one, two)
-        experts = _composed(sites_left(first.experts, self.blocks), self.experts)
-        hidden, blocks = sites.pop("hidden features"), sites.pop("blocks")
-        unit = min(units or {first.attn_unit, self.attn_unit} - {"auto"}, default="auto")
-        return Plan(self.model_type, unit, sites, self.budget, hidden, experts, blocks)
+        before = _renumbered(sites_left(first.sites, self.blocks), self.experts)
+        experts = sites_left(first.experts, self.blocks)
+        return Plan(
+            self.model_type,
+            min(units or {first.attn_unit, self.attn_unit} - {"auto"}, default="auto"),
+            _composed(before, self.sites),
+            self.budget,
+            _then("hidden features", first.hidden, self.hidden),
+            _composed(experts, self.experts),
+            _then("blocks", first.blocks, self.blocks),
+        )
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -262,12 +255,10 @@ class Plan:
                     f"Plan: version {version} is none of {', '.join(map(str, READABLE))}; "
                     "read it with the liar_ext that wrote it"
                 )
-            for part in ("sites", "experts"):
-                some = data.get(part, {}) if part == "experts" else data[part]
-                data[part] = {name: SitePlan.from_dict(site) for name, site in some.items()}
+            for part, some in (("sites", data["sites"]), ("experts", data.get("experts", {}))):
+                data[part] = {name: _read_site(site) for name, site in some.items()}
             for part in ("hidden", "blocks"):
-                if data.get(part) is not None:
-                    data[part] = SitePlan.from_dict(data[part])
+                data[part] = _read_site(data[part]) if data.get(part) else None
             return cls(**data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -278,6 +269,10 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that :meth:`save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _read_site(fields: Mapping[str, Any]) -> SitePlan:
+    return SitePlan(fields["units"], tuple(fields["kept"]), fields["bias"])
 
 
 def kind_of(site: str) -> str:
@@ -318,21 +313,18 @@ def _renumbered(
     return found
 
 
-def _composed(
-    one: Mapping[str, SitePlan | None], two: Mapping[str, SitePlan | None]
-) -> dict[str, SitePlan | None]:
-    """Return the parts of :meth:`Plan.after` that concern sites, or experts."""
-    found = {}
-    for name in {**one, **two}:
-        first, then = one.get(name), two.get(name)
-        found[name] = first or then
-        if first is None or then is None:
-            continue
-        if then.units != len(first.kept):
-            raise InputError(
-                f"Plan.after: {name} has {len(first.kept)} units after the first plan, and the "
-                f"second counts {then.units}; give the plans of one model, in their order"
-            )
-        kept = tuple(first.kept[unit] for unit in then.kept)
-        found[name] = SitePlan(first.units, kept, first.bias or then.bias)
-    return found
+def _composed(one: Mapping[str, SitePlan], two: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
+    return {name: _then(name, one.get(name), two.get(name)) for name in {**one, **two}}
+
+
+def _then(name: str, first: SitePlan | None, then: SitePlan | None) -> SitePlan | None:
+    """Return what the second plan of a site comes to for what was there before the first one."""
+    if first is None or then is None:
+        return first or then
+    if then.units != len(first.kept):
+        raise InputError(
+            f"Plan.after: {name} has {len(first.kept)} units after the first plan, and the second "
+            f"counts {then.units}; give the plans of one model, in their order"
+        )
+    kept = tuple(first.kept[unit] for unit in then.kept)
+    return SitePlan(first.units, kept, first.bias or then.bias)

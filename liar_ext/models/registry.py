@@ -1,20 +1,28 @@
-"""The table of model families, and what applies to each: all of it comes from the rows."""
+"""The table of model families, what applies to each, and the configs that name a family."""
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from hashlib import blake2b
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from liar_ext.models.families import bert, decoders, diffusion, gpt, hybrid, moe, t5, vit
+from liar_ext.models.families import decoders, encoders, mixtures, vision
 from liar_ext.models.family import Family, Wiring
 from liar_ext.system.errors import InputError
 
-# One row a family, checked against the source of transformers 5.24 and by a test that slicing
-# equals zeroing.
-_MODULES = (decoders, gpt, hybrid, bert, t5, vit, moe, diffusion)
-FAMILIES: dict[str, Family] = {row.name: row for module in _MODULES for row in module.ROWS}
+# Each is checked against the source of transformers 5.24, and by a test that slicing is zeroing.
+_ROWS = (
+    *(*decoders.ROWS, *mixtures.HYBRIDS, *mixtures.ROWS),
+    *(*encoders.ROWS, *encoders.SEQUENCES, *vision.ROWS),
+)
+FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 COLUMNS = {
     "heads": "heads",
     "kv_groups": "KV groups",
@@ -26,11 +34,15 @@ COLUMNS = {
     "layerwise": "layerwise",
 }
 YES, NO, NONE = "yes", "no", "–"
-WRAPPED = {  # by an attribute of what wraps a model
-    "_orig_mod": "is compiled; give model._orig_mod, and compile what comes out",
-    "merge_and_unload": "has adapters of peft; give what model.merge_and_unload() returns",
-    "module": "is wrapped, as by DataParallel; give model.module",
-    "transformers_model": "is of sentence-transformers; give model.transformers_model",
+# What a wrapper of a model has: of torch.compile, DataParallel, sentence-transformers and peft.
+WRAPPED = ("_orig_mod", "module", "transformers_model", "merge_and_unload")
+# Config fields that change nothing that is computed, or that loading and saving set.
+IDLE = {
+    *("architectures", "auto_map", "dtype", "torch_dtype", "initializer_range", "liar"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),  # a GGUF file may lack one
+    *("id2label", "label2id", "task_specific_params", "tie_word_embeddings"),
+    *("transformers_version", "use_cache", "output_attentions", "output_hidden_states"),
+    *("attn_implementation", "experts_implementation", "return_dict", "quantization_config"),
 }
 
 
@@ -61,13 +73,11 @@ def type_of(model: nn.Module) -> str | None:
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a model, by :func:`type_of`.
-
-    InputError is raised if the model has no config or is wrapped, or the table has no such family.
-    """
-    for mark, why in WRAPPED.items():
+    """Return the family of a model, by :func:`type_of`; refuse a model without one."""
+    for mark in WRAPPED:
         if hasattr(model, mark):
-            raise InputError(f"sites: the model {why}")
+            inside = f"{mark}()" if mark == "merge_and_unload" else mark
+            raise InputError(f"sites: the model is wrapped; give model.{inside}")
     name = type_of(model)
     if name in FAMILIES:
         return FAMILIES[name]
@@ -97,24 +107,32 @@ def overview() -> dict[str, dict[str, Entry]]:
 
 
 def _entries(family: Family) -> dict[str, Entry]:
-    without, attn, mlp = family.without, family.wirings("attn"), family.wirings("mlp")
+    attn, mlp = family.wirings("attn"), family.wirings("mlp")
     sizes = {size for w in attn for size in (*w.numbers.values(), *(w.config or {}).values())}
     flags = sorted({wiring.bias_flag for wiring in (*attn, *mlp)} - {None})
     groups = Entry(NO, "every head has keys and values of its own" if attn else "heads can't")
-    if "kv_group" in without:
-        groups = Entry(NO, without["kv_group"])
-    elif sizes & {"kv_heads", "group_size"}:  # of key/value heads that several query heads share
+    if sizes & {"kv_heads", "group_size"}:  # of key/value heads that several query heads share
         groups = Entry(YES)
+    layerwise = Entry(YES, _only({family.lends: 0}.items()) if family.lends else "")
+    layerwise = _unless(family, "layerwise", layerwise)
+    # Experts are chosen block by block.
+    experts = Entry(YES) if layerwise.applies == YES else layerwise
+    mixed = any(wiring.experts for wiring in mlp)
     return {
-        "heads": _sites(attn, without.get("attn"), "its attention isn't described"),
-        "kv_groups": groups,
-        "channels": _sites(mlp, without.get("mlp"), "its MLP isn't described"),
-        "experts": _experts(family) if any(wiring.experts for wiring in mlp) else Entry(NONE),
+        "heads": _unless(family, "attn", _sites(attn, "its attention isn't described")),
+        "kv_groups": _unless(family, "kv_group", groups),
+        "channels": _unless(family, "mlp", _sites(mlp, "its MLP isn't described")),
+        "experts": _unless(family, "experts", experts) if mixed else Entry(NONE),
         "hidden": _hidden(family),
         "biases": Entry(", ".join(flags)) if flags else Entry(NO, "no field gives all of them one"),
         "stock": _stock(family, {"heads": attn, "channels": mlp}),
-        "layerwise": _layerwise(family),
+        "layerwise": layerwise,
     }
+
+
+def _unless(family: Family, what: str, entry: Entry) -> Entry:
+    """Return an entry, or the reason for which a row says that a family is without it."""
+    return Entry(NO, family.without[what]) if what in family.without else entry
 
 
 def _only(needs: Iterable[tuple[str, object]]) -> str:
@@ -129,22 +147,9 @@ def _hidden(family: Family) -> Entry:
     return Entry(YES, ": ".join(filter(None, (_only(needs.items()) if needs else "", reason))))
 
 
-def _experts(family: Family) -> Entry:
-    if "experts" in family.without:
-        return Entry(NO, family.without["experts"])
-    chain = _layerwise(family)  # they are chosen block by block
-    return Entry(YES) if chain.applies == YES else chain
-
-
-def _layerwise(family: Family) -> Entry:
-    if "layerwise" in family.without:
-        return Entry(NO, family.without["layerwise"])
-    return Entry(YES, _only([(family.lends, 0)]) if family.lends else "")
-
-
-def _sites(wirings: list[Wiring], reason: str | None, lacking: str) -> Entry:
-    if not wirings or reason is not None:
-        return Entry(NO, reason or lacking)
+def _sites(wirings: list[Wiring], lacking: str) -> Entry:
+    if not wirings:
+        return Entry(NO, lacking)
     states = [wiring for wiring in wirings if wiring.key_dim]
     notes = ["in the blocks that have any"] if any(w.optional for w in wirings) else []
     if any(not wiring.whole_groups for wiring in states):
@@ -170,3 +175,88 @@ def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
     if lacking and not reason:
         reason = f"{' and '.join(lacking)}: no field says their number"
     return Entry(", ".join(said) or NO, reason)
+
+
+class Fields(SimpleNamespace):
+    """The config of a diffusers model, a mapping there, as an object like those of transformers."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Fields:
+        """Make one of the fields of a config."""
+        return cls(**copy.deepcopy(dict(fields)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields."""
+        return copy.deepcopy(vars(self))
+
+
+def config_parts(config: Any) -> list[Any]:
+    """Return a config, and those of its parts that are configs and there."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(part for part in parts if part is not None)]
+
+
+def counts_layers(config: Any) -> bool:
+    """Tell whether a plain config can count the layers of this one, whose name for them is its own.
+
+    ``Trainer`` reads ``config.json`` as a plain one, without the names of its class.
+    """
+    return "num_hidden_layers" not in getattr(config, "attribute_map", ())
+
+
+def put_config(model: nn.Module, config: Any) -> None:
+    """Let a model have another config."""
+    if isinstance(config, Fields):
+        config = type(model.config)(config.to_dict())
+    if isinstance(config, Mapping):
+        model._internal_dict = config  # what diffusers calls it
+    else:
+        model.config = config
+
+
+def source_of(model: nn.Module) -> str:
+    """Return the folder, or the name, that a model was loaded from; empty if there is none."""
+    found = getattr(model.config, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
+    return str(found or "")
+
+
+def config_digest(model: nn.Module) -> str:
+    """Return a digest of what a config says beside the weights, such as activations and angles.
+
+    However a model is loaded, it is the same. What a class has by default is left out, since other
+    versions of transformers have other fields.
+    """
+    config = getattr(model, "config", {})
+    said = dict(config) if isinstance(config, Mapping) else config.to_diff_dict()
+    text = json.dumps(_computing(said), sort_keys=True, default=str)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _computing(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        named = {str(name): each for name, each in value.items() if each is not None}
+        kept = {name for name in named if name not in IDLE and not name.startswith("_")}
+        return {name: _computing(named[name]) for name in kept}
+    if isinstance(value, list | tuple):
+        return [_computing(each) for each in value]
+    # Of GGUF files numbers are float32; JSON may have 1 for 1.0.
+    return f"{value:.6g}" if isinstance(value, int | float) else value
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skip the initialisation of weights, half of the time that a model without memory takes."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Return the tensor that a function of ``torch.nn.init`` would fill."""
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init" and "tensor" in kwargs:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """Build a model without its weights: shapes only, on the meta device."""
+    with torch.device("meta"), _Unfilled():
+        if isinstance(config, Fields):
+            return model_class.from_config(config.to_dict())
+        return model_class(copy.deepcopy(config))

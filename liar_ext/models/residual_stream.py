@@ -9,19 +9,21 @@ Its features, the hidden size, are the same in every block, embeddings and heads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.models.family import Family, Step, Stream, steps
+from liar_ext.models.family import DOES, Family, Step, Stream, steps
+from liar_ext.models.layers import Shared, is_transposed, narrow, narrow_norm, owner_of, weight_of
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import base_path, block_config, blocks_of, owner_of
+from liar_ext.models.running import base_path, block_config, blocks_of
 from liar_ext.models.sites import wiring_of
 from liar_ext.system.errors import InputError
 
-Shared = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and dimension: whole, sliced
+Layers = Mapping[str, nn.Module | nn.Parameter]  # by path
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]  # new ones, with the bias, by site or path
 
 
@@ -81,164 +83,137 @@ def hidden_of(model: nn.Module) -> Hidden:
     a layer has the hidden size and isn't in the row.
     """
     family, row = family_of(model), stream_of(model)
-    _check_row(model, family, row)
-    base = base_path(model)
+    config = block_config(family, model.config)
+    _check_row(family, row, config)
     layers = {**dict(model.named_modules()), **dict(model.named_parameters())}
-    trail = _Trail(layers)
-    for step in row.start:
-        paths = [base + name if base + name in layers else name for name in step.layers]
-        trail.add(step.does, paths)
-    for path, block in blocks_of(model, family):
-        for step in _spelled_out(row.block, family, block):
-            trail.add(step.does, [f"{path}.{name}" for name in step.layers])
-    stream = trail.at
-    for chain in row.ends:
-        trail.at = stream
-        found = [_present(layers, base, step) for step in chain]
-        if found[0]:
-            for step, paths in zip(chain, found, strict=True):
-                trail.add(step.does, paths)
-    ruled = row.multiple_of in ("heads", "head_dim")
-    heads = block_config(family, model.config).num_attention_heads if ruled else 1
-    return trail.hidden(model, row.multiple_of, heads)
+    writers: list[str] = []
+    norms: list[str] = []
+    aside: list[str] = []
+    read: dict[tuple[str, bool], list[str]] = {}  # by source and whether the first token
+    at, last = "", None  # the norm that was last, and the last one of all blocks
+    for does, paths in _steps(model, family, row, layers):
+        free = [path for path in paths if not any(path in some for some in read.values())]
+        if does == "end":
+            last = at if last is None else last
+            at = last
+        elif does == "write":
+            writers += paths
+        elif does in ("norm", "branch_norm"):
+            new = [path for path in paths if path not in norms]  # several chains may begin so
+            norms += new
+            read |= {(path, False): [] for path in new}
+            at = paths[-1] if paths and does == "norm" else at
+        elif does == "aside":
+            aside += paths
+        elif does not in ("read", "read_first", "take"):
+            raise InputError(f"hidden: a step may {', '.join(DOES)}, got {does!r}")
+        elif free and (does == "take" or not at):
+            read[free[0], False] = free
+        elif free:
+            read.setdefault((at, does == "read_first"), []).extend(free)
+    tables = [layers[path] for path in writers if isinstance(layers[path], nn.Embedding)]
+    alone = [layers[path] for path in writers if isinstance(layers[path], nn.Parameter)]
+    sizes = {tensor.shape[-1] for tensor in (*alone, *(table.weight for table in tables))}
+    size = min(sizes, default=0) or len(weight_of(layers[writers[0]]))
+    readers = [path for paths in read.values() for path in paths]
+    _check_size(model, layers, size, readers, {*writers, *norms, *aside, *readers})
+    shared, sources = {id(table.weight) for table in tables}, []
+    for (module, first), paths in read.items():
+        tied = tuple(path for path in paths if id(layers[path].weight) in shared)
+        own = tuple(path for path in paths if path not in tied)
+        sources.append(Source(module, module in norms, first, own, tied))
+    step = 1
+    if row.multiple_of in ("heads", "head_dim"):
+        heads = config.num_attention_heads
+        step = heads if row.multiple_of == "heads" else size // heads
+    return Hidden(size, step, tuple(writers), tuple(sources))
 
 
-def _check_row(model: nn.Module, family: Family, row: Stream | None) -> None:
+def _check_row(family: Family, row: Stream | None, config: Any) -> None:
     reason = f" ({family.without['hidden']})" if "hidden" in family.without else ""
     if row is None:
         raise InputError(
             f"hidden: the table has no stream for family {family.name!r}{reason}; prune other "
             "sites, or register the family with a Stream"
         )
-    config = block_config(family, model.config)
     for name, value in row.requires.items():
-        if getattr(config, name) != value:
+        if (found := getattr(config, name)) != value:
             raise InputError(
                 f"hidden: the stream of {family.name!r} is that of models with {name}={value}, got "
-                f"{getattr(config, name)}{reason}; prune other sites, or register a family that "
-                "fits"
+                f"{found}{reason}; prune other sites, or register a family that fits"
             )
-    if row.scaled and not hasattr(model.get_input_embeddings(), "scalar_embed_scale"):
+
+
+def _steps(
+    model: nn.Module, family: Family, row: Stream, layers: Layers
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield what happens to a stream, and the paths of the layers that do it; "end" before each."""
+    base = base_path(model)
+    for step in row.start:
+        paths = [base + name if base + name in layers else name for name in step.layers]
+        yield _there(layers, step.does, paths)
+    for path, block in blocks_of(model, family):
+        for step in row.block:
+            kinds = step.layers if step.does == "site" else ()
+            found = (wiring_of(family.name, family.alternatives(kind), block) for kind in kinds)
+            for does, names in steps(*filter(None, found)) if kinds else (step,):
+                yield _there(layers, does, [f"{path}.{name}" for name in names])
+    for chain in row.ends:
+        found = [_present(layers, base, step) for step in chain]
+        if found[0]:
+            yield "end", []
+            for step, paths in zip(chain, found, strict=True):
+                yield step.does.removesuffix("_if"), paths
+
+
+def _there(layers: Layers, does: str, paths: list[str]) -> tuple[str, list[str]]:
+    """Return a step with those of its layers that are there; only ``..._if`` may lack some."""
+    if does.endswith("_if"):
+        return does.removesuffix("_if"), [path for path in paths if _weight(layers, path)]
+    if missing := [path for path in paths if path not in layers]:
         raise InputError(
-            f"hidden: the embeddings of {type(model).__name__} must keep the root of the hidden "
-            "size as scalar_embed_scale, and these don't; update transformers"
+            f"hidden: the model has no layer {', '.join(missing)}; register a family that fits"
         )
+    return does, paths
 
 
-def _spelled_out(chain: Sequence[Step], family: Family, block: nn.Module) -> Iterator[Step]:
-    """Yield steps with those of the sites that a block has in place of their names."""
-    for step in chain:
-        if step.does != "site":
-            yield step
-            continue
-        for kind in step.layers:
-            if wiring := wiring_of(family.name, family.alternatives(kind), block):
-                yield from steps(wiring)
+def _weight(layers: Layers, path: str) -> bool:
+    layer = layers.get(path)
+    return isinstance(layer, nn.Parameter) or getattr(layer, "weight", None) is not None
 
 
-def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str]:
+def _present(layers: Layers, base: str, step: Step) -> list[str]:
     """Return the paths of those layers of a step that are in the base model or in the head."""
     # By the same name one head is a layer, and another one holds layers.
     return [
         path
         for name in step.layers
         for path in dict.fromkeys((base + name, name))
-        if getattr(layers.get(path), "weight", None) is not None
-        or (step.does == "norm" and path in layers)  # one may have no weights
+        if _weight(layers, path) or (step.does == "norm" and path in layers)  # one without weights
     ]
 
 
-class _Trail:
-    """Collects what the steps of a stream say of ``layers``, modules and parameters by path."""
-
-    def __init__(self, layers: Mapping[str, nn.Module | nn.Parameter]) -> None:
-        self.layers = layers
-        self.writers: list[str] = []
-        self.read: dict[tuple[str, bool], list[str]] = {}  # by source and whether the first token
-        self.norms: list[str] = []
-        self.aside: list[str] = []
-        self.at = ""
-
-    def add(self, does: str, paths: list[str]) -> None:
-        if does.endswith("_if"):
-            does, paths = does.removesuffix("_if"), [path for path in paths if self._there(path)]
-        missing = [path for path in paths if path not in self.layers]
-        if missing:
+def _check_size(
+    model: nn.Module, layers: Layers, size: int, readers: Sequence[str], known: Collection[str]
+) -> None:
+    """Refuse layers of this size that no step names, and readers of another size."""
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        # The rows of a table are looked up by number: no feature of the stream is among them.
+        features = parameter.shape[isinstance(layers.get(owner), nn.Embedding) :]
+        if size in features and owner not in known and name not in known:
             raise InputError(
-                f"hidden: the model has no layer {', '.join(missing)}; register a family that fits"
+                f"hidden: {owner or name} of {type(model).__name__} has {size} features, as "
+                "many as the stream, and the Stream of the family doesn't name it; prune the "
+                "base model, or register a family whose Stream names it: as aside if it holds "
+                "no feature of the stream, else by what it does"
             )
-        taken = set().union(*self.read.values())
-        free = [path for path in paths if path not in taken]
-        if does == "write":
-            self.writers += paths
-        elif does in ("norm", "branch_norm"):
-            new = [path for path in paths if path not in self.norms]  # several chains may begin so
-            self.norms += new
-            self.read |= {(path, False): [] for path in new}
-            if does == "norm":
-                self.at = (self.at, *paths)[-1]
-        elif does == "aside":
-            self.aside += paths
-        elif free and (does == "take" or not self.at):
-            self.read[free[0], False] = free
-        elif free:
-            self.read.setdefault((self.at, does == "read_first"), []).extend(free)
-
-    def _there(self, path: str) -> bool:
-        layer = self.layers.get(path)
-        return isinstance(layer, nn.Parameter) or getattr(layer, "weight", None) is not None
-
-    def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
-        writers = [self.layers[path] for path in self.writers]
-        tables = [layer for layer in writers if isinstance(layer, nn.Embedding)]
-        alone = [layer for layer in writers if isinstance(layer, nn.Parameter)]
-        found = {tensor.shape[-1] for tensor in (*alone, *(table.weight for table in tables))}
-        size, *others = sorted(found) or [len(weight_of(writers[0]))]
-        if others:
+    for path in readers:
+        if (columns := weight_of(layers[path]).shape[1]) != size:
             raise InputError(
-                f"hidden: all embeddings must have the features of the stream, got {size} and "
-                f"{others[0]}; prune other sites"
+                f"hidden: {path} of {type(model).__name__} reads {columns} features, and the "
+                f"stream of the family has {size}; prune the base model"
             )
-        self._check(model, size)
-        sources, shared = [], {id(table.weight) for table in tables}
-        for (module, first), paths in self.read.items():
-            tied = tuple(path for path in paths if id(self.layers[path].weight) in shared)
-            readers = tuple(path for path in paths if path not in tied)
-            sources.append(Source(module, module in self.norms, first, readers, tied))
-        step = {"heads": heads, "head_dim": size // heads}.get(multiple_of, 1)
-        return Hidden(size, step, tuple(self.writers), tuple(sources))
-
-    def _check(self, model: nn.Module, size: int) -> None:
-        """Refuse layers of this size that no step names, and readers of another size."""
-        known = {*self.writers, *self.norms, *self.aside}.union(*self.read.values())
-        for name, parameter in model.named_parameters():
-            owner = name.rpartition(".")[0]
-            # The rows of a table are looked up by number: no feature of the stream is among them.
-            is_table = isinstance(self.layers.get(owner), nn.Embedding)
-            features = parameter.shape[is_table:]
-            if size in features and known.isdisjoint((owner, name)):
-                raise InputError(
-                    f"hidden: {owner or name} of {type(model).__name__} has {size} features, as "
-                    "many as the stream, and the Stream of the family doesn't name it; prune the "
-                    "base model, or register a family whose Stream names it: as aside if it holds "
-                    "no feature of the stream, else by what it does"
-                )
-        for path in set().union(*self.read.values()):
-            if (columns := weight_of(self.layers[path]).shape[1]) != size:
-                raise InputError(
-                    f"hidden: {path} of {type(model).__name__} reads {columns} features, and the "
-                    f"stream of the family has {size}; prune the base model"
-                )
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Tell whether a layer stores its weight as (d_in, d_out)."""
-    return type(layer).__name__ == "Conv1D"  # of transformers, which takes seconds to import
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """Return the weight of a linear layer as (d_out, d_in), without a copy."""
-    return layer.weight.T if is_transposed(layer) else layer.weight
 
 
 @torch.no_grad()
@@ -296,58 +271,3 @@ def _keep_scale(model: nn.Module, hidden: Hidden, count: int) -> None:
     added = stream_of(model).norm_offset
     for norm in (model.get_submodule(source.module) for source in hidden.sources if source.tied):
         norm.weight.copy_((norm.weight.double() + added) / factor - added)
-
-
-def select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Return a parameter, or buffer, that holds the given slices of another.
-
-    ``index`` is (kept,), or (experts, kept) for slices of their own of each expert, whose number
-    is the first dimension then.
-    """
-    old, index = tensor.detach(), index.to(tensor.device)
-    if index.ndim == 1:
-        chosen = old.index_select(dim, index)
-    else:
-        parts = zip(old, index, strict=True)
-        chosen = torch.stack([part.index_select(dim - 1, rows) for part, rows in parts])
-    if not isinstance(tensor, nn.Parameter):
-        return chosen
-    return nn.Parameter(chosen.contiguous(), requires_grad=tensor.requires_grad)
-
-
-def narrow(
-    module: nn.Module, name: str, dim: int, index: Tensor, shared: Shared | None = None
-) -> None:
-    """Let a parameter or buffer of a module, if there is one, hold slices of itself, in place.
-
-    ``shared`` notes what was sliced, so that a weight that two modules share stays shared.
-    """
-    old, shared = getattr(module, name, None), {} if shared is None else shared
-    if old is None:
-        return
-    if (id(old), dim) not in shared:  # the old one is held there, so that its id stays its own
-        shared[id(old), dim] = old, select(old, dim, index)
-    setattr(module, name, shared[id(old), dim][1])
-    fit(module)
-
-
-def narrow_norm(norm: nn.Module, kept: Tensor) -> None:
-    """Let a norm work on the features ``kept`` alone, in place; its statistic is theirs then."""
-    narrow(norm, "weight", 0, kept)
-    narrow(norm, "bias", 0, kept)
-    if hasattr(norm, "normalized_shape"):
-        norm.normalized_shape = (len(kept),)
-
-
-def fit(layer: nn.Module) -> None:
-    """Make the sizes that a layer keeps those of its weight."""
-    if isinstance(layer, nn.Conv1d):  # a filter for each channel
-        layer.in_channels = layer.out_channels = layer.groups = len(layer.weight)
-    elif isinstance(layer, nn.Conv2d):
-        layer.out_channels = len(layer.weight)
-    elif isinstance(layer, nn.Embedding):
-        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
-    elif is_transposed(layer):
-        layer.nx, layer.nf = layer.weight.shape
-    elif hasattr(layer, "out_features"):
-        layer.out_features, layer.in_features = layer.weight.shape

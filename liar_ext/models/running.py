@@ -1,4 +1,4 @@
-"""Where a model keeps blocks and layers, what it reads, and how it is run for its outputs."""
+"""Where a model keeps its blocks, what it reads and puts out, and how it is run."""
 
 from __future__ import annotations
 
@@ -6,19 +6,79 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
-from liar_ext.models.family import Family, Part, Wiring
+from liar_ext.models.family import Family, Part
+from liar_ext.models.layers import get_path
 from liar_ext.models.registry import FAMILIES, is_diffusion, type_of
 from liar_ext.system.errors import InputError
 
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 IGNORED = -100  # a label that no loss asks for
+LOGITS = ("logits", "spans", "labels", "scores")  # outputs of a head
 Block = tuple[str, nn.Module]
+
+
+def parts_of(model: nn.Module, family: Family) -> list[tuple[Part, list[Block]]]:
+    """Return those parts of a family that a model has, with path and module of each block."""
+    base = base_path(model)
+    every = [(part, list(_expand(model, base + part.blocks))) for part in family.all_parts]
+    found = [(part, blocks) for part, blocks in every if blocks]
+    if not found:
+        paths = " or ".join(repr(base + part.blocks) for part in family.all_parts)
+        raise InputError(
+            f"sites: {type(model).__name__} has no {paths}, where family {family.name!r} keeps "
+            "its blocks; pass the whole model, or register a family that fits"
+        )
+    if len(found) == 1 and family.parts:
+        # Alone, it reads the main input of the model, whose mask has the usual name.
+        (part, blocks) = found[0]
+        found = [(replace(part, input="", mask=part.mask and "attention_mask"), blocks)]
+    return found
+
+
+def blocks_of(model: nn.Module, family: Family) -> Iterator[Block]:
+    """Yield path and module of each block of a model."""
+    for _, blocks in parts_of(model, family):
+        yield from blocks
+
+
+def _expand(model: nn.Module, path: str) -> Iterator[Block]:
+    """Yield the modules of a list, or of the lists that a ``*`` in its path stands for."""
+    first, star, rest = path.partition(".*.")
+    try:
+        children = model.get_submodule(first)
+    except AttributeError:
+        return
+    for index, child in enumerate(children):
+        if star:
+            yield from _expand(model, f"{first}.{index}.{rest}")
+        else:
+            yield f"{first}.{index}", child
+
+
+def block_config(part: Part, config: Any) -> Any:
+    """Return the part of a model's config that describes the blocks."""
+    return get_path(config, part.config) if part.config else config
+
+
+def base_path(model: nn.Module) -> str:
+    """Return what the paths inside the base model begin with: nothing, or a path and a dot."""
+    base = getattr(model, "base_model", model)
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    return f"{prefix}." if prefix else ""
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """Return what to run where no head is needed: the base model, if it takes the batch itself."""
+    base = getattr(model, "base_model", model)
+    name = getattr(model, "main_input_name", "input_ids")
+    # What DINOv3 calls its base model is the stack of blocks alone.
+    return base if name in inspect.signature(base.forward).parameters else model
 
 
 def inputs_read(model: nn.Module) -> dict[str, Any]:
@@ -39,6 +99,14 @@ def positions_of(model: nn.Module) -> int | None:
     return known and known - max((at + 1 for at in padding if at is not None), default=0)
 
 
+def known_tokens(model: nn.Module, config: Any) -> int:
+    """Return how many tokens a model has embeddings for."""
+    text = config.get_text_config()
+    if len(inputs_read(model)) > 1 and hasattr(text, "vocab_size"):
+        return text.vocab_size
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def complete_inputs(
     model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -53,18 +121,17 @@ def complete_inputs(
     if "input_ids" in found and hasattr(config, "get_text_config") and "pixel_values" not in found:
         _check_tokens(model, found["input_ids"], known_tokens(model, config))
         _check_length(model, found)
-    if len(needed) > 1:
-        if DECODER_IDS in needed and not any("decoder_input" in name for name in found):
-            found |= _decoder_inputs(model.config, found, labels or {})
-        own_default = getattr(model.config, "decoder_start_token_id", None) is None
-        optional = {DECODER_IDS} if own_default and "input_ids" in found else set()
-        embedded = {name.replace("embeds", "ids").replace("inputs_", "input_") for name in found}
-        missing = needed.keys() - found.keys() - optional - embedded
-        if missing:
-            raise InputError(
-                f"batches: {type(model).__name__} reads {' and '.join(needed)}, got "
-                f"{', '.join(inputs)}; give batches with {', '.join(sorted(missing))}, too"
-            )
+    if DECODER_IDS in needed and not any("decoder_input" in name for name in found):
+        found |= _decoder_inputs(model.config, found, labels or {})
+    own_default = getattr(model.config, "decoder_start_token_id", None) is None
+    optional = {DECODER_IDS} if own_default and "input_ids" in found else set()
+    embedded = {name.replace("embeds", "ids").replace("inputs_", "input_") for name in found}
+    missing = needed.keys() - found.keys() - optional - embedded
+    if missing and len(needed) > 1:
+        raise InputError(
+            f"batches: {type(model).__name__} reads {' and '.join(needed)}, got "
+            f"{', '.join(inputs)}; give batches with {', '.join(sorted(missing))}, too"
+        )
     return found
 
 
@@ -151,14 +218,6 @@ def draw_inputs(
     return found
 
 
-def known_tokens(model: nn.Module, config: Any) -> int:
-    """Return how many tokens a model has embeddings for."""
-    text = config.get_text_config()
-    if len(inputs_read(model)) > 1 and hasattr(text, "vocab_size"):
-        return text.vocab_size
-    return model.get_input_embeddings().weight.shape[0]
-
-
 def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device | None:
     """Return the device of a module's first parameter: a model's is where its inputs go."""
     return next((parameter.device for parameter in module.parameters()), default)
@@ -202,187 +261,72 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def block_config(part: Part, config: Any) -> Any:
-    """Return the part of a model's config that describes the blocks."""
-    return get_path(config, part.config) if part.config else config
+def output_of(model: nn.Module, outputs: Any, mask: Tensor | None = None) -> tuple[str, Tensor]:
+    """Return name and value of what a model puts out: logits, or what a head would read.
 
-
-def get_path(root: Any, path: str) -> Any:
-    """Return the attribute of ``root`` at a dotted path."""
-    return reduce(getattr, path.split("."), root)
-
-
-def has_path(root: Any, path: str, kind: type) -> bool:
-    """Tell whether ``root`` has an attribute of this kind at a dotted path."""
-    try:
-        return isinstance(get_path(root, path), kind)
-    except AttributeError:
-        return False
-
-
-def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Return the module that has the parameter, buffer or number at a path, and its name there."""
-    owner, _, name = path.rpartition(".")
-    return root.get_submodule(owner), name
-
-
-def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module itself that its state dict holds."""
-    both, dropped = {**module._parameters, **module._buffers}, module._non_persistent_buffers_set
-    return {n: value for n, value in both.items() if value is not None and n not in dropped}
-
-
-class ExpertLayer:
-    """The linear layer of an expert: its slice of the parameters ``name`` and ``name_bias``."""
-
-    def __init__(self, owner: nn.Module, name: str, expert: int) -> None:
-        self.owner, self.name, self.expert = owner, name, expert
-
-    @property
-    def weight(self) -> Tensor:
-        """A view of two dimensions; writing to it writes to the model."""
-        return getattr(self.owner, self.name)[self.expert]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """A view, or None."""
-        biases = getattr(self.owner, bias_name(self.name), None)
-        return None if biases is None else biases[self.expert]
-
-
-class UnitColumns:
-    """What several linear layers, or columns of one, read of the units of a site, as one layer.
-
-    Its weight has the columns of all of them unit by unit; each layer keeps its own bias::
-
-        W₁ of unit 0, W₂ of unit 0, W₁ of unit 1, ...        (d_out, site.d_in)
+    That is the last hidden state, the embeddings of all towers in one, or of a diffusion
+    transformer the noise, or velocity, of each sample. Spans are the logits of where an answer
+    starts and ends, ``(sequences, 2, tokens)``; tokens that the ``mask`` leaves out are none of
+    their classes. One of the classes of logits is right; labels are each right or not, and scores,
+    those of a regression or a lone one, are no probabilities.
     """
-
-    bias = None
-
-    def __init__(self, root: nn.Module, site: Any) -> None:
-        self.parts = [(root.get_submodule(path), *where) for path, *where in site.reads]
-        self.d_in = site.d_in
-
-    @property
-    def weight(self) -> Tensor:
-        """A copy; :meth:`filled` is for other values."""
-        first = self.parts[0][0].weight.detach()
-        found = first.new_empty(len(first), self.d_in)
-        for layer, features, columns in self.parts:
-            found[:, features] = layer.weight.detach()[:, columns]
-        return found
-
-    def filled(self, weight: Tensor) -> list[tuple[nn.Module, Tensor]]:
-        """Return each layer with its weight, of which the columns of the units have new values."""
-        both = []
-        for layer, features, columns in self.parts:
-            both.append((layer, layer.weight.detach().clone()))
-            both[-1][1][:, columns] = weight[:, features].to(layer.weight)
-        return both
-
-
-def layer_of(root: nn.Module, site: Any) -> nn.Module | ExpertLayer | UnitColumns:
-    """Return what reads the units of a site."""
-    return UnitColumns(root, site) if site.shared else layer_at(root, site.consumer, site.expert)
+    if outputs.get("sample") is not None:
+        return "sample", outputs["sample"].flatten(1)
+    if outputs.get("start_logits") is not None:
+        spans = torch.stack([outputs["start_logits"], outputs["end_logits"]], 1)
+        if mask is not None:
+            unread = ~mask.bool().to(spans.device)[:, None]
+            spans = spans.masked_fill(unread, -1e4)  # whose probability is zero
+        return "spans", spans
+    if (logits := outputs.get("logits")) is not None:
+        problem = getattr(model.config, "problem_type", None) if logits.dim() == 2 else None
+        if problem == "multi_label_classification":
+            return "labels", logits
+        return "scores" if problem == "regression" or logits.shape[-1] == 1 else "logits", logits
+    if outputs.get("last_hidden_state") is not None:
+        return "last_hidden_state", outputs["last_hidden_state"]
+    embedded = [outputs[name] for name in ("image_embeds", "text_embeds") if name in outputs]
+    if embedded:
+        return "embeddings", torch.cat(embedded)
+    raise InputError(
+        f"outputs: {type(model).__name__} gives neither logits nor hidden states, got "
+        f"{', '.join(outputs)}; give a model with another head, or its base model"
+    )
 
 
-def bias_name(name: str) -> str:
-    """Return what the biases of a layer of all experts are called."""
-    return f"{name}_bias"
-
-
-def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | ExpertLayer:
-    """Return the linear layer at a path: a module, or an expert's slice of a parameter there."""
-    if expert is None:
-        return root.get_submodule(path)
-    return ExpertLayer(*owner_of(root, path), expert)
-
-
-def out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
-    """Return how many features a linear layer writes, and how many it reads."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+def check_alike(
+    model: nn.Module, own: tuple[str, Sequence[int]], dense: tuple[str, Sequence[int]]
+) -> None:
+    """Raise InputError if name and shape of a model's outputs are not those of the dense one."""
+    if own != dense:
+        found, needed = (f"{name} of shape {tuple(shape)}" for name, shape in (own, dense))
         raise InputError(
-            f"sites: {path} of {site} must be a linear layer with floating-point weights, got "
-            f"{type(layer).__name__}; load the model dequantised"
+            f"evaluation: {type(model).__name__} gives {found}, and the dense model {needed}; give "
+            "the model that was pruned as the dense one"
         )
-    return tuple(weight.shape[::-1] if wiring.transposed else weight.shape)
 
 
-def count_kv_heads(site: str, wiring: Wiring, rows: Mapping[str, int], sizes: Sequence[int]) -> int:
-    """Return the number of key/value heads, by the rows of the layers of an attention site.
+def log_probabilities(name: str, logits: Tensor) -> Tensor:
+    """Return log p of classes; of labels, ``(rows, 2 labels)``, log p and then log (1 − p)."""
+    if name == "labels":
+        return torch.cat([logsigmoid(logits), logsigmoid(-logits)], -1)
+    return logits.log_softmax(-1)
 
-    ``sizes`` are the number of query heads, the size of a head, and that of a key head.
+
+def agree(name: str, p: Tensor, logits: Tensor) -> Tensor:
+    """Tell by row whether :func:`log_probabilities` and logits choose one class, or all labels."""
+    if name != "labels":
+        return p.argmax(-1) == logits.argmax(-1)
+    yes, no = p.chunk(2, -1)
+    return ((yes > no) == (logits > 0)).all(-1)
+
+
+def token_weights(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Return what tokens weigh in the mean of their sequence, (sequences, tokens) float32.
+
+    A mask of another shape, as of samples where states are of frames, leaves all tokens in.
     """
-    heads, head_dim, key_dim = sizes
-    if wiring.key_value:
-        return rows[wiring.key_value[0]] // head_dim
-    for layer, stack in wiring.stacked.items():
-        if stack.shared and layer in rows:
-            each = stack.rows(rows[layer], heads * head_dim, heads)
-            kv_heads, left = divmod(min(each[m] for m in stack.grouped if m in each), key_dim)
-            if sum(each.values()) != rows[layer] or left or kv_heads < 1:
-                raise InputError(
-                    f"sites: {layer} of {site} must stack {', '.join(stack.matrices)} of {heads} "
-                    f"query heads of {head_dim} rows, got {rows[layer]} rows; register a family "
-                    "that fits"
-                )
-            return kv_heads
-    return heads
-
-
-def parts_of(model: nn.Module, family: Family) -> list[tuple[Part, list[Block]]]:
-    """Return those parts of a family that a model has, with path and module of each block."""
-    base = base_path(model)
-    found = [
-        (part, blocks)
-        for part in family.all_parts
-        if (blocks := list(_expand(model, base + part.blocks)))
-    ]
-    if not found:
-        paths = " or ".join(repr(base + part.blocks) for part in family.all_parts)
-        raise InputError(
-            f"sites: {type(model).__name__} has no {paths}, where family {family.name!r} keeps "
-            "its blocks; pass the whole model, or register a family that fits"
-        )
-    if len(found) == 1 and family.parts:
-        # Alone, it reads the main input of the model, whose mask has the usual name.
-        (part, blocks) = found[0]
-        found = [(replace(part, input="", mask=part.mask and "attention_mask"), blocks)]
-    return found
-
-
-def blocks_of(model: nn.Module, family: Family) -> Iterator[Block]:
-    """Yield path and module of each block of a model."""
-    for _, blocks in parts_of(model, family):
-        yield from blocks
-
-
-def _expand(model: nn.Module, path: str) -> Iterator[Block]:
-    """Yield the modules of a list, or of the lists that a ``*`` in its path stands for."""
-    first, star, rest = path.partition(".*.")
-    try:
-        children = model.get_submodule(first)
-    except AttributeError:
-        return
-    for index, child in enumerate(children):
-        if star:
-            yield from _expand(model, f"{first}.{index}.{rest}")
-        else:
-            yield f"{first}.{index}", child
-
-
-def base_path(model: nn.Module) -> str:
-    """Return what the paths inside the base model begin with: nothing, or a path and a dot."""
-    base = getattr(model, "base_model", model)
-    prefix = next(name for name, module in model.named_modules() if module is base)
-    return f"{prefix}." if prefix else ""
-
-
-def body_of(model: nn.Module) -> nn.Module:
-    """Return what to run where no head is needed: the base model, if it takes the batch itself."""
-    base = getattr(model, "base_model", model)
-    name = getattr(model, "main_input_name", "input_ids")
-    # What DINOv3 calls its base model is the stack of blocks alone.
-    return base if name in inspect.signature(base.forward).parameters else model
+    weight = torch.ones(states.shape[:2], device=states.device)
+    if mask is not None and mask.shape == weight.shape:
+        weight = mask.to(weight)
+    return weight / weight.sum(1, keepdim=True)

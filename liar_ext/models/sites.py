@@ -7,18 +7,15 @@ columns go::
     attn    q, k, v   ──▶ x (d_in = heads · head_dim) ──▶ o      unit = head or KV group
 
 A block of a decoder that reads an encoder has a third one, ``cross_attn``, of the kind ``attn``.
-Where the MLP is a mixture of experts, each expert is a site, such as ``"3.mlp.5"``, whose weights
-lie in parameters that all experts of the layer share (:mod:`liar_ext.models.experts`), so that all
-must keep equally many channels. An expert that every token passes beside these is
-``"3.shared_mlp"``, of the kind ``mlp``.
+Each expert of a mixture is a site, such as ``"3.mlp.5"``; all of a layer share parameters, and must
+keep equally many channels. One that every token passes beside these is ``"3.shared_mlp"``.
 
-Paths come from the table of families; all sizes are read from the modules, never from the config,
-so that a model with unequal layers is read like any other.
+Paths come from the table of families, and sizes from the modules: layers may be unequal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,19 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.models.family import Part, Wiring
+from liar_ext.models.layers import get_path, has_path, layer_at, layer_of, out_in
 from liar_ext.models.plan import ATTN_UNITS, KINDS, PARTS
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import (
-    Block,
-    block_config,
-    count_kv_heads,
-    get_path,
-    has_path,
-    layer_at,
-    layer_of,
-    out_in,
-    parts_of,
-)
+from liar_ext.models.running import Block, block_config, parts_of
 from liar_ext.system.errors import InputError
 
 CROSS, SHARED = "cross_attn", "shared_mlp"
@@ -50,18 +38,14 @@ _KIND = {"attn": "attn", CROSS: "attn", "mlp": "mlp", SHARED: "mlp", "context_ml
 class Site:
     """A consumer layer with the units that it reads."""
 
-    # Block and kind, such as "3.mlp"; where a family has several stacks of blocks, the stack before
-    # that, as in "decoder.3.cross_attn"; for an expert also its number.
-    name: str
+    name: str  # block and kind, as in "3.mlp", or "decoder.3.cross_attn" of several stacks
     kind: str  # attn or mlp
     block: int  # its index in the stack
-    # What is removed whole: a channel, a head, or a kv_group, which is a key/value head with all
-    # query heads that share it.
-    unit: str
+    unit: str  # channel, head, or kv_group: a key/value head with all query heads that share it
     units: int
     width: int  # consumer input features of a unit: 1, head_dim, or group_size · head_dim
-    # Units fall into so many equal runs, which must keep equally many each: the key/value heads
-    # where query heads are removed under grouped-query attention; 1 means free.
+    # Runs of units, which must keep equally many each: the key/value heads where query heads are
+    # removed under grouped-query attention; else 1.
     groups: int
     d_in: int  # features that the consumer reads: units · width
     d_out: int  # features that it writes
@@ -101,10 +85,7 @@ class Site:
 
     @property
     def reads(self) -> list[tuple[str, Tensor, slice]]:
-        """What reads the units: path of the layer, features of the site, columns of the layer.
-
-        A unit has a run of features for each such layer.
-        """
+        """What reads the units: path of the layer, features of the site, columns of the layer."""
         paths = (self.consumer, *(f"{self.path}.{name}" for name in self.wiring.also))
         features = torch.arange(self.d_in, device="cpu").view(self.units, len(paths), -1)
         count = self.d_in // len(paths)
@@ -130,18 +111,12 @@ class Site:
         return self.kind, self.unit, self.units, self.width, self.groups, self.d_out
 
     def features(self, kept: Sequence[int]) -> Tensor:
-        """Return the consumer's input features of units, ``(len(kept) · width,)`` int64.
-
-        Unit u is the features ``u · width + i``, i < width.
-        """
+        """Return the consumer's input features of units, ``(len(kept) · width,)`` int64."""
         features = torch.arange(self.d_in, device="cpu").view(self.units, self.width)
         return features[list(kept)].flatten()
 
     def row_units(self, producer: str, rows: int) -> Tensor:
-        """Return the unit of each of ``rows`` rows of a producer, int64; -1 of rows that stay.
-
-        Query heads that leave a KV group leave its key and value, be they in the same weight.
-        """
+        """Return the unit of each of ``rows`` rows of a producer, int64; -1 of rows that stay."""
         stack = self.wiring.stacked.get(producer.removeprefix(f"{self.path}."))
         if stack is None:
             return runs(rows, self.units)
@@ -154,12 +129,7 @@ class Site:
         return torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten()
 
     def per_unit(self, values: Tensor) -> Tensor:
-        """Return ``Σ_{j∈u} values_j``, shape (units,), of values of features, shape (d_in,).
-
-        Values of units, shape (units,), come back as they are.
-
-        InputError is raised if there are as many values as neither.
-        """
+        """Return ``Σ_{j∈u} values_j``, (units,), of values of features, (d_in,), or of units."""
         if values.shape not in ((self.units,), (self.d_in,)):
             raise InputError(
                 f"per_unit: {self.name} takes {self.units} values by unit or {self.d_in} by "
@@ -182,8 +152,7 @@ class Site:
 
 
 def runs(rows: int, units: int) -> Tensor:
-    """Return the unit of each row where every unit has one run of rows."""
-    # On the CPU also while a model is built on the meta device.
+    """Return the unit of each row where every unit has one run of rows, on the CPU."""
     return torch.arange(units, device="cpu").repeat_interleave(rows // units)
 
 
@@ -214,11 +183,10 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
         raise InputError(
             f"sites: attn_unit must be one of {', '.join(ATTN_UNITS)}, got {attn_unit!r}"
         )
-    family = family_of(model)
+    family, found = family_of(model), []
     parts = parts_of(model, family)
     # A decoder alone has the layers that read an encoder, too, and never runs them.
     whole = len(parts) == len(family.all_parts)
-    found, described = [], False
     if only and not only & {part.name for part, _ in parts}:
         raise InputError(f"sites: {family.name!r} has no part {min(only)}; leave --sites out")
     for part, blocks in parts:
@@ -229,24 +197,20 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
             for label, kind in _KIND.items()
             if kind in kinds and (whole or label != CROSS)
         }
-        described = described or any(rows.values())
         for index, block in enumerate(blocks):
             for label in rows:
                 wiring = wiring_of(family.name, rows[label], block[1]) if rows[label] else None
                 if wiring is not None:
-                    site = _read_site((part, label, index, block), wiring, attn_unit)
+                    site = _read_site(part, label, index, block, wiring, attn_unit)
                     found += [
                         replace(site, name=f"{site.name}.{expert}", expert=expert)
                         for expert in range(site.experts)
                     ] or [site]
-    if not described:
+    if not found:
+        reasons = [why_whole(model, kind) or "no block has any" for kind in kinds]
         raise InputError(
             f"sites: {family.name!r} has nothing to prune in {' and '.join(kinds)}: "
-            f"{'; '.join(why_whole(model, kind) for kind in kinds)}"
-        )
-    if not found:
-        raise InputError(
-            f"sites: no block of {family.name!r} has any {' or '.join(kinds)} to prune"
+            f"{'; '.join(reasons)}"
         )
     if attn_unit == "auto" and attn_unit_of(found) == "kv_group":  # a head is a group of its own
         found = [replace(s, unit="kv_group") if s.unit == "head" else s for s in found]
@@ -281,16 +245,13 @@ def why_whole(model: nn.Module, kind: str) -> str:
 
 
 def get_consumer_weight(model: nn.Module, site: Site) -> Tensor:
-    """Return the consumer's weight W of ``y = W x + b``, shape (d_out, d_in).
-
-    It is no copy unless the site is :attr:`Site.shared`.
-    """
+    """Return the consumer's W of ``y = W x + b``, (d_out, d_in); a copy of shared ones alone."""
     weight = layer_of(model, site).weight.detach()
     return weight.T if site.wiring.transposed else weight
 
 
 def get_consumer_bias(model: nn.Module, site: Site) -> Tensor | None:
-    """Return the consumer's bias b, shape (d_out,), without a copy; None if it has none."""
+    """Return the consumer's bias b, (d_out,), without a copy; None if it has none."""
     bias = layer_of(model, site).bias
     return None if bias is None else bias.detach()
 
@@ -319,30 +280,32 @@ def wiring_of(family: str, rows: Sequence[Wiring], block: nn.Module) -> Wiring |
     )
 
 
-def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: str) -> Site:
+def _read_site(
+    part: Part, label: str, index: int, block: Block, wiring: Wiring, attn_unit: str
+) -> Site:
     """Return the site of a block; of a mixture of experts what all of them have in common."""
-    part, label, index, (path, block) = place
+    path, module = block
     name = ".".join(str(each) for each in (part.name, index, label) if each != "")
-    experts = 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
-    found = {layer: layer_at(block, layer, 0 if experts else None) for layer in wiring.layers}
+    experts = 0 if wiring.experts is None else len(get_path(module, wiring.consumer))
+    found = {layer: layer_at(module, layer, 0 if experts else None) for layer in wiring.layers}
     rows = {layer: out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = out_in(name, wiring.consumer, found[wiring.consumer], wiring)
-    d_in = rows[wiring.producers[0]] if wiring.columns else d_in * (1 + len(wiring.also))
+    readers = 1 + len(wiring.also)
+    d_in = rows[wiring.producers[0]] if wiring.columns else d_in * readers
     unit, units, groups, head_dim, kv_heads, key_dim = "channel", d_in, 1, 0, 0, 0
-    top_k = get_path(block, wiring.experts.router).top_k if experts else 0
     if wiring.head_dim:
-        size, *count = (get_path(block, each) for each in wiring.head_dim.split(" // "))
+        size, *count = (get_path(module, each) for each in wiring.head_dim.split(" // "))
         head_dim = size // count[0] if count else size
-        key_dim = get_path(block, wiring.key_dim) if wiring.key_dim else 0
-        heads = d_in // head_dim // (1 + len(wiring.also))
-        kv_heads = count_kv_heads(name, wiring, rows, (heads, head_dim, key_dim or head_dim))
+        key_dim = get_path(module, wiring.key_dim) if wiring.key_dim else 0
+        heads = d_in // head_dim // readers
+        kv_heads = _count_kv_heads(name, wiring, rows, heads, head_dim, key_dim or head_dim)
         grouped = kv_heads < heads
         if wiring.whole_groups or attn_unit == "kv_group" or (attn_unit == "auto" and grouped):
             unit, units = "kv_group", kv_heads
         else:
             unit, units, groups = "head", heads, kv_heads if grouped else 1
     for number in wiring.numbers:
-        if not number.endswith("?") and not has_path(block, number, int):
+        if not number.endswith("?") and not has_path(module, number, int):
             raise InputError(f"sites: {name} has no number {number!r}; mend the row of its family")
     site = Site(
         name=name,
@@ -364,28 +327,45 @@ def _read_site(place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: s
         wiring=wiring,
         part=part,
         experts=experts,
-        active=top_k / experts if experts else 1.0,
+        active=get_path(module, wiring.experts.router).top_k / experts if experts else 1.0,
         key_dim=key_dim,
     )
-    return _counted(site, block, found, rows)
-
-
-def _counted(site: Site, block: nn.Module, found: dict, rows: dict[str, int]) -> Site:
-    """Return a site with its producers and the size of a unit; layers and rows are by name."""
-    wiring, weights, biases = site.wiring, site.d_in * site.d_out, 0
     # A query head that leaves a KV group leaves the group's key and value behind.
     producers = (*wiring.producers, *(() if site.keys_stay else wiring.key_value))
+    weights, biases = d_in * d_out, 0
     for each in wiring.per_head:
-        if (held := get_path(block, each)) is not None:
-            runs = held.shape[head_axis(block, each)]
+        if (held := get_path(module, each)) is not None:
+            runs = held.shape[head_axis(module, each)]
             biases += _count_owned(site, each, runs) * (held.numel() // runs)
     for layer in producers:
         owned = _count_owned(site, layer, rows[layer])
         weights += owned * (found[layer].weight.numel() // rows[layer])
         biases += owned if found[layer].bias is not None else 0
-    paths = tuple(f"{site.path}.{producer}" for producer in producers)
-    params, weights = (weights + biases) // site.units, weights // site.units
-    return replace(site, producers=paths, unit_params=params, unit_weights=weights)
+    return replace(
+        site,
+        producers=tuple(f"{path}.{producer}" for producer in producers),
+        unit_params=(weights + biases) // units,
+        unit_weights=weights // units,
+    )
+
+
+def _count_kv_heads(
+    site: str, wiring: Wiring, rows: Mapping[str, int], heads: int, head_dim: int, key_dim: int
+) -> int:
+    """Return the number of key/value heads, by the rows of the layers of an attention site."""
+    if wiring.key_value:
+        return rows[wiring.key_value[0]] // head_dim
+    for layer, stack in wiring.stacked.items():
+        if stack.shared and layer in rows:
+            each = stack.rows(rows[layer], heads * head_dim, heads)
+            kv_heads, left = divmod(min(each[m] for m in stack.grouped if m in each), key_dim)
+            if sum(each.values()) != rows[layer] or left or kv_heads < 1:
+                raise InputError(
+                    f"sites: {layer} of {site} must stack {', '.join(stack.matrices)} of {heads} "
+                    f"query heads, got {rows[layer]} rows; register a family that fits"
+                )
+            return kv_heads
+    return heads
 
 
 def head_axis(block: nn.Module, name: str) -> int:

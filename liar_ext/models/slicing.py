@@ -20,14 +20,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from liar_ext.models.depth import check_kept_blocks, keep_blocks
-from liar_ext.models.experts import check_count, check_kept_experts, keep_experts
+from liar_ext.models.layers import bias_name, layer_at, layer_of, narrow, owner_of, weight_of
 from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.plan import Budget, Plan, SitePlan, sites_left
 from liar_ext.models.registry import type_of
-from liar_ext.models.residual_stream import Weights, hidden_of, narrow, slice_hidden, weight_of
-from liar_ext.models.running import bias_name, layer_at, layer_of, owner_of
+from liar_ext.models.residual_stream import Weights, hidden_of, slice_hidden
 from liar_ext.models.sites import CROSS, Site, get_consumer_bias, head_axis, sites, teams_of
+from liar_ext.models.whole import (
+    check_count,
+    keep_blocks,
+    keep_experts,
+    renumbered,
+    router_of,
+    stack_of,
+)
 from liar_ext.system.errors import InputError
 
 # transformers multiplies all experts of a layer at once, by a kernel that takes rows of a multiple
@@ -81,11 +87,14 @@ def apply_plan(
     the flag governs gains one, zero except for the consumers', as the stock class builds them.
     """
     found, weights = _by_name(model, plan), dict(weights or {})
+    refits: list[tuple[Site, tuple[Tensor, Tensor | None]]] = []
     if plan.blocks is not None:
-        numbers, before = check_kept_blocks(model, plan.blocks), found
-        refits = {n: weights.pop(f"{DENSE}{n}") for n in before if f"{DENSE}{n}" in weights}
-        for name, (weight, _) in refits.items():
-            _check_shape(f"weight of {name}", weight, (before[name].d_out, before[name].d_in))
+        check_count("the model", len(stack_of(model)[1]), "blocks", plan.blocks)
+        numbers = renumbered(model, plan.blocks.kept)
+        dense = [site for name, site in found.items() if f"{DENSE}{name}" in weights]
+        refits = [(site, weights.pop(f"{DENSE}{site.name}")) for site in dense]
+        for site, (weight, _) in refits:
+            _check_shape(f"weight of {site.name}", weight, (site.d_out, site.d_in))
         found = {n: replace(s, name=n) for n, s in sites_left(found, plan.blocks).items()}
     gaining = (found[name] for name, at in plan.sites.items() if at.bias and name in found)
     flags = {site.wiring.bias_flag for site in gaining} - {None}  # which hold for all blocks
@@ -95,46 +104,40 @@ def apply_plan(
         planned = {n: each for n, each in plan.sites.items() if n in here or n not in found}
         found, plan = here, replace(plan, sites=planned)
     layers = _hidden_layers(model, plan, weights)
-    scales = {name: weights[name][0] for name in weights if name in plan.experts}
-    weights = {name: weights[name] for name in weights if name not in scales}
+    scales = {name: weights.pop(name)[0] for name in plan.experts if name in weights}
+    for name, each in scales.items():
+        _check_shape(f"scales of {name}", each, (len(plan.experts[name].kept),))
     _check(model, found, plan, {name: weights[name] for name in weights if name not in layers})
-    for name, site_plan in plan.experts.items():
-        check_kept_experts(model, found.get(f"{name}.0"), name, site_plan, scales.get(name))
+    for site, refit in refits:
+        _set_consumer(model, site, *refit)
     if plan.blocks is not None:
-        for name, refit in refits.items():
-            _set_consumer(model, before[name], *refit)
         keep_blocks(model, plan.blocks.kept, numbers)
-        found = _by_name(model, plan)
+        found = _by_name(model, plan, found)
     if plan.hidden is not None:
         slice_hidden(model, plan.hidden.kept, layers)
-        found = _by_name(model, plan)
     for name, site_plan in plan.experts.items():
         kept = torch.tensor(site_plan.kept, device="cpu")
         keep_experts(model, found[f"{name}.0"], kept, scales.get(name))
     if plan.experts:
-        found = _by_name(model, plan)
+        found = _by_name(model, plan, found)
     _grow_biases(model, found, plan, flags)
     for team in teams_of(list(found.values())).values():
         _slice_team(model, team, plan)
-    left = _by_name(model, plan)
-    for name in weights:
-        if name in plan.sites:
-            _set_consumer(model, left[name], *weights[name])
-    for name, site in left.items():
-        if name in found:
-            _patch_numbers(model, site)
+    found = _by_name(model, plan, found)
+    for name in plan.sites.keys() & weights.keys():
+        _set_consumer(model, found[name], *weights[name])
+    for site in found.values():
+        _patch_numbers(model, site)
 
 
-def _by_name(model: nn.Module, plan: Plan) -> dict[str, Site]:
-    return {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+def _by_name(model: nn.Module, plan: Plan, some: Collection[str] | None = None) -> dict[str, Site]:
+    """Return the sites of a model as they are now, or those of ``some`` names."""
+    at = sites(model, attn_unit=plan.attn_unit)
+    return {site.name: site for site in at if some is None or site.name in some}
 
 
 def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tensor:
-    """Return which of the ``rows`` of a site's producer stay with the units ``kept``.
-
-    ``site`` is as it is before it is sliced. What comes back, ascending, int64, on the CPU, are
-    the rows of these units, and those that no unit owns.
-    """
+    """Return which of the ``rows`` of a site's producer stay with the units ``kept``."""
     units = site.row_units(producer, rows)
     return torch.isin(units, torch.tensor([-1, *kept], device="cpu")).nonzero().flatten()
 
@@ -142,24 +145,22 @@ def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tens
 def unit_slices(
     model: nn.Module, site: Site, kept: Sequence[int]
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield what belongs to the units of a site, and what of it stays with the units ``kept``.
+    """Yield parameter, dimension and slices that stay, of all that belongs to the units of a site.
 
-    That is the path of a parameter, which the model may lack if it is a bias, a dimension of it,
-    and the slices that stay, ascending, int64, on the CPU. Parameters of all experts of a layer
-    have a dimension more than their layers, in front.
+    The parameter is a path, which the model may lack if it is a bias.
     """
-    one = site.expert is None
-    output, input_ = (1, 0) if site.wiring.transposed else (0, 1)
+    one, output = site.expert is None, int(site.wiring.transposed)
+    ahead = int(not one)  # parameters of all experts have one dimension more, in front
     for path in site.producers:
         size = layer_at(model, path, site.expert).weight.shape[output]
         rows = unit_rows(site, path, kept, size)
-        yield f"{path}.weight" if one else path, output + (not one), rows
-        yield f"{path}.bias" if one else bias_name(path), int(not one), rows
+        yield f"{path}.weight" if one else path, ahead + output, rows
+        yield f"{path}.bias" if one else bias_name(path), ahead, rows
     for path, features, columns in site.reads:
-        size = layer_at(model, path, site.expert).weight.shape[input_]
+        size = layer_at(model, path, site.expert).weight.shape[1 - output]
         stays = torch.ones(size, dtype=torch.bool, device="cpu")
         stays[columns] = torch.isin(features, site.features(kept))
-        yield f"{path}.weight" if one else path, input_ + (not one), stays.nonzero().flatten()
+        yield f"{path}.weight" if one else path, ahead + 1 - output, stays.nonzero().flatten()
     for each in site.wiring.per_head:
         path = f"{site.path}.{each}"
         owner, name = owner_of(model, path)
@@ -169,26 +170,79 @@ def unit_slices(
 
 
 def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Weights) -> None:
+    """Refuse a plan, or weights, that don't fit the sites of a model."""
     model_type = type_of(model)
     if plan.model_type != model_type:
         raise InputError(
             f"apply_plan: the plan is for {plan.model_type!r}, the model is {model_type!r}; "
             "make a plan from this model"
         )
-    unknown = [name for name in plan.sites if name not in found]
+    # Experts are numbered as they are once the others are gone.
+    gone = {
+        f"{team}.{at}"
+        for team, experts in plan.experts.items()
+        for at in range(len(experts.kept), experts.units)
+    }
+    unknown = [name for name in plan.sites if name not in found or name in gone]
+    unknown += [name for name in plan.experts if f"{name}.0" not in found]
     if unknown:
         raise InputError(
-            f"apply_plan: the model has no site {', '.join(unknown[:4])} (the plan has "
-            f"{len(plan.sites)} sites, the model {len(found)}, up to {list(found)[-1]}); "
-            "make a plan from this model"
+            f"apply_plan: the model has no site {', '.join(unknown[:4])}; make a plan from this "
+            "model"
         )
+    for name, experts in plan.experts.items():
+        site = found[f"{name}.0"]
+        check_count(name, site.experts, "experts", experts)
+        if len(experts.kept) < (top_k := router_of(model, site).top_k):
+            raise InputError(
+                f"apply_plan: {name} sends every token to {top_k} experts, the plan keeps "
+                f"{len(experts.kept)}; keep at least {top_k}"
+            )
+    for team, every in teams_of(list(found.values())).items():
+        left = [site for site in every if site.name not in gone]
+        kept = {
+            len(plan.sites[site.name].kept) if site.name in plan.sites else site.units
+            for site in left
+        }
+        if len(kept) > 1:
+            raise InputError(
+                f"apply_plan: {team} must keep equally many channels of each of its {len(left)} "
+                f"experts, got {', '.join(map(str, sorted(kept)))}; name all of them in the plan"
+            )
     for name, site_plan in plan.sites.items():
-        _check_site(found[name], site_plan)
-    _check_experts(model, found, plan)
-    for name, (weight, bias) in weights.items():
-        if name not in plan.sites:
-            raise InputError(f"apply_plan: a weight came for {name}, which the plan doesn't name")
-        _check_weight(model, found[name], plan, weight, bias)
+        _check_site(model, found[name], site_plan, plan.hidden, *weights.get(name, (None, None)))
+    if stray := [name for name in weights if name not in plan.sites]:
+        raise InputError(f"apply_plan: a weight came for {stray[0]}, which the plan doesn't name")
+
+
+def _check_site(
+    model: nn.Module,
+    site: Site,
+    plan: SitePlan,
+    hidden: SitePlan | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    check_count(site.name, site.units, f"units ({site.unit})", plan)
+    per_group = Counter(unit * site.groups // site.units for unit in plan.kept)
+    kept = [per_group[group] for group in range(site.groups)]
+    if len(set(kept)) != 1:
+        raise InputError(
+            f"apply_plan: {site.name} must keep equally many heads in each of its {site.groups} "
+            f"KV groups, got {kept}; or prune whole groups with attn_unit='kv_group'"
+        )
+    d_out = site.d_out if hidden is None else len(hidden.kept)
+    if weight is not None:
+        _check_shape(f"weight of {site.name}", weight, (d_out, len(plan.kept) * site.width))
+    if bias is not None:
+        _check_shape(f"bias of {site.name}", bias, (d_out,))
+    fixed = site.expert is not None or site.shared  # no module of its own has a place for one
+    if (plan.bias and fixed) or (bias is not None and not plan.bias):
+        if get_consumer_bias(model, site) is None:
+            raise InputError(
+                f"apply_plan: the consumer of {site.name} has no bias; set bias=True in its plan, "
+                "or, of an expert and the like, which can't gain one, give none"
+            )
 
 
 def _hidden_layers(model: nn.Module, plan: Plan, weights: Weights) -> Weights:
@@ -211,80 +265,18 @@ def _check_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_site(site: Site, site_plan: SitePlan) -> None:
-    check_count(site.name, site.units, f"units ({site.unit})", site_plan)
-    per_group = Counter(unit * site.groups // site.units for unit in site_plan.kept)
-    if len(per_group) != site.groups or len(set(per_group.values())) != 1:
-        kept = [per_group[group] for group in range(site.groups)]
-        raise InputError(
-            f"apply_plan: {site.name} must keep equally many heads in each of its {site.groups} "
-            f"KV groups, got {kept}; or prune whole groups with attn_unit='kv_group'"
-        )
-
-
-def _check_experts(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> None:
-    """Refuse unequally many channels of the experts of a layer, and biases that they lack."""
-    for team, every in teams_of(list(found.values())).items():
-        some = every[: len(plan.experts[team].kept)] if team in plan.experts else every
-        kept = {
-            len(plan.sites[site.name].kept) if site.name in plan.sites else site.units
-            for site in some
-        }
-        if len(kept) > 1:
-            raise InputError(
-                f"apply_plan: {team} must keep equally many channels of each of its {len(some)} "
-                f"experts, got {', '.join(map(str, sorted(kept)))}; name all of them in the plan"
-            )
-        if any(site.name in plan.sites for site in every[len(some) :]):
-            raise InputError(
-                f"apply_plan: {team} keeps {len(some)} experts, and the plan names channels of "
-                "more; number experts as they are once the others are gone"
-            )
-    for name, site_plan in plan.sites.items():
-        site = found[name]
-        fixed = site.expert is not None or site.shared
-        if fixed and site_plan.bias and get_consumer_bias(model, site) is None:
-            raise InputError(
-                f"apply_plan: {name} has no bias and its module has no place for one; set "
-                "bias=False in the plan of the site"
-            )
-
-
-def _check_weight(
-    model: nn.Module, site: Site, plan: Plan, weight: Tensor, bias: Tensor | None
-) -> None:
-    d_out = site.d_out if plan.hidden is None else len(plan.hidden.kept)
-    site_plan = plan.sites[site.name]
-    shape = (d_out, len(site_plan.kept) * site.width)
-    _check_shape(f"weight of {site.name}", weight, shape)
-    if bias is None:
-        return
-    _check_shape(f"bias of {site.name}", bias, (d_out,))
-    if not site_plan.bias and get_consumer_bias(model, site) is None:
-        raise InputError(
-            f"apply_plan: a bias came for {site.name}, whose consumer has none; set bias=True in "
-            "the plan of the site"
-        )
-
-
 def _grow_biases(
     model: nn.Module, found: Mapping[str, Site], plan: Plan, flags: Collection[str]
 ) -> None:
     """Give zero biases to the consumers that the plan says, and to what shares their flag."""
-    gaining = {name for name, site_plan in plan.sites.items() if site_plan.bias}
     for name, site in found.items():
+        paths = [site.consumer] if name in plan.sites and plan.sites[name].bias else []
         if site.wiring.bias_flag in flags:
-            for layer in site.wiring.layers:
-                _add_bias(model.get_submodule(f"{site.path}.{layer}"), site)
-        elif name in gaining:
-            _add_bias(model.get_submodule(site.consumer), site)
-
-
-def _add_bias(layer: nn.Module, site: Site) -> None:
-    if layer.bias is None:
-        weight = layer.weight
-        zeros = weight.new_zeros(weight.shape[1 if site.wiring.transposed else 0])
-        layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+            paths = [f"{site.path}.{layer}" for layer in site.wiring.layers]
+        for layer in map(model.get_submodule, paths):
+            if layer.bias is None:
+                zeros = layer.weight.new_zeros(layer.weight.shape[int(site.wiring.transposed)])
+                layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
 
 
 def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
@@ -311,20 +303,16 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
 
 
 def _follow_alignment(model: nn.Module, site: Site, kept: Sequence[int]) -> None:
-    """Renumber the heads of cross-attention that align words with times, as Whisper names them.
-
-    If none of them stays, the generation config names none, and transformers refuses to time words.
-    """
-    how = getattr(model, "generation_config", None)
-    pairs = getattr(how, "alignment_heads", None)
-    if not pairs or not isinstance(pairs, list):
-        return
-    if not all(isinstance(each, list | tuple) and len(each) == 2 for each in pairs):
-        return  # by anything else transformers can't time words
-    stays = [(block, head) for block, head in pairs if block != site.block or head in kept]
-    new = {head: at for at, head in enumerate(kept)}
-    how.alignment_heads = [[b, h if b != site.block else new[h]] for b, h in stays]
-    if not stays:
+    """Renumber the heads of cross-attention that align words with times, as Whisper names them."""
+    how, new = getattr(model, "generation_config", None), {head: at for at, head in enumerate(kept)}
+    found = [
+        [block, new[head] if block == site.block else head]
+        for block, head in getattr(how, "alignment_heads", None) or ()
+        if block != site.block or head in new
+    ]
+    if found:
+        how.alignment_heads = found
+    elif hasattr(how, "alignment_heads"):
         del how.alignment_heads
 
 
@@ -351,10 +339,7 @@ def _patch_numbers(model: nn.Module, site: Site) -> None:
 
 
 def site_step(site: Site, budget: Budget) -> int:
-    """Return the units between two counts that a site may keep: channels come in tiles.
-
-    Those of experts come in eights, where the dense model's do, whatever the tile is.
-    """
+    """Return the step between counts that a site may keep: tiles, and eights of experts."""
     if site.unit != "channel":
         return site.groups
     base = 1 if site.expert is None else math.gcd(site.units, GROUPED_STEP)

@@ -33,11 +33,10 @@ def gram_update_(
 
     A row of weight 0 is skipped unread, so padding may hold anything. A row that holds a NaN, an
     infinity or a value beyond 2⁴⁸ (2.8e14), in itself or times its weight, and one whose weight is
-    negative or beyond that, is left out of all sums and counted in ``count[1]``: larger products
-    would overflow float32. Where ``x`` and ``gram`` are both float64 the limit is 2⁵⁰⁰. Products
-    are summed in float32 over at most 2048 tokens and then in the dtype of ``gram``: when that is
-    float64 the error does not grow with the number of tokens. Float64 rows are summed in float64
-    throughout. The result is the same bit for bit from run to run.
+    negative or beyond that, is left out of all sums and counted in ``count[1]``. Where ``x`` and
+    ``gram`` are both float64 the limit is 2⁵⁰⁰. Products are summed in float32 over at most 2048
+    tokens, of float64 rows in float64, and then in the dtype of ``gram``. The result is the same
+    bit for bit from run to run.
 
     Parameters
     ----------
@@ -63,8 +62,7 @@ def gram_update_(
 
     Notes
     -----
-    Source: the Gram matrix of LIAR (arXiv 2407.13331, section III), as sums instead of means, so
-    that folds, shards and resumed runs add up.
+    Source: the Gram matrix of LIAR (arXiv 2407.13331, section III), as sums instead of means.
     """
     if x.is_cuda and not torch.compiler.is_compiling():
         backends.gram_update_(gram, total, count, x, y, weight)
@@ -93,8 +91,7 @@ def reconstruct(
     of ``damps``. λ = ∞ gives :math:`W_K`: plain dropping. Computed in float64.
 
     Several sites of one shape go in one call: then every tensor but ``damps`` has a leading
-    dimension of sites, and so has every result. Each site gets what a call of its own would give
-    it, bit for bit. Expanded tensors are not copied.
+    dimension of sites, and so has every result, with the bits of single calls.
 
     Parameters
     ----------
@@ -127,11 +124,11 @@ def reconstruct(
     holdout_error : Tensor
         The same on ``holdout``, ``(L,)``; ``(0,)`` without.
     info : Tensor
-        ``(L, 2)`` float64: code and condition. Code 0 is solved; else this λ's errors and condition
-        are NaN, and its weight means nothing. Code k > 0 says that the leading minor of order k of
-        ``G_KK + Λ`` is not positive definite; −2 that an argument holds a NaN or an infinity, or
-        that an error is beyond float64; −1, on CUDA only, that ``kept`` is not ascending within
-        ``d``. Condition is ``(max L_ii / min L_ii)²`` of the Cholesky factor, a lower bound.
+        ``(L, 2)`` float64: code and condition. Code 0 is solved; else errors and condition are NaN.
+        Code k > 0 says that the leading minor of order k of ``G_KK + Λ`` is not positive definite;
+        −2 that an argument holds a NaN or an infinity, or that an error is beyond float64; −1, on
+        CUDA only, that ``kept`` is not ascending within ``d``. Condition is ``(max L_ii / min
+        L_ii)²`` of the Cholesky factor, a lower bound.
 
     Raises
     ------
@@ -161,8 +158,7 @@ def obs_curve(
     and then :math:`W \leftarrow W - W_u S^{-1} H_{u:}`, :math:`H \leftarrow H - H_{:u} S^{-1}
     H_{u:}`, where W are the weights with everything removed so far folded in. The sum of δ is the
     objective itself, :math:`\min_D \mathrm{tr}(\Delta W (G + \Lambda) \Delta W^T)` over the
-    weights D that fold P into K, with :math:`\Delta W` = D on K and −W_P on P. Computed in float64,
-    at about 2 d³ multiply-adds for all units; ``d_out`` hardly counts.
+    weights D that fold P into K, with :math:`\Delta W` = D on K and −W_P on P. Computed in float64.
 
     Parameters
     ----------
@@ -190,8 +186,7 @@ def obs_curve(
     info : Tensor
         ``(2,)`` float64: code and condition. Code 0 is solved; k > 0 says that the leading minor of
         order k of ``G + Λ`` is not positive definite, or beyond d, that rounding has spoilt H; the
-        errors are NaN then, and the order means nothing. Condition is ``(max L_ii / min L_ii)²`` of
-        the Cholesky factor, a lower bound.
+        errors are NaN then. Condition is ``(max L_ii / min L_ii)²`` of the Cholesky factor.
 
     Raises
     ------
@@ -201,7 +196,7 @@ def obs_curve(
     Notes
     -----
     Source: Optimal Brain Surgeon (Hassibi and Stork 1993) for whole units, as in SlimGPT
-    (arXiv 2412.18110), with every downdate exact and none of the choices made in blocks.
+    (arXiv 2412.18110).
     """
     return torch.ops.liar_ext.obs_curve(weight, gram, width, damp, at_least, groups)
 
@@ -216,7 +211,7 @@ def build_info() -> dict[str, str]:
     ``cuda_driver`` (the newest that the driver knows, or none) and ``cuda_devices`` (how many).
     Without an extension ``extension`` says why, and torch is the kernel. After calls on a GPU
     ``gram``, ``solve`` and ``curve`` name the backends that were chosen, see
-    :mod:`liar_ext.ops.choice`.
+    :mod:`liar_ext.ops.backends`.
     """
     choosers = {"gram": backends.grams, "solve": backends.solves, "curve": backends.curves}
     chosen = {name: "; ".join(said) for name, each in choosers.items() if (said := each.lines())}

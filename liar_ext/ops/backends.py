@@ -1,4 +1,4 @@
-"""Which backend serves an operator on a GPU, see :mod:`liar_ext.ops.choice`.
+"""Which backend serves an operator on a GPU: checked against float64, timed, and kept.
 
 ========================================  ==================================================
 ``gram_update_``                          ``csrc``, one Triton kernel, or ``torch``, triangle
@@ -9,8 +9,10 @@
 ``obs_curve``, wider units                ``torch``
 ========================================  ==================================================
 
-``csrc`` are the CUDA kernels of this package. Where they are not, ``torch`` does everything.
-Where there is a choice, ``LIAR_GRAM`` and ``LIAR_SOLVE`` force a backend.
+``csrc`` are the CUDA kernels of this package. At the first call of a kind on a device, the backends
+that exist are checked on a small problem. Of those that are right, the fastest is taken, and noted
+in a cache file for the next process. A backend that is wrong or raises is left out, with a warning.
+``LIAR_GRAM`` and ``LIAR_SOLVE`` force a backend, unchecked.
 """
 
 from __future__ import annotations
@@ -18,20 +20,176 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from liar_ext.ops import curve, dispatch, reference
-from liar_ext.ops.choice import Backend, Chooser, Kind, power_of_two
+from liar_ext.ops import dispatch, reference
+from liar_ext.system.environment import version_of
+from liar_ext.system.errors import InputError, one_line
 
+RUNS = 3  # that are timed
 GRAM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2.0**-20}  # of the sum of magnitudes
-HALF_TOLERANCE = 2.0**-17
 TOLERANCE = 1e-8  # of the largest value of a solve, as in the tests of the kernels
 SMALL = 128  # kept features of a system that one CUDA block solves
 MOST = 4096  # features, tokens and columns of a problem that is timed
 STEPS = 16  # removals of the elimination that is timed
+Backend = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a choice holds for; its text is the key of a measurement."""
+
+    device: torch.device
+    words: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()  # rounded up, so that one measurement serves many
+
+    def __str__(self) -> str:
+        return " ".join([str(self.device), *self.words, " × ".join(map(str, self.sizes))]).rstrip()
+
+
+@dataclass
+class Chooser:
+    """The choices of a process between the backends of an operator."""
+
+    name: str
+    variable: str  # of the environment, forces a backend
+    backends: Callable[[torch.device], Mapping[str, Backend]]  # of equal speed the first is taken
+    fault: Callable[[Backend, Kind], str]  # of a backend on a small problem, or nothing
+    problem: Callable[[Kind], Callable[[Backend], object]]  # gives a problem of a kind to a backend
+    chosen: dict[Kind, str] = field(init=False, default_factory=dict)
+    seconds: dict[Kind, dict[str, float]] = field(init=False, default_factory=dict)
+    # By kind and backend why it is wrong, or nothing where it is right.
+    wrong: dict[tuple[Kind, str], str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.backends = functools.cache(self.backends)  # are looked for once a device
+
+    def choose(self, kind: Kind) -> str:
+        """Return the name of the backend for a kind of call, found once."""
+        if kind in self.chosen:
+            return self.chosen[kind]
+        found, forced = self.backends(kind.device), os.environ.get(self.variable)
+        if forced and forced not in found:
+            raise InputError(
+                f"{self.variable}={forced}: must be one of {', '.join(found)} on {kind.device}; "
+                "unset it to let the fastest be found"
+            )
+        chosen = forced
+        if not forced:
+            if kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return next(iter(found))  # no clock runs in a graph
+            right = {name: each for name, each in found.items() if self._is_right(kind, name)}
+            if not right:
+                raise RuntimeError(
+                    f"{self.name}: no backend is right on {kind.device}; use --device cpu"
+                )
+            chosen = self._fastest(kind, right)
+        self.chosen[kind] = chosen
+        return chosen
+
+    def backend(self, kind: Kind) -> Backend:
+        """Return the backend for a kind of call."""
+        return self.backends(kind.device)[self.choose(kind)]
+
+    def _is_right(self, kind: Kind, name: str) -> bool:
+        """Tell whether a backend passes the check, one for all sizes; warn where it does not."""
+        key = replace(kind, sizes=()), name
+        if key not in self.wrong:
+            try:
+                why = self.fault(self.backends(kind.device)[name], kind)
+            except Exception as error:  # of a compiler, a driver or a library: it is out
+                why = f"it raises {type(error).__name__}: {one_line(error)}"
+            self.wrong[key] = why
+            if why:
+                warnings.warn(
+                    f"liar_ext: the {name} backend of {self.name} is left out on {key[0]}: {why}. "
+                    "The others do the work. Please report this with the output of "
+                    "`liar doctor --json`, see CONTRIBUTING.md",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return not self.wrong[key]
+
+    def _fastest(self, kind: Kind, right: Mapping[str, Backend]) -> str:
+        """Return the fastest backend, from the cache file or by the clock."""
+        if len(right) == 1:
+            return next(iter(right))
+        key = f"{self.name} on {machine(kind.device)}: {kind}"
+        kept = _read().get(key, {})
+        if kept.keys() != right.keys():
+            try:
+                run = self.problem(kind)
+                kept = {name: seconds(lambda each=each: run(each)) for name, each in right.items()}
+            except torch.OutOfMemoryError:
+                return next(iter(right))
+            _write(key, kept)
+        self.seconds[kind] = kept
+        return min(right, key=lambda name: kept[name])
+
+    def lines(self) -> list[str]:
+        """Return each choice, with milliseconds, and what was left out."""
+        said = []
+        for kind, name in self.chosen.items():
+            times = self.seconds.get(kind, {}).items()
+            beside = ", ".join(f"{each} {1e3 * value:.3g} ms" for each, value in times)
+            said.append(f"{kind}: {name} ({beside})" if beside else f"{kind}: {name}")
+        left_out = ((key, why) for key, why in self.wrong.items() if why)
+        return said + [f"{kind}: not {name}: {why}" for (kind, name), why in left_out]
+
+
+def power_of_two(size: int, most: int) -> int:
+    """Return a size rounded up to a power of two, from 32 on and up to a limit."""
+    return min(most, 1 << max(5, (size - 1).bit_length()))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Return the least time of a call on a GPU, after one that may compile."""
+    times = []
+    for _ in range(RUNS + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        with torch.no_grad():
+            run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return min(times[1:])
+
+
+def machine(device: torch.device) -> str:
+    """Return what a measurement holds for: the card, and the libraries that were measured."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    triton = importlib.util.find_spec("triton") and version_of("triton")
+    return f"{card}, torch {torch.__version__}, triton {triton}, liar_ext {version_of('liar_ext')}"
+
+
+def cache_file() -> Path:
+    """Return the file that keeps measurements from one process to the next."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "liar_ext", "backends.json")
+
+
+def _read() -> dict[str, dict[str, float]]:
+    """Return what was measured; nothing of a file that is not as it was written."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError, TypeError):
+        found = json.loads(cache_file().read_text("utf-8"))
+        return {key: times for key, times in found.items() if min(times.values()) > 0}
+    return {}
+
+
+def _write(key: str, times: Mapping[str, float]) -> None:
+    """Note a measurement; where that can't be done the next process measures again."""
+    with contextlib.suppress(OSError, RuntimeError):  # the latter without a home
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        cache_file().write_text(json.dumps({**_read(), key: times}, indent=1), "utf-8")
 
 
 def gram_update_(gram, total, count, x, y, weight) -> None:
@@ -54,7 +212,7 @@ def gram_kind(
     cross: bool,
     *sizes: int,
 ) -> Kind:
-    """Return the kind of a Gram update; sizes are those of x, rounded up to powers of two."""
+    """Return the kind of a Gram update; sizes are those of x."""
     words = [str(one).removeprefix("torch.") for one in (dtype, sums)]
     return Kind(device, (*words, *["weighted"] * weighted, *["cross"] * cross), sizes)
 
@@ -94,7 +252,7 @@ def gram_fault(update: Backend, kind: Kind) -> str:
     move = (None if one is None else one.to(kind.device) for one in (x, y, weight))
     with torch.no_grad():
         update(*got, *move)
-    rounding, allowed = torch.finfo(sums).eps, GRAM_TOLERANCE.get(dtype, HALF_TOLERANCE)
+    rounding, allowed = torch.finfo(sums).eps, GRAM_TOLERANCE.get(dtype, 2.0**-17)
     rooms = (
         allowed * scale + 4 * rounding * (1 + each.abs())
         for scale, each in zip(bound, want, strict=True)
@@ -146,10 +304,10 @@ def obs_curve_on_cuda(weight, gram, width, *more):
     if width == 1 and dispatch.serves(weight.device):
         eliminate = curves.backend(Kind(weight.device, sizes=(power_of_two(len(gram), MOST),)))
     with torch.no_grad():
-        return curve.obs_curve(weight, gram, width, *more, eliminate=eliminate)
+        return reference.obs_curve(weight, gram, width, *more, eliminate=eliminate)
 
 
-def _eliminate_by_kernel(s: curve.Elimination, first: int, count: int):
+def _eliminate_by_kernel(s: reference.Elimination, first: int, count: int):
     rows = s.h.new_empty(2, count, len(s.unit))
     gone = torch.zeros_like(s.unit, dtype=torch.bool)
     diagonals = (each.diagonal().clone() for each in (s.h, s.v))
@@ -181,8 +339,8 @@ def solve_fault(solve: Backend, kind: Kind) -> str:
 def curve_fault(eliminate: Backend, kind: Kind) -> str:
     """Return what is wrong with a curve of single features in groups, or nothing."""
     layer, more = _layer(161), (1, 1e-2, 7, 7)
-    got = curve.obs_curve(*(each.to(kind.device) for each in layer), *more, eliminate)
-    want = curve.obs_curve(*layer, *more)
+    got = reference.obs_curve(*(each.to(kind.device) for each in layer), *more, eliminate)
+    want = reference.obs_curve(*layer, *more)
     return _difference("order error info", got, want, map(_room, want))
 
 
@@ -227,7 +385,7 @@ def curve_problem(kind: Kind) -> Callable[[Backend], object]:
 
     def run(eliminate: Backend) -> object:
         made = torch.full_like(unit[:1], -1), unit.clone(), torch.zeros(n + 1, **like)
-        return eliminate(curve.Elimination(eye, eye, unit, *made, 1, n), 0, STEPS)
+        return eliminate(reference.Elimination(eye, eye, unit, *made, 1, n), 0, STEPS)
 
     return run
 
@@ -235,7 +393,7 @@ def curve_problem(kind: Kind) -> Callable[[Backend], object]:
 grams = Chooser("gram_update_", "LIAR_GRAM", gram_backends, gram_fault, gram_problem)
 _solvers = functools.partial(existing, _solve_by_kernel, reference.solve_by_library)
 solves = Chooser("reconstruct", "LIAR_SOLVE", _solvers, solve_fault, solve_problem)
-_eliminators = functools.partial(existing, _eliminate_by_kernel, curve.eliminate_panel)
+_eliminators = functools.partial(existing, _eliminate_by_kernel, reference.eliminate_panel)
 curves = Chooser("obs_curve", "LIAR_SOLVE", _eliminators, curve_fault, curve_problem)
 dispatch.library.impl("reconstruct", reconstruct_on_cuda, "CUDA")
 dispatch.library.impl("obs_curve", obs_curve_on_cuda, "CUDA")

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from liar_ext.ops import curve, reference
+from liar_ext.ops import reference
 from liar_ext.system.errors import one_line
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -229,7 +229,7 @@ def _(weight, gram, width, damp, at_least, groups=1):
 
 PLAIN = {  # of each operator: its rules, and plain torch
     "gram_update_": (check_gram_update, reference.gram_update_),
-    "obs_curve": (check_obs_curve, curve.obs_curve),
+    "obs_curve": (check_obs_curve, reference.obs_curve),
     "reconstruct": (check_reconstruct, reference.reconstruct),
 }
 

@@ -1,14 +1,11 @@
-"""``gram_update_`` and ``reconstruct`` in plain torch, with the same signatures and results.
-
-On a device that has no kernels they do the work, see :mod:`liar_ext.ops.dispatch`; on CUDA that is
-cuBLAS and cuSOLVER. In float64 they are the oracle of the tests.
-"""
+"""The operators in plain torch: they serve devices without kernels, and in float64 the tests."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +14,8 @@ from torch import Tensor
 # FLUSH tokens by additions that round to nearest; from there on in the dtype of the sums.
 CHUNK_TOKENS, FLUSH_TOKENS = 512, 2048
 ROW_BLOCK = 256  # of a triangle that is mirrored
-PANEL = 1024  # columns of a triangle that are computed at once; what they waste is above a diagonal
+PANEL = 1024  # columns of a triangle that are computed at once
+PANEL_ROWS = 64  # of L and R that are collected before H and V are updated
 LARGEST, LARGEST_FLOAT64 = 2.0**48, 2.0**500  # see `gram_update_` in liar_ext.ops
 # Codes of `reconstruct`; the second where values are not waited for.
 NOT_FINITE, NOT_ASCENDING = -2.0, -1.0
@@ -34,10 +32,9 @@ def gram_update_(
     y: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> None:
-    """Add ``xᵀ diag(w) (y or x)``, ``xᵀ w`` and ``[Σ w, rows dropped]`` to the sums.
+    """Add the moments of tokens to running sums; see :func:`liar_ext.ops.gram_update_`.
 
-    Products are in float32 (float64 for float64 rows), for which half-precision rows are widened
-    unless the device multiplies them into float32. See :func:`liar_ext.ops.gram_update_`.
+    Half-precision rows are widened unless the device multiplies them into float32.
     """
     use, weights = rows_in_use(gram, count, x, y, weight)
     weighted = weight is not None and weight.dtype != torch.bool
@@ -129,17 +126,15 @@ def reconstruct(
 ) -> Results:
     """Fold the removed features into the weights; see :func:`liar_ext.ops.reconstruct`.
 
-    The formulas are those of csrc/cpu/reconstruct.cpp, which derives them. Where fewer features go
-    than the layer has outputs, the columns of G_KP are the right-hand side, ``min(d_out, n_P)`` of
-    them, and errors come from traces::
+    As csrc/cpu/reconstruct.cpp derives it. Where fewer features go than the layer has outputs, the
+    columns of G_KP are the right-hand side, and errors come from traces::
 
         X = (G_KK + Λ)⁻¹ Q       Q = G_KP or G_KP W_Pᵀ,   V = X S or X,   S = W_Pᵀ W_P
         error    = ⟨S, G_PP⟩ − ⟨V, Q⟩ − Λ ⟨V, X⟩
         held-out = ⟨S, H_PP⟩ − 2 ⟨V, Q_H⟩ + ⟨V, H_KK X⟩
 
     Dense targets: Q = C_K − G_KK W_Kᵀ, Y = W_Kᵀ + X, error = −⟨Y, C_K + Λ X⟩. Nothing waits for a
-    value of a tensor, so the calls can be captured into a graph. ``solve`` finds X as
-    :func:`solve_by_library` does.
+    value of a tensor. ``solve`` finds X as :func:`solve_by_library` does.
     """
     optional = holdout, cross, holdout_cross
     results = empty_results(weight, kept, damps, holdout, errors_only)
@@ -277,3 +272,127 @@ def symmetric(gram: Tensor) -> Tensor:
         corner += corner.tril(-1).mT
         full[..., rows, after] = full[..., after, rows].mT
     return full
+
+
+@dataclass
+class Elimination:
+    """What is left, and what went; named as in :func:`obs_curve`."""
+
+    h: Tensor  # (n, n) of the features that are left
+    v: Tensor
+    unit: Tensor  # (n / width,) ascending: the units that they are of
+    lost: Tensor  # (groups,) the round in which each group lost its last unit, or -1
+    order: Tensor  # (removed,)
+    error: Tensor  # (removed + 1,)
+    width: int
+    per_group: int  # units of a group, in the beginning
+
+
+def obs_curve(
+    weight: Tensor,
+    gram: Tensor,
+    width: int,
+    damp: float,
+    at_least: int,
+    groups: int = 1,
+    eliminate: Callable[[Elimination, int, int], tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove the cheapest unit again and again; see :func:`liar_ext.ops.obs_curve`.
+
+    With H = (G_KK + Λ)⁻¹ and V = WᵀW over the features that are left, and S = H_uu = C Cᵀ, to
+    remove unit u costs tr N, and is one step of a block Cholesky factorisation::
+
+        L = C⁻¹ H_u:     N = C⁻¹ V_uu C⁻ᵀ     R = C⁻¹ V_u: − ½ N L
+        H ← H − LᵀL      V ← V − LᵀR − RᵀL
+
+    Rows of L and R are collected in panels, by :func:`eliminate_panel` or ``eliminate``. Then H and
+    V lose the features that went, and products take off the rest. Nothing waits for a value.
+    """
+    gram = symmetric(gram.double())
+    d, diagonal = len(gram), gram.diagonal()
+    units, removed = d // width, d // width - at_least
+    weight = torch.where(diagonal == 0, 0.0, weight.double())
+    mean = diagonal.mean()
+    diagonal += damp * torch.where(mean > 0, mean, 1.0)
+    factor, code = torch.linalg.cholesky_ex(gram)
+    del gram, diagonal
+    condition = condition_of(factor.diagonal())
+    factor = torch.where(code == 0, factor, torch.nan)
+    unit = torch.arange(units, device=weight.device)
+    left = Elimination(
+        h=torch.cholesky_inverse(factor).mT.contiguous(),  # symmetric, and column by column
+        v=weight.mT @ weight,
+        unit=unit,
+        lost=torch.full_like(unit[:groups], -1),
+        order=torch.arange(removed, device=weight.device),
+        error=weight.new_zeros(removed + 1),
+        width=width,
+        per_group=units // groups,
+    )
+    del factor
+    at_once = max(1, PANEL_ROWS // width)
+    for first in range(0, removed, at_once):
+        count = min(at_once, removed - first)
+        panel = (eliminate or eliminate_panel)(left, first, count)
+        if first + count < removed:
+            _close_ranks(left, *panel, count)
+    failed = (code != 0) | ~left.error.isfinite().all()
+    code = torch.where(failed & (code == 0), d + 1, code).to(torch.float64)
+    return (
+        torch.where(failed, torch.arange(removed, device=weight.device), left.order),
+        torch.where(failed, torch.nan, left.error),
+        torch.stack([code, torch.where(failed, torch.nan, condition)]),
+    )
+
+
+def eliminate_panel(s: Elimination, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove units ``first`` to ``first + count``; return the rows of L and R, and which went."""
+    w, groups, group = s.width, len(s.lost), s.unit // s.per_group
+    at = torch.arange(len(s.h), device=s.h.device).view(-1, w)
+    inner, energy = (m[at[:, :, None], at[:, None, :]] for m in (s.h, s.v))
+    rows = torch.zeros(2, count * w, len(s.h), dtype=s.h.dtype, device=s.h.device)
+    gone = torch.zeros_like(s.unit, dtype=torch.bool)
+    for k in range(count):
+        step = first + k
+        root = _inverse_roots(inner)
+        square = root @ energy @ root.mT
+        cost = square.diagonal(dim1=1, dim2=2).sum(1).clamp(min=0)
+        closed = gone | (s.lost[group] == step // groups)
+        cost = torch.where(cost.isfinite() & ~closed, cost, torch.inf)
+        slot = cost.argmin(0, keepdim=True)  # the first of equal ones
+        own = at[slot][0]
+        (left, right), new = rows[:, : k * w], rows[:, k * w : (k + 1) * w]
+        l_u, r_u = left[:, own].mT, right[:, own].mT
+        new[0] = root[slot][0] @ (s.h[own] - l_u @ left)
+        new[1] = root[slot][0] @ (s.v[own] - l_u @ right - r_u @ left)
+        new[1] -= square[slot][0] / 2 @ new[0]
+        l_of, r_of = new.view(2, w, -1, w).transpose(1, 2)  # by unit
+        crossed = l_of.mT @ r_of
+        inner, energy = inner - l_of.mT @ l_of, energy - crossed - crossed.mT
+        gone.index_fill_(0, slot, True)
+        s.lost.index_fill_(0, group[slot], step // groups)
+        s.order[step : step + 1] = s.unit[slot]
+        s.error[step + 1 : step + 2] = s.error[step] + cost[slot]
+    return *rows, gone
+
+
+def _inverse_roots(blocks: Tensor) -> Tensor:
+    """Return C⁻¹ of each block C Cᵀ, NaN where it is not positive definite."""
+    if blocks.shape[-1] == 1:
+        return blocks.rsqrt()
+    root, code = torch.linalg.cholesky_ex(blocks)
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device).expand_as(blocks)
+    inverse = torch.linalg.solve_triangular(root, eye, upper=False)
+    return torch.where(code[:, None, None] == 0, inverse, torch.nan)
+
+
+def _close_ranks(s: Elimination, left: Tensor, right: Tensor, gone: Tensor, count: int) -> None:
+    """Take a panel of ``count`` units off H and V, over the features that stay."""
+    stays = gone.to(torch.int8).argsort(stable=True)[: len(gone) - count]
+    at = (stays[:, None] * s.width + torch.arange(s.width, device=stays.device)).flatten()
+    left, right = left[:, at], right[:, at]
+    s.h = s.h[at[:, None], at].addmm_(left.mT, left, alpha=-1)
+    # One product of twice the depth: it is reading and writing V that costs.
+    both, turned = torch.cat([left, right]), torch.cat([right, left])
+    s.v = s.v[at[:, None], at].addmm_(both.mT, turned, alpha=-1)
+    s.unit = s.unit[stays]

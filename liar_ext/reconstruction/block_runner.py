@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.calibration.taps import Ended, is_relative, relative_weights, replaced, watched
-from liar_ext.models.experts import called_at, routed_input, routed_output, routed_weights
 from liar_ext.models.family import HeadInput
 from liar_ext.models.running import body_of, device_of
 from liar_ext.models.sites import Site, teams_of
+from liar_ext.models.whole import called_at, routed_input, routed_output, routed_weights
 from liar_ext.reconstruction.ridge import Tokens
 from liar_ext.system.errors import InputError
 
@@ -38,17 +38,14 @@ class Blocks:
     """The blocks of a model, each to be run by itself with the arguments that the model gives it.
 
     Masks and positions are made anew for every run by the model's own code, which is run up to the
-    block with all blocks before it switched off. Several stacks of blocks, such as an encoder and a
-    decoder, are counted through in the order of computation; :meth:`answering` says what one gave.
+    block with all blocks before it switched off. Several stacks, such as an encoder and a decoder,
+    are counted through in the order of computation.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
         self._model = model
-        # Path of the norm that reads the sum of stream and consumer, by layer, where norm_of_sum
-        # found one; runs note what it reads.
-        self.norms: dict[str, str] = {}
-        # By stack, what a block returns after its hidden states, as far as one was run: whether it
-        # is what all blocks carry on. A walk that goes on from elsewhere has to be told.
+        self.norms: dict[str, str] = {}  # by layer, from norm_of_sum; runs note what they read
+        # By stack, of what a block returns after its hidden states: whether all blocks carry it on.
         self.beside: dict[str, list[bool]] = {}
         self._body = body_of(model)
         at: dict[str, list[Site]] = {}
@@ -56,7 +53,7 @@ class Blocks:
             at.setdefault(site.path, []).append(site)
         self.layers: list[dict[str, list[Site]]] = [teams_of(here) for here in at.values()]
         self._stacks = [here[0].part for here in at.values()]  # by block
-        self._index = {path: index for index, path in enumerate(at)}
+        self._paths = list(at)
         self._blocks = [model.get_submodule(path) for path in at]
         self._forwards = [block.forward for block in self._blocks]
         self._carried: object = None
@@ -68,8 +65,8 @@ class Blocks:
         return len(self._blocks)
 
     def index_of(self, site: Site) -> int:
-        """Return the index of the block that a site is in, counting through all stacks."""
-        return self._index[site.path]
+        """Return the index of the block of a site."""
+        return self._paths.index(site.path)
 
     def begins(self, index: int) -> bool:
         """Tell whether a block is the first of its stack."""
@@ -81,12 +78,12 @@ class Blocks:
         return any(each.cross_attn and each.name != own for each in self._stacks[index + 1 :])
 
     def device(self, index: int) -> torch.device:
-        """Return where a block computes; blocks may be spread over several devices."""
+        """Return where a block computes."""
         return device_of(self._blocks[index])
 
     @contextmanager
     def opened(self) -> Iterator[Blocks]:
-        """Take the blocks over; outside of the context the model runs as ever."""
+        """Take the blocks over while the context is open."""
         with ExitStack() as stack:
             for index, block in enumerate(self._blocks):
                 stack.enter_context(replaced(block, self._arrive(index)))
@@ -94,10 +91,7 @@ class Blocks:
 
     @contextmanager
     def answering(self, answers: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
-        """Let the model's forward go on from the hidden states that are given after some blocks.
-
-        :meth:`run` must have run a block of each stack before, to know what blocks return.
-        """
+        """Let the model's forward go on from hidden states after blocks, one of each stack run."""
         before, self._wanted, self._answers = self._wanted, len(self), answers
         self._silent = None
         try:
@@ -108,8 +102,8 @@ class Blocks:
     def enter(self, index: int, inputs: Mapping[str, Tensor]) -> tuple[tuple, dict]:
         """Return the arguments that block ``index`` gets for a batch, hidden states first.
 
-        Those are of the dense model where a stack begins. Further on they are what the model adds
-        to the output of the block before: zeros, but for Qwen3-VL's features of images.
+        Where no stack begins these are what the model adds to the output of the block before:
+        zeros, but for Qwen3-VL's features of images.
         """
         self._wanted, self._silent = index, None if self.begins(index) else index - 1
         try:
@@ -130,45 +124,47 @@ class Blocks:
         consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
-        """Run one block on a batch, as the model takes it, after other ``hidden`` states.
+        """Run one block on a batch after the ``hidden`` states that the block before gave.
 
-        Those are the output of the block before, or what the stack reads. ``consumers`` say what to
-        compute in place of a consumer, or of all experts, by layer. The run may end after the
-        consumer of the layer ``end``, or the norm that reads its sum.
+        ``consumers`` say what to compute in place of a consumer, or of all experts, by layer. The
+        run may end after the consumer of the layer ``end``, or the norm that reads its sum.
         """
         (added, *args), kwargs = self.enter(index, inputs)
         run = Run(hidden if self.begins(index) else hidden + added.to(hidden))
-        carried = []
+        made: dict[str, Tensor] = {}
         with ExitStack() as stack:
+
+            def watch(path: str, note: Callable) -> None:
+                stack.enter_context(watched(self._model.get_submodule(path), note))
+
             if (maker := self._maker(index)) is not None:
-                note = lambda _, output: carried.append(output[maker.output])  # noqa: E731
-                stack.enter_context(watched(self._blocks[index].get_submodule(maker.module), note))
+                path = f"{self._paths[index]}.{maker.module}"
+                watch(path, _note(made, "table", lambda _, output: output[maker.output]))
             for name, layer in self.layers[index].items():
-                consumer = self._model.get_submodule(called_at(layer[0]))
+                path, norm = called_at(layer[0]), self.norms.get(name)
                 if consumers and name in consumers:
+                    consumer = self._model.get_submodule(path)
                     stack.enter_context(replaced(consumer, consumers[name]))
-                norm, keep = self.norms.get(name), partial(_called, layer[0])
-                note = _note(run.seen, name, keep, ends=norm is None and name == end)
-                stack.enter_context(watched(consumer, note))
+                keep, ends = partial(_called, layer[0]), name == end
+                watch(path, _note(run.seen, name, keep, ends=ends and norm is None))
                 if norm is not None:
-                    note = _note(run.sums, name, lambda args, _: args[0], ends=name == end)
-                    stack.enter_context(watched(self._model.get_submodule(norm), note))
+                    watch(norm, _note(run.sums, name, _read, ends=ends))
             try:
                 output = self._forwards[index](run.before, *args, **kwargs)
             except Ended:
                 return run
         if isinstance(output, tuple):
-            beside = [any(each is other for other in carried) for each in output[1:]]
+            carried = made.get("table")
+            beside = [carried is not None and each is carried for each in output[1:]]
             self.beside.setdefault(self._stacks[index].name, beside)
-        run.output = output[0] if isinstance(output, tuple) else output
+        run.output = _hidden_of(output)
         return run
 
     def adds_plainly(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> bool:
         """Tell whether the block adds the consumer's output to the stream as it is, to rounding.
 
-        Judged by running it on ``hidden``: with all that comes later silent, the stream after it is
-        the one before it plus what the consumers of attention up to this one put out; an MLP's
-        consumer adds its own to what there is without.
+        With all later consumers silent, the stream after it is the one before plus what attention
+        up to this one put out; an MLP's consumer adds its own to what there is without.
         """
         index = self.index_of(site)
         order = list(self.layers[index])
@@ -187,10 +183,7 @@ class Blocks:
     def after_attention(
         self, site: Site, hidden: Tensor, run: Run, *, itself: bool = True
     ) -> Tensor:
-        """Return the stream after an attention site, or before it, of a block that adds plainly.
-
-        That is ``hidden``, what the block reads, plus what attention put out up to there.
-        """
+        """Return the stream after an attention site, or before it, of a block that adds plainly."""
         for name, layer in self.layers[self.index_of(site)].items():
             if name == site.team and not itself:
                 break
@@ -205,9 +198,8 @@ class Blocks:
     ) -> tuple[str | None, bool]:
         """Return the path of the norm that reads the stream plus the consumer's output, or None.
 
-        As in BERT. Judged by running the block on ``hidden``, to rounding: what the norm reads is
-        what it reads with a silent consumer, plus what the consumer puts out. Also tells whether
-        the block gives what that norm does, bit for bit.
+        As in BERT: it reads what it does with a silent consumer, plus what the consumer puts out.
+        Also tells whether the block gives what that norm does, bit for bit.
         """
         run, read = self._norms_read(site, inputs, hidden)
         _, unmoved = self._norms_read(site, inputs, hidden, {site.team: _silence(site)})
@@ -231,8 +223,7 @@ class Blocks:
         with ExitStack() as stack:
             for name, module in self._model.get_submodule(site.path).named_modules():
                 if "norm" in type(module).__name__.lower():
-                    note = _note(read, f"{site.path}.{name}", lambda args, _: args[0])
-                    stack.enter_context(watched(module, note))
+                    stack.enter_context(watched(module, _note(read, f"{site.path}.{name}", _read)))
             return self.run(self.index_of(site), inputs, hidden, consumers), read
 
     def _arrive(self, index: int) -> Callable:
@@ -263,24 +254,16 @@ class Blocks:
 
     def _made(self, index: int, args: tuple, kwargs: dict) -> Tensor:
         """Run a block as far as to what it makes for all blocks after it, and return that."""
-        maker, found = self._maker(index), []
-
-        def note(_: tuple, output: tuple) -> None:
-            found.append(output[maker.output])
-            raise Ended
-
-        module = self._blocks[index].get_submodule(maker.module)
-        with watched(module, note), suppress(Ended):
+        maker, made = self._maker(index), {}
+        note = _note(made, "table", lambda _, output: output[maker.output], ends=True)
+        with watched(self._blocks[index].get_submodule(maker.module), note), suppress(Ended):
             self._forwards[index](*args, **kwargs)
-        return found[0]
+        return made["table"]
 
 
 @torch.no_grad()
 def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) -> bool:
-    """Tell whether each block reads what the one before it in its stack wrote, and of no other.
-
-    The model may add to it what it has from elsewhere, see :meth:`Blocks.enter`.
-    """
+    """Tell whether each block reads what the one before in its stack wrote, and of no other."""
     alone = Blocks(model, sites)
     read: list[Tensor] = []
     wrote: list[Tensor] = []
@@ -288,7 +271,7 @@ def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) 
     def run(index: int, *args: object, **kwargs: object) -> object:
         read.append(args[0] if args else kwargs["hidden_states"])
         output = alone._forwards[index](*args, **kwargs)
-        wrote.append(output[0] if isinstance(output, tuple) else output)
+        wrote.append(_hidden_of(output))
         if isinstance(output, tuple):
             alone.beside[alone._stacks[index].name] = [False] * (len(output) - 1)
         return output
@@ -301,14 +284,21 @@ def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) 
         return False
     with alone.opened():
         for index in range(1, len(alone)):
-            wrote[index - 1] = wrote[index - 1].to(read[index].device)  # on several devices
-            if alone.begins(index) or torch.equal(wrote[index - 1], read[index]):
+            here, before = read[index], wrote[index - 1].to(read[index].device)
+            if alone.begins(index) or torch.equal(before, here):
                 continue
-            added = alone.enter(index, inputs)[0][0].to(read[index].device)
-            alike = added.shape == wrote[index - 1].shape
-            if not alike or not torch.equal(wrote[index - 1] + added, read[index]):
+            added = alone.enter(index, inputs)[0][0].to(here.device)
+            if added.shape != before.shape or not torch.equal(before + added, here):
                 return False
     return True
+
+
+def _hidden_of(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _read(args: tuple, _: object) -> Tensor:
+    return args[0]
 
 
 def _silence(site: Site) -> Forward:
@@ -331,7 +321,7 @@ def _called(site: Site, args: tuple, output: Tensor) -> tuple[Tensor | tuple, Te
 
 
 def _note(seen: dict, name: str, keep: Callable, *, ends: bool = False) -> Callable:
-    """Return a callback that keeps something of a module's arguments and output, and may end it."""
+    """Return a callback that keeps something of a module's run, and may end it."""
 
     def note(args: tuple[Tensor, ...], output: Tensor) -> None:
         seen[name] = keep(args, output)
@@ -348,11 +338,10 @@ def rows_of(
     residual: Tensor,
     used: Tensor,
 ) -> Iterator[Tokens]:
-    """Yield the rows of each site of a layer: of one site, or of all experts.
+    """Yield the rows of each site of a layer, from what a :class:`Run` has seen it ``read``.
 
-    ``read`` is what the consumer reads, or what the module of all experts is called with, see
-    :func:`liar_ext.models.experts.routed_input`. ``residual`` is of the layer's output, asked of
-    all experts alike. ``used`` is what each counts, see :func:`counted`.
+    The ``residual`` of the layer's output is asked of all experts alike. ``used`` is what each row
+    counts, see :func:`counted`.
     """
     if layer[0].expert is None:
         yield read.flatten(0, -2), residual, used
@@ -371,8 +360,7 @@ def counted(
 ) -> Tensor:
     """Return what each of ``tokens`` rows counts: 0 for padding, and 1 unless a norm follows.
 
-    That divides by the size of what it reads, the ``output`` or the ``total`` of it and the stream;
-    see :func:`liar_ext.calibration.taps.relative_weights`.
+    That divides by the size of what it reads, the ``output`` or the ``total`` of it and the stream.
     """
     used = batch.counting(tokens, output.device, site.part.mask)
     used = batch.weighing(used.view(len(batch), -1)).flatten()

@@ -1,16 +1,13 @@
 """Narrow the residual stream: choose the hidden features that stay, and solve every reader.
 
-The stream h is written by embeddings and by the last layer of every branch, and read through
-norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, and will read
-``x' = norm_K(h_K)``, whose statistic is that of K alone. With r what x' does not give of x::
+Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, and will read
+``x' = norm_K(h_K)``. With r what x' does not give of x::
 
     y = W_K x' + W r + b,     r = x − x' on K,  x on P
 
 which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.solve.solve`
-folds r into ``W_K``, with the ridge of least held-out error, down to plain dropping.
-
-A norm gets new scales and offsets first: ``x' = slope ∘ v + offset`` with v what it gives over K
-with the weights that it had. So moments are taken of ``[v; x]``, ``n_kept + hidden`` features.
+folds r into ``W_K``. A norm gets new scales and offsets first: ``x' = slope ∘ v + offset`` with v
+what it gives over K with the weights that it had. So moments are taken of ``[v; x]``.
 """
 
 from __future__ import annotations
@@ -19,31 +16,23 @@ import copy
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
-from liar_ext.calibration.moments import Moments, Squares
 from liar_ext.calibration.saved_sums import room_for_sums, split
-from liar_ext.calibration.taps import Tap
+from liar_ext.calibration.taps import Moments, Squares, Tap
+from liar_ext.models.layers import narrow_norm, weight_of
 from liar_ext.models.plan import Budget, SitePlan
 from liar_ext.models.registry import family_of
-from liar_ext.models.residual_stream import (
-    Hidden,
-    Source,
-    hidden_of,
-    narrow_norm,
-    stream_of,
-    weight_of,
-)
+from liar_ext.models.residual_stream import Hidden, Source, hidden_of, stream_of
 from liar_ext.models.running import device_of
 from liar_ext.ops.reference import symmetric
 from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
-from liar_ext.reconstruction.rows import SiteRow
-from liar_ext.reconstruction.solve import Solution, solve
+from liar_ext.reconstruction.solve import SiteRow, Solution, solve
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar, showing_bars
 
@@ -57,9 +46,7 @@ class Narrowing:
     weights: dict[str, tuple[Tensor, Tensor | None]]
     rows: list[SiteRow]  # one per norm, or other place where features are read
     source: dict[str, object]  # on the calibration: model type, sequences, tokens, passes
-    # How many features there are (units), the step that their number is counted in, how many stay
-    # (kept), and how many would with a tile of 1 (kept_at_tile_1).
-    grid: dict[str, int] = field(default_factory=dict)
+    grid: dict[str, int]  # numbers of features: units, step, kept, kept_at_tile_1
 
 
 @torch.no_grad()
@@ -114,11 +101,9 @@ def narrow(
 
     Notes
     -----
-    Two passes over the batches: one to choose, one for the sums over ``[norm_K(h_K); norm(h)]``,
-    ``16 (n_kept + hidden)²`` bytes a norm; where those of all norms are more than ``memory``, one
-    for each group of them. A solve takes up to nine times the sums of its norm. Which features stay
-    and the scales of the norms are decided on both folds. A head that is tied to the embedding is
-    only sliced.
+    One pass over the batches to choose, and one for the sums of all norms, or of each group that
+    fits ``memory``, ``16 (n_kept + hidden)²`` bytes a norm. A solve takes up to nine times the sums
+    of its norm. A head that is tied to the embedding is only sliced.
 
     Source: docs/method.md, section "Hidden size".
     """
@@ -146,17 +131,18 @@ def narrow(
             for source in Bar(group, desc="solve"):
                 # Released at once: the next group is summed in the memory of this one.
                 rows.append(solver.solve(source, bank.moments.pop(source.name)))
-    step = Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of)
-    grid = {"units": hidden.size, "step": step, "kept": count}
-    grid["kept_at_tile_1"] = count_kept(hidden, keep, 1)
-    plan, facts = SitePlan(hidden.size, tuple(kept.tolist())), {"passes": len(titles)}
-    return Narrowing(plan, solver.weights, rows, energy.source | facts, grid)
+    grid = {
+        "units": hidden.size,
+        "step": Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of),
+        "kept": count,
+        "kept_at_tile_1": count_kept(hidden, keep, 1),
+    }
+    plan, source = SitePlan(hidden.size, tuple(kept.tolist())), energy.source
+    return Narrowing(plan, solver.weights, rows, source | {"passes": len(titles)}, grid)
 
 
 def count_kept(hidden: Hidden, keep: float, tile: int | str = "auto") -> int:
     """Return how many features stay: at most the fraction ``keep``, on the grid of the tile."""
-    if not 0.0 < keep <= 1.0:
-        raise InputError(f"hidden: keep_hidden must be in (0, 1], got {keep}; 0.9 keeps 90 %")
     step = Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of)
     count = hidden.size if keep == 1.0 else math.floor(keep * hidden.size / step + 1e-9) * step
     if not count:
@@ -168,10 +154,9 @@ def count_kept(hidden: Hidden, keep: float, tile: int | str = "auto") -> int:
 
 
 def score_hidden(bank: Mapping[str, Squares]) -> Tensor:
-    """Score the hidden features, ``(hidden,)``, by their share of the stream's energy before norms.
+    """Score the hidden features, ``(hidden,)``: ``Σ_t h_tj² / Σ_t |h_t|²``, averaged over norms.
 
-    ``Σ_t h_tj² / Σ_t |h_t|²``, averaged over the norms, with h what a norm gets: a feature that
-    holds much of it dominates the statistic of every norm, which no reader can compensate.
+    A feature of much energy dominates the statistic of every norm, which no reader can compensate.
     """
     energy = torch.stack([squares.second_moment().cpu() for squares in bank.values()])
     whole = energy.sum(1, keepdim=True)
@@ -222,15 +207,8 @@ class _Solver:
             scales = self.scales.get(source.module, (one, torch.zeros_like(one)))
             solution = self._solve_readers(source, lost_moments(both, kept, *scales), kept)
         per_feature = sum(layer.weight.numel() for layer in layers) // hidden
-        return solution.row(
-            name=source.name,
-            units_before=hidden,
-            units_after=n,
-            params_before=per_feature * hidden,
-            params_after=per_feature * n,
-            dropped_rows=both.dropped_rows,
-            seconds=time.perf_counter() - start,
-        )
+        facts = {"dropped_rows": both.dropped_rows, "seconds": time.perf_counter() - start}
+        return solution.row(source.name, hidden, n, per_feature, **facts)
 
     def _fit_norm(self, path: str, norm: nn.Module, both: Moments, kept: Tensor) -> Solution:
         bias = getattr(norm, "bias", None)
@@ -263,10 +241,7 @@ class _Solver:
 
 
 def lost_moments(both: Moments, kept: Tensor, slope: Tensor, offset: Tensor) -> Moments:
-    """Return the moments of ``[x'; r]`` from those of ``[v; x]``.
-
-    K, slope and offset are ``(n_kept,)``, the latter two float64.
-    """
+    """Return the moments of ``[x'; r]`` from those of ``[v; x]``."""
     n = len(kept)
     gram, total = symmetric(both.gram), both.total.clone()
     gram[:, :n] *= slope[:, None]
@@ -287,9 +262,8 @@ def lost_moments(both: Moments, kept: Tensor, slope: Tensor, offset: Tensor) -> 
 def fit_norm(both: Moments, kept: Tensor, with_offset: bool) -> tuple[Tensor, Tensor, Solution]:
     """Fit scale s and offset c of each feature of a narrowed norm to what the dense norm puts out.
 
-    ``min Σ_t (s_j v_jt + c_j − x_jt)²`` for every j in K. Returns s and c, ``(n_kept,)`` float64,
-    and what is left of x, removed features included, relative to ``Σ |x|²``. Without
-    ``with_offset`` c is 0.
+    ``min Σ_t (s_j v_jt + c_j − x_jt)²`` for every j in K; c is 0 without ``with_offset``. Errors
+    are relative to ``Σ |x|²``, removed features included.
     """
     n = len(kept)
     here = torch.arange(n, device=kept.device)

@@ -1,15 +1,27 @@
-"""Choose λ and the step size: held-out errors down a ladder of λ, by one Cholesky factor each."""
+"""Choose λ and the step size: held-out errors down a ladder of λ, by one Cholesky factor each.
+
+All of it by blocks of rows, so that matrices may lie in files (:func:`in_file`).
+"""
 
 from __future__ import annotations
 
 import math
+import mmap
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from liar_ext.system.errors import is_out_of_memory, one_line
+
 ROW_BLOCK = 256
+Done = TypeVar("Done")
+# /tmp may itself be held in memory; this folder is for files that are large (hier(7)).
+LARGE_FILES = "/var/tmp"
 # From a start and a stop to these rows of a symmetric matrix, up to the column of the stop.
 Rows = Callable[[int, int], Tensor]
 
@@ -18,23 +30,19 @@ Rows = Callable[[int, int], Tensor]
 class Equations:
     """The normal equations of what the kept features have to restore, y, over some tokens.
 
-    Features are centred. A last row, and column, stands for a constant feature 1, which carries
-    the change of the bias.
+    Features are centred; a last one is constant 1, and carries the change of the bias.
     """
 
     rows: Rows  # of G_KK, (n + 1, n + 1)
-    # For some outputs at a time [R₀, R₁], (n + 1, 2 outputs): the cross-sums of x_K with what the
-    # removed features gave, and with the residual of the target. Without one R₀; to judge R₀ + R₁.
+    # For some outputs [R₀, R₁], (n + 1, 2 outputs): the cross-sums of x_K with what the removed
+    # features gave, and with the residual of the target. Without one R₀; to judge R₀ + R₁.
     right: list[tuple[slice, Tensor]]
     energy: Tensor  # Σ |y|² of all outputs
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A solve with any λ, judged on the same or on other tokens.
-
-    The change of the weights is ``Zᵀ = (G_KK + Λ)⁻¹ (R₀ + α R₁)``, for a step α.
-    """
+    """A solve ``Zᵀ = (G_KK + Λ)⁻¹ (R₀ + α R₁)`` with any λ, judged on the same or other tokens."""
 
     fitted: Equations
     judged: Equations  # about the same mean
@@ -58,10 +66,9 @@ class Fit:
         return self.square, factor_with_damp(self.square, damp)
 
     def changes(self, factor: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield outputs, the change of their weights, and its error as a parabola of α.
+        """Yield outputs, the change Z of their weights, and its error as a parabola of α.
 
-        The change is Z of ``[R₀, R₁]``, or of R₀ alone, its last row that of the bias. Without a
-        factor, as λ is infinite or nothing stays, it is that row alone.
+        Its last row is that of the bias, and the only one without a factor.
         """
         n = 0 if factor is None else len(factor)
         for (here, mine), (_, theirs) in zip(self.fitted.right, self.judged.right, strict=True):
@@ -90,8 +97,7 @@ def rows_of(square: Tensor) -> Rows:
 def error_by_step(change: Tensor, judge: Rows, wanted: Tensor, energy: Tensor | float) -> Tensor:
     """Return ``e = Σ |y|² − 2 ⟨Z, Σ x_K yᵀ⟩ + tr(Zᵀ G Z)`` as ``e₀ + e₁ α + e₂ α²``, ``(3,)``.
 
-    ``change`` is from :meth:`Fit.changes`, ``judge`` has the block rows of G, ``wanted`` is
-    ``Σ x_K yᵀ``, ``(n + 1, d_out)``, and ``energy`` ``Σ |y|²``.
+    ``judge`` has the block rows of G, ``wanted`` is ``Σ x_K yᵀ``, ``(n + 1, d_out)``.
     """
     live, h = len(wanted) - len(change), wanted.shape[1]
     half, wanted = half_product(judge, change, live), wanted[live:]
@@ -114,7 +120,7 @@ def factor_with_damp(square: Tensor, damp: float) -> bool:
 def factor_in_place(square: Tensor) -> bool:
     """Put L with ``square = L Lᵀ`` in its lower triangle; False where that isn't positive definite.
 
-    By block columns, what is to the left of one taken from it at once: nearly all of it products.
+    By block columns: nearly all of it products.
     """
     for rows in slices(len(square)):
         start, stop = rows.start, rows.stop
@@ -132,10 +138,7 @@ def factor_in_place(square: Tensor) -> bool:
 
 
 def substitute(factor: Tensor, right: Tensor, *, back: bool = False) -> None:
-    """Put ``L⁻¹ R``, or ``L⁻ᵀ R``, in the place of R, ``(n, columns)``.
-
-    By halves, so that nearly all of it are products.
-    """
+    """Put ``L⁻¹ R``, or ``L⁻ᵀ R``, in the place of R, ``(n, columns)``; by halves."""
     n, half = len(factor), len(factor) // 2
     if n <= ROW_BLOCK:
         lower = factor.mT if back else factor
@@ -153,8 +156,7 @@ def substitute(factor: Tensor, right: Tensor, *, back: bool = False) -> None:
 def half_product(square: Rows, right: Tensor, first: int = 0) -> Tensor:
     """Return ``V = (S + D / 2) R`` with ``square = S + Sᵀ + D``, D its blocks on the diagonal.
 
-    So ``Rᵀ square R = Rᵀ V + Vᵀ R`` for half of the operations. With ``first`` the rows and columns
-    from there on count.
+    So ``Rᵀ square R = Rᵀ V + Vᵀ R`` for half of the operations. Rows ``first`` and on count.
     """
     half = torch.empty_like(right)
     for rows in slices(len(right)):
@@ -187,10 +189,9 @@ def choose(
 ) -> Choice:
     """Return the λ of an ascending ladder and the step size α of least held-out error.
 
-    From the top of the ladder down, until the error of both folds at its best α rises: the choice
-    is that of the whole ladder if the error falls and then rises along it. ``parabolas`` returns
-    for a λ the errors of both folds as parabolas in α, ``(2, 3)``, whose minimum within ``[low,
-    high]`` is taken exactly. ``whole`` tries every λ.
+    From the top of the ladder down, until the error at its best α rises; ``whole`` tries every λ.
+    ``parabolas`` returns for a λ the errors of both folds as parabolas in α, ``(2, 3)``, whose
+    minimum within ``[low, high]`` is taken exactly.
     """
     found: list[Tensor] = []
     least = math.inf
@@ -211,8 +212,7 @@ def choose(
 def held_out_errors(parabolas: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Return the held-out errors by fold, ``(2, 2 λ)``, and their step sizes, ``(2 λ,)``.
 
-    ``parabolas`` are by fold and λ, ``(2, λ, 3)``. First come the errors of the least step, which
-    competes at every λ, whatever the folds say of a greater one; then those of the best step.
+    First come those of the least step, which competes at every λ; then those of the best step.
     """
     _, slope, curve = parabolas.sum(0).unbind(1)
     step_size = torch.where(curve > 0, -slope / (2 * curve), low).clamp(low, high)
@@ -222,13 +222,52 @@ def held_out_errors(parabolas: Tensor, low: float, high: float) -> tuple[Tensor,
 
 
 def least_held_out(errors: Tensor, ladder: Sequence[float]) -> int:
-    """Return the index of the λ to take, from the held-out errors by fold, ``(2, λ)``.
+    """Return the index of the λ of least held-out error, from those by fold, ``(2, λ)``.
 
-    The least sum over the folds counts, among those λ that do no worse than plain dropping, ∞ at
-    the end of the ladder, in either fold: with few tokens a sum may be less by the luck of one. An
-    error is NaN if nothing could be solved.
+    A λ that does worse than plain dropping, ∞ at the end of the ladder, in either fold is out: with
+    few tokens a sum may be less by the luck of one.
     """
     total = errors.sum(0)
     if ladder[-1] == math.inf:
         total = total.masked_fill((errors > errors[:, -1:]).any(0), math.inf)
     return int(total.nan_to_num(nan=math.inf).argmin())
+
+
+def in_file(*shape: int) -> Tensor:
+    """Return a float64 zero tensor in an unlinked temporary file; MemoryError if there is no room.
+
+    The disk space is allocated: without it a write to the map would end the process.
+    """
+    folder = os.environ.get("TMPDIR") or LARGE_FILES
+    folder = folder if os.access(folder, os.W_OK) else tempfile.gettempdir()
+    numbers = math.prod(shape)
+    size = 8 * max(numbers, 1)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            pages = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise MemoryError(
+            f"not enough memory, and no file of {size / 2**20:.3g} MiB in {folder} to do without "
+            f"({one_line(error)}); free some, or set TMPDIR to a folder on a disk with room"
+        ) from error
+    return torch.frombuffer(pages, dtype=torch.float64)[:numbers].view(shape)
+
+
+def oom_fallback(
+    device: torch.device,
+    here: Callable[[], Done],
+    in_file: Callable[[], Done],
+    on_host: Callable[[], Done],
+) -> Done:
+    """Return ``here()``; if an allocation fails ``in_file()``, or on a GPU ``on_host()``."""
+    try:
+        return here()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Not in the handler: the traceback holds what was allocated.
+    if device.type == "cpu":
+        return in_file()
+    torch.cuda.empty_cache()
+    return on_host()

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, completed, one_of_each, read_batches
-from liar_ext.models.depth import why_lent
 from liar_ext.models.plan import Plan, check_mode
+from liar_ext.models.registry import family_of
 from liar_ext.models.running import device_of, evaluating
-from liar_ext.models.sites import family_of, sites
+from liar_ext.models.sites import sites
+from liar_ext.models.whole import why_lent
 from liar_ext.reconstruction.block_runner import is_chain
 from liar_ext.reconstruction.ridge import check_settings
-from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.reconstruction.solve import SiteRow
 from liar_ext.reconstruction.streams import (
     InMemory,
     SavedStreams,
@@ -48,17 +49,14 @@ def reconstruct_layerwise(
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve the sites of ``plan`` block by block, each on what the pruned blocks before it give.
 
-    Every calibration sequence has two residual streams, ``h`` in the dense model and ``ĥ`` in the
-    pruned one. At a site, x̂ is what its consumer ``y = W x + b`` reads in the pruned model, removed
-    features included, and x in the dense one. The consumer that stays is solved for::
+    With the stream ``h`` of the dense model and ``ĥ`` of the pruned one, and x and x̂ what the
+    consumer ``y = W x + b`` of a site reads in them, the consumer is solved for::
 
         W x̂ + b + α (y* − W x̂ − b)     α in [0, 1] of least held-out error, with the target
         stream    y* = h_after − ĥ_before     make the stream equal the dense one after the site
-        branch    y* = W x + b                give the output that the dense site gives
+        branch    y* = W x + b                where a norm or a scale comes before the stream
 
-    The target is ``branch`` where a norm or a scale comes between the consumer and the stream, and
-    the row of the site says so. λ and α are those of least held-out error, see
-    :func:`liar_ext.reconstruction.solve.solve`. Sites that lose nothing stay as they are.
+    Sites that lose nothing stay as they are.
 
     Parameters
     ----------
@@ -95,11 +93,8 @@ def reconstruct_layerwise(
 
     Notes
     -----
-    Memory: on the CPU two streams of tokens × hidden, and up to four more with the input of one MLP
-    consumer for the block at hand; and the sums of one layer. Work: one run of each dense block,
-    one per site of each pruned block, and one more unless both add to the stream as they are.
-
-    Source: docs/method.md, section "Layerwise reconstruction".
+    Memory: two streams of tokens × hidden, up to four more for the block at hand, and the sums of
+    one layer. Source: docs/method.md, section "Layerwise reconstruction".
     """
     check_mode(mode)
     check_settings(mode, damp)
@@ -127,9 +122,8 @@ def solve_layerwise(
 ) -> Iterator[Solved]:
     """Yield the blocks, each with its weights in memory and solved on those before it.
 
-    Without ``along`` the walk ends with the last site of the plan; if it has none, nothing is
-    solved. Blocks that are ``gone`` are left out, see
-    :class:`liar_ext.reconstruction.walk.LayerwiseSolver`.
+    Without ``along`` the walk ends with the last site of the plan. Blocks that are ``gone`` are
+    left out.
     """
     every = [site for block in walk.blocks.layers for layer in block.values() for site in layer]
     plan.check_sites({site.name for site in every}, "layerwise")
@@ -160,7 +154,6 @@ def solve_blocks(
     """Yield the blocks as ``steps`` solves them; those that the checkpoint has are read there.
 
     ``steps`` is given how many blocks are done, and all streams that are ``kept``, behind them.
-    Texts among these pass each block once it is sliced.
     """
     walk, (done, found) = kept.walk, kept.restore()
     for index in range(done):
@@ -192,10 +185,7 @@ def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor
 
 
 def check_block(walk: Walk, batches: Sequence[Batch], index: int) -> None:
-    """Raise InputError if a block reads more of other blocks than what the one before wrote.
-
-    The blocks before it are behind text on the walk.
-    """
+    """Raise InputError if a block reads more of other blocks than what the one before wrote."""
     blocks = walk.blocks
     for one in one_of_each(batches):
         inputs = one.to(walk.source.device).inputs

@@ -10,17 +10,52 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.moments import Moments, check_finite, check_folds
+from liar_ext.calibration.taps import Moments, check_finite, check_folds
 from liar_ext.models.plan import Plan
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.ops.reference import NOT_FINITE, symmetric
-from liar_ext.reconstruction import low_memory, ridge
-from liar_ext.reconstruction.ladder import slices
+from liar_ext.reconstruction import ridge
+from liar_ext.reconstruction.ladder import oom_fallback, slices
 from liar_ext.reconstruction.ridge import BOTH, WITH_BIAS, Residual, check_settings, ratio
-from liar_ext.reconstruction.rows import BY_BLOCKS, ON_HOST, SiteRow
 from liar_ext.system.distributed import share
 from liar_ext.system.errors import InputError, naming_memory
 from liar_ext.system.progress import Bar
+
+ON_HOST = "on the CPU, as the GPU had no room"  # ends the path of a solve
+NO_ERROR = 1e-6  # a relative error that no site of a real model has
+BY_BLOCKS = "by blocks in a file, as memory had no room"  # is in it
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """What happened at one site; a row that was read from a file has None for what that lacks.
+
+    Errors are relative to ``tr(W G Wᵀ)``, the energy of the consumer's output.
+    """
+
+    name: str
+    units_before: int
+    units_after: int
+    params_before: int
+    params_after: int
+    damp: float  # λ; infinity for plain dropping
+    error: float
+    holdout_error: float  # cross-validated; λ was chosen by it
+    condition: float  # a lower bound
+    dropped_rows: int
+    path: str
+    seconds: float
+    target: str = "dense-input"  # what errors are measured to
+    share: float = 0.0  # how far towards the target, from the dense weight, the solve was taken
+    sensitivity: float | None = None  # nats that the output loses per unit of relative error
+    certified_error: float | None = None  # on text that no decision has seen
+    tokens: int | None = None  # that reached an expert that was solved
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether units were removed, as far as it is known."""
+        counts = self.units_before, self.units_after
+        return None not in counts and self.units_after < self.units_before
 
 
 class Singular(InputError):
@@ -40,22 +75,12 @@ class Solution:
     path: str  # what was solved, e.g. "linear, cholesky float64"
     step_size: float = 0.0  # α, from the consumer's own target, 0, to the given one, 1
 
-    def row(self, **facts: object) -> SiteRow:
-        """Return the row of the report on what was solved, with other facts on it."""
+    def row(self, name: str, before: int, after: int, unit: int, **facts: object) -> SiteRow:
+        """Return the row of the report, by units before and after, and parameters of a unit."""
         names = "damp", "error", "holdout_error", "condition", "path"
-        own = {name: getattr(self, name) for name in names}
-        return SiteRow(**{**own, "share": self.step_size, **facts})
-
-    def row_of(self, site: Site, units: int, **facts: object) -> SiteRow:
-        """Return the row of the report on a site that keeps ``units`` units."""
-        return self.row(
-            name=site.name,
-            units_before=site.units,
-            units_after=units,
-            params_before=site.params,
-            params_after=units * site.unit_params,
-            **facts,
-        )
+        own = {each: getattr(self, each) for each in names}
+        counts = name, before, after, before * unit, after * unit
+        return SiteRow(*counts, **own, share=self.step_size, **facts)
 
 
 def solve(
@@ -83,22 +108,13 @@ def solve(
     In the affine form all sums are centred, and ``b' = b + W μ + α ρ − W' μ_K`` with μ, ρ the means
     of x and r.
 
-    λ and α have the least error ``Σ |W' x_K + b' − y*|²`` on held-out tokens: solved on fold A and
-    judged on fold B, and the other way round. The returned weight is solved with them on both
-    folds. If ``step`` begins at 0, it is never worse on held-out tokens than without a target.
+    λ and α, within ``step``, have the least error ``Σ |W' x_K + b' − y*|²`` on held-out tokens:
+    solved on fold A and judged on fold B, and the other way round. The returned weight is solved
+    with them on both folds. Errors are those to the full target, relative to ``tr(W G Wᵀ)``.
 
-    Where the device of the sums has no memory for the solve, it is done on the CPU, and there, if
-    need be, by :mod:`liar_ext.reconstruction.low_memory`; the path of the solution says so.
-
-    W is ``(d_out, d_in)``, b ``(d_out,)`` or None, and ``moments`` are those of x; ``kept`` are the
-    features that are kept, ``(n_kept,)`` int64, ascending. ``target`` is the residual over the same
-    tokens, without which the target is the dense output; ``step`` is the least and greatest α.
-    ``mode`` auto is ``affine`` if there is a bias, else ``linear``; ``damp`` is λ, or "auto", the
-    choice among ``DAMP_LADDER``. Errors of the solution are those to the full target, whatever α,
-    relative to ``tr(W G Wᵀ)``.
-
-    InputError is raised if a fold has no tokens and ``mode`` isn't ``none``, or a given damp leaves
-    ``G_KK + Λ`` singular; MemoryError or RuntimeError if an allocation fails by blocks as well.
+    W is ``(d_out, d_in)``, b ``(d_out,)`` or None, ``moments`` are those of x, and ``kept`` are
+    features, ``(n_kept,)`` int64, ascending. InputError is raised if a fold has no tokens and
+    ``mode`` isn't ``none``, or a given damp leaves ``G_KK + Λ`` singular.
 
     Source: LIAR, arXiv:2407.13331; docs/method.md, "Reconstruction" and "Choice of λ".
     """
@@ -109,7 +125,7 @@ def solve(
         return solution_of(system, step, damp)
 
     def in_file() -> Solution:
-        system = low_memory.System(weight, bias, moments, kept, target, mode)
+        system = ridge.SystemInFile(weight, bias, moments, kept, target, mode)
         found = solution_of(system, step, damp)
         return replace(found, path=f"{found.path}, {BY_BLOCKS}")
 
@@ -120,7 +136,7 @@ def solve(
         new = found.weight.to(device), None if found.bias is None else found.bias.to(device)
         return replace(found, weight=new[0], bias=new[1], path=f"{found.path}, {ON_HOST}")
 
-    return low_memory.oom_fallback(device, in_memory, in_file, on_host)
+    return oom_fallback(device, in_memory, in_file, on_host)
 
 
 def _on_host(sums: Moments | Residual) -> Moments | Residual:
@@ -141,7 +157,17 @@ def solution_of(
     ladder = [math.inf] if unfitted or form in ("none", "bias") else ridge.damp_ladder(damp)
     choice = system.choose(ladder, step)
     new, error, energy, code, condition = system.solve(choice)
-    _check_solved(code, choice.held_out, choice.damp, damp)
+    if code != 0 or not torch.isfinite(choice.held_out):
+        if code == NOT_FINITE or damp == "auto":
+            raise InputError(
+                "reconstruct: weights must be finite, got a NaN or an infinity in one of them, or "
+                "values so large that no damp gives a finite held-out error, not even plain "
+                "dropping; load the model in a wider dtype, or leave the site out"
+            )
+        raise Singular(
+            f"reconstruct: G_KK + Λ is not positive definite at damp={choice.damp}; "
+            'use damp="auto" or a larger damp'
+        )
     bias = None
     if system.affine:
         mean, offset = system.means(BOTH)
@@ -171,22 +197,6 @@ def solution_of(
     )
 
 
-def _check_solved(code: Tensor, held_out: Tensor, damp: float, asked: float | str) -> None:
-    """Raise what the code of :func:`liar_ext.ops.reconstruct` means to who gave ``asked``."""
-    if code == 0 and torch.isfinite(held_out).all():
-        return
-    if code == NOT_FINITE or asked == "auto":
-        raise InputError(
-            "reconstruct: weights must be finite, got a NaN or an infinity in one of them, or "
-            "values so large that no damp gives a finite held-out error, not even plain dropping; "
-            "load the model in a wider dtype, or leave the site out"
-        )
-    raise Singular(
-        f"reconstruct: G_KK + Λ is not positive definite at damp={damp}; "
-        'use damp="auto" or a larger damp'
-    )
-
-
 def error_on(
     model: nn.Module,
     site: Site,
@@ -195,11 +205,10 @@ def error_on(
     moments: Moments,
     target: Residual | None = None,
 ) -> float:
-    """Return the error of a site's new consumer on sums that it was not solved on.
+    """Return the error of a site's new consumer, W' and b', on sums that it was not solved on.
 
     ``Σ_t |ΔW x_t + Δb + r_t|² / Σ_t |W x_t|²`` with ``ΔW = W − W' S``, S selecting the features
-    that the plan keeps, and r the residual of the target, if any. NaN if the dense output is zero.
-    ``new`` is W' and b', None if the consumer keeps its bias.
+    that the plan keeps, and r the residual of the target. NaN if the dense output is zero.
     """
     gram, total, tokens = moments.pooled()
     gram, bias = symmetric(gram), get_consumer_bias(model, site)
@@ -273,8 +282,7 @@ def reconstruct(
         if site.expert is not None or site.shared:
             form = ridge.form_of_expert(mode, bias is not None, moments)
         with naming_memory(f"reconstruct: out of memory in the solve of {name}"):
-            features = site.features(kept.kept)
-            given = weight, bias, moments, features
+            given = weight, bias, moments, site.features(kept.kept)
             try:
                 solution = solve(*given, mode=form, damp=damp)
             except Singular:
@@ -282,9 +290,13 @@ def reconstruct(
                     raise
                 solution = solve(*given, mode=form, damp=math.inf)
         weights[name] = (solution.weight, solution.bias)
-        facts = {"dropped_rows": moments.dropped_rows, "seconds": time.perf_counter() - start}
-        tokens = sum(routed[name]) if name in routed else None
-        rows.append(solution.row_of(site, len(kept.kept), tokens=tokens, **facts))
+        row = solution.row(
+            *(name, site.units, len(kept.kept), site.unit_params),
+            dropped_rows=moments.dropped_rows,
+            seconds=time.perf_counter() - start,
+            tokens=sum(routed[name]) if name in routed else None,
+        )
+        rows.append(row)
     return weights, rows
 
 
@@ -295,10 +307,7 @@ def reconstruct_shared(
     at: Sequence[Site],
     **settings: object,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, SiteRow]]:
-    """Return weights and rows by name of some sites of a plan, which ranks share.
-
-    ``settings`` are those of :func:`reconstruct`.
-    """
+    """Return weights and rows by name of sites that ranks share, see :func:`reconstruct`."""
 
     def solve_own(mine: Sequence[Site]) -> dict[str, tuple]:
         here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
@@ -306,16 +315,14 @@ def reconstruct_shared(
         return {row.name: (weights[row.name], row) for row in rows}
 
     found = share(at, solve_own)
-    return {name: new for name, (new, _) in found.items()}, {
-        n: row for n, (_, row) in found.items()
-    }
+    weights, rows = ({name: pair[i] for name, pair in found.items()} for i in range(2))
+    return weights, rows
 
 
 def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
     """Return the plan with a bias for each consumer that lacks one, where ``mode`` needs it.
 
-    Experts gain none, as their module has no place for it; nor do shared sites, whose layers have
-    biases of their own.
+    Experts have no place for one, and layers of shared sites have biases of their own.
     """
     if mode not in WITH_BIAS:
         return plan
@@ -325,3 +332,55 @@ def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
             bias = get_consumer_bias(model, site) is None
             planned[site.name] = replace(planned[site.name], bias=bias)
     return replace(plan, sites=planned)
+
+
+def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -> list[str]:
+    """Return what a user has to know before trusting a result, with the sites that it concerns.
+
+    ``widest`` counts the features of the widest site.
+    """
+
+    def some(names: Sequence[str]) -> str:
+        return ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
+
+    pruned = [row for row in rows if row.is_pruned]
+    dropped = max((row.dropped_rows for row in rows), default=0)
+    unknown = [row.name for row in rows if not math.isfinite(row.error + row.holdout_error)]
+    silent = all(row.error < NO_ERROR and row.holdout_error < NO_ERROR for row in pruned)
+    plainly = [row.name for row in pruned if math.isinf(row.damp) and mode not in ("none", "bias")]
+    few = [row for row in rows if row.tokens is not None and row.tokens < row.units_before]
+    starved = [f"{row.name} ({row.tokens})" for row in few]
+    notes = [
+        (
+            dropped,
+            f"Up to {dropped} token rows per site held a non-finite value and were left out; "
+            "calibrate in a wider dtype.",
+        ),
+        (
+            unknown,
+            f"The errors of {some(unknown)} are not finite and say nothing; load the model in a "
+            "wider dtype.",
+        ),
+        (
+            pruned and silent,
+            "Every error is 0: the activations do not vary over the calibration text, or the "
+            "removed units did nothing. Give other text, and look at the model's weights.",
+        ),
+        (
+            plainly,
+            f"The cross-validated error is least with plain dropping at {some(plainly)}: give more "
+            "calibration text.",
+        ),
+        (
+            starved,
+            f"Fewer calibration tokens than the expert has channels reached {some(starved)}: their "
+            "channels are chosen, and compensated for, by little or nothing; give more "
+            "calibration text.",
+        ),
+        (
+            tokens < 2 * widest,
+            f"{tokens} calibration tokens are few for sites of {widest} features; the "
+            "cross-validated errors say what that costs.",
+        ),
+    ]
+    return [note for holds, note in notes if holds]

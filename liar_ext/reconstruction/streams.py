@@ -3,58 +3,61 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
+from functools import partial, wraps
+from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.utils import ModelOutput
 
 from liar_ext.calibration.batches import Batch
-from liar_ext.models.running import device_of, evaluating
+from liar_ext.calibration.taps import replaced
+from liar_ext.models.registry import family_of
+from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import sites
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.reconstruction.solve import SiteRow
 from liar_ext.system.checkpoint_store import Checkpoint, reading
 from liar_ext.system.distributed import broadcast
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar, spare
 
+# Methods of base models of transformers whose features depend on no weight that is pruned.
+FEATURES = ("get_image_features", "get_audio_features")
+UNREAD = ("last_hidden_state", "hidden_states", "attentions")  # where there is a pooler_output
 MOST_AT_ONCE = 1 << 30  # bytes of one call; Linux moves at most 2 GiB
 
 
 class HiddenStates:
-    """A place for the hidden states of all calibration sequences between two blocks.
-
-    More than ``memory`` bytes, without bound if not given, go to an unlinked file in ``folder``.
-    ``in_memory`` are the bytes that are held there now.
-    """
+    """A place for hidden states: up to ``memory`` bytes, and an unlinked file in ``folder``."""
 
     def __init__(
         self, memory: int | None = None, folder: str | os.PathLike[str] | None = None
     ) -> None:
         self.memory, self.folder = memory, folder
-        self.in_memory = self.most_on_disk = 0
+        self.in_memory = self.most_on_disk = 0  # bytes
         self._file = None
         self._free: dict[int, list[int]] = {}  # offsets by size
 
     def hold(self, tensor: Tensor) -> Held:
-        """Return what gives a tensor back, on the CPU; its place is free once that is dropped."""
+        """Return what gives a tensor back, on the CPU."""
         return Held(self, tensor)
 
     def close(self) -> None:
-        """Give the disk back; nothing that was held in the file can be read any more."""
+        """Give the disk back."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def take(self, size: int) -> int | None:
-        """Return the offset of ``size`` bytes in the file, or None if memory has room for them."""
+        """Return an offset in the file, or None if memory has room."""
         if self.memory is None or self.in_memory + size <= self.memory:
             self.in_memory += size
             return None
@@ -66,10 +69,9 @@ class HiddenStates:
         try:
             os.posix_fallocate(self._file.fileno(), start, size)
         except OSError as error:
-            where = Path(self.folder or tempfile.gettempdir())
+            where = self.folder or tempfile.gettempdir()
             raise InputError(
-                f"hidden states: {(start + size) / 2**30:.3g} GiB and more are needed in {where}, "
-                f"where {shutil.disk_usage(where).free / 2**30:.3g} GiB are free "
+                f"hidden states: more than {(start + size) / 2**30:.3g} GiB are needed in {where} "
                 f"({error.strerror}); free disk space, raise --max-memory, or give fewer --samples"
             ) from error
         self.most_on_disk += size
@@ -83,7 +85,7 @@ class HiddenStates:
             self._free.setdefault(size, []).append(offset)
 
     def move(self, call: Callable[..., int], tensor: Tensor, offset: int) -> None:
-        """Read or write a contiguous tensor at an offset, by a call that may move part of it."""
+        """Read or write a contiguous tensor; one call may move a part only."""
         bytes_ = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         while len(bytes_):
             done = call(self._file.fileno(), [bytes_[:MOST_AT_ONCE]], offset)
@@ -91,7 +93,7 @@ class HiddenStates:
 
 
 class Held:
-    """One tensor of :class:`HiddenStates`: :meth:`get` it, or :meth:`set` another in its place."""
+    """One tensor of :class:`HiddenStates`, whose place is free once this is dropped."""
 
     def __init__(self, store: HiddenStates, tensor: Tensor) -> None:
         self._store = store
@@ -129,10 +131,7 @@ class Held:
 
 
 class InMemory:
-    """A source of the blocks of a model: all are in memory.
-
-    :class:`liar_ext.checkpoint.block_source.BlockStore` has one part while a context is open.
-    """
+    """A source of blocks, all in memory: what a ``BlockStore`` is for a model in files."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.device = model, device_of(model)
@@ -147,10 +146,7 @@ class InMemory:
 
 
 class Walk:
-    """A walk over the blocks of all sites of a model, and where things lie on the way.
-
-    ``source`` has the weights; what is done is kept in ``saved``, if given.
-    """
+    """A walk over the blocks of a model; ``source`` has the weights, ``saved`` what is done."""
 
     def __init__(
         self, source: InMemory, attn_unit: str = "auto", saved: Checkpoint | None = None
@@ -167,20 +163,16 @@ class Walk:
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Have the model in evaluation mode, and its blocks run one by one."""
+        """Have the blocks run one by one, in evaluation mode."""
         with torch.no_grad(), evaluating(self.model), self.blocks.opened():
             yield
 
     def through(self, title: str, first: int = 0, count: int | None = None) -> Iterator[int]:
-        """Yield the blocks from ``first`` on, each in memory meanwhile, up to ``count``, if given.
-
-        ``title`` is of the progress bar. Blocks before the first were done before.
-        """
+        """Yield the blocks from ``first`` up to ``count``, each in memory meanwhile."""
         count = len(self.blocks) if count is None else count
         spare(title, first)
-        bar = {"initial": first, "total": count}
         with self.begun():
-            for index in Bar(range(first, count), desc=title, **bar):
+            for index in Bar(range(first, count), desc=title, initial=first, total=count):
                 with self.source.block(index):
                     yield index
 
@@ -200,7 +192,7 @@ class StreamedBatches:
         self.numbers = range(len(self.batches)) if self.numbers is None else self.numbers
 
     def advance(self, index: int, note: Callable[[Batch], None] = lambda batch: None) -> None:
-        """Take all batches past a block, which is in memory; tell ``note`` of each before."""
+        """Take all batches past a block; tell ``note`` of each before."""
         for batch, held in self._placed():
             note(batch)
             held.set(self._past(index, batch, held))
@@ -215,7 +207,7 @@ class StreamedBatches:
         return self.hidden[place].get().to(self.walk.source.device)
 
     def answering_for(self, number: int) -> AbstractContextManager:
-        """Let the model's forward go on from a batch behind the last block, in a walk."""
+        """Let the model's forward go on from a batch behind the last block."""
         last, place = len(self.walk.blocks) - 1, self.numbers.index(number)
         return self.walk.blocks.answering({last: partial(self.at, place)})
 
@@ -228,7 +220,7 @@ class StreamedBatches:
                 yield
 
     def _placed(self) -> Iterator[tuple[Batch, Held]]:
-        """Yield all batches where the model computes, with their hidden states, once entered."""
+        """Yield all batches where the model computes, with their hidden states."""
         walk, device = self.walk, self.walk.source.device
         if not self.hidden:
             entered = (walk.blocks.enter(0, each.to(device).inputs)[0][0] for each in self.batches)
@@ -248,14 +240,13 @@ class Part:
     batch: Batch  # as the model takes them
     fold: int | None  # None where they are fresh: no solve reads them, errors are measured on them
     number: int  # which of all parts it is, whatever ranks there are
-    # Hidden states, (sequences, tokens, hidden), of the models "dense" and "pruned" before the next
-    # block. "dense behind 3" came out of the stack that ends there, where a later one reads them.
+    # Of the models "dense" and "pruned" before the next block. "dense behind 3" came out of the
+    # stack that ends there, where a later one reads it.
     states: dict[str, Held]
-    # By layer of the block in work, what the dense model has there: the output of the consumer, or
-    # the stream after it.
+    # By layer of the block in work: output of the dense consumer, or the stream after it.
     goals: dict[str, Held] = field(default_factory=dict)
-    # The pruned stream between attention and MLP of the block in work, and what the MLP's consumer
-    # reads: all that a new one needs to finish the block.
+    # The pruned stream between attention and MLP, and what the MLP's consumer reads: all that a new
+    # one needs to finish the block.
     halfway: tuple[Held, Held] | None = None
 
 
@@ -264,10 +255,7 @@ Streams = dict[str, list[Held]]
 
 
 class SavedStreams:
-    """All hidden states of a walk after a block, in the place of those after the block before.
-
-    They are saved as often as a twentieth of the time allows, if the walk has a checkpoint. A walk
-    goes on from there, and does later blocks again, to the same bits.
+    """All hidden states of a walk after a block, saved for a walk that goes on from there.
 
     ``name`` is that of what is done on the walk, which ``texts`` pass. ``others`` returns further
     streams, of each of which this rank has the hidden states with some ``numbers``.
@@ -292,10 +280,7 @@ class SavedStreams:
         return own.get(name, self._others_numbers)
 
     def restore(self) -> tuple[int, Streams]:
-        """Put back what is saved; return the number of blocks before it, and all streams.
-
-        Those of a known name are replaced, others are new. Each rank takes its own.
-        """
+        """Put back what is saved of this rank; return how many blocks are done, and all streams."""
         streams = self._streams()
         known = None if self.saved is None else self.saved.get(self.key)
         if known is None:
@@ -347,3 +332,49 @@ def kept_block(saved: Checkpoint, index: int) -> tuple[Weights, dict[str, SiteRo
     with reading(stored.path):
         tensors, rows = dict(stored), {n: SiteRow(**row) for n, row in facts["rows"].items()}
         return {n: (tensors[f"{n}.weight"], tensors.get(f"{n}.bias")) for n in rows}, rows
+
+
+@contextmanager
+def features_once(model: nn.Module, states: HiddenStates) -> Iterator[None]:
+    """Let the encoder of images or sound run once for each input; ``states`` holds its output.
+
+    Where the encoder itself is pruned, as in CLIP, nothing changes.
+    """
+    body, alone = body_of(model), not family_of(model).parts
+    with ExitStack() as stack:
+        for name in FEATURES:
+            if alone and hasattr(body, name):
+                once = _once(getattr(body, name), states, device_of(model))
+                stack.enter_context(replaced(body, once, name))
+        yield
+
+
+def _once(compute: Callable, states: HiddenStates, device: torch.device) -> Callable:
+    """Return a method that computes what it has not computed for the same arguments."""
+    known: dict[bytes, Any] = {}
+
+    @wraps(compute)
+    @torch.no_grad()
+    def features(*args: Any, **kwargs: Any) -> Any:
+        key = _key((args, kwargs))
+        if key not in known:
+            output = compute(*args, **kwargs)
+            if isinstance(output, ModelOutput) and output.get("pooler_output") is not None:
+                output = type(output)(**{n: v for n, v in output.items() if n not in UNREAD})
+            known[key] = pytree.tree_map_only(Tensor, states.hold, output)
+        return pytree.tree_map_only(Held, lambda held: held.get().to(device), known[key])
+
+    return features
+
+
+def _key(arguments: Any) -> bytes:
+    """Return a digest of arguments, and of all that their tensors hold."""
+    leaves, names = pytree.tree_flatten(arguments)
+    digest = blake2b(repr(names).encode(), digest_size=16)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.digest()

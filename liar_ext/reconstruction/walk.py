@@ -18,8 +18,7 @@ from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.reconstruction.block_runner import Forward, Run, counted, layer_forward, rows_of
 from liar_ext.reconstruction.ridge import LayerSums, Tokens, form_at, form_of_expert
-from liar_ext.reconstruction.rows import SiteRow
-from liar_ext.reconstruction.solve import Solution, error_on, solve
+from liar_ext.reconstruction.solve import SiteRow, Solution, error_on, solve
 from liar_ext.reconstruction.streams import Held, Part, Streams, Walk, Weights
 from liar_ext.system.distributed import (
     all_reduce,
@@ -37,8 +36,6 @@ STREAMS, BEHIND = ("dense", "pruned"), " behind "
 
 class LayerwiseSolver:
     """A walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block.
-
-    A step reads the weights of its own block only, and of what comes before the first.
 
     Blocks that are ``gone`` are run in the dense model alone: the last layer before a gap is solved
     for the stream behind it, and every site of the plan is solved, be all its units kept. Errors
@@ -67,27 +64,23 @@ class LayerwiseSolver:
 
     def start(self, batches: Batches, fresh: Batches = ()) -> None:
         """Split the batches by fold, and take all hidden states to the first block."""
-        folds, numbers = [], count()
+        folds, numbers = set(), count()
         for index, batch in enumerate(read_batches(batches)):
-            folds += batch.fold.tolist()
+            folds |= set(batch.fold.tolist())
             mine = index % world_size() == rank()
             batch = completed(self.model, batch) if mine else batch
             for fold in range(FOLDS):
                 rows, number = (batch.fold == fold).nonzero().flatten(), next(numbers)
                 if len(rows) and mine:
                     self.text.append(self._entered(batch.select(rows), fold, number))
-        if set(folds) != set(range(FOLDS)):
-            raise InputError(
-                f"layerwise: each of the {FOLDS} folds needs sequences, got {len(folds)} in folds "
-                f"{sorted(set(folds))}; give at least 2 sequences"
-            )
+        if folds != set(range(FOLDS)):
+            raise InputError("layerwise: both folds need text; give at least 2 sequences")
         for index, batch in enumerate(read_batches(fresh)):
             self.certifies, number = True, next(numbers)
             if index % world_size() == rank():
                 self.fresh.append(self._entered(completed(self.model, batch), None, number))
 
     def _planned(self, layers: Mapping[str, Sequence[Site]]) -> list[str]:
-        """Return the layers that the plan names."""
         return [name for name, layer in layers.items() if layer[0].name in self.plan.sites]
 
     @property
@@ -104,7 +97,7 @@ class LayerwiseSolver:
         return self.blocks.enter(index, batch.to(self.device).inputs)[0][0]
 
     def _next_stack(self, index: int) -> None:
-        """Leave one stack of blocks for the next, which begins at block ``index``."""
+        """Go on to the stack of blocks that begins at ``index``."""
         read = self.blocks.read_later(index - 1)
         for part in self.parts:
             hidden = self._first(index, part.batch)
@@ -159,23 +152,19 @@ class LayerwiseSolver:
                 part.states[name] = held
 
     def _pass(self, index: int, goals: Mapping[str, str]) -> None:
-        """Take the dense stream past a block; ``goals`` are as for :meth:`_dense_run`."""
-        layers = self.blocks.layers[index]
-        self.targets |= {name: self._target_at(layer[0]) for name, layer in layers.items()}
-        for part in self.parts:
-            self._dense_run(index, part, goals)
-
-    def _dense_run(self, index: int, part: Part, goals: Mapping[str, str]) -> None:
-        """Take the dense stream of a part past a block, and note what it is at some layers.
+        """Take the dense stream past a block, and note what it is at some layers.
 
         ``goals`` are these layers, each with the one that is solved for what is there.
         """
-        layers, run = self.blocks.layers[index], self._run(index, part, "dense")
-        for name, into in goals.items():
-            if name == into or self.targets[name] == self.targets[into] == "stream":
-                reached = self._reached(layers[name][0], run)
-                part.goals[into] = self.states.hold(reached)
-        part.states["dense"] = self.states.hold(run.output)
+        layers = self.blocks.layers[index]
+        self.targets |= {name: self._target_at(layer[0]) for name, layer in layers.items()}
+        for part in self.parts:
+            run = self._run(index, part, "dense")
+            for name, into in goals.items():
+                if name == into or self.targets[name] == self.targets[into] == "stream":
+                    part.goals[into] = self.states.hold(self._reached(layers[name][0], run))
+            part.states["dense"] = self.states.hold(run.output)
+            del run  # before the next one is there
 
     def _after(self, index: int, part: Part) -> Tensor:
         """Return the pruned stream after a block whose sites are solved."""
@@ -228,11 +217,11 @@ class LayerwiseSolver:
 
     def _store(self, site: Site, solution: Solution, **facts: object) -> None:
         self.weights[site.name] = (solution.weight, solution.bias)
-        units = len(self.plan.sites[site.name].kept)
-        self.rows[site.name] = solution.row_of(site, units, **facts)
+        units = site.units, len(self.plan.sites[site.name].kept), site.unit_params
+        self.rows[site.name] = solution.row(site.name, *units, **facts)
 
     def _collect(self, parts: Sequence[Part], layer: Sequence[Site]) -> list[LayerSums]:
-        """Return the sums of all ranks over x̂ and the residual; those of fresh text in fold 0."""
+        """Return the sums of all ranks; those of fresh text are in fold 0."""
         device = self.blocks.device(self.blocks.index_of(layer[0]))
         sums = [LayerSums.zeros(site, device) for site in layer]
         for part in parts:
@@ -300,11 +289,10 @@ class LayerwiseSolver:
         if mlps != [site.name] or len(here) == 1:
             return None
         x, added = run.seen[site.name]
+        plain = all(self.targets.get(name) == "stream" for name in here)
         if site.name in self.ends:
             stream = run.sums[site.name] - added.view_as(run.before)
-        elif all(self.targets.get(name) == "stream" for name in here) and (
-            self.blocks.norms.keys().isdisjoint(here)
-        ):
+        elif plain and self.blocks.norms.keys().isdisjoint(here):
             stream = self.blocks.after_attention(site, run.before, run, itself=False)
         else:
             return None
@@ -349,8 +337,8 @@ class LayerwiseSolver:
     def _reached(self, site: Site, run: Run) -> Tensor:
         """Return the consumer's output, or the stream after the site, on the CPU.
 
-        Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
-        In float32, or float64 as the model is: the difference of two of these is the residual.
+        Where a norm follows the sum, the stream is what that reads. In float32, or float64 as the
+        model is: the difference of two of these is the residual.
         """
         if self.targets[site.team] == "branch":
             found = run.seen[site.team][1].view_as(run.before)

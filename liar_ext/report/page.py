@@ -1,8 +1,4 @@
-"""Pages: of one job, what it did, cost in quality and took; and of several, compared.
-
-``page.html`` is the template of both. Whatever is shown is escaped by it,
-but pictures, which are SVG of our own.
-"""
+"""The page of a job, and that of several jobs, compared, by the template ``page.html``."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,12 +21,12 @@ from liar_ext.report.pictures import Point, scatter
 from liar_ext.report.reading import stored_bench
 from liar_ext.report.report import Report
 from liar_ext.report.tables import Table, magnitude, quality, ratio, render
-from liar_ext.system.atomic_write import begins_with, write_whole
-from liar_ext.system.errors import InputError, typed
-from liar_ext.system.untrusted import text
+from liar_ext.system.errors import typed
+from liar_ext.system.files import begins_with, text, write_whole
 
 # The first line of every page, by which it may be overwritten.
 MARK = "<!DOCTYPE html><!-- liar report -->\n"
+UNNAMED = "an unnamed model"
 
 
 def name_of(folder: str | os.PathLike[str]) -> str:
@@ -51,9 +48,9 @@ def write_page(
         file = place.with_name(f"{place.name}.html")
     target = Path(file)
     report, name = Report.load(folder), name_of(folder)
-    check_place(target, "report", "-o", begins_with(MARK))
+    check_place(target, "report", "-o", partial(begins_with, MARK))
     bench, notes = stored_bench(folder)
-    model = report.model or "an unnamed model"
+    model = report.model or UNNAMED
     with pictures.drawing("report") as figures:
         drawn = {
             "units": pictures.kept(report.sites, figures),
@@ -131,7 +128,10 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
             under = f"pruned / dense, batch {rate.batch}"
             tiles.append((f"speed, {title}", f"× {rate.ratio.median:.2f}", under, None))
     if "total" in report.seconds:
-        tiles.append(("time spent", _duration(report.seconds["total"]), "for the whole job", None))
+        total = report.seconds["total"]
+        spent = f"{total / 60:.1f} min" if total < 7200 else f"{total / 3600:.1f} h"
+        spent = f"{total:.3g} s" if total < 120 else spent
+        tiles.append(("time spent", spent, "for the whole job", None))
     return tiles
 
 
@@ -143,21 +143,14 @@ def _pictures(report: Report, svgs: dict[str, str | None]) -> list[dict[str, Any
         "Of a pruned layer's output, relative to its energy before. Held out: solved on one half "
         f"of the calibration documents, measured on the other{more}"
     )
-    shown = (
-        ("Units kept per layer", svgs["units"], units),
-        ("Error per layer", svgs["errors"], errors),
-        ("Time spent", svgs["seconds"], "Seconds by stage of the job."),
-    )
-    return [picture(title, svg, caption) for title, svg, caption in shown if svg]
+    shown = [
+        picture("Units kept per layer", svgs["units"], units),
+        picture("Error per layer", svgs["errors"], errors),
+        picture("Time spent", svgs["seconds"], "Seconds by stage of the job."),
+    ]
+    return [each for each in shown if each["svg"]]
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-MOST_RUNS = 50  # of a comparison
 MOST_DRIFT = 1.1  # of a dense model's speed between measurements
 # What two measurements must share to be compared.
 CONDITIONS = ("dtype", "device", "threads", "prompt_length", "new_tokens", "cpu")
@@ -189,11 +182,7 @@ def write_comparison(
     png: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Write one page of several saved folders, and its pictures as PNG; return the files."""
-    if len(folders) > MOST_RUNS:
-        raise InputError(
-            f"compare: takes at most {MOST_RUNS} folders, got {len(folders)}; compare fewer"
-        )
-    check_place(Path(file), "compare", "-o", begins_with(MARK))
+    check_place(Path(file), "compare", "-o", partial(begins_with, MARK))
     runs, notes = read_runs(folders)
     what, measures = speed_of(runs), measures_of(runs)
     title = f"Comparison of {len(runs)} pruned model{'s' if len(runs) != 1 else ''}"
@@ -237,11 +226,11 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
 def cautions(runs: Sequence[Run]) -> list[str]:
     """Return why numbers of these runs don't compare, where they don't."""
     said = []
-    models = sorted({run.report.model or "an unnamed model" for run in runs})
+    models = sorted({run.report.model or UNNAMED for run in runs})
     if len(models) > 1:
         said.append(
-            f"These are runs of {len(models)} different models: {_some(models)}. Perplexities of "
-            "models with other tokenizers don't compare."
+            f"These are runs of {len(models)} different models: {', '.join(models)}. Perplexities "
+            "of models with other tokenizers don't compare."
         )
     on = {
         (
@@ -256,23 +245,19 @@ def cautions(runs: Sequence[Run]) -> list[str]:
             "Quality was measured on different text or windows of different length, and the "
             "numbers don't compare."
         )
-    for measure in measures_of(runs):
-        without = [run.name for run in runs if run.quality("pruned", measure) is None]
-        if without:
-            said.append(f"No {measure} was measured for {_some(without)}.")
     benches = [run.bench for run in runs if run.bench is not None]
     for name in CONDITIONS:
         values = sorted({text((b.settings | b.machine).get(name, "?")) for b in benches})
         if len(values) > 1:
             said.append(
-                f"Speeds were measured with different {name} ({_some(values)}), and don't compare."
+                f"Speeds were measured with different {name} ({', '.join(values)}), and don't "
+                "compare."
             )
     dense: dict[object, list[float]] = {}
     for run in runs:
         rate = run.rate(speed_of(runs))
         if rate and rate.dense.median > 0:
-            model = run.report.model, run.bench.dense.params
-            dense.setdefault(model, []).append(rate.dense.median)
+            dense.setdefault(run.report.model, []).append(rate.dense.median)
     worst = max((max(each) / min(each) for each in dense.values()), default=1.0)
     if worst >= MOST_DRIFT:
         said.append(
@@ -355,7 +340,3 @@ def _measure(run: Run, measure: str) -> str:
     dense, pruned = (run.quality(of, measure) for of in ("dense", "pruned"))
     change = ratio(dense, pruned) if pruned and dense != 1 else ""
     return quality(pruned) + (f" (×\u00a0{change})" if change else "")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

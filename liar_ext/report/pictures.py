@@ -1,8 +1,7 @@
 """The pictures of pages: units kept, errors, seconds, and a number of several models.
 
-matplotlib draws them. In an SVG, colours are variables of the page's style, so that one picture
-serves light and dark, and bars and points say their values to a pointer. Pictures are as wide as a
-phone, with text that can be read there.
+In an SVG, colours are variables of the page's style, so that one picture serves light and dark, and
+bars and points say their values to a pointer. Pictures are as wide as a phone.
 """
 
 from __future__ import annotations
@@ -11,20 +10,18 @@ import io
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from liar_ext.checkpoint.placing import check_place
 from liar_ext.models.plan import kind_of
-from liar_ext.reconstruction.rows import SiteRow
-from liar_ext.system.atomic_write import atomic_write, made_folders
+from liar_ext.reconstruction.solve import SiteRow
 from liar_ext.system.errors import refusing
+from liar_ext.system.files import atomic_write, made_folders
 
 # On white, and what the page's style calls it.
 COLOURS = {
@@ -55,10 +52,8 @@ SETTINGS = {
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "axes.axisbelow": True,
 }
-MOST_BARS = 96  # beyond, neighbouring layers share a bar
 MOST_MARKERS = 48  # beyond, they would hide the line
-MOST_STAGES = 12
-SMALLEST, GREATEST = 1e-9, 1e3  # of an error that is drawn
+LOW, HIGH = 1e-9, 1e3  # of an error that is drawn
 KINDS = {"attn": "attention", "mlp": "MLP", "other": "other sites"}
 ERRORS = {  # by field: label, colour, marker
     "error": ("calibration", "faint", "o"),
@@ -78,9 +73,7 @@ def drawing(operation: str) -> Iterator[Any]:
         import matplotlib
         from matplotlib.figure import Figure
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            yield Figure
+        yield Figure
 
 
 def kept(sites: Sequence[SiteRow], figures: Any) -> Any | None:
@@ -91,19 +84,20 @@ def kept(sites: Sequence[SiteRow], figures: Any) -> Any | None:
 
 def errors(sites: Sequence[SiteRow], figures: Any) -> Any | None:
     """Draw the errors of each pruned layer, relative to its dense output; None without any."""
-    known = [site for site in sites if {site.error, site.holdout_error} != {None}]
-    return _by_kind([site for site in known if site.is_pruned], figures, 1.9, _errors)
+    lost = [each for each in sites if each.is_pruned and {each.error, each.holdout_error} != {None}]
+    kinds = {kind_of(site.name) for site in lost}
+    return _by_kind([site for site in sites if kind_of(site.name) in kinds], figures, 1.9, _errors)
 
 
 def _units(panel: Any, kind: str, places: Places) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    bars, wide = _bars(places)
-    at, before, after = zip(*bars, strict=True)
-    removed = panel.bar(at, before, wide, color=COLOURS["pale"], label="removed")
-    stay = panel.bar(at, after, wide, color=COLOURS["blue"], label="kept")
-    for patch, behind, (x, old, new) in zip(stay, removed, bars, strict=True):
-        _say(f"{x:g}: {new:,.4g} of {old:,.4g} units stay", patch, behind)
+    at, sites = zip(*places, strict=True)
+    before, after = ([getattr(s, f"units_{when}") for s in sites] for when in ("before", "after"))
+    removed = panel.bar(at, before, color=COLOURS["pale"], label="removed")
+    stay = panel.bar(at, after, color=COLOURS["blue"], label="kept")
+    for x, old, new, *bars in zip(at, before, after, removed, stay, strict=True):
+        _say(f"{x}: {new:,} of {old:,} units stay", *bars)
     share = sum(after) / max(sum(before), 1)
     panel.set_title(f"{KINDS[kind]}: {share:.0%} of the units stay", loc="left")
     panel.set_ylabel("units")
@@ -112,9 +106,9 @@ def _units(panel: Any, kind: str, places: Places) -> None:
 
 def _errors(panel: Any, kind: str, places: Places) -> None:
     for name, (label, colour, marker) in ERRORS.items():
-        known = [(x, getattr(site, name)) for x, site in places]
-        points = _broken([(x, y) for x, y in known if y is not None])
-        if points:
+        known = [(x, getattr(site, name) if site.is_pruned else None) for x, site in places]
+        points = [(x, math.nan if y is None else min(max(y, LOW), HIGH)) for x, y in known]
+        if not all(math.isnan(y) for _, y in points):
             size = 3.5 if len(points) <= MOST_MARKERS else 1.5
             style = {"marker": marker, "markersize": size, "linewidth": 1}
             style |= {"color": COLOURS[colour], "label": label}
@@ -135,9 +129,6 @@ def time_spent(seconds: Mapping[str, float], figures: Any) -> Any | None:
     stages = sorted(known, key=itemgetter(1), reverse=True)
     if not stages:
         return None
-    if len(stages) > MOST_STAGES:
-        rest = sum(spent for _, spent in stages[MOST_STAGES - 1 :])
-        stages = [*stages[: MOST_STAGES - 1], ("other stages", rest)]
     figure = figures(figsize=(WIDTH, 0.7 + 0.28 * len(stages)), layout="constrained")
     panel, places = figure.subplots(), range(len(stages))
     names = [name if len(name) <= 18 else name[:17] + "…" for name, _ in stages]
@@ -219,17 +210,16 @@ def write(
     """Write figures as PNG files, on white, into a folder; return the files."""
     if folder is None:
         return []
-    there = {name: figure for name, figure in drawn.items() if figure is not None}
-    paths = [Path(folder) / f"{name}.png" for name in there]
+    there = {Path(folder) / f"{name}.png": figure for name, figure in drawn.items() if figure}
     plain = {"format": "png", "dpi": 200, "facecolor": "white", "metadata": PNG_MARK}
     failure = f"{operation}: can't write into {folder}"
     with refusing(failure, "give another with --png", OSError), made_folders(Path(folder)):
-        for path in paths:
+        for path in there:
             check_place(path, operation, "--png", _is_png)
-        for path, figure in zip(paths, there.values(), strict=True):
+        for path, figure in there.items():
             with atomic_write(path) as file:
                 figure.savefig(file, **plain)
-    return paths
+    return list(there)
 
 
 def _is_png(path: Path) -> bool:
@@ -315,33 +305,6 @@ def _by_kind(
     figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=3)
     panels[-1].set_xlabel("layer" if any(layers) else "site")
     return figure
-
-
-def _bars(places: Places) -> tuple[list[tuple[float, float, float]], float]:
-    """Return bars as place, units before and after, and their width.
-
-    Layers that share a bar, if there are very many, have their mean in it.
-    """
-    first, last = places[0][0], places[-1][0]
-    wide = 1 + (last - first) // MOST_BARS
-    bins: dict[int, list[SiteRow]] = {}
-    for place, site in places:
-        bins.setdefault((place - first) // wide, []).append(site)
-    bars = []
-    for key, some in bins.items():
-        counts = zip(*((site.units_before, site.units_after) for site in some), strict=True)
-        bars.append((first + wide * (key + 0.5) - 0.5, *map(fmean, counts)))
-    return bars, 0.8 * wide
-
-
-def _broken(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Return points within what is drawn, with a gap where a layer between two has none."""
-    found: list[tuple[float, float]] = []
-    for at, value in points:
-        if found and at > found[-1][0] + 1:
-            found.append((found[-1][0] + 0.5, math.nan))
-        found.append((at, min(max(value, SMALLEST), GREATEST)))
-    return found
 
 
 def _numbers(panel: Any, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:

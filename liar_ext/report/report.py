@@ -18,16 +18,15 @@ import yaml
 from liar_ext import ops
 from liar_ext.checkpoint.folder import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
 from liar_ext.models.plan import Plan, kind_of
-from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.models.recipe import Recipe
+from liar_ext.reconstruction.solve import SiteRow
 from liar_ext.report import reading, sections, tables
 from liar_ext.report.tables import Table, figure, plain, render
 from liar_ext.system.environment import version_of
-from liar_ext.system.errors import refusing, typed
-from liar_ext.system.untrusted import count, listing, text
+from liar_ext.system.errors import typed
+from liar_ext.system.files import count, listing, text
 
 MOST_SITES = 4096
-MOST_SHOWN = 512  # of them in a notebook
 REMOVED = {"blocks": "blocks", "attn": "attention heads", "mlp": "MLP channels"}
 NAMES = {"attn": "attention", "mlp": "MLP"}
 LOADER = re.compile(r"transformers\.(\w+)\.from_pretrained\(folder(, trust_remote_code=True)?\)")
@@ -48,7 +47,7 @@ class Report:
     earlier : list of dict
         Of each job that had pruned the model before: ``budget``, and ``params`` before and after.
     grid : dict
-        Steps of sizes and their cost, see :func:`liar_ext.selection.curve_allocation.rounding`.
+        Steps of sizes and their cost, see :func:`liar_ext.selection.error_curves.rounding`.
     params : dict
         ``before``, ``after``, ``prunable_before``, ``prunable_after``.
     latency : dict
@@ -104,24 +103,12 @@ class Report:
 
     def _repr_html_(self) -> str:
         """Return sizes, warnings and, folded, the sites, which a notebook shows."""
-        return render(
-            "notebook.html",
-            report=self,
-            sites=sections.sites("Sites", self.sites[:MOST_SHOWN]),
-            count=f"{len(self.sites):,}",
-        )
+        return render("notebook.html", report=self, sites=sections.sites("Sites", self.sites))
 
     def to_frame(self) -> Any:
-        """Return a pandas DataFrame with a row for each site, and the fields of its row.
+        """Return a pandas DataFrame with a row for each site, and the fields of its row."""
+        import pandas
 
-        Raises
-        ------
-        InputError
-            If pandas is not installed.
-        """
-        hint = "pip install pandas, or read report.sites"
-        with refusing("report: to_frame needs pandas", hint, Exception):
-            import pandas
         names = [each.name for each in fields(SiteRow)]
         rows = [asdict(row) for row in self.sites]
         return pandas.DataFrame(rows, columns=names).set_index("name")
@@ -146,18 +133,23 @@ class Report:
     def from_dict(cls, facts: Mapping[str, Any]) -> Report:
         """Read what :meth:`to_dict` gave, or a stranger has written.
 
-        What is missing, or no value of its kind, is None or left out. More than 4,096 sites are
-        cut, and a warning says so.
+        What is missing, or no value of its kind, is None or left out, and so is a section that
+        can't be shown. More than 4,096 sites are cut, and a warning says so.
         """
-        cut, rows = [], {}
-        for name, what in (("sites", "sites"), ("hidden", "places of hidden features")):
-            found = listing(facts.get(name))
-            rows[name] = [reading.row(each) for each in found[:MOST_SITES]]
-            if len(found) > MOST_SITES:
-                cut.append(f"Of {len(found):,} {what} the first {MOST_SITES:,} are shown.")
         read = {name: reader(facts.get(name)) for name, reader in reading.PARTS.items()}
-        read["warnings"] = cut + read["warnings"]
-        return cls(**read, **rows)
+        for name in ("earlier", "evaluation", "grid", "heal", "latency", "vocabulary"):
+            try:
+                alone = cls("", **{name: read[name]})
+                alone.to_markdown(), alone.to_card(), alone.summary()
+            except reading.MISFIT:
+                read[name] = type(read[name])()
+        for name in ("sites", "hidden"):
+            found = listing(facts.get(name))
+            read[name] = [reading.row(each) for each in found[:MOST_SITES]]
+            if len(found) > MOST_SITES:
+                cut = f"Of {len(found):,} {name} the first {MOST_SITES:,} are shown."
+                read["warnings"].append(cut)
+        return cls(**read)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], operation: str = "report") -> Report:
@@ -288,9 +280,10 @@ class Report:
             before, after = self.params.get(f"{part}before"), self.params.get(f"{part}after")
             if before and after is not None:
                 lines.append(f"{title:20} {before:>15,} → {after:>15,}  ({after / before:.1%})")
-        for row in (row for row in self.sites if row.name == "blocks" and row.is_pruned):
-            sizes = f"{row.units_before:>15} → {row.units_after:>15}"
-            lines.append(f"{'blocks':20} {sizes}  ({row.path})")
+        for row in self.sites:
+            if row.name == "blocks" and row.is_pruned:
+                sizes = f"{row.units_before:>15} → {row.units_after:>15}"
+                lines.append(f"{'blocks':20} {sizes}  ({row.path})")
         for name, *numbers in tables.measures(self.evaluation):
             before, after = map(tables.quality, numbers)
             on = tables.measured_on(self.evaluation["dense"])
@@ -310,14 +303,12 @@ class Report:
             "healing": sections.healing_lines(self.heal),
         }
         lines += [f"{title:20} {line}" for title, part in parts.items() for line in part]
-        for name, title, said in (
-            ("holdout_error", "worst layer", "relative error on held-out text"),
-            ("certified_error", "", "(certified)"),
-        ):
-            worst = self.worst_layer(name)
-            if worst is not None:
-                error = f"{getattr(worst, name):.1%} {said}{_beside(worst)}"
-                lines.append(f"{title:20} {worst.name}: {error}")
+        if (worst := self.worst_layer()) is not None:
+            error = f"{worst.holdout_error:.1%} relative error on held-out text{_beside(worst)}"
+            lines.append(f"{'worst layer':20} {worst.name}: {error}")
+        if (worst := self.worst_layer("certified_error")) is not None:
+            error = f"{worst.certified_error:.1%} (certified){_beside(worst)}"
+            lines.append(f"{'':20} {worst.name}: {error}")
         return lines
 
     def summary(self) -> str:

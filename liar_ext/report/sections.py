@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from liar_ext.measure.speed import Benchmark
-from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.reconstruction.solve import SiteRow
 from liar_ext.report import tables
 from liar_ext.report.tables import Table, arrow, figure, pair, quality, rate, ratio
-from liar_ext.system.untrusted import text
+from liar_ext.system.files import mapping, number, text
 
 MIB = 2**20
 SIZES = {"parameters": "", "prunable parameters": "prunable_"}  # title, and what keys begin with
@@ -110,11 +110,8 @@ def latency_lines(found: Mapping[str, Any]) -> list[str]:
     asked = f"batch {table['batch']}, prompt of {table['prompt']} tokens"
     if "decode" in what:
         asked += f", {table['new_tokens']} new ones"
-    place = ", ".join(
-        f"{table['where'][key]}{' threads' if key == 'threads' else ''}"
-        for key in ("device", "dtype", "threads")
-        if key in table["where"]
-    )
+    where = {"device": "?", "dtype": "?", "threads": "?"} | table["where"]
+    place = "{device}, {dtype}, {threads} threads".format(**where)
     fast = f"×{1 / found['predicted']:.3f} predicted"
     if measured:
         low, high = 1 / measured["high"], 1 / measured["low"]
@@ -186,11 +183,11 @@ def _price(found: Mapping[str, Any]) -> str:
 def schedule_lines(settings: Mapping[str, Any]) -> list[str]:
     """Return how layers were solved, if held-out text decided it."""
     found, chosen = settings.get("schedules"), WAYS.get(text(settings.get("schedule")))
-    if not isinstance(found, Mapping) or chosen is None:
+    known = [name for name in WAYS if number(mapping(found).get(name)) is not None]
+    if chosen is None or not known:
         return []
-    known = {name: found[name] for name in WAYS if type(found.get(name)) in (int, float)}
-    values = ", ".join(f"{value:.3g} {WAYS[name]}" for name, value in known.items())
-    return [f"{chosen}; divergence on held-out text: {values}"] if known else []
+    values = ", ".join(f"{found[name]:.3g} {WAYS[name]}" for name in known)
+    return [f"{chosen}; divergence on held-out text: {values}"]
 
 
 def earlier_job(job: Mapping[str, Any]) -> str:
@@ -236,25 +233,21 @@ def healing_lines(found: Mapping[str, Any]) -> list[str]:
         f"Trained towards the dense model for {figure(found['tokens'], ',')} tokens and "
         f"{figure(found['seconds'], '.0f')} s{early}"
     )
-    before = figure(found["before"], ".4g")
     if found["improved"]:
         said += f": held-out loss {arrow('.4g', found['before'], found['after'])}."
     else:
         said += (
-            f", without gain: the held-out loss never fell below {before}, so the weights are "
-            "those before healing."
+            ", without gain: the held-out loss never fell below "
+            f"{figure(found['before'], '.4g')}, so the weights are those before healing."
         )
     if found.get("diverged") is True:
         said += " Training broke off, as gradients were not finite: give a lower --lr."
-    again = any(note.startswith(HEALED_BEFORE) for note in found.get("notes", ()))
-    start = "before" if again else "pruned"
-    measured = [
-        "{}: dense {}, {start} {}, healed {}.".format(
-            name.capitalize(), *map(quality, row), start=start
-        )
-        for name, row in (found.get("quality") or {}).items()
-    ]
-    return [said, *measured, *found.get("notes", ())]
+    notes, lines = found.get("notes", ()), [said]
+    start = "before" if any(note.startswith(HEALED_BEFORE) for note in notes) else "pruned"
+    for name, row in (found.get("quality") or {}).items():
+        dense, before, after = map(quality, row)
+        lines.append(f"{name.capitalize()}: dense {dense}, {start} {before}, healed {after}.")
+    return [*lines, *notes]
 
 
 def healing(found: Mapping[str, Any]) -> Table:

@@ -14,7 +14,6 @@ from liar_ext.models.plan import Budget, Plan, SitePlan
 from liar_ext.models.sites import Site, attn_unit_of
 from liar_ext.models.slicing import allowed_counts
 from liar_ext.selection.costs import Costs, choose
-from liar_ext.selection.error_curves import removal_order
 from liar_ext.system.errors import InputError
 
 
@@ -42,17 +41,13 @@ def allocate(
     method : {"uniform", "global", "curve"}
         ``uniform``: every site keeps the same fraction, as near as its units allow: heads are
         rounded up and channels make up for it. ``global``: scores are standardised within a site,
-        a unit has the mean over its features, and the highest stay, wherever they are, as in FLAP
-        with scores from ``score(..., per="feature")``, where those of attention are squared first.
-        ``curve``: the least sum of ``losses``: exact where the costs share few
-        enough grains, else no more than with 1/8192 of the budget less for each site; see
-        :func:`liar_ext.selection.costs.choose`.
+        and the highest stay, wherever they are, as in FLAP with ``score(..., per="feature")``.
+        ``curve``: the least sum of ``losses``, see :func:`liar_ext.selection.costs.choose`.
     model_type : str
         For the record in the plan.
     total : float, optional
-        Dense cost of the whole model in the budget's unit, from
-        :func:`liar_ext.selection.costs.total_cost`; needed where the budget counts more than the
-        sites, unless ``costs`` say it.
+        Dense cost of the whole model, from :func:`liar_ext.selection.costs.total_cost`; needed
+        where the budget counts more than the sites, unless ``costs`` say it.
     losses : mapping of str to Tensor, optional
         For ``curve``: ``(units + 1,)`` by site name, what the model loses when k units of the site
         are gone, in one unit for all sites; they add up.
@@ -87,10 +82,9 @@ def even_plan(
 def probe_plan(
     at: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget, *, model_type: str = ""
 ) -> Plan:
-    """Return a plan that takes about the budget's fraction, and at least one step, off every site.
+    """Return a plan that takes about the budget's fraction, and at least one unit, off every site.
 
-    For measuring the sensitivity of each site; it need not meet the budget, and its steps are
-    single units, so that what is measured is the same whatever the tile is.
+    For measuring sensitivities: it need not meet the budget, and heeds no tile.
     """
     counts = {}
     for site in at:
@@ -142,6 +136,17 @@ def check_budget(
     return problem
 
 
+def removal_order(scores: Tensor, groups: int = 1) -> Tensor:
+    """Return the units ``(units,)`` in the order in which they go, lowest score first.
+
+    Of ``groups`` runs of units each loses one in turn. Ties: the higher index goes first.
+    """
+    by_group = scores.reshape(groups, -1)
+    order = by_group.argsort(dim=1, descending=True, stable=True).flip(1)
+    offset = torch.arange(groups, device=order.device)[:, None] * by_group.shape[1]
+    return (order + offset).mT.flatten()
+
+
 def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
     """Return the ``count`` best units, equally many of each group, in ascending order."""
     return tuple(sorted(removal_order(scores, groups)[len(scores) - count :].tolist()))
@@ -178,10 +183,7 @@ class _Team:
 
 @dataclass(frozen=True)
 class _Problem:
-    """The budget in numbers: teams of sites, and what they together may cost.
-
-    A choice is a *step* for each team: the index of one of its counts.
-    """
+    """The budget in numbers. A choice is a *step* for each team: the index of one of its counts."""
 
     teams: tuple[_Team, ...]
     limit: float
@@ -205,8 +207,8 @@ class _Problem:
     def fill(self, gain: Callable[[_Team, int, int], float], steps: list[int]) -> list[int]:
         """Spend what the limit leaves on the best gains, one step of one team at a time.
 
-        ``gain(team, now, then)`` is the worth per unit of raising a team's count; a team whose next
-        step does not fit leaves the race.
+        ``gain(team, now, then)`` is the worth of raising a team's count; a team whose next step
+        does not fit leaves the race.
         """
         left = self.limit - self.spent(steps)
         race: list[tuple[float, int]] = []  # (-gain, team)
@@ -252,9 +254,8 @@ def _nearest(counts: Sequence[int], wish: float, up: bool = False) -> int:
 def _uniform(problem: _Problem, scores: Mapping[str, Tensor]) -> list[int]:
     """Return counts of one common fraction.
 
-    The kind of fewest units (heads) takes the allowed count at or above the fraction, and the other
-    kind spends the rest. If that leaves it less than half of the fraction, heads take the count
-    below, or the least.
+    The kind of fewest units (heads) is rounded up, and the other kind spends the rest. If that
+    leaves it less than half of the fraction, heads take the count below, or the least.
     """
     wish = problem.fraction()
     fewest: dict[str, int] = {}
@@ -286,21 +287,16 @@ def _with_largest(problem: _Problem, steps: list[int], kind: str) -> list[int]:
 
 
 def _metric(site: Site, scores: Tensor) -> Tensor:
-    """Return what ``global`` standardises, float64: attention's scores of features are squared.
-
-    So does the code of FLAP, of which the paper does not speak; a negative score stays below zero.
-    """
+    """Return what ``global`` standardises: as in FLAP's code attention's features are squared."""
     values = scores.double()
     squared = site.kind == "attn" and len(values) != site.units
     return values * values.abs() if squared else values
 
 
 def _global(problem: _Problem, metric: Mapping[str, Tensor]) -> list[int]:
-    """Keep the units of highest standardised metric, wherever they are, while the limit allows.
+    """Keep the units of highest standardised metric, ``(mean_{j∈u} m_j − mean m) / std m``.
 
-    ``(mean_{j∈u} m_j − mean m) / std m``. The mean over its features brings a head near 0, so that
-    few heads go before many channels have gone. (All units of a site cost the same, so that FLAP's
-    order is that of the score per cost, too.)
+    The mean over its features brings a head near 0: few go before many channels have gone.
     """
     ranked = {}
     for site in (site for team in problem.teams for site in team.sites):

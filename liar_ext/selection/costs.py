@@ -10,8 +10,8 @@ import numpy as np
 from torch import nn
 
 from liar_ext.measure.latency_table import LatencyTable
+from liar_ext.models.layers import is_transposed
 from liar_ext.models.plan import Budget, Plan
-from liar_ext.models.residual_stream import is_transposed
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site, sites
 from liar_ext.system.errors import InputError
@@ -42,29 +42,23 @@ class Costs:
     def of(
         cls, at: Sequence[Site], budget: Budget, total: float | None = None, gone: float = 0.0
     ) -> Costs:
-        """Return costs that are proportional to units, as all but those of latency are.
-
-        ``total`` comes from :func:`total_cost`; only ``prunable`` needs none.
-        """
-        if budget.of == "latency":
+        """Return costs that are proportional to units; ``total`` is from :func:`total_cost`."""
+        if budget.of == "latency" or (total is None and budget.of != "prunable"):
             raise InputError(
-                "allocate: a budget of latency needs costs=, seconds by units; measure_latency "
-                "measures them"
+                f"allocate: a budget of {budget.of} needs total=total_cost(...), or of latency "
+                "costs=, which measure_latency measures"
             )
-        if total is None and budget.of != "prunable":
-            raise InputError(f"allocate: a budget of {budget.of} needs total=total_cost(...)")
-        of_unit = {site.name: _unit_cost(site, budget) for site in at}
+        by_count = {}
+        for site in at:
+            cost = _unit_cost(site, budget)
+            by_count[site.name] = [cost * count for count in range(site.units + 1)]
         if total is None:
-            total = sum(of_unit[site.name] * site.units for site in at)
-        by_count = {s.name: [of_unit[s.name] * k for k in range(s.units + 1)] for s in at}
+            total = sum(by_count[site.name][-1] for site in at)
         return cls(by_count, total, gone)
 
     @classmethod
     def measured(cls, table: LatencyTable, at: Sequence[Site]) -> Costs:
-        """Return the seconds of sites, as a table of latency has them for their shapes.
-
-        InputError is raised if the table lacks the shape of a site.
-        """
+        """Return the seconds of sites, as a table of latency has them for their shapes."""
         rows = {row.shape: row for row in table.rows}
         by_count = {}
         for site in at:
@@ -76,23 +70,21 @@ class Costs:
                 )
             found = row.by_count()
             # What a whole plan saves, measured, by the sum of what its sites save.
-            by_count[site.name] = [
-                max(0.0, found[-1] - table.scale * (found[-1] - each)) for each in found
-            ]
+            saved = (table.scale * (found[-1] - each) for each in found)
+            by_count[site.name] = [max(0.0, found[-1] - each) for each in saved]
         return cls(by_count, table.total)
 
     def check(self, at: Sequence[Site]) -> None:
         """Raise InputError unless every site has a cost of at least 0 for every count."""
         for site in at:
-            costs = self.by_count.get(site.name)
-            if costs is None or len(costs) != site.units + 1:
-                came = "none" if costs is None else f"{len(costs)}"
+            costs = self.by_count.get(site.name, ())
+            known = all(0.0 <= cost < math.inf for cost in costs)
+            if len(costs) != site.units + 1 or not known:
                 raise InputError(
-                    f"allocate: costs must have {site.units + 1} values for {site.name}, from 0 "
-                    f"units kept to all, got {came}; measure this model's own sites"
+                    f"allocate: costs must have {site.units + 1} finite values of at least 0 for "
+                    f"{site.name}, from 0 units kept to all, got {len(costs)}; measure this "
+                    "model's own sites"
                 )
-            if not all(0.0 <= cost < float("inf") for cost in costs):
-                raise InputError(f"allocate: costs of {site.name} must be finite and at least 0")
 
     def kept_fraction(self, plan: Plan) -> float:
         """Return the fraction of the model's dense cost that a plan keeps."""
@@ -104,31 +96,25 @@ class Costs:
 def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
     """Return the dense cost of the whole model in the unit of ``budget``; not of latency.
 
-    ``prunable``: parameters of the sites. ``params``: all parameters, tied ones once. ``flops``:
-    one forward pass over ``seq_len`` tokens: 2 per weight of every linear layer (an output head
-    included) and token, and the two attention products; of experts, those that a token is sent to.
-    ``kv_cache``: keys and values of a token.
+    ``flops`` are those of one forward pass over ``seq_len`` tokens: 2 per weight of every linear
+    layer and token, and the two attention products; of experts, those that a token is sent to.
     """
     if budget.of == "prunable":
         return sum(site.params for site in at)
     if budget.of == "params":
         return sum(parameter.numel() for parameter in model.parameters())
     if budget.of == "kv_cache":
+        total, why = sum(cached_values(site) for site in sites(model, ["attn"])), ""
         if not predicts_next_token(model):
+            why = "the model doesn't generate"
+        elif any(site.keys_stay for site in at):
+            why = "heads leave keys and values behind; prune groups with attn_unit='kv_group'"
+        elif not total:
+            why = "the cache holds what all heads make their keys and values from"
+        if why:
             raise InputError(
-                f"allocate: a budget of kv_cache needs a model that generates, got "
-                f"{type(model).__name__}; use of='params' or of='latency'"
-            )
-        if any(site.keys_stay for site in at):
-            raise InputError(
-                "allocate: query heads that leave a KV group leave its keys and values behind; "
-                "prune whole groups with attn_unit='kv_group' for a budget of kv_cache"
-            )
-        total = sum(cached_values(site) for site in sites(model, ["attn"]))
-        if not total:
-            raise InputError(
-                f"allocate: the cache of {model.config.model_type!r} holds what all heads make "
-                "their keys and values from, however many they are; use of='params' or of='flops'"
+                f"allocate: kv_cache is no budget of this {type(model).__name__}, as {why}; use "
+                "of='params' or of='flops'"
             )
         return total
     linear = sum(
@@ -146,10 +132,9 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
 
 
 def cached_values(site: Site) -> int:
-    """Return the numbers that generation keeps of a token for a site: a key and a value each.
+    """Return the numbers that generation keeps of a token for a site: keys and values.
 
-    None where keys and values of a token are made anew from what all heads share, or where heads
-    keep a state, as large for any number of tokens.
+    None where they are made anew from what all heads share, or where heads keep a state.
     """
     stacks = site.wiring.stacked.values()
     own = bool(site.wiring.key_value) or any(stack.shared for stack in stacks)
@@ -170,15 +155,13 @@ def choose(
 ) -> list[int]:
     """Minimise ``Σ losses[i][choice_i]`` subject to ``Σ costs[i][choice_i] ≤ limit``.
 
-    Dynamic programming over the cost: ``best[c]`` is the least loss of the lists so far at a cost
-    of at most c grains. What the first options cost is set aside; the rest is counted in grains,
-    rounded up. If all costs are whole numbers, the grain is their greatest common divisor, and the
-    result exact, as long as what is left of the limit holds at most ``MAX_GRAINS`` of them. Else it
-    is that rest divided by ``MAX_GRAINS``, and rounding wastes less than one grain per list: the
-    loss is at most the least one of a limit that is lower by a grain per list.
+    Dynamic programming: ``best[c]`` is the least loss of the lists so far at a cost of at most c
+    grains beyond that of the first options, which must fit. If all costs are whole numbers, the
+    grain is their greatest common divisor, and the result exact, as long as the rest of the limit
+    holds at most ``MAX_GRAINS`` of them. Else it is that rest divided by ``MAX_GRAINS``, and the
+    loss at most the least one of a limit that is lower by a grain per list.
 
-    ``costs`` ascend strictly in each list, ``losses`` has one per option, and ``limit`` is at least
-    the cost of all the first options. Returns the index of the option taken, by list.
+    ``costs`` ascend strictly in each list. Returns the index of the option taken, by list.
     """
     extra = [[cost - options[0] for cost in options] for options in costs]
     room = min(limit - sum(options[0] for options in costs), sum(each[-1] for each in extra))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from liar_ext import ops
 from liar_ext.calibration.batches import Batches
-from liar_ext.calibration.gradients import SiteGradients, collect_gradients
-from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.divergence import SiteGradients, collect_gradients
+from liar_ext.calibration.taps import Moments
+from liar_ext.models.recipe_checks import CRITERIA
+from liar_ext.models.recipe_checks import criterion as check_criterion
 from liar_ext.models.sites import Site, get_consumer_weight
-from liar_ext.recipe.checks import CRITERIA
-from liar_ext.recipe.checks import criterion as check_criterion
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import showing_bars
 
@@ -29,8 +29,8 @@ PER = ("unit", "feature")
 class SiteStatistics:
     """What a criterion may look at: never the model.
 
-    ``moments`` are sums of x and x xᵀ over the calibration text. What they don't hold, such as the
-    mean of |x|, can be collected by hooks on the consumer before, and found by the ``site``.
+    What the moments don't hold, such as the mean of |x|, can be collected by hooks on the consumer
+    before, and found by the ``site``.
     """
 
     weight: Tensor  # the consumer's W, (d_out, d_in) float64, on the device of the moments
@@ -49,18 +49,16 @@ _CRITERIA: dict[str, Callable[[SiteStatistics], Tensor]] = {}
 def criterion(name: str, *, needs: str = "moments") -> Callable:
     """Register a function ``SiteStatistics -> scores`` as the criterion ``name``.
 
-    It returns scores of features, ``(d_in,)``, if it has them; :func:`score` sums them to units.
-    Else it returns scores of units, ``(units,)``. Only scores of features can be allocated as FLAP
-    does, see :func:`liar_ext.allocate`.
+    It returns scores of features, ``(d_in,)``, which :func:`score` sums to units, or of units,
+    ``(units,)``. Only scores of features can be allocated as FLAP does.
 
     Parameters
     ----------
     name : str
         What users call it.
     needs : {"moments", "gradient"}
-        With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, for which the model is run
-        backward over the calibration text, beside weight and moments. Anything else raises
-        InputError.
+        With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, too, for which the model is
+        run backward over the calibration text.
     """
     if needs not in NEEDS:
         raise InputError(f"criterion: needs must be one of {', '.join(NEEDS)}, got {needs!r}")
@@ -98,7 +96,7 @@ def score(
         A registered criterion, and the seed of one that draws.
     batches : iterable of mapping or Tensor, optional
         Text for the criteria that need gradients, which no moments hold; see
-        :func:`liar_ext.calibration.gradients.collect_gradients`.
+        :func:`liar_ext.calibration.divergence.collect_gradients`.
     per : {"unit", "feature"}
         ``unit``: the sum over a unit's features. ``feature``: scores of features where the
         criterion has them (``magnitude``, ``wanda``, ``wifv``), for allocation ``global``.
@@ -185,16 +183,10 @@ def obs(stats: SiteStatistics) -> Tensor:
     """Error per token once ``u`` is gone, units going by least error after reconstruction.
 
     The next to go is the unit of least ``tr W_u [(G_KK + Λ)⁻¹]_uu⁻¹ W_uᵀ``, as in Optimal Brain
-    Surgeon. The scores rise along the greedy order, so that the best k of them are what is left of
-    it, and they are the error curve itself; see :func:`liar_ext.ops.obs_curve`.
+    Surgeon; see :func:`liar_ext.ops.obs_curve`.
     """
     gram, _, tokens = stats.moments.pooled()
-    order, error, info = ops.obs_curve(stats.weight, gram, stats.width, OBS_DAMP, 0, stats.groups)
-    if info[0] != 0:
-        raise InputError(
-            f"score: criterion obs cannot factor a Gram matrix (code {int(info[0])}); the moments "
-            "are not finite or damaged: calibrate again"
-        )
+    order, error, _ = ops.obs_curve(stats.weight, gram, stats.width, OBS_DAMP, 0, stats.groups)
     scores = torch.empty_like(error[1:])
     scores[order] = error[1:] / tokens
     return scores
@@ -202,10 +194,9 @@ def obs(stats: SiteStatistics) -> Tensor:
 
 @criterion("snip", needs="gradient")
 def snip(stats: SiteStatistics) -> Tensor:
-    """``Σ_w |w · ∂L/∂w|`` over all weights of the unit: the SNIP score of connections, summed.
+    """``Σ_w |w · ∂L/∂w|`` over all weights of the unit: SNIP (arXiv:1810.02340), summed.
 
-    SNIP (arXiv:1810.02340) divides by the sum over the whole network, a constant that changes no
-    choice and is left out. It is also the element form of LLM-Pruner's first-order importance.
+    It is also the element form of LLM-Pruner's first-order importance.
     """
     return stats.gradients.absolute.sum(0)
 
@@ -214,9 +205,8 @@ def snip(stats: SiteStatistics) -> Tensor:
 def taylor(stats: SiteStatistics) -> Tensor:
     """``Σ_i |W_i · ∂L/∂W_i|``: LLM-Pruner's importance, first order, vector form, summed.
 
-    LLM-Pruner is arXiv:2305.11627. ``W_i`` is all that the unit owns in layer i, as one vector:
-    within a layer products may cancel, across layers they may not. Of the element form the
-    first-order part is ``snip``.
+    LLM-Pruner is arXiv:2305.11627. ``W_i`` is all that the unit owns in layer i: within a layer
+    products may cancel, across layers they may not.
     """
     return stats.gradients.signed.abs().sum(0)
 
@@ -225,8 +215,6 @@ def taylor(stats: SiteStatistics) -> Tensor:
 def fisher(stats: SiteStatistics) -> Tensor:
     """``(1/S) Σ_s (∂L_s/∂m_u)²``: the diagonal of the empirical Fisher information of the masks.
 
-    A sample s is a sequence. This is what Kwon et al. (arXiv:2204.09656) search masks by; they then
-    rearrange them by whole blocks of that matrix, which is not done here, and tune them, for which
-    reconstruction stands in.
+    A sample s is a sequence. Kwon et al. (arXiv:2204.09656) search masks by it.
     """
     return stats.gradients.fisher

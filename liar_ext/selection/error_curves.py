@@ -1,19 +1,31 @@
-"""Error curves: what a site's output loses as its units go, one after another."""
+"""Error curves: what a site's output loses as its units go, and the whole model's by that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.bank import MomentBank
+from liar_ext.calibration.batches import (
+    FOLDS,
+    Batches,
+    completed,
+    probe_batches,
+    read_batches,
+)
+from liar_ext.calibration.taps import Moments
+from liar_ext.models.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
+from liar_ext.models.registry import type_of
 from liar_ext.models.sites import Site, get_consumer_weight, teams_of
+from liar_ext.models.slicing import allowed_counts, site_step
 from liar_ext.ops.reference import symmetric
-from liar_ext.reconstruction.ladder import factor_with_damp, slices
-from liar_ext.reconstruction.low_memory import in_file, oom_fallback
-from liar_ext.system.distributed import gather
+from liar_ext.reconstruction.ladder import factor_with_damp, in_file, oom_fallback, slices
+from liar_ext.reconstruction.solve import reconstruct_shared, with_bias
+from liar_ext.selection.allocation import allocate, probe_plan, removal_order
+from liar_ext.selection.costs import Costs
 from liar_ext.system.errors import InputError, naming_memory
 from liar_ext.system.progress import Bar
 
@@ -30,7 +42,6 @@ def error_curves(
     *,
     damp: float = CURVE_DAMP,
     progress: bool = False,
-    elsewhere: dict[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the held-out error of every site for every number of units removed.
 
@@ -51,9 +62,6 @@ def error_curves(
         λ of the reconstruction, relative to the mean diagonal of the whole Gram matrix.
     progress : bool
         Show a progress bar.
-    elsewhere : dict of str to str, optional
-        Is given the sites whose curves found no memory, and where they were computed then: on the
-        CPU instead of a GPU, or there in a file. See :func:`notes_of`.
 
     Returns
     -------
@@ -74,61 +82,40 @@ def error_curves(
         weight = get_consumer_weight(model, site).to(moments.gram.device, torch.float64)
         order = removal_order(site.per_unit(scores[site.name]), site.groups)
         with naming_memory(f"error_curves: out of memory in the error curve of {site.name}"):
-            curve, instead = _held_out(weight, moments.gram, order, damp)
-        if elsewhere is not None and instead:
-            elsewhere[site.name] = instead
+            curve = _held_out(weight, moments.gram, order, damp)
         curves[site.name] = curve / curve[-1] if curve[-1] > 0 else torch.zeros_like(curve)
     return curves
 
 
-def notes_of(elsewhere: Mapping[str, str], at: Sequence[Site]) -> list[str]:
-    """Return what a report says of curves that found no memory, at any rank.
-
-    ``elsewhere`` is what :func:`error_curves` told of this rank's share of the sites ``at``.
-    """
-    told = {name: where for each in gather(elsewhere) for name, where in each.items()}
-    notes = []
-    for where in sorted(set(told.values())):
-        first, *others = (site.name for site in at if told.get(site.name) == where)
-        named = f"{first} and {len(others)} more" if others else first
-        said = f"An allocation failed in error curves ({named}), which were computed {where}"
-        notes.append(f"{said}: give more memory.")
-    return notes
-
-
-def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, str]:
-    """Return the sum of both folds' curves, and where they were computed for want of memory.
-
-    On the CPU instead of a GPU, or by matrices in files, to the same bits as in memory.
-    """
+def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> Tensor:
+    """Return the sum of both folds' curves, to the same bits where memory is short."""
 
     def both(allocate: Callable[..., Tensor] | None = None) -> Tensor:
         folds = ((gram[fold], gram[FOLDS - 1 - fold]) for fold in range(FOLDS))
         return sum(error_curve(weight, own, order, damp, other, allocate) for own, other in folds)
 
-    def on_host() -> tuple[Tensor, str]:
-        curve, instead = _held_out(weight.cpu(), gram.cpu(), order.cpu(), damp)
-        return curve.to(weight.device), instead or "on the CPU"
+    def on_host() -> Tensor:
+        return _held_out(weight.cpu(), gram.cpu(), order.cpu(), damp).to(weight.device)
 
-    return oom_fallback(
-        weight.device, lambda: (both(), ""), lambda: (both(in_file), "in a file"), on_host
-    )
+    return oom_fallback(weight.device, both, lambda: both(in_file), on_host)
 
 
 def energy_shares(
     model: nn.Module, bank: Mapping[str, Moments], at: Sequence[Site]
 ) -> dict[str, float]:
     """Return what each site has of the sum of ``tr(W G Wᵀ)`` over the sites of its layer."""
+
+    def energy(site: Site) -> float:
+        gram = symmetric(bank[site.name].gram.sum(0).double())
+        weight = get_consumer_weight(model, site).to(gram)
+        return float(((weight @ gram) * weight).sum())
+
     shares = {}
     for team in teams_of(at).values():
-        energies = [1.0] if len(team) == 1 else []
-        for site in team if len(team) > 1 else ():
-            gram = symmetric(bank[site.name].gram.sum(0).double())
-            weight = get_consumer_weight(model, site).to(gram)
-            energies.append(float(((weight @ gram) * weight).sum()))
+        energies = [energy(site) for site in team] if len(team) > 1 else [1.0]
         total = sum(energies)
-        for site, energy in zip(team, energies, strict=True):
-            shares[site.name] = energy / total if total > 0 else 0.0
+        for site, own in zip(team, energies, strict=True):
+            shares[site.name] = own / total if total > 0 else 0.0
     return shares
 
 
@@ -148,10 +135,8 @@ def error_curve(
     trailing block of ``YᵀY ∘ Z G Zᵀ``, and one pass over that matrix gives the curve.
 
     W is ``(d_out, d)`` float64, ``gram`` and ``holdout`` are lower triangles ``(d, d)``: G to solve
-    with, and what to evaluate the error with, G again unless given. ``order`` has every unit,
-    ``(units,)`` int64, of ``d / units`` features. ``Λ = damp · mean(diag G) · I``; InputError is
-    raised if ``G + Λ`` is singular. ``allocate`` returns zeros, ``(rows, columns)`` float64, for
-    what is as large as G, twice, and as W; in memory by default, and all else is by blocks.
+    with, and to judge with. ``order`` has every unit. ``allocate`` returns zeros for what is as
+    large as G, twice, and as W; all else is by blocks. InputError if ``G + Λ`` is singular.
     """
     allocate = allocate or weight.new_zeros
     d, units = weight.shape[1], len(order)
@@ -188,8 +173,7 @@ def error_curve(
 def invert_in_place(factor: Tensor) -> None:
     """Put L⁻¹ in the place of a lower triangular L, ``(d, d)``, which has zeros above the diagonal.
 
-    By blocks of rows, ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``, and of B A⁻¹ by
-    panels of columns, which A⁻¹ has no rows above: nearly all of it products.
+    By blocks of rows, ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``.
     """
     for rows in slices(len(factor)):
         eye = torch.eye(rows.stop - rows.start, dtype=factor.dtype, device=factor.device)
@@ -201,19 +185,145 @@ def invert_in_place(factor: Tensor) -> None:
 
 
 def _arrange(gram: Tensor, features: Tensor, into: Tensor) -> None:
-    """Fill a square with the matrix over ``features`` of which ``gram`` is the lower triangle."""
+    """Fill a square with the whole matrix over ``features``; ``gram`` is its lower triangle."""
     for rows in slices(len(features)):
         at = features[rows]
         across, down = gram[at][:, features], gram[:, at][features].mT
         into[rows] = torch.where(at[:, None] >= features, across, down)
 
 
-def removal_order(scores: Tensor, groups: int = 1) -> Tensor:
-    """Return the units ``(units,)`` in the order in which they go, lowest score first.
+def predict_divergence(losses: Mapping[str, Tensor], plan: Plan) -> float:
+    """Return the sum of the losses of a plan over all its sites."""
+    return sum(float(losses[name][len(site.removed)]) for name, site in plan.sites.items())
 
-    Of ``groups`` runs of units each loses one in turn. Ties: the higher index goes first.
+
+def probes_of(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
+    """Return a few sequences to measure divergences on, with all that the model reads."""
+    return probe_batches(completed(model, batch) for batch in read_batches(batches))
+
+
+@dataclass
+class Probes:
+    """What some sites lose, each alone, for its sensitivity to be measured."""
+
+    plan: Plan  # what stays of each when it alone is pruned
+    weights: dict[str, tuple[Tensor, Tensor | None]]  # of its consumer then
+    errors: dict[str, float]  # its error then; experts have that of all of their layer
+
+
+def probe_sites(
+    model: nn.Module,
+    bank: MomentBank,
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    curves: Mapping[str, Tensor],
+    budget: Budget,
+    *,
+    mode: str = "auto",
+) -> Probes:
+    """Return the probes of some sites, with about the budget's fraction of each gone."""
+    plan = with_bias(probe_plan(at, scores, budget, model_type=type_of(model)), model, mode)
+    # Inputs that hardly vary, such as silence, leave sums of rounding errors.
+    settings = {"mode": mode, "damp": CURVE_DAMP, "drop_singular": True}
+    weights, _ = reconstruct_shared(model, bank, plan, at, **settings)
+    errors, shares = {}, energy_shares(model, bank, at)
+    for team in teams_of(at).values():
+        gone = {site.name: len(plan.sites[site.name].removed) for site in team}
+        error = sum(shares[name] * float(curves[name][count]) for name, count in gone.items())
+        errors |= dict.fromkeys(gone, error)
+    return Probes(plan, weights, errors)
+
+
+def sensitivities_of(
+    errors: Mapping[str, float], measured: Mapping[str, float]
+) -> dict[str, float]:
+    """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name, in nats per token."""
+    return {name: measured[name] / error if error > 0 else 0.0 for name, error in errors.items()}
+
+
+def losses_of(
+    curves: Mapping[str, Tensor], sensitivities: Mapping[str, float], shares: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Return ``L_s(k) = a_s · share_s · E_s(k)`` for every number k of units gone, by site name.
+
+    The losses of a plan add up to its predicted divergence. The experts of a layer are measured
+    together, and share by energy.
     """
-    by_group = scores.reshape(groups, -1)
-    order = by_group.argsort(dim=1, descending=True, stable=True).flip(1)
-    offset = torch.arange(groups, device=order.device)[:, None] * by_group.shape[1]
-    return (order + offset).mT.flatten()
+    return {name: sensitivities[name] * share * curves[name] for name, share in shares.items()}
+
+
+OBJECTIVES = {
+    "curve": "predicted divergence from the dense model, nats per token, by held-out error curves",
+    "global": "none that is a loss: it keeps the highest standardised scores, a tile at a time",
+    "uniform": "none that is a loss: it keeps the same fraction everywhere, as near as tiles allow",
+}
+
+
+def rounding(
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    method: str,
+    plan: Plan,
+    *,
+    costs: Costs,
+    losses: Mapping[str, Tensor] | None = None,
+) -> dict[str, object]:
+    """Return the grid of every kind of site, and what the plan that was allocated loses by it.
+
+    The budget is allocated once more with a tile of 1. As the counts of a grid are some of those,
+    the loss at tile 1 is the least of both allocations'.
+    """
+    kinds: dict[tuple[str, int, bool], list[Site]] = {}  # experts apart
+    for site in at:
+        kinds.setdefault((site.unit, site.units, site.expert is None), []).append(site)
+    rows = [_row(some, budget, plan) for some in kinds.values()]
+    facts = {"tile": budget.tile, "sites": rows, "objective": OBJECTIVES[method]}
+    facts["kept"] = facts["kept_at_tile_1"] = costs.kept_fraction(plan)
+    single, finer = replace(budget, tile=1), plan
+    if any(site_step(site, budget) != site_step(site, single) for site in at):
+        finer = allocate(at, scores, single, method, costs=costs, losses=losses)
+        facts["kept_at_tile_1"] = costs.kept_fraction(finer)
+    if method == "curve":
+        found = [predict_divergence(losses, each) for each in (plan, finer)]
+        facts["predicted_divergence"] = found[0]
+        facts["predicted_divergence_at_tile_1"] = min(found)
+    channels = [row for row in rows if row["unit"] == "channel"]
+    facts["notes"] = [note for row in channels for note in _notes(row, budget)]
+    facts["warnings"] = [
+        f"{row['layers']} {row['kind']} layers keep all of their {row['units']} channels, since "
+        f"tile={budget.tile} allows no smaller number; lower it to prune these layers."
+        for row in channels
+        if row["counts"] == 1 and budget.keep < 1.0
+    ]
+    return facts
+
+
+def _row(some: Sequence[Site], budget: Budget, plan: Plan) -> dict[str, object]:
+    site = some[0]
+    kept = [len(plan.sites[each.name].kept) for each in some]
+    return {
+        "kind": site.kind if site.expert is None else "expert",
+        "unit": site.unit,
+        "layers": len(some),
+        "units": site.units,
+        "step": site_step(site, budget),
+        "counts": len(allowed_counts(site, budget)),
+        "least_kept": min(kept),
+        "most_kept": max(kept),
+    }
+
+
+def _notes(row: Mapping[str, object], budget: Budget) -> list[str]:
+    units, step, layers = row["units"], row["step"], f"{row['layers']} {row['kind']} layers"
+    notes = []
+    if budget.tile == "auto" and step < AUTO_TILE:
+        notes.append(
+            f"{layers} have {units} channels, fewer than {LEAST_STEPS} tiles of {AUTO_TILE}: they "
+            f"are counted in steps of {step}."
+        )
+    if units % step and row["most_kept"] == units:
+        notes.append(
+            f"Of {layers} some keep all of their {units} channels, which is no multiple of {step}."
+        )
+    return notes

@@ -5,12 +5,9 @@ nearest to the dense one, y::
 
     s = 1 + (A + Λ)⁻¹ (c − A 1)
 
-Such an output is too short along y, by ``β = s·c / Σ_t |y_t|² < 1``. A layer alone loses least so,
-but the layers together shorten what they add to the residual stream again and again. Divided by β
-the error is uncorrelated with y; divided by √β, the output is about as long as y.
-
-Which of these is best, or s = 1, no layer's error tells. So the whole model decides: each way is
-fitted on the tokens of one fold, and run on sequences of the other, without the experts that leave.
+Such an output is too short along y, by ``β = s·c / Σ_t |y_t|² < 1``. Divided by β the error is
+uncorrelated with y; divided by √β, the output is about as long as y. Which of these is best, or
+s = 1, the whole model decides: each way is fitted on the tokens of one fold, and run on the other.
 """
 
 from __future__ import annotations
@@ -27,8 +24,8 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import FOLDS, Batch
 from liar_ext.calibration.divergence import Divergence
 from liar_ext.calibration.taps import watched
-from liar_ext.models.experts import called_at, choice_of, reroute, router_of
 from liar_ext.models.sites import Site
+from liar_ext.models.whole import called_at, choice_of, reroute, router_of
 from liar_ext.reconstruction.ladder import least_held_out
 from liar_ext.reconstruction.ridge import damp_ladder, ratio
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
@@ -100,10 +97,7 @@ class Chosen:
 
 
 def fit_ways(tokens: LayerTokens, kept: Tensor, mode: str, damp: float | str) -> dict[str, Scales]:
-    """Return the scales of a layer by each way; without experts that leave, or mode, by one.
-
-    λ is the one of least held-out error of least squares, if ``damp`` is "auto".
-    """
+    """Return the scales of a layer by each way; without experts that leave, or mode, by one."""
     energy, sums = tokens.energy, tokens.sums(kept)
     plain = {PLAIN: fit_scales(energy, sums, math.inf)}
     if len(kept) == tokens.site.experts or mode == "none":
@@ -118,10 +112,7 @@ def fit_ways(tokens: LayerTokens, kept: Tensor, mode: str, damp: float | str) ->
 def fit_scales(
     energy: Tensor, sums: tuple[Tensor, Tensor], damp: float, power: float = 0.0
 ) -> Scales:
-    """Return scales by least squares, divided by a power of β, and what a row says of them.
-
-    ``energy`` and ``sums`` are those of :class:`LayerTokens`, by fold.
-    """
+    """Return scales by least squares, divided by a power of β, and what a row says of them."""
     whole = tuple(each.sum(0) for each in sums)
     parts = [*zip(*sums, energy, strict=True), (*whole, energy.sum())]
     *by_fold, both = (_stretched(least_squares(a, c, damp), c, n, power) for a, c, n in parts)
@@ -156,8 +147,7 @@ def lost(a: Tensor, c: Tensor, scales: Tensor) -> Tensor:
 class Judge:
     """Sequences on their way past the blocks: of the dense model, and of it by each way.
 
-    Scales are those of the fold that a sequence is not in; up to ``JUDGED`` sequences of each fold
-    are run.
+    Scales are those of the fold that a sequence is not in.
     """
 
     def __init__(self, walk: Walk, batches: Sequence[Batch]) -> None:
@@ -182,10 +172,7 @@ class Judge:
             dense.advance(index)
 
     def decide(self) -> tuple[str, dict[str, float]]:
-        """Return the way of the least divergence of the whole model, and that of each per row.
-
-        A way whose outputs overflow is not taken.
-        """
+        """Return the way of the least divergence of the whole model, and that of each per row."""
         model, total, rows = self.walk.model, dict.fromkeys(self.ways, 0.0), 0
         with self.walk.source.head():  # read once for all
             for fold, text in enumerate(self.texts):
@@ -222,15 +209,14 @@ def without_experts(
     """Run a model as it would be without the experts that leave, the others scaled by a way."""
     with ExitStack() as stack:
         for layer in layers:
-            for handle in _sent_anew(model, layer, layer.ways[way].by_fold[fold]):
-                stack.enter_context(handle)
+            stack.enter_context(_sent_anew(model, layer, layer.ways[way].by_fold[fold]))
         yield
 
 
-def _sent_anew(model: nn.Module, layer: Chosen, scales: Tensor) -> Iterator:
+@contextmanager
+def _sent_anew(model: nn.Module, layer: Chosen, scales: Tensor) -> Iterator[None]:
     site, kept, given = layer.site, layer.kept, {}
     router, choice = router_of(model, site), choice_of(model, site)
-    yield watched(router, lambda _, output: given.update(logits=output[0]))
 
     def send(_: nn.Module, arguments: tuple) -> tuple:
         hidden, _, old, *others = arguments
@@ -238,7 +224,9 @@ def _sent_anew(model: nn.Module, layer: Chosen, scales: Tensor) -> Iterator:
         weights = weights * scales.to(weights)[places]
         return hidden, kept[places], weights.to(old.dtype), *others
 
-    yield model.get_submodule(called_at(site)).register_forward_pre_hook(send)
+    watching = watched(router, lambda _, output: given.update(logits=output[0]))
+    with watching, model.get_submodule(called_at(site)).register_forward_pre_hook(send):
+        yield
 
 
 def _stretched(scales: Tensor, c: Tensor, energy: Tensor, power: float) -> Tensor:

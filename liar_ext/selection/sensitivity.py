@@ -13,29 +13,27 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import Batch, Batches, read_batches
 from liar_ext.calibration.divergence import DenseOutputs
 from liar_ext.calibration.taps import replaced, watched
-from liar_ext.models.depth import why_lent
+from liar_ext.models.layers import layer_of
 from liar_ext.models.plan import Plan
 from liar_ext.models.residual_stream import Weights
-from liar_ext.models.running import evaluating, layer_of
+from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
+from liar_ext.models.whole import why_lent
 from liar_ext.system.checkpoint_store import Checkpoint, reading
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
 from liar_ext.system.progress import Bar, showing_bars, spare
 
-# Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
-# them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.
-POSITIONS = 64
+POSITIONS = 64  # tokens of a sequence at which outputs are compared, see docs/performance.md
 ROWS = "rows compared"  # beside the divergences of a batch, by probe
 # What makes the model that of a probe, for a batch by its number, while a context is open.
 Having = Callable[[int], AbstractContextManager]
 
 
 class Measured:
-    """Sums of divergences by batch and probe, kept in a checkpoint as they are found.
+    """Sums of divergences by batch and probe, kept in a checkpoint as the first rank finds them.
 
-    Of several ranks the first one writes what it has found itself. ``name`` distinguishes the
-    probes of sites whose sums don't fit at once.
+    ``name`` distinguishes the probes of sites whose sums don't fit at once.
     """
 
     def __init__(self, saved: Checkpoint | None = None, name: str = "") -> None:
@@ -70,17 +68,13 @@ class Measured:
             for name, value in every[batch].items():
                 totals[name] = totals.get(name, 0.0) + value
         rows = int(totals.pop(ROWS, 0))
-        if not rows:
+        wrong = [name for name, total in totals.items() if not math.isfinite(total)]
+        if wrong or not rows:
+            got = f"{totals[wrong[0]]} with {wrong[0]} pruned" if wrong else "none"
             raise InputError(
-                "sensitivity: needs at least one batch to run, and outputs of the dense model that "
-                "are finite, got none; give text, or load the model in a wider dtype"
+                f"sensitivity: divergences must be finite, got {got}; give text, or load the model "
+                "in a wider dtype"
             )
-        for name, total in totals.items():
-            if not math.isfinite(total):
-                raise InputError(
-                    f"sensitivity: outputs must be finite, got a divergence of {total} with {name} "
-                    "pruned; load the model in a wider dtype"
-                )
         return {name: total / rows for name, total in totals.items()}
 
 
@@ -95,9 +89,8 @@ def mean_divergences(
 ) -> dict[str, float]:
     """Return the mean ``KL(dense ‖ pruned)`` per token of each probe of all ranks, in nats.
 
-    Outputs are compared at ``POSITIONS`` tokens of a sequence. ``batches``, by their numbers, and
-    ``probes``, by name, are those of this rank. ``dense`` and each probe make the model the dense
-    one, or that of the probe. What ``saved`` has isn't measured.
+    ``batches``, by their numbers, and ``probes``, by name, are those of this rank. What ``saved``
+    has isn't measured.
     """
     measured = saved or Measured()
     spare("sensitivity", sum(measured.has(number, name) for number in batches for name in probes))
@@ -222,33 +215,17 @@ def pruned_site(
     kept = site.features(plan.sites[site.name].kept).to(full.device)
     full[:, kept] = weights[0].to(full)
     full = full.T if site.wiring.transposed else full
-    if site.expert is not None:
-        with _overwritten(weight, full), _overwritten(bias, weights[1]):
-            yield
-        return
-    layers = consumer.filled(full) if site.shared else [(consumer, full)]
-    before = [(layer, layer.weight) for layer, _ in layers]
-    for layer, new in layers:
-        layer.weight = nn.Parameter(new, requires_grad=False)
-    if weights[1] is not None:
-        consumer.bias = nn.Parameter(weights[1].to(full), requires_grad=False)
-    try:
+    with ExitStack() as stack:
+        if site.expert is not None:
+            for part, values in ((weight, full), (bias, weights[1])):
+                if part is not None and values is not None:
+                    stack.callback(part.copy_, part.clone())
+                    part.copy_(values)
+        else:
+            for layer, new in consumer.filled(full) if site.shared else [(consumer, full)]:
+                stack.callback(setattr, layer, "weight", layer.weight)
+                layer.weight = nn.Parameter(new, requires_grad=False)
+            if weights[1] is not None:
+                stack.callback(setattr, consumer, "bias", bias)
+                consumer.bias = nn.Parameter(weights[1].to(full), requires_grad=False)
         yield
-    finally:
-        for layer, old in before:
-            layer.weight = old
-        consumer.bias = bias
-
-
-@contextmanager
-def _overwritten(part: Tensor | None, values: Tensor | None) -> Iterator[None]:
-    """Let a part of a parameter hold other values while the context is open."""
-    if part is None or values is None:
-        yield
-        return
-    before = part.clone()
-    part.copy_(values)
-    try:
-        yield
-    finally:
-        part.copy_(before)

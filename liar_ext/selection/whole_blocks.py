@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from liar_ext.calibration.batches import Batches, count_tokens, read_batches
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.divergence import Divergence
-from liar_ext.models.depth import attending_blocks, count_blocks_kept, stack_of
 from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.registry import type_of
 from liar_ext.models.sites import attn_unit_of, sites
 from liar_ext.models.slicing import DENSE
+from liar_ext.models.whole import attending_blocks, count_blocks_kept, stack_of
 from liar_ext.reconstruction.layerwise import check_walk, solve_layerwise
-from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.reconstruction.solve import SiteRow
 from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk
-from liar_ext.selection.curve_allocation import probes_of
+from liar_ext.selection.error_curves import probes_of
 from liar_ext.selection.sensitivity import POSITIONS
 from liar_ext.system.distributed import rank, world_size
 from liar_ext.system.errors import InputError
@@ -73,12 +73,7 @@ def choose_blocks(
     """Choose the blocks that stay and solve the layers around the gaps; the model isn't changed.
 
     ``keep``, below 1, is the fraction of the blocks that may stay; the first one always does. With
-    ``mode`` ``none`` or ``bias`` nothing is solved. InputError is raised if the model can lose no
-    block, or no text is given.
-
-    Work: for each block one run of all later ones on a few sequences, and for each further block
-    that goes some more of these; and the walk of
-    :func:`liar_ext.reconstruction.layerwise.reconstruct_layerwise`.
+    ``mode`` ``none`` or ``bias`` nothing is solved.
     """
     start, (_, blocks) = time.perf_counter(), stack_of(model)
     count, batches = count_blocks_kept(model, keep), list(read_batches(batches))
@@ -102,9 +97,8 @@ def choose_blocks(
 def _choose(judge: Divergence, text: StreamedBatches, remove: int) -> dict[int, float]:
     """Return the blocks that go, in order, with the divergence from the dense model after each.
 
-    ``text`` is what this rank judges by, before the first block. Without one block more a model
-    seldom diverges less. So a block whose last divergence is more than the least one now is not
-    tried again.
+    Without one block more a model seldom diverges less. So a block whose last divergence is more
+    than the least one now is not tried again.
     """
     left, gone = list(range(len(text.walk.blocks))), {}
     known, attending = dict.fromkeys(left[1:], 0.0), attending_blocks(text.walk.model)

@@ -1,15 +1,13 @@
 """Whole experts: which of a layer stay, and what their outputs are multiplied by.
 
-A layer gives ``y_t = Σ_e r_te f_e(h_t)``, where the router gives weight to top_k experts of each
-token. With the experts K alone its rows are K's, and every token goes to top_k of K, with weights
-r'. What is left of y is made up for by one number for each expert, folded into its consumer::
+A layer gives ``y_t = Σ_e r_te f_e(h_t)``. With the experts K alone every token goes to top_k of K,
+with weights r'. One number for each expert, folded into its consumer, makes up for the others::
 
     y'_t = Σ_{e∈K} s_e r'_te f_e(h_t)        W_e ← s_e W_e    b_e ← s_e b_e
     Σ_t |y_t − y'_t|² = n − 2 s·c + s·A s    A = Σ_t (r'_t r'_tᵀ) ∘ Φ_t    c = Σ_t r'_t ∘ (Φ_t r_t)
 
 with ``Φ_t = F_t F_tᵀ`` the products of all experts' outputs on token t, so that any K is judged
-exactly, re-routing included, without another run of the model. A mix of other experts' outputs in
-place of a removed one can't be folded: a token has the outputs of those alone that it is sent to.
+exactly, re-routing included, without another run of the model.
 """
 
 from __future__ import annotations
@@ -25,13 +23,12 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, count_tokens, read_batches
 from liar_ext.calibration.taps import watched
-from liar_ext.models.depth import why_lent
-from liar_ext.models.experts import called_at, choice_of, gated, router_of
 from liar_ext.models.plan import SitePlan
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites, teams_of
+from liar_ext.models.whole import called_at, choice_of, gated, router_of, why_lent
 from liar_ext.reconstruction.layerwise import check_block
-from liar_ext.reconstruction.rows import SiteRow
+from liar_ext.reconstruction.solve import SiteRow
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
 from liar_ext.selection.error_curves import CURVE_DAMP
 from liar_ext.selection.expert_scales import (
@@ -45,9 +42,7 @@ from liar_ext.selection.expert_scales import (
 )
 from liar_ext.system.errors import InputError
 
-# Tokens, evenly spread over the text, that experts are judged by, or up to twice as many: of each
-# there are experts² products, 512 MiB in a layer of 128 experts.
-MOST_TOKENS = 4096
+MOST_TOKENS = 4096  # that experts are judged by, or up to twice as many: each has experts² products
 CHUNK = 64  # tokens whose outputs of all experts are held at a time
 
 
@@ -56,7 +51,7 @@ def collect_tokens(
 ) -> LayerTokens:
     """Return what a layer of experts does with every ``stride``-th token that passes it in ``run``.
 
-    That is given a function to call with each batch before the model runs it; padding isn't taken.
+    That is given a function to call with each batch before the model runs it.
     """
     experts = [each for each in sites(model, ("mlp",)) if each.team == first.team]
     router, choice = router_of(model, first), choice_of(model, first)
@@ -86,14 +81,12 @@ def collect_tokens(
     joined = (torch.cat(part) for part in zip(*parts, strict=True))
     tokens = LayerTokens(first, router, choice, *joined)
     if set(tokens.fold.tolist()) != set(range(FOLDS)):
-        raise InputError(
-            f"experts: each of the {FOLDS} folds needs tokens; give at least 2 sequences"
-        )
+        raise InputError("experts: both folds need text; give at least 2 sequences")
     return tokens
 
 
 def stride_of(tokens: int) -> int:
-    """Return which of so many tokens judge experts: every first, second, ..."""
+    """Return which of so many tokens judge experts."""
     return max(1, tokens // MOST_TOKENS)
 
 
@@ -147,11 +140,8 @@ def choose_experts(
     once the others are scaled, and tokens sent anew.
 
     ``keep`` is the fraction of the experts that stays. How the others are scaled, if at all, the
-    whole model decides (:mod:`liar_ext.selection.expert_scales`); ``damp`` is its λ, or "auto", the
-    one of least held-out error; modes ``none`` and ``bias`` scale nothing. ``along`` is other text
-    that passes the blocks of the dense model. InputError is raised if the model has no experts, its
-    blocks can't be run one by one, fewer would stay than a token is sent to, or a fold gets no
-    token.
+    whole model decides (:mod:`liar_ext.selection.expert_scales`); modes ``none`` and ``bias`` scale
+    nothing. ``along`` is other text that passes the blocks of the dense model.
     """
     mode, model = "none" if mode == "bias" else mode, walk.model
     count = count_experts_kept(model, keep)
@@ -204,35 +194,21 @@ def layers_of(model: nn.Module) -> list[Site]:
 
 
 def count_experts_kept(model: nn.Module, keep: float | int) -> int:
-    """Return how many experts stay in each layer: ``keep``, or at most that fraction of them.
-
-    InputError is raised if a token is sent to more, if a layer has no more, or if blocks can't be
-    run one by one.
-    """
+    """Return how many experts stay in each layer: ``keep``, or at most that fraction of them."""
     site, family = layers_of(model)[0], family_of(model)
-    if reason := family.without.get("experts"):
+    router = router_of(model, site)
+    reason = family.without.get("experts")
+    if why := family.without.get("layerwise") or why_lent(model):
+        reason = reason or f"they are chosen block by block, and {why}"
+    if (groups := getattr(router, "num_group", None) or 1) > 1:
+        reason = reason or f"the router chooses among {groups} groups of equally many experts"
+    if reason:
         raise InputError(f"experts: {family.name} keeps all: {reason}; leave keep_experts out")
-    if reason := family.without.get("layerwise") or why_lent(model):
-        raise InputError(
-            f"experts: they are chosen block by block, and of this {family.name!r} {reason}; leave "
-            "keep_experts out"
-        )
-    if (groups := getattr(router_of(model, site), "num_group", None) or 1) > 1:
-        raise InputError(
-            f"experts: the router chooses among {groups} groups of equally many experts, which "
-            "must stay so; leave keep_experts out"
-        )
     count = int(keep) if keep > 1 else math.floor(keep * site.experts + 1e-9)
-    least = router_of(model, site).top_k
-    if count >= site.experts:
+    if not router.top_k <= count < site.experts:
         raise InputError(
-            f"experts: a layer has {site.experts} experts, and keep_experts {keep} removes none; "
-            "leave it out, or give less"
-        )
-    if count < least:
-        raise InputError(
-            f"experts: {keep:.4g} of {site.experts} experts is less than the {least} that every "
-            "token is sent to; raise keep_experts"
+            f"experts: keep_experts {keep:.4g} leaves {count} of {site.experts} experts; it must "
+            f"remove some, and leave the {router.top_k} that every token is sent to"
         )
     return count
 

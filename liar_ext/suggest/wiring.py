@@ -11,7 +11,8 @@ one output of a producer reaches says what it is::
 
 from __future__ import annotations
 
-from dataclasses import replace
+import posixpath
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from liar_ext.models.family import Stack, Wiring
@@ -19,6 +20,10 @@ from liar_ext.suggest.instance import Refused
 from liar_ext.suggest.trace import Reach, Trace
 
 SHARED = ("key", "value")
+NOTHING = {
+    "attn": "no linear layer that attention writes was found",
+    "mlp": "no linear layer that reads channels one by one was found",
+}
 
 
 class Found(NamedTuple):
@@ -30,29 +35,30 @@ class Found(NamedTuple):
     kv_heads: int = 0
     head_dim: int = 0
 
+    @property
+    def home(self) -> str:
+        """The module that all of its layers are in; a dot if that is the block itself."""
+        owners = [layer.rpartition(".")[0].replace(".", "/") for layer in self.wiring.layers]
+        return posixpath.commonpath(owners).replace("/", ".") or "."
+
 
 def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
     """Return the sites of a block by kind, and the reason for each kind that can't be described."""
     found: dict[str, list[Found]] = {"attn": [], "cross_attn": [], "mlp": []}
     reasons: dict[str, list[str]] = {"attn": [], "mlp": []}
-    mixed = ""
     for consumer, parents in trace.parents.items():
         if not parents or consumer in trace.readers:
             continue
         reach = trace.reaches(consumer)
         rows = [row for each in reach.values() for row in each]
-        kind = "mlp" if all(row.local and len(row.columns) < 2 for row in rows) else "attn"
-        if all(row.local for row in rows) and kind == "attn":  # such as a low-rank product
-            mixed = f"; columns of {consumer} depend on several rows of {', '.join(parents)}"
-            mixed += _through(trace, parents)
-            continue
+        is_mlp = all(row.local and len(row.columns) < 2 for row in rows)
+        if all(row.local for row in rows) and not is_mlp:
+            continue  # such as a low-rank product, or channels with a norm over them
         try:
-            read = _read_attention if kind == "attn" else _read_mlp
-            site = read(trace, consumer, reach)
-            wiring = replace(site.wiring, output_norm=trace.norm_after(consumer))
-            found[site.kind].append(site._replace(wiring=wiring))
+            site = (_read_mlp if is_mlp else _read_attention)(trace, consumer, reach)
+            found[site.kind].append(site)
         except Refused as error:
-            reasons[kind].append(str(error))
+            reasons["mlp" if is_mlp else "attn"].append(str(error))
     sites, without = {}, {}
     if len(found["cross_attn"]) == 1:
         sites["cross_attn"] = found["cross_attn"][0]
@@ -65,7 +71,7 @@ def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
         elif found[kind]:
             sites[kind] = found[kind][0]
         else:
-            without[kind] = (reasons[kind] or [_nothing(trace, kind) + mixed * (kind == "mlp")])[0]
+            without[kind] = names[0] if names else NOTHING[kind]
     return sites, without
 
 
@@ -78,17 +84,7 @@ def _experts(trace: Trace) -> str:
     return ""
 
 
-def _nothing(trace: Trace, kind: str) -> str:
-    reads = "that attention writes" if kind == "attn" else "that reads channels one by one"
-    said = f"no linear layer {reads} was found in the block"
-    if trace.repeated:
-        return f"{said}; {trace.repeated[0]} runs several times in a pass"
-    if trace.others:
-        return f"{said}; {trace.others[0]} is the weight of no such layer"
-    return said
-
-
-def _through(trace: Trace, producers: list[str], said: str = ", through") -> str:
+def _through(trace: Trace, producers: Sequence[str], said: str = ", through") -> str:
     """Return the modules that lie between, in words; nothing if there are none."""
     between = trace.mixers(producers)
     return f"{said} {', '.join(between[:3])}" if between else ""
@@ -97,25 +93,22 @@ def _through(trace: Trace, producers: list[str], said: str = ", through") -> str
 def _read_mlp(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Found:
     """Return the wiring of an MLP: every producer has a row, or several, for each channel."""
     channels = trace.layers[consumer].input.shape[-1]
-    stacked = {}
+    stacks = {}
     for producer, rows in reach.items():
         owners = [row.columns[0] if row.columns else -1 for row in rows]
-        count, rest = divmod(len(rows), channels)
-        if rest or -1 in owners:
+        if len(rows) % channels or -1 in owners:
             raise Refused(
                 f"{producer} has {len(rows)} rows, of which {len(rows) - owners.count(-1)} reach "
                 f"the {channels} columns of {consumer}"
             )
-        if count > 1:
-            first = [row for row, owner in enumerate(owners) if owner == 0]
+        first = [row for row, owner in enumerate(owners) if owner == 0]
+        names = tuple(f"part{index}" for index in range(len(rows) // channels))
+        if len(names) == len(first) == 2:
             linear = [trace.is_linear_in(producer, row, consumer) for row in first]
-            names = tuple(f"part{index}" for index in range(count))
-            if count == 2 and linear.count(True) == 1:  # what acts linearly is ``up``
+            if linear.count(True) == 1:  # what acts linearly is ``up``
                 names = tuple("up" if each else "gate" for each in linear)
-            stacked[producer] = _stack(producer, names, owners, None, (channels, channels, 1))
-        elif owners != list(range(channels)):
-            raise Refused(f"rows of {producer} reach the columns of {consumer} in another order")
-    return Found("mlp", _wiring(trace, tuple(reach), consumer, stacked=stacked))
+        stacks[producer] = _stack(producer, names, owners, None, (channels, channels, 1))
+    return Found("mlp", _wiring(trace, consumer, tuple(reach), (), stacks))
 
 
 def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Found:
@@ -129,33 +122,18 @@ def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) 
             raise Refused(_mixed(trace, producer, each.index(None), consumer))
         roles[producer] = each
     sizes = {size for each in roles.values() for role, _, size in each if role in SHARED}
-    if len(sizes) != 1 or heads % min(sizes):
-        raise Refused(f"keys and values of {consumer} aren't of groups of one size")
-    kv_heads = heads // sizes.pop()
-    own, shared, stacked = [], {}, {}
+    kv_heads = heads // max(sizes, default=heads)
+    stacks = {}
     for producer, each in roles.items():
-        names = [role for role, _, _ in each]
+        names, owners, _ = zip(*each, strict=True)
         kinds = tuple(dict.fromkeys(names))
-        owners = [owner for _, owner, _ in each]
-        if len(kinds) > 1:
-            laid = (heads, kv_heads, head_dim)
-            stacked[producer] = _stack(producer, kinds, owners, names, laid)
-            own.append(producer)
-            continue
-        count = kv_heads if kinds[0] in SHARED else heads
-        if owners != [head for head in range(count) for _ in range(head_dim)]:
-            raise Refused(f"{producer} has {len(each)} rows for {count} heads of {head_dim}")
-        if kinds[0] not in SHARED:
-            own.append(producer)
-        elif kinds[0] in shared:
-            raise Refused(f"{consumer} reads the {kinds[0]}s of several layers")
-        else:
-            shared[kinds[0]] = producer
-    key_value = tuple(shared[role] for role in SHARED if role in shared)
-    if len(key_value) == 1 or not own or not (key_value or stacked):
+        stacks[producer] = _stack(producer, kinds, owners, names, (heads, kv_heads, head_dim))
+    key_value = [n for role in SHARED for n, s in stacks.items() if s.matrices == (role,)]
+    own = [name for name in stacks if name not in key_value]
+    keys = key_value or [name for name, stack in stacks.items() if stack.shared]
+    if len(sizes) != 1 or len(key_value) not in (0, 2) or not own or not keys:
         raise Refused(f"{consumer} reads no queries, keys and values of layers that a row can name")
-    wiring = _wiring(trace, tuple(own), consumer, key_value=key_value, stacked=stacked)
-    keys = key_value or tuple(name for name, stack in stacked.items() if stack.shared)
+    wiring = _wiring(trace, consumer, tuple(own), tuple(key_value), stacks)
     kind = "attn" if any(name in trace.readers for name in keys) else "cross_attn"
     return Found(kind, wiring, heads, kv_heads, head_dim)
 
@@ -195,21 +173,20 @@ def _role(row: Reach, head_dim: int) -> tuple[str, int, int] | None:
         return None
     whole = len(row.columns) == len(heads) * head_dim
     single = len(row.columns) == len(heads) and len({c % head_dim for c in row.columns}) == 1
-    if row.local:
-        kind = "query" if whole else "gate" if single else None
-        return (kind, heads[0], 1) if kind and len(heads) == 1 else None
-    kind = "key" if whole else "value" if single else None
-    return (kind, heads[0] // len(heads), len(heads)) if kind else None
+    if not (whole or single) or (row.local and len(heads) > 1):
+        return None
+    kinds = ("query", "gate") if row.local else SHARED
+    return kinds[0 if whole else 1], heads[0] // len(heads), len(heads)
 
 
 def _stack(
     producer: str,
     names: tuple[str, ...],
-    owners: list[int],
-    roles: list[str] | None,
+    owners: Sequence[int],
+    roles: Sequence[str] | None,
     sizes: tuple[int, int, int],
 ) -> Stack:
-    """Return the layout of a weight that holds several matrices.
+    """Return the layout of a weight that holds one matrix or several.
 
     ``owners`` has the head of every row, or the group of keys and values; ``roles`` the name of its
     matrix, if known; ``sizes`` are heads, groups and rows of each.
@@ -221,16 +198,23 @@ def _stack(
             for name in names:
                 count = (kv_heads if name in SHARED else heads) // runs
                 laid += [(name, run * count + i) for i in range(count) for _ in range(head_dim)]
-        laid_roles, laid_owners = map(list, zip(*laid, strict=True))
-        if laid_owners == owners and roles in (None, laid_roles):
+        if laid == list(zip(roles or [name for name, _ in laid], owners, strict=False)):
             return Stack(names, by_group)
     raise Refused(f"the rows of {producer} stack {', '.join(names)} in an order of its own")
 
 
-def _wiring(trace: Trace, producers: tuple[str, ...], consumer: str, **settings: object) -> Wiring:
-    """Return a wiring whose layers all store their weights in one way."""
-    wiring = Wiring(producers=producers, consumer=consumer, **settings)
-    stored = {trace.layers[name].transposed for name in wiring.layers}
-    if len(stored) > 1:
-        raise Refused(f"some layers around {consumer} store their weights transposed, some don't")
-    return replace(wiring, transposed=stored.pop())
+def _wiring(
+    trace: Trace,
+    consumer: str,
+    producers: tuple[str, ...],
+    key_value: tuple[str, ...],
+    stacks: dict[str, Stack],
+) -> Wiring:
+    return Wiring(
+        producers=producers,
+        consumer=consumer,
+        key_value=key_value,
+        stacked={name: stack for name, stack in stacks.items() if len(stack.matrices) > 1},
+        transposed=trace.layers[consumer].transposed,
+        output_norm=trace.norm_after(consumer),
+    )

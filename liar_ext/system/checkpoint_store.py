@@ -1,7 +1,7 @@
 """The checkpoint of a job: a folder with tensors and facts by key, one sealed file per key.
 
 A file is safetensors, its metadata has the facts as JSON, and it ends in a digest of its bytes: see
-:func:`liar_ext.system.atomic_write.write_tensors`. Of several ranks the first one reads and writes,
+:func:`liar_ext.system.files.write_tensors`. Of several ranks the first one reads and writes,
 and hands what it reads to the others, so a checkpoint does not depend on the number of ranks.
 """
 
@@ -22,7 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from liar_ext.system.atomic_write import (
+from liar_ext.system.distributed import broadcast, gather, is_first, rank
+from liar_ext.system.errors import InputError, refusing, typed
+from liar_ext.system.files import (
     SEAL,
     Held,
     is_sealed,
@@ -30,8 +32,6 @@ from liar_ext.system.atomic_write import (
     tensor_of,
     write_tensors,
 )
-from liar_ext.system.distributed import broadcast, gather, is_first, rank
-from liar_ext.system.errors import InputError, refusing, typed
 
 VERSION = 8  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"

@@ -1,10 +1,16 @@
-"""Keep a part of the vocabulary: choose tokens, edit the tokenizer, slice the model, check."""
+"""Keep a part of the vocabulary: choose tokens by text, and slice tokenizer and model to them.
+
+Which parameters have a dimension of tokens is found, not listed: the stock class is built twice
+without memory, the second time for more tokens, and whatever grew belongs to tokens.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,16 +22,25 @@ from torch import nn
 
 from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint.folder import count_params
+from liar_ext.checkpoint.stock_config import dense_config, stock_of
+from liar_ext.models.layers import narrow, owner_of
+from liar_ext.models.registry import config_parts, skeleton
 from liar_ext.models.running import device_of, evaluating, positions_of, predicts_next_token
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, one_line
 from liar_ext.system.progress import Bar
-from liar_ext.vocabulary.pieces import Pieces, read_pieces
-from liar_ext.vocabulary.slicing import (
-    check_rows,
-    needed_tokens,
-    rows_of,
-    slice_tokens,
-    token_parameters,
+from liar_ext.vocabulary.pieces import (
+    check_alike,
+    choose,
+    counts_of,
+    edited,
+    encode,
+    order_of,
+    plain,
+    read_pieces,
+    size_in_bytes,
+    size_of,
+    spec_of,
+    tokens_per_byte,
 )
 
 # Read by old and new tokenizers, and stored to be read again: words, code, scripts, white space.
@@ -35,10 +50,13 @@ SAMPLES = (
     "Ein schöner Tag, n'est-ce pas? Доброе утро. 你好，世界。",
     "  two  spaces\tand a tab\n\nE=mc² ≈ 9·10¹⁶ J/kg 🙂",
 )
-STEP = 64  # vocabularies are multiples of it: kernels and tensor parallelism divide by it
-CHUNK = 256  # documents that are tokenized at once
 LINES = 20_000  # that are read by both tokenizers, to prove that they agree
 STARTS, START = 64, 128  # beginnings of documents that a model goes on from, and their tokens
+MORE = 64  # tokens of the second model
+TOKEN = re.compile(r"(^|_)token_(ids?|index)$")
+# Lists that forbid tokens: those that are gone need no ban.
+BANS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+LISTS = (*BANS, "forced_decoder_ids", "force_words_ids", "lang_to_id", "task_to_id")
 
 
 @dataclass(frozen=True)
@@ -51,10 +69,7 @@ class Choice:
 
 
 class Counted:
-    """A tokenizer, read once, with the counts of its tokens in some texts.
-
-    Parameters are those of :func:`choose_tokens`.
-    """
+    """A tokenizer, read once, with the counts of its tokens in some texts (`choose_tokens`)."""
 
     def __init__(
         self,
@@ -68,7 +83,6 @@ class Counted:
         self.texts, self.spec = texts, spec_of(tokenizer)
         self.pieces = read_pieces(self.spec, rows_of(model))
         self.size = len(self.pieces.names)
-        check_rows(model, max(self.pieces.names))
         known = needed_tokens(model)
         lost = sorted(known - self.pieces.names.keys())
         if lost:
@@ -211,181 +225,156 @@ def keep_tokens(model: nn.Module, tokenizer: Any, chosen: Choice | Sequence[int]
     return smaller
 
 
-def spec_of(tokenizer: Any) -> dict[str, Any]:
-    """Return what ``tokenizer.json`` holds; InputError if the tokenizer is of another library."""
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
-    backend = getattr(inner, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise InputError(
-            f"vocabulary: {type(inner).__name__} has no tokenizer.json; convert it to a fast "
-            "tokenizer, or leave --keep-vocab out"
-        )
-    return json.loads(backend.to_str())
-
-
-def check_alike(
-    new: Tokenizer, order: Sequence[int], lines: Sequence[tuple[str, list[int]]], pieces: Pieces
-) -> int:
-    """Prove on lines of text that the smaller tokenizer is exact; return the number of lines.
-
-    Of all lines whose old tokens stay the new ids must be the old ones, renumbered. Lines with
-    unknown words count for no WordPiece tokenizer, which may read more of them than before.
-    InputError if one differs: then the tokenizer follows other rules than its JSON says.
-    """
-    moved = {at: each for each, at in enumerate(order)}
-    if pieces.kind == "WordPiece":
-        moved.pop(pieces.unknown, None)
-    known = [
-        (line, [moved[at] for at in ids]) for line, ids in lines if all(at in moved for at in ids)
-    ]
-    found = encode(new, [line for line, _ in known])
-    for (line, expected), ids in zip(known, found, strict=True):
-        if ids != expected:
-            raise InputError(
-                f"vocabulary: the smaller tokenizer reads {line[:60]!r} otherwise than before, "
-                "so its rules are not those of its JSON; leave --keep-vocab out"
-            )
-    return len(known)
-
-
-def tokens_per_byte(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """Return how many tokens a byte of text takes."""
-    return sum(len(ids) for ids in encode(tokenizer, texts)) / size_in_bytes(texts)
-
-
-def size_in_bytes(texts: Sequence[str]) -> int:
-    """Return the bytes of some texts in UTF-8, at least one."""
-    return max(sum(len(text.encode(errors="replace")) for text in texts), 1)
-
-
-def size_of(keep: float | int, tokens: int) -> int:
-    """Return how many of ``tokens`` tokens stay: a multiple of 64, unless all do."""
-    asked = keep if isinstance(keep, int) and keep > 1 else keep * tokens
-    return min(max(STEP, STEP * round(asked / STEP)), tokens)
-
-
-def plain(spec: str) -> Tokenizer:
-    """Return the tokenizer of some JSON, without truncation and padding."""
-    found = Tokenizer.from_str(spec)
-    found.no_truncation()
-    found.no_padding()
+def token_parameters(model: nn.Module) -> dict[str, int]:
+    """Return the parameters and buffers with rows of tokens, and the dimension of the rows."""
+    config, more = dense_config(model.config), dense_config(model.config)
+    known = _tokens(config)
+    if known is None:
+        raise _refused(model, "counts its tokens in no single vocab_size")
+    _set_tokens(more, known, known + MORE)
+    try:
+        ours, theirs = (_shapes(skeleton(stock_of(model), each)) for each in (config, more))
+    except Exception as error:  # a class may refuse any config in its own way
+        why = f"cannot be built for more tokens ({one_line(error, 120)})"
+        raise _refused(model, why) from error
+    found = {}
+    for name, shape in ours.items():
+        other = theirs.get(name, ())
+        grown = [at for at, (one, two) in enumerate(zip(shape, other, strict=False)) if one != two]
+        if len(shape) != len(other) or len(grown) > 1:
+            raise _refused(model, f"has {name}, whose tokens are no rows")
+        if grown:
+            found[name] = grown[0]
+    have = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    rows = {have[name].shape[dim] if name in have else None for name, dim in found.items()}
+    tables = {id(have.get(name)) for name in found}
+    if len(rows) != 1 or any(id(layer.weight) not in tables for layer in _ends(model)):
+        raise _refused(model, "has a table of tokens of another size than vocab_size")
     return found
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterable[list[int]]:
-    """Yield the ids of each text, without special tokens around it."""
-    for at in range(0, len(texts), CHUNK):
-        some = list(texts[at : at + CHUNK])
-        yield from (each.ids for each in tokenizer.encode_batch(some, add_special_tokens=False))
+def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
+    """Keep the tokens of ``order``, old ids by new id, of a model, in place.
 
-
-def counts_of(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> np.ndarray:
-    """Return how often each token is in some texts; InputError if the model has no row for one."""
-    counts = np.zeros(tokens, dtype=np.int64)
-    for ids in encode(tokenizer, texts):
-        found = np.bincount(ids, minlength=tokens)
-        if len(found) > tokens:
-            raise InputError(
-                f"vocabulary: the text has token {len(found) - 1}, and the tokens of the model "
-                f"are 0 to {tokens - 1}; remove it from the text"
-            )
-        counts += found
-    return counts
-
-
-def choose(pieces: Pieces, counts: np.ndarray, size: int, needed: Collection[int]) -> set[int]:
-    """Return ``size`` tokens: what every vocabulary keeps, then the most frequent ones.
-
-    Tokens of equal counts go by their id, as tokenizers number frequent tokens first. A token
-    comes with all that it needs, or not at all. InputError if more tokens have to stay than that.
+    Embeddings, heads, biases and buffers are sliced, tied ones stay tied. The ids in the config and
+    the generation config are renumbered, and bans of tokens that are gone are dropped. Where
+    InputError is raised, the model is as it was.
     """
-    names = pieces.names
-    kept = set()
-    for at in {*pieces.always, *needed}:
-        kept |= pieces.needs(names[at])
-    if len(kept) > size:
-        raise InputError(
-            f"vocabulary: at least {len(kept):,} of {len(names):,} tokens must stay (special "
-            f"tokens, bytes, characters), got {size:,}, a multiple of {STEP}; "
-            f"keep {-(-len(kept) // STEP) * STEP} or more"
-        )
-    waiting = sorted(names.keys() - kept, key=lambda at: (-counts[at], at))
-    # What doesn't fit with its needs may do so later, when they are there.
-    while len(kept) < size:
-        before = len(kept)
-        for at in waiting:
-            if at in kept:
-                continue
-            needs = pieces.needs(names[at]) - kept
-            if len(kept) + len(needs) <= size:
-                kept |= needs
-            if len(kept) == size:
-                break
-        if len(kept) == before:  # no token without needs is left, which derivations forbid
-            break
-    return kept
-
-
-def order_of(pieces: Pieces, kept: Collection[int]) -> list[int]:
-    """Return the old ids in the order of the new ones.
-
-    Tokens of the model come first, then those that are only added: the library numbers them so.
-    """
-    own = set(pieces.ids.values())
-    return sorted(kept, key=lambda at: (at not in own, at))
-
-
-def edited(spec: Mapping[str, Any], pieces: Pieces, order: list[int]) -> dict[str, Any]:
-    """Return a tokenizer's JSON with the tokens of ``order`` alone, numbered by it.
-
-    A merge stays if both parts and the result do; the ranks keep their order. Normalizer,
-    pre-tokenizer, decoder and truncation stay as they are. InputError if a step after the model
-    needs a token that goes.
-    """
+    rows, named = rows_of(model), token_parameters(model)
+    if max(order) >= rows:
+        raise _refused(model, f"has embeddings for {rows:,} tokens, its tokenizer has more")
     new = {old: at for at, old in enumerate(order)}
-    spec = copy.deepcopy(dict(spec))
-    model = spec["model"]
-    if pieces.kind == "Unigram":
-        model["vocab"] = [row for at, row in enumerate(model["vocab"]) if at in new]
-        if model.get("unk_id") is not None:
-            model["unk_id"] = new[model["unk_id"]]
-    else:
-        found = sorted((new[at], name) for name, at in pieces.ids.items() if at in new)
-        model["vocab"] = {name: at for at, name in found}
-    if pieces.kind == "BPE":
-        model["merges"] = [merge for merge in model["merges"] if _stays(merge, model["vocab"])]
-    for each in spec.get("added_tokens") or []:
-        each["id"] = new.setdefault(each["id"], len(new))  # beyond the rows, if it has none
-    spec["added_tokens"] = sorted(spec.get("added_tokens") or [], key=lambda each: each["id"])
-    if spec.get("padding"):
-        spec["padding"]["pad_id"] = _moved(spec["padding"]["pad_id"], new, "padding")
-    if spec.get("post_processor"):
-        _move_step(spec["post_processor"], new)
-    return spec
+    _check_positions(model, named, new)
+    missing = sorted(needed_tokens(model) - new.keys())
+    if missing:
+        raise _refused(model, f"names token {missing[0]} in its config, which would go")
+    index, sliced = torch.tensor(order), {}
+    for name, dim in named.items():
+        narrow(*owner_of(model, name), dim, index, sliced)
+    for module in model.modules():  # what they keep of the config
+        for name, value in list(vars(module).items()):
+            if type(value) is int and name == "vocab_size" and value == rows:
+                setattr(module, name, len(order))
+            elif type(value) is int and (name == "padding_idx" or TOKEN.search(name)):
+                setattr(module, name, new.get(value, value))
+    own = getattr(model, "generation_config", None)
+    as_read = own is not None and getattr(own, "_original_object_hash", None) == hash(own)
+    for config in _configs(model):
+        for name, value in _named(config):
+            if name in BANS:  # those of tokens that are still there
+                each = ((ban, ban if isinstance(ban, list | tuple) else [ban]) for ban in value)
+                value = [ban for ban, tokens in each if new.keys() >= set(tokens)] or None
+            setattr(config, name, _mapped(name, value, lambda at: new.get(at, at)))
+    if as_read:  # transformers writes what it has read, and refuses some of it if it was changed
+        own._original_object_hash = hash(own)
+    _set_tokens(model.config, _tokens(model.config), len(order))
 
 
-def _stays(merge: Any, vocab: Mapping[str, int]) -> bool:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left in vocab and right in vocab and left + right in vocab
+def needed_tokens(model: nn.Module) -> set[int]:
+    """Return the tokens that configs of a model name, but for those they only ban."""
+    rows, found = rows_of(model), set()
+    for config in _configs(model):
+        for name, value in _named(config):
+            if name not in BANS:
+                _mapped(name, value, found.add)
+    return {at for at in found if at < rows}
 
 
-def _move_step(step: dict[str, Any], new: Mapping[int, int]) -> None:
-    """Renumber the tokens that a step after the model adds."""
-    for inner in step.get("processors", []):
-        _move_step(inner, new)
-    for name in ("sep", "cls"):
-        if name in step:
-            token, at = step[name]
-            step[name] = [token, _moved(at, new, token)]
-    tokens = step.get("special_tokens", {})
-    for each in tokens.values() if isinstance(tokens, Mapping) else []:
-        each["ids"] = [_moved(at, new, each["id"]) for at in each["ids"]]
+def _ends(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the embedding of tokens and the head, where a model has one of each."""
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # of two towers
+            layer = get()
+            if layer is not None:
+                yield layer
 
 
-def _moved(at: int, new: Mapping[int, int], what: str) -> int:
-    if at not in new:
+def rows_of(model: nn.Module) -> int:
+    """Return the tokens that a model has rows for."""
+    weight = getattr(next(_ends(model), None), "weight", None)
+    return len(weight) if isinstance(weight, nn.Parameter) else _tokens(model.config) or 0
+
+
+def _check_positions(model: nn.Module, named: Mapping[str, int], new: Mapping[int, int]) -> None:
+    """Refuse another number for padding where positions are counted from it, as RoBERTa does."""
+    tables = {owner_of(model, name)[0] for name in named}
+    for module in model.modules():
+        at = getattr(module, "padding_idx", None) if isinstance(module, nn.Embedding) else None
+        if at is not None and module not in tables and new.get(at, at) != at:
+            raise _refused(model, f"counts positions from its padding token {at}, whose id changes")
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    both = *config_parts(model.config), getattr(model, "generation_config", None)
+    return [each for each in both if each is not None]
+
+
+def _named(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a config that name tokens."""
+    for name, value in list(vars(config).items()):
+        if value is not None and not name.startswith("_") and (TOKEN.search(name) or name in LISTS):
+            yield name, value
+    if getattr(config, "sequence_bias", None):
         raise InputError(
-            f"vocabulary: the tokenizer adds token {at} ({str(what)[:40]}), which it does not "
-            "list as a special token; add it there, or leave --keep-vocab out"
+            "vocabulary: generation_config.json has sequence_bias, whose tokens can't be "
+            "renumbered; remove it first"
         )
-    return new[at]
+
+
+def _mapped(name: str, value: Any, change: Callable[[int], Any]) -> Any:
+    """Return a token, a list of tokens, or a mapping to tokens with each token changed."""
+    if name == "forced_decoder_ids" and isinstance(value, list | tuple):
+        return [[position, _mapped("", token, change)] for position, token in value]
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped("", each, change) for each in value)
+    if isinstance(value, dict):
+        return {key: _mapped("", each, change) for key, each in value.items()}
+    is_token = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return change(value) if is_token else value
+
+
+def _tokens(config: Any) -> int | None:
+    """Return how many tokens a config counts; None if it has no one text part, or no tokens."""
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # several text parts
+        return None
+
+
+def _set_tokens(config: Any, old: int | None, new: int) -> None:
+    """Change each field of a config that counts the tokens: some models count them twice."""
+    for part in config_parts(config):
+        for name, value in list(vars(part).items()):
+            if "vocab_size" in name and value == old:
+                setattr(part, name, new)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: tuple(value.shape) for name, value in both}
+
+
+def _refused(model: nn.Module, what: str) -> InputError:
+    return InputError(
+        f"vocabulary: {type(model).__name__} {what}; leave --keep-vocab out for this model"
+    )

@@ -1,4 +1,4 @@
-"""The tokens of a tokenizer, read from its JSON, and which tokens need which others.
+"""The tokens of a tokenizer, read from its JSON, which of them need which others, and a choice.
 
 A kept token needs the tokens that are made on the way to it. For byte-pair encoding that is its
 *derivation*: every symbol that appears when the merges run on the token's own text. docs/method.md
@@ -7,21 +7,23 @@ proves that text whose old tokens all stay is then tokenized exactly as before.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import regex
+from tokenizers import Tokenizer
 
 from liar_ext.system.errors import InputError
 
+STEP = 64  # vocabularies are multiples of it: kernels and tensor parallelism divide by it
+CHUNK = 256  # documents that are tokenized at once
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as byte fallback spells them
 PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
-# Bytes that text is made of. Real tokenizers lack control characters, and leads of empty planes.
-NEEDED = (9, 10, *range(32, 127), *range(128, 192), *range(194, 241))
 KINDS = ("BPE", "WordPiece", "Unigram")
 MOST_CHARACTERS = 512  # of a token; its derivation takes their square
 SHARED = r"[\p{Script=Common}\p{Script=Inherited}]"
@@ -106,100 +108,63 @@ class Pieces:
 def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
     """Return the tokens of what ``tokenizer.json`` holds, but for special ones beyond ``rows``.
 
-    InputError is raised if it is of another kind, or contradicts itself.
+    The JSON is that of a tokenizer that was loaded, which proves most of it. InputError is raised
+    if its kind or its rules are others than those that are known here.
     """
     model = spec["model"]
-    kind = model.get("type")
+    kind, prefix = model.get("type"), model.get("continuing_subword_prefix")
     if kind not in KINDS:
         raise _refused(f"must be one of {', '.join(KINDS)}, got {str(kind)[:40]}")
     if model.get("dropout"):
         raise _refused(f"draws merges at random (dropout {model['dropout']}); set it to null")
-    ids = _ids(model)
+    if kind == "BPE" and prefix:
+        raise _refused("marks tokens inside of words by a prefix, which BPE here must not")
+    if kind == "WordPiece" and prefix != "##":
+        raise _refused("must mark tokens inside of words by ##")
+    vocab = model["vocab"]
+    ids = dict(vocab)
+    if kind == "Unigram":
+        ids = {name: at for at, (name, _) in enumerate(vocab)}
     added = {
         each["content"]: each["id"]
         for each in spec.get("added_tokens") or []
         if rows is None or each["id"] < rows or not each.get("special")  # which may come later
     }
-    _check_ids(ids, added)
+    both = {**ids, **added}
+    if len(ids) < len(vocab) or len(set(both.values())) < len(both):
+        raise _refused("has a token twice, or two tokens of one id")
+    longest = max(ids, key=len, default="")
+    if len(longest) > MOST_CHARACTERS:
+        raise _refused(f"has a token of {len(longest):,} characters ({longest[:20]!r}...)")
     splits = spec.get("pre_tokenizer") or {}
     splits = splits.get("pretokenizers", [splits])
     level = kind == "BPE" and any(step.get("type") == "ByteLevel" for step in splits)
     falls_back = bool(model.get("byte_fallback"))
-    ranks, suffix, always = {}, "", set(added.values())
-    if kind == "BPE":
-        if model.get("continuing_subword_prefix"):
-            raise _refused("marks tokens inside of words by a prefix, which BPE here must not")
-        ranks, suffix = _merges(model, ids), model.get("end_of_word_suffix") or ""
-        if level:
-            alphabet = byte_alphabet()
-            _check_there([alphabet[byte] for byte in NEEDED], ids)
-            always |= {ids[each] for each in alphabet if each in ids}
-    if kind == "WordPiece" and model.get("continuing_subword_prefix") != "##":
-        raise _refused("must mark tokens inside of words by ##")
+    ranks, suffix, always = {}, model.get("end_of_word_suffix") or "", set(added.values())
+    if kind == "BPE":  # of a pair that is there twice the last one counts
+        ranks = {_pair(merge): rank for rank, merge in enumerate(model["merges"])}
+    if level:
+        always |= {ids[each] for each in byte_alphabet() if each in ids}
     if kind == "Unigram":  # the score of unknown characters depends on the lowest one
-        scores = [score for _, score in model["vocab"]]
+        scores = [score for _, score in vocab]
         always |= {scores.index(min(scores))}
+        unknown = model.get("unk_id")
+    else:
+        unknown = both.get(model.get("unk_token"))
+    always |= set() if unknown is None else {unknown}
     if falls_back:
-        _check_there(BYTES, ids)
-        always |= {ids[each] for each in BYTES}
+        always |= {ids[each] for each in BYTES if each in ids}
         if not set(BYTES).isdisjoint(part for pair in ranks for part in pair):
             raise _refused("merges bytes that unknown characters become")
-    unknown = model.get("unk_id" if kind == "Unigram" else "unk_token")
-    if kind != "Unigram" and unknown is not None:
-        _check_there([unknown], {**ids, **added})
-        unknown = {**ids, **added}[unknown]
-    elif unknown is not None and not 0 <= unknown < len(ids):
-        raise _refused(f"has {len(ids)} tokens, and {unknown} for unknown characters")
-    always |= set() if unknown is None else {unknown}
-    if not falls_back:  # single characters, which keep all text readable without bytes
-        prefix = "##" if kind == "WordPiece" else ""
-        bare = ({name, name.removeprefix(prefix), name.removesuffix(suffix)} for name in ids)
+    else:  # single characters, which keep all text readable without bytes
+        inner = "##" if kind == "WordPiece" else ""
+        bare = ({name, name.removeprefix(inner), name.removesuffix(suffix)} for name in ids)
         always |= {at for at, some in zip(ids.values(), bare, strict=True) if 1 in map(len, some)}
     return Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown, level)
 
 
-def _ids(model: Mapping[str, Any]) -> dict[str, int]:
-    if model["type"] != "Unigram":
-        return dict(model["vocab"])
-    names = [name for name, _ in model["vocab"]]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise _refused(f"has the token {twice[0]!r:.40} twice")
-    if not all(math.isfinite(score) for _, score in model["vocab"]):
-        raise _refused("has a score that is not finite")
-    return {name: at for at, name in enumerate(names)}
-
-
-def _check_ids(ids: Mapping[str, int], added: Mapping[str, int]) -> None:
-    """Raise InputError unless each token has an id of its own."""
-    if not ids:
-        raise _refused("has no tokens")
-    if "" in ids:
-        raise _refused("has an empty token")
-    longest = max(ids, key=len)
-    if len(longest) > MOST_CHARACTERS:
-        raise _refused(f"has a token of {len(longest):,} characters ({longest[:20]!r}...)")
-    for name, at in added.items():
-        if ids.get(name, at) != at:
-            raise _refused(f"gives the added token {name!r:.40} two ids, {ids[name]} and {at}")
-    both = Counter({**ids, **added}.values())
-    if min(both) < 0:
-        raise _refused("has a negative id")
-    twice = [at for at, count in both.items() if count > 1]
-    if twice:
-        raise _refused(f"has two tokens of id {twice[0]}")
-
-
-def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> dict[tuple[str, str], int]:
-    """Return the rank of each pair; of a pair that is there twice the last one counts."""
-    ranks = {}
-    for rank, merge in enumerate(model["merges"]):
-        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
-        if len(pair) != 2 or not all(pair):
-            raise _refused(f"has a merge that joins no two tokens: {merge!r:.60}")
-        _check_there([*pair, "".join(pair)], ids)
-        ranks[pair] = rank
-    return ranks
+def _pair(merge: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)
 
 
 def byte_alphabet() -> list[str]:
@@ -211,14 +176,194 @@ def byte_alphabet() -> list[str]:
 _BYTE_OF = {sign: byte for byte, sign in enumerate(byte_alphabet())}
 
 
-def _check_there(names: Iterable[str], ids: Mapping[str, int]) -> None:
-    missing = [name for name in names if name not in ids]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise _refused(f"lacks the token {missing[0]!r:.40}{more}, which it needs")
-
-
 def _refused(what: str) -> InputError:
     return InputError(
         f"vocabulary: the tokenizer {what}; leave --keep-vocab out, or take another tokenizer"
     )
+
+
+def spec_of(tokenizer: Any) -> dict[str, Any]:
+    """Return what ``tokenizer.json`` holds; InputError if the tokenizer is of another library."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    backend = getattr(inner, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise InputError(
+            f"vocabulary: {type(inner).__name__} has no tokenizer.json; convert it to a fast "
+            "tokenizer, or leave --keep-vocab out"
+        )
+    return json.loads(backend.to_str())
+
+
+def tokens_per_byte(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """Return how many tokens a byte of text takes."""
+    return sum(len(ids) for ids in encode(tokenizer, texts)) / size_in_bytes(texts)
+
+
+def size_in_bytes(texts: Sequence[str]) -> int:
+    """Return the bytes of some texts in UTF-8, at least one."""
+    return max(sum(len(text.encode(errors="replace")) for text in texts), 1)
+
+
+def size_of(keep: float | int, tokens: int) -> int:
+    """Return how many of ``tokens`` tokens stay: a multiple of 64, unless all do."""
+    asked = keep if isinstance(keep, int) and keep > 1 else keep * tokens
+    return min(max(STEP, STEP * round(asked / STEP)), tokens)
+
+
+def plain(spec: str) -> Tokenizer:
+    """Return the tokenizer of some JSON, without truncation and padding."""
+    found = Tokenizer.from_str(spec)
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterable[list[int]]:
+    """Yield the ids of each text, without special tokens around it."""
+    for at in range(0, len(texts), CHUNK):
+        some = list(texts[at : at + CHUNK])
+        yield from (each.ids for each in tokenizer.encode_batch(some, add_special_tokens=False))
+
+
+def check_alike(
+    new: Tokenizer, order: Sequence[int], lines: Sequence[tuple[str, list[int]]], pieces: Pieces
+) -> int:
+    """Prove on lines of text that the smaller tokenizer is exact; return the number of lines.
+
+    The new ids of each line whose old tokens all stay must be the old ones, renumbered. WordPiece
+    may read more unknown words than before, so lines with such words don't count for it.
+    """
+    moved = {at: each for each, at in enumerate(order)}
+    if pieces.kind == "WordPiece":
+        moved.pop(pieces.unknown, None)
+    known = [
+        (line, [moved[at] for at in ids]) for line, ids in lines if all(at in moved for at in ids)
+    ]
+    found = encode(new, [line for line, _ in known])
+    for (line, expected), ids in zip(known, found, strict=True):
+        if ids != expected:
+            raise InputError(
+                f"vocabulary: the smaller tokenizer reads {line[:60]!r} otherwise than before, "
+                "so its rules are not those of its JSON; leave --keep-vocab out"
+            )
+    return len(known)
+
+
+def counts_of(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> np.ndarray:
+    """Return how often each token is in some texts; InputError if the model has no row for one."""
+    counts = np.zeros(tokens, dtype=np.int64)
+    for ids in encode(tokenizer, texts):
+        found = np.bincount(ids, minlength=tokens)
+        if len(found) > tokens:
+            raise InputError(
+                f"vocabulary: the text has token {len(found) - 1}, and the tokens of the model "
+                f"are 0 to {tokens - 1}; remove it from the text"
+            )
+        counts += found
+    return counts
+
+
+def choose(pieces: Pieces, counts: np.ndarray, size: int, needed: Collection[int]) -> set[int]:
+    """Return ``size`` tokens: what every vocabulary keeps, then the most frequent ones.
+
+    Tokens of equal counts go by their id, as tokenizers number frequent tokens first. A token
+    comes with all that it needs, or not at all. InputError if more tokens have to stay than that.
+    """
+    names, kept = pieces.names, set()
+    for at in {*pieces.always, *needed}:
+        kept |= pieces.needs(names[at])
+    if len(kept) > size:
+        raise InputError(
+            f"vocabulary: at least {len(kept):,} of {len(names):,} tokens must stay (special "
+            f"tokens, bytes, characters), got {size:,}, a multiple of {STEP}; "
+            f"keep {-(-len(kept) // STEP) * STEP} or more"
+        )
+    waiting = sorted(names.keys() - kept, key=lambda at: (-counts[at], at))
+    # What doesn't fit with its needs may do so later, when they are there.
+    while len(kept) < size:
+        before = len(kept)
+        for at in waiting:
+            if at in kept:
+                continue
+            needs = pieces.needs(names[at]) - kept
+            if len(kept) + len(needs) <= size:
+                kept |= needs
+            if len(kept) == size:
+                break
+        if len(kept) == before:
+            break
+    return kept
+
+
+def order_of(pieces: Pieces, kept: Collection[int]) -> list[int]:
+    """Return the old ids in the order of the new ones.
+
+    Tokens of the model come first, then those that are only added: the library numbers them so.
+    """
+    own = set(pieces.ids.values())
+    return sorted(kept, key=lambda at: (at not in own, at))
+
+
+def edited(spec: Mapping[str, Any], pieces: Pieces, order: list[int]) -> dict[str, Any]:
+    """Return a tokenizer's JSON with the tokens of ``order`` alone, numbered by it.
+
+    A merge stays if both parts and the result do; the ranks keep their order. Normalizer,
+    pre-tokenizer, decoder and truncation stay as they are. InputError if a step after the model
+    needs a token that goes.
+    """
+    new = {old: at for at, old in enumerate(order)}
+    spec = copy.deepcopy(dict(spec))
+    model = spec["model"]
+    if pieces.kind == "Unigram":
+        model["vocab"] = [row for at, row in enumerate(model["vocab"]) if at in new]
+        if model.get("unk_id") is not None:
+            model["unk_id"] = new[model["unk_id"]]
+    else:
+        found = sorted((new[at], name) for name, at in pieces.ids.items() if at in new)
+        model["vocab"] = {name: at for at, name in found}
+    if pieces.kind == "BPE":
+        known = model["vocab"].keys()
+        merges = [(merge, *_pair(merge)) for merge in model["merges"]]
+        model["merges"] = [m for m, a, b in merges if known >= {a, b, a + b}]
+    for each in spec.get("added_tokens") or []:
+        each["id"] = new.setdefault(each["id"], len(new))  # beyond the rows, if it has none
+    spec["added_tokens"] = sorted(spec.get("added_tokens") or [], key=lambda each: each["id"])
+    if spec.get("padding"):
+        spec["padding"]["pad_id"] = _moved(spec["padding"]["pad_id"], new, "padding")
+    if spec.get("post_processor"):
+        _move_step(spec["post_processor"], new)
+    return spec
+
+
+def _move_step(step: dict[str, Any], new: Mapping[int, int]) -> None:
+    """Renumber the tokens that a step after the model adds."""
+    for inner in step.get("processors", []):
+        _move_step(inner, new)
+    for name in ("sep", "cls"):
+        if name in step:
+            token, at = step[name]
+            step[name] = [token, _moved(at, new, token)]
+    tokens = step.get("special_tokens", {})
+    for each in tokens.values() if isinstance(tokens, Mapping) else []:
+        each["ids"] = [_moved(at, new, each["id"]) for at in each["ids"]]
+
+
+def _moved(at: int, new: Mapping[int, int], what: str) -> int:
+    if at not in new:
+        raise InputError(
+            f"vocabulary: the tokenizer adds token {at} ({str(what)[:40]}), which it does not "
+            "list as a special token; add it there, or leave --keep-vocab out"
+        )
+    return new[at]
+
+
+def pieces_of(backend: Any, texts: Sequence[str], length: int, most: int | None) -> list[str]:
+    """Return consecutive pieces of texts, of ``length`` tokens each; every n-th if too many."""
+    found = []
+    for text in texts:
+        spans = backend.encode(text, add_special_tokens=False).offsets
+        starts = [start for start, _ in spans[::length]]
+        ends = [*starts[1:], len(text)]
+        found += [text[start:end] for start, end in zip(starts, ends, strict=False)]
+    found = [each for each in found if each.strip()]
+    return found if most is None else found[:: len(found) // most or 1][:most]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batch
 from liar_ext.calibration.divergence import DenseOutputs, _spread
-from liar_ext.healing.losses import Teacher, losses
+from liar_ext.healing.training import Teacher, losses
 
 
 class Fixed(nn.Module):

@@ -31,7 +31,7 @@ def test_a_dataset_by_name(monkeypatch):
     assert texts.read_documents("org/name") == ["p", "q"]
     assert texts.read_documents("name:raw:test") == ["p", "q"]
     assert asked == [("org/name", None, "train"), ("name", "raw", "test")]
-    with pytest.raises(InputError, match="must have a column text, got body"):
+    with pytest.raises(InputError, match="dataset name:bare row 0 must have a string .*body"):
         texts.read_documents("name:bare")
 
 
@@ -42,11 +42,14 @@ def test_a_dataset_that_the_caller_has_prepared():
     for given in (rows, rows.to_iterable_dataset(num_shards=2)):
         assert texts.read_documents(given) == ["p", "q"]
         assert texts.read_documents(given.filter(lambda row: row["n"] > 1)) == ["q"]
-        with pytest.raises(InputError, match="dataset given must have a column text, got n"):
+        with pytest.raises(InputError, match="dataset given row 0 must have a string"):
             texts.read_documents(given.remove_columns("text"))
         with pytest.raises(InputError, match="the dataset given holds no text"):
             texts.read_documents(given.filter(lambda row: row["n"] == 2))
-    with pytest.raises(InputError, match="column text, got a str; give rows such as"):
+    with pytest.raises(
+        InputError,
+        match="row 0 must .*, got some text; .* such rows",
+    ):
         texts.read_documents(["some text"])  # documents themselves
 
 
@@ -81,24 +84,27 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "holds no text"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "UTF-8, got byte 0xe9 at position 3; convert"),
-        ("text.txt.gz", gzip.compress(b"text", mtime=0), "must be UTF-8, .*; it is binary"),
-        ("wide.txt", "text".encode("utf-16"), "must be UTF-8, .* it is binary or UTF-16"),
-        ("unmarked.txt", "text".encode("utf-16-le"), "got NUL at position 1; it is binary or UTF"),
-        ("zeros.txt", bytes(5000), "got NUL at position 0; it is binary or UTF-16"),
-        ("rows.jsonl", b'{"body": "x"}', 'line 1 must be a JSON object with a field "text"'),
-        ("rows.jsonl", b'{"text": "x"}\nnot json', "line 2 is no JSON"),
+        (
+            "latin.txt",
+            "caf\xe9".encode("latin-1"),
+            "UTF-8: .* byte 0xe9 in position 3: ",
+        ),
+        ("text.txt.gz", gzip.compress(b"text", mtime=0), "must be UTF-8: .*; if it is text"),
+        ("wide.txt", "text".encode("utf-16"), "must be UTF-8: .*; if it is text"),
+        (
+            "unmarked.txt",
+            "text".encode("utf-16-le"),
+            "holds NUL bytes, it is binary",
+        ),
+        ("zeros.txt", bytes(5000), "holds NUL bytes, it is binary"),
+        ("rows.jsonl", b'{"body": "x"}', 'line 1 must have a string in its field "text"'),
+        ("rows.jsonl", b'{"text": "x"}\nnot json', "line 2 must have a string .*got"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         texts.read_documents(str(tmp_path / name))
-
-
-def test_a_text_is_no_name_of_a_file():
-    with pytest.raises(InputError, match="got text of 2,000 characters; write texts to a file"):
-        texts.read_documents("some text " * 200)
 
 
 def test_missing_file():
@@ -142,17 +148,20 @@ def test_json_lines_end_at_line_feeds_only(tmp_path, separator):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": null}', 'object with a field "text", a string, got text null; write'),
+        ('{"text": null}', 'a string in its field "text", .*None}; write'),
         ('{"text": 3}', "a string"),
         ('["text"]', "a string"),
-        ('{"body": "x", "id": 3}', 'a field "text", a string, got fields body, id'),
-        ('{"text": "x"', "line 2 is no JSON"),
-        ("{}", "a string, got none"),
-        ("[" * 100_000, "is no JSON"),
-        ('{"text": ' + "9" * 5000 + "}", "is no JSON"),
-        (r'{"text": "x\ud800"}', r"line 2 must be Unicode, got the lone surrogate U\+D800"),
-        ('{"text": "x", "text_pair": 3}', "line 2 must have a string in its field text_pair"),
-        (r'{"text": "x", "text_pair": "\udfff"}', r"the lone surrogate U\+DFFF"),
+        ('{"body": "x", "id": 3}', 'a string in its field "text", .*body.*id'),
+        ('{"text": "x"', "line 2 must have a string .*got"),
+        ("{}", "must have a string"),
+        ("[" * 100_000, "must have a string"),
+        ('{"text": ' + "9" * 5000 + "}", "must have a string"),
+        (r'{"text": "x\ud800"}', "line 2 must be Unicode: .*ud800.* not allowed"),
+        ('{"text": "x", "text_pair": 3}', "line 2 must have .* in .text_pair. if it has one"),
+        (
+            r'{"text": "x", "text_pair": "\udfff"}',
+            "line 2 must be Unicode: .*not allowed",
+        ),
     ],
 )
 def test_unusable_json_lines(tmp_path, line, message):
@@ -170,7 +179,7 @@ def test_pairs_of_texts(tmp_path):
     assert texts.document_digests([pair]) != texts.document_digests(["a"])
     rows = [{"text": "a", "text_pair": "b"}, {"text": "c", "text_pair": None}]
     assert texts.read_documents(rows) == [pair, single]
-    with pytest.raises(InputError, match="in its column text_pair, got int in row 0"):
+    with pytest.raises(InputError, match="row 0 must have a string .* in .text_pair."):
         texts.read_documents([{"text": "a", "text_pair": 0}])
 
 

@@ -136,7 +136,7 @@ def test_what_is_wrong_with_files(tmp_path):
         read_files(tmp_path / "empty", IMAGES)
     (tmp_path / "pipes").mkdir()
     os.mkfifo(tmp_path / "pipes/a.wav")  # whose reader would wait for a writer
-    with pytest.raises(InputError, match="a.wav is no ordinary file"):
+    with pytest.raises(InputError, match="a.wav: it is no ordinary file"):
         read_files(tmp_path / "pipes", AUDIO)
     with pytest.raises(InputError, match="no ordinary file"):
         Item("row 0", Path("/dev/zero")).read()
@@ -336,5 +336,5 @@ def test_a_picture_is_turned_as_the_camera_says(tmp_path):
 def test_a_file_that_is_no_picture_is_named(tmp_path):
     (tmp_path / "no.png").write_bytes(b"")
     (item,) = read_files(tmp_path, IMAGES).items
-    with pytest.raises(InputError, match=r"no.png can't be read as an image: it is of no format"):
+    with pytest.raises(InputError, match=r"no.png can't be read as an image: cannot identify"):
         decode_image(item)

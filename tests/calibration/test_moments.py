@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from liar_ext import InputError, MomentBank, Moments
-from liar_ext.calibration.moments import Squares, all_finite, centre
-from liar_ext.system.atomic_write import write_tensors
+from liar_ext.calibration.taps import Squares, all_finite, centre
+from liar_ext.system.files import write_tensors
 
 
 def filled(tokens: int = 40, d_in: int = 7, seed: int = 0) -> tuple[Moments, list]:
@@ -56,15 +56,13 @@ def test_squares_are_the_diagonal_of_the_moments(dtype):
 
 
 def test_what_does_not_merge():
-    with pytest.raises(InputError, match="d_in must agree, got 7 and 5"):
+    with pytest.raises(InputError, match="other sums over the same features"):
         filled()[0].merge(Moments.zeros(5))
     itself = filled()[0]
-    with pytest.raises(InputError, match="merged with themselves"):
+    with pytest.raises(InputError, match="other sums over the same features"):
         itself.merge(itself)
     with pytest.raises(InputError, match="same sites"):
         MomentBank({"0.mlp": Moments.zeros(3)}).merge(MomentBank({"1.mlp": Moments.zeros(3)}))
-    with pytest.raises(InputError, match="same sites"):
-        MomentBank().merge("bank.safetensors")
 
 
 def test_banks_are_equal_if_their_moments_are():
@@ -127,7 +125,7 @@ def test_tampered_banks_are_refused(tmp_path, change, message, monkeypatch):
 @pytest.mark.parametrize("source", ["[]", "no", "[" * 100_000, '{"tokens": "3"}', '{"tokens": -1}'])
 def test_tampered_sources_are_refused(tmp_path, source):
     write(tmp_path / "bank", tensors(), source=source)
-    with pytest.raises(InputError, match="source must be a JSON object"):
+    with pytest.raises(InputError, match="not a moment bank"):
         MomentBank.load(tmp_path / "bank")
 
 

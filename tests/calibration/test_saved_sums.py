@@ -15,8 +15,7 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, calibrate, sites
 from liar_ext.calibration import collect
-from liar_ext.calibration.bank_source import SAMPLED, fingerprint_of
-from liar_ext.calibration.saved_sums import SUMS
+from liar_ext.calibration.saved_sums import SAMPLED, SUMS, fingerprint_of
 from liar_ext.system.checkpoint_store import Checkpoint, facts_of
 
 SEEDS = 30

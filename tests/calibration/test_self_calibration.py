@@ -9,8 +9,8 @@ from tiny import tiny
 
 from liar_ext import InputError, cli
 from liar_ext.calibration import generated
-from liar_ext.calibration.generated import write_documents, write_sequences
-from liar_ext.calibration.texts import calibration_sequences, document_prefix
+from liar_ext.calibration.generated import document_prefix, write_documents, write_sequences
+from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.models.running import computes_bfloat16
 
 
@@ -78,7 +78,7 @@ def test_a_token_is_drawn_where_the_number_falls(monkeypatch):
         assert kept.isfinite().sum() == 1
     assert drawn == [4, 4, 3, 1, 1, 1]
     for broken in (torch.nan, torch.inf):
-        with pytest.raises(FloatingPointError):
+        with pytest.raises(InputError, match="not finite"):
             generated._drawn(None, torch.tensor([[0.0, 1.0], [0.0, broken]]))
 
 

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from liar_ext import InputError
 from liar_ext.calibration import texts
-from liar_ext.calibration.batches import probe_batches
-from liar_ext.calibration.documents import Pair
-from liar_ext.calibration.folds import Sequences, block_spans, cut_blocks, cut_pieces
+from liar_ext.calibration.batches import Sequences, probe_batches
+from liar_ext.calibration.documents import Pair, block_spans, cut_blocks, cut_pieces
 
 
 def draw(*sources, **settings) -> Sequences:
@@ -85,6 +84,24 @@ def test_blocks_of_a_text_without_paragraphs_have_gaps_too(text):
     assert len(first) > 400 and len(second) > 400
 
 
+@pytest.mark.parametrize("turn", [1, -1], ids=["alone first", "alone last"])
+def test_a_lone_document_that_another_text_holds_stands_in_one_part(tokenizer, turn):
+    documents = [2000 * letter for letter in "abcdefgh"]
+    sources = [["a " * 2000], documents][::turn]
+    drawn = draw(sources, tokenizer, samples=64, seq_len=8, certify=32)
+    rows = [drawn.input_ids[drawn.fold == fold] for fold in (0, 1)]
+    (letter,) = tokenizer("a")["input_ids"]
+    parts = [int((each == letter).any()) for each in (*rows, drawn.certification.input_ids)]
+    assert sum(parts) == 1
+    assert drawn.notes == ("A calibration text that is in another one was left out.",)
+
+
+def test_lone_documents_that_are_copies_are_cut_once(tokenizer):
+    text = "abcdefgh " * 400
+    both = draw([[text], [text.replace(" ", "\n")]], tokenizer, samples=16, seq_len=8)
+    assert torch.equal(both.input_ids, draw([[text]], tokenizer, samples=16, seq_len=8).input_ids)
+
+
 def test_a_lone_document_gives_an_encoder_many_sequences(tokenizer):
     words = " ".join(f"{index:04}" for index in range(400))
     drawn = draw([[words]], tokenizer, samples=16, seq_len=24, packed=False)
@@ -134,27 +151,14 @@ def test_certification_shares_no_document_with_the_folds(tokenizer):
     [
         {"samples": 1},
         {"seq_len": 1},
-        {"seed": -1},
-        {"seed": 2**70},
         {"certify": 1},
         {"certify": -2},
         {"judge": 1},
-        {"lone": "thirds"},
     ],
 )
 def test_bad_numbers_of_a_draw(tokenizer, numbers):
-    with pytest.raises(InputError, match=f"calibration: .*{next(iter(numbers))} .*must"):
+    with pytest.raises(InputError, match=f"must be at least 2.*{next(iter(numbers))}"):
         draw([["ab" * 300] * 9], tokenizer, **numbers)
-
-
-def test_bad_numbers_of_an_evaluation(tokenizer):
-    for numbers in ({"seq_len": 0}, {"seq_len": 1}, {"samples": 0}, {"samples": -3}):
-        with pytest.raises(InputError, match="evaluation: .* must be at least"):
-            texts.evaluation_sequences(["ab" * 300], tokenizer, **numbers)
-    windows = texts.evaluation_sequences(["ab" * 300], tokenizer, seq_len=8)
-    for size in (0, -1):
-        with pytest.raises(InputError, match=f"batch_size must be at least 1, got {size}"):
-            windows.batches(size)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -199,8 +203,6 @@ def test_windows_begin_as_the_tokenizer_begins_a_document(tokenizer, with_bos):
     assert windows.input_ids[:, 1:].flatten().tolist() == text[: len(windows) * 9]
     without = texts.evaluation_sequences(documents, tokenizer, seq_len=10)
     assert without.bos == "" and without.input_ids[0].tolist() == text[:10]
-    with pytest.raises(InputError, match="more than the 1 special tokens"):
-        texts._packed_windows(documents, with_bos, 1, [1])
 
 
 @pytest.mark.parametrize(
@@ -487,11 +489,6 @@ def test_random_tokens_leave_special_ones_in_their_place(tokenizer):
 def test_a_fraction_of_random_tokens_that_cannot_be(tokenizer, fraction):
     with pytest.raises(InputError, match=r"random_tokens must be in \[0, 0.9\], got"):
         draw([["ab" * 300] * 9], tokenizer, random_tokens=fraction)
-
-
-def test_a_vocabulary_without_plain_tokens(tokenizer):
-    with pytest.raises(InputError, match="random_tokens=0"):
-        draw([["ab" * 300] * 9], tokenizer, samples=4, seq_len=8, random_tokens=0.5, vocab_size=0)
 
 
 def test_encoders_are_evaluated_on_documents(tokenizer):

@@ -14,7 +14,7 @@ from tiny import batches, tiny
 from liar_ext import load_pruned, prune, save_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.carrying import MOST_CARD, license_of
-from liar_ext.checkpoint.saving import check_folder
+from liar_ext.checkpoint.placing import check_folder
 from liar_ext.report.report import Report
 
 MODULES = [

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 from liar_ext import verify_pruned
-from liar_ext.checkpoint import inspection, load_model, load_pruned, save_pruned
+from liar_ext.checkpoint import load_model, load_pruned, save_pruned
 from liar_ext.checkpoint.folder import MANIFEST_FILE, strangers
 from liar_ext.system.errors import InputError
 
@@ -52,7 +52,7 @@ def refused(load, folder: Path, match: str) -> None:
 def test_a_config_of_more_layers_than_weights(dense: Path) -> None:
     """Random layers would be pruned."""
     change(dense / "config.json", num_hidden_layers=5)
-    refused(load_model, dense, r"lacks model.layers.3.\S+, .* more; copy it again")
+    refused(load_model, dense, r"lacks model.layers.3.\S+, and .* more; copy it again")
 
 
 def test_an_embedding_that_is_tied_thrice_counts_once(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_header_that_lies(folder: Path) -> None:
 def test_links_to_no_file(target: str, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(target)
-    refused(load_pruned, folder, "is missing|must be an ordinary file")
+    refused(load_pruned, folder, "is missing, or no ordinary file")
 
 
 TEXTS = (
@@ -200,21 +200,13 @@ def test_weights_may_be_links_to_anywhere(dense: Path) -> None:
 def test_a_pipe_does_not_hang(folder: Path) -> None:
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    refused(verify_pruned, folder, "must be an ordinary file")
+    refused(verify_pruned, folder, "no ordinary file")
 
 
 def test_a_pipe_for_a_template_does_not_hang(dense: Path) -> None:
     (dense / "chat_template.jinja").unlink(missing_ok=True)
     os.mkfifo(dense / "chat_template.jinja")
-    refused(load_model, dense, "chat_template.jinja must be an ordinary file")
-
-
-def test_weights_without_permission(folder: Path, monkeypatch) -> None:
-    access = os.access
-    monkeypatch.setattr(
-        inspection.os, "access", lambda p, mode: p.name != "model.safetensors" and access(p, mode)
-    )
-    refused(load_pruned, folder, "no permission to read .*model.safetensors")
+    refused(load_model, dense, "chat_template.jinja is missing, or no ordinary file")
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.touch])

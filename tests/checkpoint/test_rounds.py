@@ -18,7 +18,9 @@ from folders import change, equal_plan, pruned, read
 from tiny import TINY, VOCAB, batches, outputs, tiny, tiny_inputs
 
 from liar_ext import InputError, apply_plan, load_pruned, prune, save_pruned, verify_pruned
-from liar_ext.models.sites import block_config, family_of, sites
+from liar_ext.models.registry import family_of
+from liar_ext.models.running import block_config
+from liar_ext.models.sites import sites
 
 # A process in which liar_ext can't be imported; every folder is loaded, and saved again, there.
 ELSEWHERE = """

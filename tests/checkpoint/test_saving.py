@@ -14,7 +14,8 @@ from folders import equal_plan, make_plan, pruned, read, tokenizer
 from tiny import outputs, tiny
 
 from liar_ext.checkpoint import load_pruned, placing, saving
-from liar_ext.checkpoint.saving import check_folder, save_pruned
+from liar_ext.checkpoint.placing import check_folder
+from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import auto_classes, how_to_load
 from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import sites

@@ -45,7 +45,7 @@ def refuses_its_code(folder: Path, model, match: str) -> None:
 def test_a_loader_that_was_replaced(save, evil) -> None:
     folder, model = save(make_plan)
     (folder / "liar_loader.py").write_text(evil)
-    refuses_its_code(folder, model, "liar_loader.py, and it isn't the file that save_pruned writes")
+    refuses_its_code(folder, model, "liar_loader.py, which save_pruned didn't write")
 
 
 @pytest.mark.parametrize("loader", ["evil.PrunedModel", "someone/repo--liar_loader.PrunedModel", 3])
@@ -62,9 +62,9 @@ def test_an_auto_map_to_other_code(loader, save, evil) -> None:
 def test_equal_layers_need_no_code(save, evil) -> None:
     folder, model = save(equal_plan)
     change(folder / "config.json", auto_map={"AutoModelForCausalLM": "liar_loader.PrunedModel"})
-    refuses_its_code(folder, model, "equal layers need no code")
+    refuses_its_code(folder, model, "auto_map with AutoModelForCausalLM")
     (folder / "liar_loader.py").write_text(LOADER_CODE)
-    refuses_its_code(folder, model, "save_pruned doesn't write it")
+    refuses_its_code(folder, model, "liar_loader.py, which save_pruned didn't write")
 
 
 def test_code_for_generate_is_not_run(save, evil) -> None:

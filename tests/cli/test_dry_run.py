@@ -7,7 +7,7 @@ from tiny import NARROWABLE, batches, tiny
 
 from liar_ext import InputError, Recipe, cli, prune
 from liar_ext.calibration import saved_sums
-from liar_ext.job.dry_run import describe
+from liar_ext.job.planning import describe
 
 
 def in_folds(model) -> list[dict]:
@@ -119,9 +119,9 @@ def test_it_counts_layers_of_experts():
 
 
 def test_it_says_that_layers_of_one_size_may_need_no_code():
-    """Fewer heads of BERT need code, fewer channels don't, and which go is measured later."""
-    recipe = Recipe(keep=0.7, uniform_layers=True)
+    """Fewer heads of BERT need code, fewer channels don't."""
     model = tiny("bert")
-    said = describe(model, in_folds(model), recipe)[-1]
-    assert said.startswith("loading, if only mlp sites lose units: The saved folder loads with")
-    assert "Otherwise: The stock class cannot build" in said
+    for kinds, how in (((), "The stock class cannot build"), (("mlp",), "The saved folder loads")):
+        recipe = Recipe(keep=0.7, uniform_layers=True, **({"kinds": kinds} if kinds else {}))
+        said = describe(model, in_folds(model), recipe)[-1]
+        assert said.startswith(f"loading, with the sizes of the same fraction everywhere: {how}")

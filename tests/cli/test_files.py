@@ -15,7 +15,7 @@ from transformers import ViTImageProcessorPil, Wav2Vec2FeatureExtractor, Whisper
 from liar_ext import encoder_similarity, prune
 from liar_ext.calibration.media import AUDIO, IMAGES, decode_image, read_files
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.loading import kind_of, load_reader
+from liar_ext.checkpoint.readers import kind_of, load_reader
 from liar_ext.measure.evaluation import word_errors
 
 QUICK = ("--samples", 8, "--keep", 0.5, "--schedule", "one-pass")
@@ -200,7 +200,7 @@ def test_what_is_refused(pictures, recordings, tmp_path, capsys, monkeypatch):
     for path in (tmp_path / "broken").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     assert "can't be read as an image" in refused(*job, tmp_path / "broken")
-    assert "reads images, which no model writes" in refused(*job, "self")
+    assert "reads images, and --calibration self, --random-tokens" in refused(*job, "self")
     assert "--pairs is for text" in refused("eval", small, "--pairs", tmp_path / "pairs")
     assert "no part encoder" in refused(*job, pictures / "calibration", "--sites", "encoder")
     shutil.copytree(dense, tmp_path / "bare")

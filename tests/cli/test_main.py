@@ -6,12 +6,10 @@ import logging
 import os
 import re
 import shlex
-import signal
 import sys
 import warnings
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
-from time import sleep
 
 import huggingface_hub
 import pytest
@@ -23,9 +21,8 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 
 from liar_ext import InputError, Report, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
-from liar_ext.cli.main import COMMANDS, parser
-from liar_ext.cli.messages import error_lines
-from liar_ext.cli.output import say
+from liar_ext.cli.main import COMMANDS, parser, say
+from liar_ext.cli.options import error_lines
 from liar_ext.system.progress import no_bars
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
@@ -84,16 +81,6 @@ def test_commands_to_run_next_take_no_folder_for_an_option(tmp_path, capsys):
     parsed = [parser().parse_args(shlex.split(line)[1:]) for line in printed]
     assert [each.command for each in parsed] == ["verify", "bench", "report"]
     assert {each.folder for each in parsed} == {"./-out"} and parsed[1].against == "./-dense model"
-
-
-def test_a_current_folder_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(SystemExit) as left:
-        run("resume", tmp_path)
-    said = "error: the current folder was removed\nhint: change to one that exists\n"
-    assert left.value.code == 2 and capsys.readouterr().err == said
 
 
 def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):
@@ -194,16 +181,6 @@ def test_verify_and_eval_the_result(pruned, corpus, capsys):
     assert "93 tokens in 3 windows of 32" in capsys.readouterr().out
 
 
-def test_an_encoder_is_refused_before_it_is_loaded(tmp_path, capsys, monkeypatch):
-    tiny("bert").save_pretrained(tmp_path / "bert")
-    monkeypatch.setattr("liar_ext.cli.inputs.load_model", lambda *_: pytest.fail("loaded"))
-    assert run("eval", tmp_path / "bert", "--tasks", "piqa") == 2
-    assert "--tasks needs a causal language model, got Bert" in capsys.readouterr().err
-    assert run("verify", tmp_path / "bert", "--text", "any") == 2
-    said = "--text needs a causal language model, got BertForSequenceClassification\nhint: leave"
-    assert said in capsys.readouterr().err
-
-
 def test_what_is_missing_is_told_before_the_model_is_loaded(
     llama_folder, corpus, tmp_path, capsys, monkeypatch
 ):
@@ -249,7 +226,7 @@ def test_values_that_are_too_large_are_told(llama_folder, corpus, tmp_path, caps
     tokenizer.save_pretrained(tmp_path / "model")
     text = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--preset", "fast")
     assert run("prune", tmp_path / "model", *text, "--out", tmp_path / "out") == 2
-    assert "has values at 1.mlp that are not finite, or too large" in capsys.readouterr().err
+    assert "at 1.mlp tokens with values that are not finite or too large" in capsys.readouterr().err
 
 
 def test_text_that_does_not_vary_is_warned_of(llama_folder, tmp_path, capsys):
@@ -282,7 +259,7 @@ def test_a_message_drives_no_terminal(llama_folder, tmp_path, capsys):
     text = ("--calibration", tmp_path / "text.jsonl", "--out", tmp_path / "out")
     assert run("prune", llama_folder, *text) == 2
     error = capsys.readouterr().err
-    assert "got fields \ufffd[31mred" in error and "\x1b" not in error
+    assert "[31mred" in error and "\x1b" not in error
 
 
 def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_path, capsys):
@@ -492,7 +469,7 @@ def refuse(llama_folder, corpus, tmp_path, capsys):
         ("prune m --calibration t --out o --criterion wand", "'wand'\nhint: did you mean wanda?"),
         ("prune m --calibration t --out o --keep 80", "--keep must be in (0, 1], got 80.0\nhint: "),
         ("prune m --keep 80%", "error: --keep must be a number such as 0.5, got '80%'"),
-        ("report gone/pruned", "gone/pruned is no folder\nhint: give one that liar prune"),
+        ("report gone/pruned", "gone/pruned has no liar/report.json\nhint: give a folder that"),
         ("verify pruend", "pruend doesn't exist\nhint: did you mean pruned?"),
         ("prune pruned.txt --calibration pruned --out o", "pruned.txt is a file, and no .gguf"),
         (
@@ -567,30 +544,3 @@ def test_a_pruned_folder_is_pruned_again(pruned, corpus, tmp_path, capsys):
         assert site["units"] == plans[0][name]["units"]
         assert set(site["kept"]) <= set(plans[0][name]["kept"])
     assert verify_pruned(out)["agrees"]
-
-
-def test_an_interrupt_that_comes_out_as_another_error(monkeypatch, capsys):
-    """As of a context that can't close, or of a C function that drops what it was told."""
-
-    def interrupted(_):
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            sleep(1)
-        except KeyboardInterrupt:
-            raise InputError("damaged") from None
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        monkeypatch.setitem(COMMANDS, "families", interrupted)
-        assert run("families") == 130
-        assert capsys.readouterr().err == "error: interrupted\n"
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-    def broken(_):
-        raise RuntimeError("a defect")
-
-    monkeypatch.setitem(COMMANDS, "families", broken)
-    with pytest.raises(RuntimeError, match="a defect"):
-        run("families")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from liar_ext import Recipe, cli
 from liar_ext.calibration import texts
 from liar_ext.cli.main import parse, parser
 from liar_ext.cli.options import recipe_of
-from liar_ext.recipe.checks import CRITERIA
-from liar_ext.recipe.fields import GROUPS, option_of, recipe_fields
+from liar_ext.models.recipe_checks import CRITERIA
+from liar_ext.models.recipe_fields import GROUPS, option_of, recipe_fields
 from liar_ext.selection.criteria import _CRITERIA
 from liar_ext.system.environment import child, is_command
 from liar_ext.system.errors import InputError
@@ -227,22 +226,6 @@ def test_an_interrupt_while_modules_are_imported_shows_no_traceback(tmp_path):
     assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
-@pytest.mark.parametrize(
-    ("shell", "code"),
-    [pytest.param(">&-", 0, marks=pytest.mark.exhaustive), ("> /dev/full", 2)],
-)
-def test_an_output_that_cannot_be_written_is_no_traceback(shell, code, monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    program = (
-        "import sys; from liar_ext.cli import main; module = sys.modules[main.__module__]; "
-        "module.COMMANDS['families'] = lambda _: print('done'); sys.exit(main(['families']))"
-    )
-    command = f"{shlex.join([sys.executable, '-c', program])} {shell}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.returncode == code and "Traceback" not in done.stderr
-    assert ("error: the job is done, and what it says can't be" in done.stderr) == (code > 0)
-
-
 def test_children_are_started_in_one_place_only():
     package = Path(liar_ext.__file__).parent
     starting = [path for path in package.rglob("*.py") if "sys.executable" in path.read_text()]
@@ -346,7 +329,7 @@ def test_the_help_names_all_criteria():
 def test_the_table_says_what_each_criterion_is_registered_with():
     """The command reads the table before the criteria are imported, which write into it."""
     code = (
-        "from liar_ext.recipe.checks import CRITERIA; table = dict(CRITERIA)\n"
+        "from liar_ext.models.recipe_checks import CRITERIA; table = dict(CRITERIA)\n"
         "import liar_ext.selection.criteria\n"
         "assert table == CRITERIA, (table, CRITERIA)"
     )

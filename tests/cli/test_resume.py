@@ -13,10 +13,10 @@ from stopping import stop_at
 
 from liar_ext import load_pruned
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.collect import InFlight
 from liar_ext.calibration.divergence import DenseOutputs
+from liar_ext.calibration.taps import InFlight
 from liar_ext.checkpoint import saving
-from liar_ext.cli import inputs, resume
+from liar_ext.cli import calibrate, inputs, resume
 from liar_ext.job import pruning
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.system.checkpoint_store import VERSION, Checkpoint
@@ -204,13 +204,13 @@ def test_what_a_killed_writer_left_is_no_file_of_others(llama_folder, corpus, tm
             {"options": {"bank": None, "out": 3, "max_memory": None, "heal": None}},
             "out must be of type str",
         ),
-        ({"folder": "a\0b"}, "folder must hold no NUL"),
+        ({"folder": "a\0b"}, "folder must be text, not empty and without NUL"),
         (
             {"options": {"bank": None, "out": "\ud800", "max_memory": None, "heal": None}},
             "out must be UTF-8",
         ),
         ({"recipe": {"model": None}}, "it names no model"),
-        ({"recipe": {"model": "a\0b"}}, "must hold no NUL"),
+        ({"recipe": {"model": "a\0b"}}, "without NUL"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused_in_one_line(changes, said, tmp_path, capsys):
@@ -323,7 +323,7 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
         "pipe": lambda: os.mkfifo(place),
     }
     more = ["--keep", 0.7, "--preset", "fast"] if command == "prune" else []
-    of, name = (pruning, "fill_folder") if command == "prune" else (MomentBank, "save")
+    of, name = (pruning, "fill_folder") if command == "prune" else (calibrate, "save_bank")
     work = getattr(of, name)
 
     def meanwhile(*given, **more):

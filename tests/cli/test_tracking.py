@@ -10,7 +10,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from liar_ext import Report, cli
-from liar_ext.cli import messages
+from liar_ext.cli import options
+from liar_ext.cli.main import log
 
 REPORT = Report(
     "a model",
@@ -58,7 +59,7 @@ def mlflow(tracker):
 
 
 def test_mlflow_gets_recipe_and_numbers(mlflow):
-    messages.log(REPORT, "mlflow", "out")
+    log(REPORT, "mlflow", "out")
     assert mlflow == {"run": "out", "params": {"keep": 0.5}, "metrics": METRICS}
 
 
@@ -71,14 +72,14 @@ def test_wandb_gets_recipe_and_numbers(tracker):
         yield SimpleNamespace(log=logged.append)
 
     tracker("wandb", init=init)
-    messages.log(REPORT, "wandb", "out")
+    log(REPORT, "wandb", "out")
     assert logged == [{"project": "liar_ext", "name": "out", "config": {"keep": 0.5}}, METRICS]
 
 
 def test_a_tracker_that_fails_is_a_warning(tracker):
     tracker("mlflow")
     with pytest.warns(UserWarning, match="--log mlflow: nothing was logged: module 'mlflow' has"):
-        messages.log(REPORT, "mlflow", "out")
+        log(REPORT, "mlflow", "out")
 
 
 def test_the_command_logs(mlflow, llama_folder, corpus, tmp_path):
@@ -91,7 +92,7 @@ def test_the_command_logs(mlflow, llama_folder, corpus, tmp_path):
 
 
 def test_a_tracker_that_is_missing_is_refused_first(monkeypatch, capsys):
-    monkeypatch.setattr(messages, "find_spec", lambda _: None)
+    monkeypatch.setattr(options, "find_spec", lambda _: None)
     for name, said in (
         ("wandb", "pip install wandb"),
         ("other", "--log must be one of mlflow, wandb, got 'other'"),

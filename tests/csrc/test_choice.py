@@ -26,9 +26,8 @@ import torch
 from liar_ext import ops
 from dataclasses import replace
 from liar_ext.system.errors import InputError
-from liar_ext.ops import backends, choice, curve, reference
-from liar_ext.ops.backends import gram_kind
-from liar_ext.ops.choice import Kind
+from liar_ext.ops import backends, reference
+from liar_ext.ops.backends import Kind, gram_kind
 
 del os.environ["LIAR_GRAM"], os.environ["LIAR_SOLVE"]
 right = reference.gram_update_
@@ -113,7 +112,7 @@ def test_a_measurement_is_kept_and_a_spoilt_file_is_measured_again(tmp_path):
     said = script(
         """
         first = choose(a=slow, b=right)
-        path = choice.cache_file()
+        path = backends.cache_file()
         print(len(calls), *first.lines())
         calls.clear()
         choose(a=slow, b=right)
@@ -245,7 +244,7 @@ def test_planted_faults_of_curves(tmp_path):
     said = script(
         """
         asked = Kind(torch.device("cuda", 0), sizes=(64,))
-        operator, library = backends.curves, curve.eliminate_panel
+        operator, library = backends.curves, reference.eliminate_panel
 
         def no_rounds(s, first, count):
             lost = s.lost.clone()

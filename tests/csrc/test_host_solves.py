@@ -11,7 +11,7 @@ import pytest
 import torch
 from host_kernels import LARGE, kernels
 
-from liar_ext.ops import curve, reference
+from liar_ext.ops import reference
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("unchanged")]
 
@@ -37,7 +37,7 @@ def eliminate(s, first, count):
 
 
 reconstruct = partial(reference.reconstruct, solve=solve)
-obs_curve = partial(curve.obs_curve, eliminate=eliminate)
+obs_curve = partial(reference.obs_curve, eliminate=eliminate)
 
 
 def problem(seed, d, d_out, n=0, tokens=None):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tiny import VOCAB, tiny
 
 from liar_ext import InputError, cli, save_pruned
-from liar_ext.checkpoint.sentence import read_sentence
+from liar_ext.checkpoint.readers import read_sentence
 from liar_ext.export import export
 from liar_ext.export import onnx as exporter
 
@@ -240,6 +240,14 @@ def test_a_graph_that_computes_something_else_is_not_put_in_place(quantize, smal
     with pytest.raises(InputError, match="outputs are not torch's: they differ by"):
         export(small, "onnx", quantize=quantize)
     assert sorted(small.parent.iterdir()) == before
+
+
+def test_outputs_of_torch_that_are_not_finite_are_seen(small):
+    graph = exporter.build_graph(tiny("distilbert", n_layers=1), None)
+    forward, scales = graph.forward, iter([1.0, *20 * [torch.nan]])
+    graph.forward = lambda **given: [next(scales) * each for each in forward(**given)]
+    with pytest.raises(InputError, match="outputs are not torch's: they differ by inf"):
+        exporter.check_graph(graph, small.with_name("right.onnx"), 1e-2)
 
 
 def fails(error):

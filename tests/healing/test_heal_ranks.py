@@ -31,7 +31,7 @@ RANKS, STEPS = 2, 5
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    monkeypatch.setattr("liar_ext.healing.training.computes_bfloat16", lambda _: False)
+    monkeypatch.setattr("liar_ext.healing.heal.computes_bfloat16", lambda _: False)
     with no_bars():
         yield
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from liar_ext.job.estimate import PEAKS, bytes_of_solve, steps_of
-from liar_ext.recipe import Recipe
+from liar_ext.models.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 # Wide in and wide out: each of the two factors decides in one of them.

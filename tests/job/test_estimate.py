@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from tiny import batches, tiny
@@ -10,7 +11,7 @@ from tiny import batches, tiny
 from liar_ext import Recipe, prune
 from liar_ext.job import pruning
 from liar_ext.job.estimate import Estimate, by_blocks
-from liar_ext.job.sweeping import Sweep
+from liar_ext.job.planning import Sweep
 from liar_ext.system.progress import Bar, Timeline, showing_bars
 
 SMALL = 16 * 24**2  # bytes: a group of sites for each
@@ -77,24 +78,23 @@ def test_a_quiet_job_counts_nothing(timelines):
 
 
 def test_walks_over_blocks_have_the_work_of_all_stages():
-    stages = {
-        "calibrate": Estimate(3.0, 40, 8),
-        "curves": Estimate(5.0, 50, 6),
-        "sensitivity": Estimate(7.0, 40, 24),
-        "reconstruct": Estimate(11.0, 60, 6),
-    }
-    probes = {"sensitivity": Estimate(0.25 * 7.0, 60, 24)}
-    how = {"blocks": 3, "head": 0.25}
-    walk = by_blocks({**stages, "layerwise": Estimate(13.0, 70, 3)}, kept=False, **how)
-    assert walk.pop("sensitivity") == Estimate(0.25 * 7.0, 70, 24)
-    assert walk == {"calibrate": Estimate(24.25, 70, 3), "layerwise": Estimate(13.0, 70, 3)}
-    once = by_blocks(stages, kept=True, **how)
-    memory = {"from memory": Estimate(11.0, 60, 3)}
-    assert once == {"calibrate": Estimate(13.25, 60, 3), **memory, **probes}
-    again = by_blocks(stages, kept=False, **how)
-    assert again == {"calibrate": Estimate(3.0 + 13.25 + 11.0, 60, 6), **probes}
-    for few in ({}, {"evaluate": Estimate(2.0, 0, 4)}):  # of a job that removes experts alone
-        assert by_blocks(few, kept=True, **how) == few
+    bars = [
+        Estimate("calibrate", 3.0, 40, 8),
+        Estimate("curves", 5.0, 50, 6),
+        Estimate("sensitivity", 7.0, 40, 24),
+        Estimate("reconstruct", 11.0, 60, 6),
+    ]
+    walk = Estimate("layerwise", 13.0, 70, 3)
+    probes = Estimate("sensitivity", 0.0, 70, 24)
+    first = Estimate("calibrate", 26.0, 70, 3)
+    assert by_blocks([*bars, walk], 3, kept=False) == [first, probes, walk]
+    first, probes = Estimate("calibrate", 15.0, 60, 3), replace(probes, bytes=60)
+    memory = Estimate("from memory", 11.0, 60, 3)
+    assert by_blocks(bars, 3, kept=True) == [first, probes, memory]
+    second = Estimate("calibrate", 3.0 + 11.0, 60, 3)
+    assert by_blocks(bars, 3, kept=False) == [first, probes, second]
+    for few in ([], [Estimate("evaluate", 2.0, 0, 4)]):  # of a job that removes experts alone
+        assert by_blocks(few, 3, kept=True) == few
 
 
 @pytest.mark.parametrize("schedule", ["layerwise", "one-pass"])

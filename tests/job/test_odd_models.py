@@ -16,7 +16,6 @@ from liar_ext import (
     InputError,
     Recipe,
     calibrate,
-    compress,
     heal,
     prune,
     save_pruned,
@@ -88,13 +87,6 @@ def test_models_that_can_not_be_sliced_are_refused(change, said):
     assert torch.equal(outputs(model), before)
 
 
-def test_models_of_several_texts_are_refused():
-    config = transformers.BertConfig(vocab_size=61, **SMALL)
-    model = transformers.BertForMultipleChoice(config)
-    with pytest.raises(InputError, match="BertForMultipleChoice reads several texts at once"):
-        prune(model, batches(tiny("bert"), 2), keep=0.6)
-
-
 def test_a_head_for_answers_goes_through_a_whole_job(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=61, initializer_range=0.3, **SMALL)
@@ -114,8 +106,6 @@ def test_a_head_for_answers_goes_through_a_whole_job(tmp_path):
     [
         (lambda: load_model(3), "must be a folder, a hub id or a GGUF file, got 3"),
         (lambda: load_model("m", dtype="float3"), "dtype must be one of torch, .*, got 'float3'"),
-        (lambda: compress("m", text=3, out="o"), "text must be a path, or a list of paths, got 3"),
-        (lambda: compress("m", text=["a", 3], out="o"), "text must be a path, or a list of paths"),
         (lambda: calibration_sequences([["a"]], None), "needs the tokenizer of the model, got"),
         (lambda: save_pruned("m", "o"), "needs the pruned model first, got str"),
         (lambda: calibrate("m", []), "needs a loaded model, got str"),

@@ -23,15 +23,14 @@ from liar_ext import InputError, load_pruned, prune, save_pruned, verify_pruned
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.folder import MARKER_FILE
 from liar_ext.job import estimate
-from liar_ext.job.dry_run import describe_streamed
+from liar_ext.job.planning import describe_streamed
 from liar_ext.job.preparing import prepare
 from liar_ext.job.pruning import prune_folder
 from liar_ext.job.state import Job
 from liar_ext.job.streamed import StreamedPasses
-from liar_ext.recipe import Recipe
+from liar_ext.models.recipe import Recipe
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
-from liar_ext.selection.error_curves import error_curve
 from liar_ext.system.progress import showing_bars
 
 GIB = 2**30
@@ -445,18 +444,3 @@ def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
     assert "with reading ahead" in lines[0] and "0 GiB lie in" in lines[2]
     needed = sum(shares.need.values()) - shares.shard + store.block_bytes
     assert "without reading ahead" in describe_streamed(replace(job, limit=needed - 1), store)[0]
-
-
-def test_curves_that_find_no_memory_are_said_once(llama, tmp_path, monkeypatch):
-    def cramped(weight, gram, order, damp, holdout=None, allocate=None):
-        if allocate is None:
-            raise MemoryError
-        return error_curve(weight, gram, order, damp, holdout, allocate)
-
-    data, choices = batches(tiny("llama"), 3), JOBS["curve"]
-    expected = by_blocks(llama, data, tmp_path / "memory", **choices)
-    monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", cramped)
-    report = by_blocks(llama, data, tmp_path / "file", **choices)
-    said = [each for each in report.warnings if "An allocation failed in error curves" in each]
-    assert len(said) == 1 and "(0.attn and 5 more), which were computed in a file" in said[0]
-    assert report.plan == expected.plan and not set(said) & set(expected.warnings)

@@ -22,7 +22,7 @@ from liar_ext.cli.main import main
 from liar_ext.job.pruning import prune_folder
 from liar_ext.job.state import Job
 from liar_ext.job.streamed import ProbeStreams, StreamedPasses
-from liar_ext.recipe import Recipe
+from liar_ext.models.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.system.checkpoint_store import Checkpoint
 from liar_ext.system.distributed import RankLost

@@ -13,7 +13,7 @@ from tiny import batches, tiny, tiny_inputs
 from liar_ext import prune, sites
 from liar_ext.calibration.batches import probe_batches
 from liar_ext.calibration.divergence import DenseOutputs, Divergence
-from liar_ext.job.rescaling import (
+from liar_ext.job.solving import (
     LADDER,
     NUDGE,
     Expansion,

@@ -12,8 +12,8 @@ from tiny import batches, same_weights, tiny
 from torch import nn
 
 from liar_ext import InputError, calibrate, prune
-from liar_ext.calibration.collect import InFlight
 from liar_ext.calibration.divergence import DenseOutputs
+from liar_ext.calibration.taps import InFlight
 from liar_ext.job import solving
 from liar_ext.reconstruction.walk import LayerwiseSolver
 

@@ -13,10 +13,9 @@ from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job import analysis
 from liar_ext.job.pruning import prune_folder
-from liar_ext.job.solving import Evaluation
-from liar_ext.job.state import Job
+from liar_ext.job.state import Evaluation, Job
 from liar_ext.job.streamed import StreamedPasses
-from liar_ext.recipe import Recipe
+from liar_ext.models.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.system.checkpoint_store import Checkpoint
 

@@ -8,7 +8,7 @@ from tiny import batches, tiny
 from liar_ext import Recipe, calibrate, prune
 from liar_ext.calibration.saved_sums import bytes_of_sums
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.job.dry_run import describe
+from liar_ext.job.planning import describe
 from liar_ext.job.pruning import prune_folder, run
 from liar_ext.job.state import Job
 from liar_ext.models.sites import sites

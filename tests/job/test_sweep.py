@@ -11,10 +11,10 @@ import liar_ext
 from liar_ext import Budget, InputError, MomentBank, Recipe, calibrate, prune, sweep
 from liar_ext.calibration import collect
 from liar_ext.job import analysis
+from liar_ext.job.planning import PROBE_KEEP, Sweep
 from liar_ext.job.pruning import run
 from liar_ext.job.state import Job, Known, score_key
-from liar_ext.job.sweeping import PROBE_KEEP, Sweep
-from liar_ext.recipe.fields import recipe_fields
+from liar_ext.models.recipe_fields import recipe_fields
 
 KEEP = (0.8, 0.6)
 CHOICES = [
@@ -155,13 +155,13 @@ def test_batches_that_are_none_are_refused():
         sweep(tiny("llama"), 5)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("vit", "images"), ("wav2vec2", "audio")])
-def test_a_bank_of_files_is_not_blamed_on_an_option(family, kind):
+@pytest.mark.parametrize("family", ["vit", "wav2vec2"])
+def test_a_bank_of_files_is_not_blamed_on_an_option(family):
     model = tiny(family)
     bank = calibrate(model, batches(model))
-    with pytest.raises(InputError, match=f"banks keep no {kind}; use --preset fast without"):
+    with pytest.raises(InputError, match="bank keeps none; .* use --preset fast without"):
         prune(model, bank=bank, keep=0.6)
-    with pytest.raises(InputError, match=f"banks keep no {kind}; leave them out"):
+    with pytest.raises(InputError, match="keep-blocks 0.5 needs the calibration set; give batches"):
         sweep(model, bank=bank, keep_blocks=0.5)
     prune(model, bank=bank, recipe=Recipe.preset("fast", keep=0.6))
 
@@ -171,27 +171,20 @@ def test_what_can_not_be_swept_is_refused_before_anything_is_run(banks, monkeypa
     monkeypatch.setattr(analysis, "score", lambda *_, **__: pytest.fail("run"))
     bare = MomentBank(dict(banks["llama"].moments), banks["llama"].source)
     for keep, choices, message in (
-        ((), {}, "at least one budget"),
-        (torch.tensor([0.5, 0.8]), {}, "keep must be a number such as 0.5, got a Tensor"),
+        (torch.tensor([0.5, 0.8]), {}, "keep must be a number such as 0.5, got tensor"),
         ((0.8, 0.001), {}, "no plan keeps 0.001"),
         ((0.8, 1.5), {}, "keep must be in"),
-        ((0.8,), {"keep_hidden": 0.5}, "keep_hidden, keep_blocks and keep_experts take moments"),
+        ((0.8,), {"keep_hidden": 0.5}, "keep-hidden 0.5 needs the calibration set"),
         ((0.8,), {"colour": 1}, "unknown field"),
     ):
         with pytest.raises(InputError, match=message):
             sweep(model, bank=bare, keep=keep, **({"allocation": "uniform"} | choices))
-    with pytest.raises(InputError, match="batches or a bank"):
+    with pytest.raises(InputError, match="must be a list of batches, got NoneType"):
         sweep(model)
     with pytest.raises(InputError, match="of other weights"):
         sweep(tiny("llama", seed=5), bank=banks["llama"])
     with pytest.raises(InputError, match="in float32, got float64"):
         sweep(tiny("llama").double(), bank=banks["llama"])
-    banks["llama"].text[0]["input_ids"][0, 0] += 1000
-    try:
-        with pytest.raises(InputError, match="tokens that the 61 embeddings"):
-            sweep(model, bank=banks["llama"])
-    finally:
-        banks["llama"].text[0]["input_ids"][0, 0] -= 1000
 
 
 def test_perplexities_and_budgets_of_other_units(banks):

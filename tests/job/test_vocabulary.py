@@ -11,7 +11,7 @@ import transformers
 from byte_level import TOKENS, byte_level_tokenizer
 from tiny import tiny
 
-from liar_ext import InputError, choose_tokens, keep_tokens
+from liar_ext import InputError, Recipe, choose_tokens, keep_tokens
 from liar_ext.job import vocabulary
 from liar_ext.job.vocabulary import (
     LOSSES,
@@ -128,7 +128,7 @@ def test_the_smallest_size_within_the_loss_is_taken(good_from, taken, monkeypatc
         vocabulary, "smaller_copy", lambda model, tokenizer, choice: (len(choice.order),)
     )
     counted = SimpleNamespace(choose=choose, size=TOKENS, model=None, tokenizer=None)
-    measured = {"compare": compare, "loss": loss, "check_judges": lambda model: None}
+    measured = {"compare": compare, "loss": loss}
     quality = SimpleNamespace(judged_by="bits_per_byte", **measured)
     found, facts = smallest(counted, quality)
     assert (found and len(found.order)) == taken
@@ -144,8 +144,9 @@ def test_models_whose_outputs_do_not_compare_are_refused(tokenizer, texts):
     model = transformers.BertForMaskedLM(tiny("bert", vocab_size=TOKENS).config)
     quality = VocabularyQuality(model, tokenizer, texts[:16], **HOW)
     assert quality.compare(model, tokenizer).keys() == {"tokens_per_byte"}
+    recipe = Recipe(keep=0.5, keep_vocab="auto", calibration=("a",), seq_len=32)
     with pytest.raises(InputError, match="give a number of tokens instead of auto"):
-        smallest(SimpleNamespace(model=model), quality)
+        vocabulary.SmallerVocabulary(recipe, model, tokenizer, {"a": 4 * texts}, None, None)
 
 
 def test_held_out_documents_choose_nothing(texts):

@@ -23,7 +23,6 @@ from liar_ext.measure.speed import (
     measure,
     peak_memory,
     run_once,
-    use_threads,
 )
 from liar_ext.report.reading import bench_file, read_bench
 from liar_ext.system.environment import process_memory
@@ -106,18 +105,10 @@ def test_decoding_is_greedy_and_uses_the_cache(name):
     assert whole.shape == ids.shape
 
 
-def test_threads_are_given_back():
-    before = torch.get_num_threads()
-    with pytest.raises(KeyError), use_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        raise KeyError
-    assert torch.get_num_threads() == before
-
-
 def test_models_that_do_different_things_are_refused():
     with pytest.raises(InputError, match="both models must do the same"):
         check_models({"pruned": tiny("llama"), "dense": tiny("bert")}, SHORT)
-    with pytest.raises(InputError, match="a prompt of 61 tokens and 4 new ones take 65"):
+    with pytest.raises(InputError, match="64 positions, and prompt and new tokens take 65"):
         check_models({"pruned": tiny("llama")}, Settings(prompt_length=61, new_tokens=4))
     check_models({"pruned": tiny("bert")}, Settings(prompt_length=64, new_tokens=4))
     check_models({"pruned": tiny("vit")}, Settings(prompt_length=4096))
@@ -150,10 +141,6 @@ def test_what_the_other_process_refuses_is_refused(monkeypatch):
         peak_memory("x", SHORT)
     ending[-1] = "raise SystemExit('a reason')"
     with pytest.raises(InputError, match="can't be measured: a reason; give smaller --batch"):
-        peak_memory("x", SHORT)
-    ending[-1] = "import time; time.sleep(60)"
-    monkeypatch.setattr(speed, "PATIENCE", 0.1)
-    with pytest.raises(InputError, match="took more than 0.1 s"):
         peak_memory("x", SHORT)
 
 

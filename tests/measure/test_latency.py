@@ -23,8 +23,8 @@ from liar_ext import (
     sites,
     sweep,
 )
-from liar_ext.cli.sweep import table as sweep_table
-from liar_ext.job.dry_run import describe
+from liar_ext.cli.calibrate import sweep_table
+from liar_ext.job.planning import describe
 from liar_ext.job.state import Speed
 from liar_ext.measure import latency
 from liar_ext.measure.latency import plan_of, ratios, rising_means, sliced
@@ -189,7 +189,7 @@ def test_costs_are_corrected_by_what_whole_plans_take(monkeypatch):
     assert speed.predicted == pytest.approx(speed.measured.median)
     assert speed.warnings() == []
     speed.table = replace(speed.table, spread=speed.table.total)
-    assert "varied by 100% of it" in speed.warnings()[0]
+    assert "varied by 100% of it:" in speed.warnings()[0]
     # The corrected table gives the plan again, and is not corrected once more.
     again = Speed(model, at, budget, speed.table)
     assert even_plan(at, budget, again.costs) == plan
@@ -222,7 +222,7 @@ def test_a_job_by_a_table_of_elsewhere(allocation, tmp_path, quick):
     budget = Budget(0.7, "latency", tile=4, **SHORT)
     path = write_table(model, tmp_path, budget, fixed=0.01)
     facts = json.loads(path.read_text())
-    facts["where"]["cpu"] = "another"
+    facts["where"] = {"cpu": "another"}  # which may say no more
     path.write_text(json.dumps(facts))
     plans = []
     for _ in range(2):

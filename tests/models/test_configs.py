@@ -7,7 +7,7 @@ from tiny import batches, tiny
 
 from liar_ext import load_model, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.models.configs import config_digest
+from liar_ext.models.registry import config_digest
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bert", "clip", "mixtral", "opt"])

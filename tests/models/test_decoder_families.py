@@ -25,11 +25,11 @@ from tiny_decoders import DECODERS
 
 from liar_ext import InputError, Plan, apply_plan, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.stock_config import describe, how_to_load
-from liar_ext.models.depth import why_lent
 from liar_ext.models.plan import SitePlan
-from liar_ext.models.registry import FAMILIES
+from liar_ext.models.registry import FAMILIES, family_of
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import family_of, get_consumer_bias, sites, why_whole
+from liar_ext.models.sites import get_consumer_bias, sites, why_whole
+from liar_ext.models.whole import why_lent
 
 TYPES = {name: class_of(name).config_class.model_type for name in DECODERS}
 STREAMS = [name for name, model_type in TYPES.items() if FAMILIES[model_type].stream]

@@ -11,10 +11,10 @@ from covers import some
 from tiny import MORE, TINY, outputs, same_weights, tiny
 
 from liar_ext import InputError, Plan, load_pruned, save_pruned
-from liar_ext.models.depth import count_blocks_kept, stack_of
 from liar_ext.models.plan import SitePlan, sites_left
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.slicing import apply_plan
+from liar_ext.models.whole import count_blocks_kept, stack_of
 
 # What is said of those whose blocks can't leave: why, and of which model.
 BOUND = {

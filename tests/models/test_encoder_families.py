@@ -24,8 +24,9 @@ from torch import nn
 from liar_ext import InputError, Plan, apply_plan
 from liar_ext.checkpoint.stock_config import describe
 from liar_ext.models.plan import SitePlan
+from liar_ext.models.registry import family_of
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import family_of, sites
+from liar_ext.models.sites import sites
 
 PARTS = ("clip", "bart", "t5", "whisper")
 QUICK = (

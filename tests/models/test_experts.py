@@ -11,8 +11,8 @@ from torch import nn
 from liar_ext.calibration.bank import MomentBank
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.taps import watched
+from liar_ext.models.layers import layer_at
 from liar_ext.models.plan import Plan, SitePlan
-from liar_ext.models.running import layer_at
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites, teams_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.ops.reference import symmetric
@@ -170,7 +170,7 @@ def test_what_experts_can_not_keep_is_refused() -> None:
     with pytest.raises(InputError, match="got 8, 32; name all of them"):
         apply_plan(model, Plan("mixtral", "auto", {"0.mlp.1": SitePlan(32, tuple(range(8)))}))
     biased = {site.name: SitePlan(32, tuple(range(8)), bias=True) for site in experts_of(model)}
-    with pytest.raises(InputError, match="0.mlp.0 has no bias and its module has no place"):
+    with pytest.raises(InputError, match="the consumer of 0.mlp.0 has no bias"):
         apply_plan(model, Plan("mixtral", "auto", biased))
     with pytest.raises(InputError, match="'olmoe' has nothing to prune in attn: its q_norm"):
         sites(tiny("olmoe"), ("attn",))

@@ -13,8 +13,8 @@ from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, Plan, load_pruned, prune, save_pruned, sites
 from liar_ext.checkpoint import load_model
+from liar_ext.models.layers import get_path
 from liar_ext.models.plan import SitePlan
-from liar_ext.models.running import get_path
 from liar_ext.models.sites import Site, attn_unit_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.selection.costs import cached_values, total_cost

@@ -16,9 +16,10 @@ from torch import nn
 
 from liar_ext import Budget, InputError, Plan, apply_plan, load_pruned, prune, save_pruned, sites
 from liar_ext.checkpoint.stock_config import auto_classes
-from liar_ext.models.experts import choice_of, reroute, router_of
 from liar_ext.models.plan import SitePlan, kind_of
-from liar_ext.models.sites import family_of, teams_of
+from liar_ext.models.registry import family_of
+from liar_ext.models.sites import teams_of
+from liar_ext.models.whole import choice_of, reroute, router_of
 from liar_ext.selection.costs import total_cost
 
 LATENT = ["deepseek_v2", "deepseek_v2 lite", "deepseek_v3", "glm4_moe_lite"]

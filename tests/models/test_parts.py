@@ -31,7 +31,7 @@ from liar_ext import (
     site_divergences,
     verify_pruned,
 )
-from liar_ext.calibration.gradients import collect_gradients
+from liar_ext.calibration.divergence import collect_gradients
 from liar_ext.checkpoint import load_model
 from liar_ext.export import uniform
 from liar_ext.integrations.linear_grams import calibrate_linears
@@ -325,10 +325,6 @@ def test_heads_that_time_words_are_the_same_ones_afterwards(tmp_path: Path) -> N
     loaded = load_pruned(tmp_path / "pruned")
     found = maps(loaded, loaded.generation_config.alignment_heads)
     assert torch.equal(found, dense[[0, 1, 3]])
-    for damaged in (5, [1, 2], [[1, 2, 3]], {"1": 2}, [[1, [2]]]):
-        hostile = tiny("whisper")
-        hostile.generation_config = GenerationConfig(alignment_heads=damaged)
-        apply_plan(hostile, plan)
     for block, units in ((0, 4), (1, 2)):
         model.generation_config.alignment_heads = [[block, 1]]
         apply_plan(

@@ -16,6 +16,7 @@ from torch import nn
 from liar_ext.models.family import Family, Stack, Wiring, stream
 from liar_ext.models.plan import Budget, Plan, SitePlan
 from liar_ext.models.registry import FAMILIES
+from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan, unit_rows
 from liar_ext.selection.costs import total_cost
@@ -179,19 +180,21 @@ def test_query_heads_of_one_key_and_value() -> None:
     torch.testing.assert_close(outputs(model), expected)
     site = sites(model, ("attn",), "head")[0]
     assert site.sizes["kv_heads"] == 1 and site.keys_stay and site.sizes["heads"] < 8
-    with pytest.raises(InputError, match="query heads that leave a KV group leave its keys"):
+    with pytest.raises(InputError, match="heads leave keys and values behind"):
         total_cost(model, [site], Budget(0.5, of="kv_cache"))
 
 
-def test_old_and_wrong_stacks_are_refused() -> None:
-    for stacked in (3, {"fc3": Stack(("query",))}):
-        with pytest.raises(InputError, match="stacked must map some of the producers to a Stack"):
-            Wiring(("fc1",), "fc2", stacked=stacked)
+def test_wrong_words_of_rows_are_refused(monkeypatch) -> None:
+    with pytest.raises(InputError, match="stacked must name producers, got fc3"):
+        Wiring(("fc1",), "fc2", stacked={"fc3": Stack(("query",))})
     with pytest.raises(InputError, match="without may name attn, .*, got heads"):
         Family("x", "layers", None, None, without={"heads": "no"})
+    ends = ["norm norm", "read lm_head"]
     for start, block in (("write", "reads"), ("write", "site_if"), ("site", "read")):
-        with pytest.raises(InputError, match="a step may write, norm, .*, got '(reads|site.*)'"):
-            stream([f"{start} embed"], [f"{block} fc1", "write fc2"], ["norm norm", "read lm_head"])
+        row = stream([f"{start} embed_tokens"], [f"{block} mlp.up_proj"], ends)
+        monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], stream=row))
+        with pytest.raises(InputError, match="a step may write, norm, .*, got '(reads|site)'"):
+            hidden_of(tiny("llama"))
 
 
 def test_a_family_without_a_kind_of_site_lists_the_others(monkeypatch) -> None:
@@ -289,7 +292,7 @@ def test_a_plan_for_the_dense_model_is_refused_by_the_pruned_one() -> None:
         ({"9.mlp": (torch.ones(40, 12), None)}, "plan doesn't name"),
         ({"0.mlp": (torch.ones(40, 11), None)}, r"must have shape \(40, 12\), got \(40, 11\)"),
         ({"0.mlp": (torch.ones(40, 12), torch.ones(7))}, r"bias of 0.mlp must have shape \(40,\)"),
-        ({"0.mlp": (torch.ones(40, 12), torch.ones(40))}, "whose consumer has none"),
+        ({"0.mlp": (torch.ones(40, 12), torch.ones(40))}, "the consumer of 0.mlp has no bias"),
     ],
 )
 def test_bad_weights_change_nothing(weights: dict, message: str) -> None:

@@ -9,7 +9,7 @@ from covers import cover
 from oracle import by_threads, gram_of
 
 from liar_ext import ops
-from liar_ext.ops import curve, dispatch
+from liar_ext.ops import dispatch, reference
 
 DAMP = 1e-3
 
@@ -151,7 +151,7 @@ def test_error_less_the_damping_is_the_error_of_reconstruct():
 def test_a_gram_that_cannot_be_factored_is_reported():
     weight, x = problem()
     x[:, 7] = x[:, 3]
-    for op in (ops.obs_curve, curve.obs_curve):
+    for op in (ops.obs_curve, reference.obs_curve):
         order, error, info = op(weight, torch.zeros(24, 24), 1, 0.0, 0)
         assert info[0] == 1 and info[1].isnan() and error.isnan().all()
         assert order.tolist() == list(range(24))
@@ -161,7 +161,7 @@ def test_a_gram_that_cannot_be_factored_is_reported():
 def test_a_weight_that_is_no_number_is_reported(width):
     weight, x = problem()
     weight[0, 3] = torch.nan
-    for op in (ops.obs_curve, curve.obs_curve):
+    for op in (ops.obs_curve, reference.obs_curve):
         _, error, info = op(weight, gram_of(x), width, DAMP, 0)
         assert info[0] > 0 and error.isnan().all()
 

@@ -11,8 +11,7 @@ from tiny import same_weights, tiny
 from liar_ext import prune
 from liar_ext.calibration.taps import watched
 from liar_ext.models.running import body_of
-from liar_ext.reconstruction.features import features_once
-from liar_ext.reconstruction.streams import HiddenStates
+from liar_ext.reconstruction.streams import HiddenStates, features_once
 
 SEQUENCES = 4
 

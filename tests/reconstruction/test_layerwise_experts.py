@@ -12,8 +12,8 @@ from tiny import MOE, eager, given, outputs, routes, seen_at, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext import apply_plan, prune, reconstruct_layerwise, sites
-from liar_ext.models.experts import called_at, gated
 from liar_ext.models.sites import get_consumer_weight, teams_of
+from liar_ext.models.whole import called_at, gated
 from liar_ext.reconstruction.walk import LayerwiseSolver
 
 

@@ -140,7 +140,7 @@ def test_what_a_decoder_reads_is_made_where_a_batch_lacks_it() -> None:
 
 def test_max_memory_is_for_one_stack() -> None:
     from liar_ext.job.streamed import check_blocks
-    from liar_ext.recipe import Recipe
+    from liar_ext.models.recipe import Recipe
 
     with pytest.raises(InputError, match="several stacks of blocks"):
         check_blocks(tiny("bart"), Recipe(keep=0.6), 0, certifies=False)

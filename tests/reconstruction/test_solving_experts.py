@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.taps import watched
-from liar_ext.models.experts import routed_input
 from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
+from liar_ext.models.whole import routed_input
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-from liar_ext.reconstruction.rows import what_to_know
-from liar_ext.reconstruction.solve import reconstruct, with_bias
+from liar_ext.reconstruction.solve import reconstruct, what_to_know, with_bias
 from liar_ext.selection.criteria import score
 from liar_ext.selection.error_curves import error_curves
 

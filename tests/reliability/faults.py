@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from liar_ext import cli
-from liar_ext.reconstruction.rows import BY_BLOCKS
+from liar_ext.reconstruction.solve import BY_BLOCKS
 from reliability.outcome import Outcome, in_child
 from reliability.stops import STAGES, _always_saving, _result, make_inputs
 

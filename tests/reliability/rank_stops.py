@@ -31,8 +31,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 from liar_ext import cli
-from liar_ext.cli import output
-from liar_ext.system.atomic_write import SEAL
+from liar_ext.system.files import SEAL
 from reliability.outcome import LIMIT, Outcome, in_child
 from reliability.stops import (
     _always_saving,
@@ -230,13 +229,14 @@ def _rank(words: list[str], folder: Path) -> None:
     forked.print_to(folder / f"said{rank}", folder / f"said{rank}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _always_saving()
-    meet = output.meet
+    module = sys.modules[cli.main.__module__]
+    meet = module.meet
 
     def met(options: argparse.Namespace) -> None:
         meet(options)
         (folder / f"joined{rank}").touch()
 
-    output.meet = met  # which the command imports when it starts
+    module.meet = met
     path = folder / f"process{rank}"
     path.with_suffix(".new").write_text(str(os.getpid()))
     path.with_suffix(".new").rename(path)

@@ -22,8 +22,8 @@ import torch
 
 from liar_ext import cli
 from liar_ext.checkpoint.folder import strangers
-from liar_ext.system.atomic_write import is_sealed
 from liar_ext.system.checkpoint_store import Checkpoint
+from liar_ext.system.files import is_sealed
 from reliability.outcome import LIMIT, Outcome, in_child
 
 TITLE = "jobs that are stopped"

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from liar_ext.recipe import Recipe
+from liar_ext.models.recipe import Recipe
 from liar_ext.system.checkpoint_store import VERSION, Checkpoint
 from reliability.outcome import LIMIT, Outcome, in_child
 from reliability.tampering import NASTY, cut_file, flip_bytes

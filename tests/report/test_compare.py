@@ -16,7 +16,6 @@ from liar_ext.cli import main
 from liar_ext.measure.speed import Benchmark, ModelFacts, Quartiles, Rate
 from liar_ext.report import sections
 from liar_ext.report.page import (
-    MOST_RUNS,
     cautions,
     quality_points,
     read_runs,
@@ -90,7 +89,6 @@ def test_runs_of_different_models_and_text_are_told_of(runs, tmp_path):
     said = page(folders, tmp_path).text
     assert "runs of 3 different models: " in said and SCRIPT in said
     assert "an unnamed model" in said and "windows of different length" in said
-    assert "No perplexity was measured for empty." in said
 
 
 def test_speeds_under_other_conditions_are_told_of(runs):
@@ -123,13 +121,6 @@ def test_a_stale_benchmark_is_told_of(runs):
     assert found[0].bench is None and "another state of this folder" in notes[0]
 
 
-def test_too_many_runs_are_refused(runs, tmp_path, capsys):
-    many = [str(runs[0])] * (MOST_RUNS + 1)
-    assert main(["compare", *many, "-o", str(tmp_path / "x.html")]) == 2
-    assert f"at most {MOST_RUNS} folders" in capsys.readouterr().err
-    assert main(["compare", *many[1:], "-o", str(tmp_path / "x.html")]) == 0
-
-
 def test_the_command_writes_page_and_pictures(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *map(str, runs), "--png", "pictures"]) == 0
@@ -140,9 +131,7 @@ def test_the_command_writes_page_and_pictures(runs, tmp_path, capsys, monkeypatc
     assert (tmp_path / "compare.html").exists()
     assert "compare.html: written" in capsys.readouterr().out
     assert main(["compare", str(runs[0]), "no"]) == 2
-    assert capsys.readouterr().err == (
-        "error: no is no folder\nhint: give one that liar prune wrote\n"
-    )
+    assert "error: no has no liar/report.json\nhint: give a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -163,10 +152,7 @@ def test_a_benchmark_is_read_as_it_was_stored(tmp_path):
     folder = save(tmp_path / "run", ordinary(2))
     bench = bench_of(folder)
     read = read_bench(store_bench(folder))
-    assert (read.pruned, read.dense, read.rates) == (bench.pruned, bench.dense, bench.rates)
-    assert read.report_digest == bench.report_digest
-    assert read.settings == {**bench.settings, "batches": "1, 32"}
-    assert sections.speed(read) == sections.speed(bench)
+    assert read == bench and sections.speed(read) == sections.speed(bench)
 
 
 def test_the_table_leaves_out_what_is_not_known_of_the_dense_model():

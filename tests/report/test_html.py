@@ -35,7 +35,7 @@ from liar_ext.cli.main import parser
 from liar_ext.report import pictures
 from liar_ext.report.page import MARK, commands, write_page
 from liar_ext.report.report import MOST_SITES, Report
-from liar_ext.system import untrusted
+from liar_ext.system import files
 
 TAGS = set("html head meta title style body main h1 h2 p b div span i section figure".split())
 TAGS |= set("figcaption table thead tbody tr th td details summary footer code".split())
@@ -139,9 +139,10 @@ def test_the_page_says_what_to_type_next(tmp_path):
 
 def test_earlier_jobs_are_told_of(tmp_path):
     job = {"budget": {"keep": 0.9}, "params": [2000, 1800]}
-    said = written(tmp_path, ordinary(2, earlier=[job, None, {"params": NASTY}])).text
+    said = written(tmp_path, ordinary(2, earlier=[job])).text
     assert "Pruned before" in said and "2,000 → 1,800 parameters (keep 0.9)" in said
-    assert "Pruned before" not in written(tmp_path, ordinary(2)).text
+    for jobs in ([], [job, None], [{"params": NASTY}]):
+        assert "Pruned before" not in written(tmp_path, ordinary(2, earlier=jobs)).text
 
 
 def test_pictures_are_text_and_follow_light_and_dark(tmp_path):
@@ -242,20 +243,11 @@ def test_errors_of_pruned_layers_alone_are_drawn():
     with pictures.drawing("report") as figures:
         (panel,) = pictures.errors(sites, figures).axes
         lines = [line.get_xydata() for line in panel.lines]
-        assert [line[:, 0].tolist() for line in lines] == [[0, 0.5, 2]] * 2
+        assert [line[:, 0].tolist() for line in lines] == [[0, 1, 2]] * 2
         assert lines[0][[0, 2], 1].tolist() == [0.1, 0.2] and math.isnan(lines[0][1, 1])
         (panel,) = pictures.kept(sites, figures).axes
         heights = [bar.get_height() for bar in panel.patches]
         assert heights == [8, 8, 8, 4, 8, 4]
-
-
-def test_layers_share_bars_where_they_are_too_many():
-    rows = [site(f"{layer}.mlp", 8, 4, 0.1) for layer in range(1000)]
-    sites = Report.from_dict({"sites": rows}).sites
-    with pictures.drawing("report") as figures:
-        (panel,) = pictures.kept(sites, figures).axes
-    assert len(panel.patches) < 2 * pictures.MOST_BARS + 2
-    assert {bar.get_height() for bar in panel.patches} == {4, 8}
 
 
 @pytest.mark.exhaustive
@@ -263,11 +255,11 @@ def test_a_report_of_a_million_sites_gives_a_page_that_opens(tmp_path):
     rows = [{"name": f"{at}.mlp", "units_before": 9, "units_after": 4} for at in range(10**6)]
     page = written(tmp_path, {"sites": rows})
     assert f"Of 1,000,000 sites the first {MOST_SITES:,} are shown." in page.text
-    assert (tmp_path / "run.html").stat().st_size < 2 << 20
+    assert (tmp_path / "run.html").stat().st_size < 4 << 20
 
 
 def test_a_report_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(untrusted, "MOST_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
     with pytest.raises(InputError, match="more than 1,000 bytes"):
         write_page(save(tmp_path / "run", ordinary()))
     assert not (tmp_path / "run.html").exists()
@@ -293,15 +285,13 @@ def test_a_torn_report_is_one_line(content, said, tmp_path, capsys):
 
 
 def test_a_folder_without_a_report_is_refused(tmp_path):
-    for place, said in ((tmp_path, "has no"), (tmp_path / "no", "is no folder")):
-        with pytest.raises(InputError, match=said):
+    for place in (tmp_path, tmp_path / "no"):
+        with pytest.raises(InputError, match="has no liar/report.json; give a folder that liar"):
             write_page(place)
     (tmp_path / REPORT_JSON).parent.mkdir(exist_ok=True)
     os.mkfifo(tmp_path / REPORT_JSON)  # which would never end
     with pytest.raises(InputError, match="has no"):
         write_page(tmp_path)
-    with pytest.raises(InputError, match="can't be read|is no folder"):
-        write_page("a\0b", tmp_path / "x.html")
 
 
 def test_the_folder_stays_as_it_was(tmp_path):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 from test_latency_table import table
 
-from liar_ext import InputError, Recipe, Report
-from liar_ext.reconstruction.rows import SiteRow, what_to_know
-from liar_ext.report import reading
+from liar_ext import Recipe, Report
+from liar_ext.reconstruction.solve import SiteRow, what_to_know
 from liar_ext.report.sections import sites
 from liar_ext.report.tables import Table, figure, to_markdown, to_text
 from liar_ext.system.progress import Clock
@@ -50,6 +48,20 @@ LATENCY = {
     **{"dense_seconds": 0.04, "predicted": 0.8},
     "measured": {"median": 0.81, "low": 0.8, "high": 0.83},
     "table": table().to_dict(),
+}
+HEALED = {
+    **{"before": 1.0, "after": 0.9, "improved": True, "tokens": 9, "seconds": 1.5},
+    "curve": [[0, 1.0], [9, 0.9]],
+    "quality": {"perplexity": [7.0, 9.0, 8.0]},
+    "notes": ["x"],
+    "lr": 1e-4,
+}
+FEWER = {
+    **{"before": 1000, "after": 400, "kind": "BPE", "kept_of_text": 0.99, "alike_lines": 12},
+    "text": ["a.txt"],
+    "tokens_per_byte": [0.25, 0.3],
+    "auto": {"judged_by": "cosine", "most_loss": 0.01, "curve": [[400, math.inf, 0.3]]},
+    "held_out": {"bits_per_byte": [1.0, 1.1], "cosine": 0.98, "pruned": {"cosine": 0.9}},
 }
 PERPLEXITY = {"perplexity": 26.9712345, "tokens": 4088, "sequences": 8, "seq_len": 512}
 
@@ -178,7 +190,7 @@ def test_a_stranger_puts_no_image_and_no_link_into_a_report():
         model=nasty, loading=nasty, warnings=[nasty], settings=dict.fromkeys(names, nasty)
     )
     whole.earlier = [{"budget": {"keep": nasty}, "params": [1, 5]}]
-    whole.heal = reading.healing({"notes": [nasty], "before": 1.0})
+    whole.heal = Report.from_dict({"heal": HEALED | {"notes": [nasty]}}).heal
     for page in (whole.to_markdown(), whole.to_card().split("---", 2)[2]):
         assert page.count("javascript:e") >= 5
         assert not re.search(r"(?<!\\)(\\\\)*\[|<\w", page), page
@@ -204,6 +216,8 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
         earlier=[{"budget": {"keep": 0.9}, "params": [2000, 1800]}],
         grid=GRID,
         latency=LATENCY,
+        heal=HEALED,
+        vocabulary=FEWER,
     )
     written.save(tmp_path)
     read = Report.load(tmp_path)
@@ -227,18 +241,11 @@ def test_a_recipe_of_another_version_is_shown_as_it_is(facts):
     assert table.title == "Recipe" and [name for name, _ in table.rows] == list(facts)
 
 
-@pytest.mark.parametrize("name", ["grid", "latency", "heal"])
+@pytest.mark.parametrize("name", ["grid", "latency", "heal", "vocabulary"])
 @pytest.mark.parametrize("value", [None, -1, "x", [1], {}, 10**400, math.nan])
 def test_any_part_of_a_section_may_be_anything(name, value):
     """What has a wrong part is shown without it, or not at all."""
-    healed = {"before": 1.0, "after": 0.9, "improved": True, "tokens": 9, "seconds": 1.5}
-    healed |= {
-        "curve": [[0, 1.0], [9, 0.9]],
-        "quality": {"perplexity": [7.0, 9.0, 8.0]},
-        "notes": ["x"],
-        "lr": 1e-4,
-    }
-    whole = {"grid": GRID, "latency": LATENCY, "heal": healed}[name]
+    whole = {"grid": GRID, "latency": LATENCY, "heal": HEALED, "vocabulary": FEWER}[name]
 
     def wrong(part):
         for key, inner in part.items():
@@ -322,9 +329,3 @@ def test_sites_are_a_frame_of_pandas(monkeypatch):
     frame = report(sites=[ROW, replace(ROW, name="4.mlp", error=0.5)]).to_frame()
     assert frame.loc["4.mlp", "error"] == 0.5 and frame["units_after"].tolist() == [1229, 1229]
     assert "error" in report(sites=[]).to_frame().columns
-
-
-def test_without_pandas_a_frame_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(InputError, match="pip install pandas, or read report.sites"):
-        report().to_frame()

@@ -5,8 +5,8 @@ import torch
 from tiny import read_by_consumers, tiny, tiny_inputs
 
 from liar_ext import InputError, calibrate, criterion, ops, score, sites
+from liar_ext.models.recipe_checks import CRITERIA
 from liar_ext.models.sites import get_consumer_weight
-from liar_ext.recipe.checks import CRITERIA
 from liar_ext.selection.allocation import select
 from liar_ext.selection.criteria import _CRITERIA
 
@@ -146,5 +146,5 @@ def test_obs_names_moments_that_are_damaged():
     at = sites(model)
     bank = calibrate(model, [tiny_inputs(model, batch=8)], at)
     bank["1.mlp"].gram[0, 3, 3] = -1e9
-    with pytest.raises(InputError, match="obs cannot factor a Gram matrix"):
+    with pytest.raises(InputError, match="criterion obs must give .* finite scores at 1.mlp"):
         score(model, bank, at, "obs")

@@ -11,8 +11,12 @@ from liar_ext import Budget, InputError, calibrate, reconstruct, score, site_div
 from liar_ext.calibration.batches import probe_batches
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight
 from liar_ext.selection.allocation import probe_plan
-from liar_ext.selection.curve_allocation import predict_divergence, probe_sites
-from liar_ext.selection.error_curves import CURVE_DAMP, error_curves
+from liar_ext.selection.error_curves import (
+    CURVE_DAMP,
+    error_curves,
+    predict_divergence,
+    probe_sites,
+)
 
 BUDGET = Budget(0.5)
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import forked
 import pytest
 import torch
 from tiny import batches, tiny, tiny_inputs
 
-from liar_ext import InputError, calibrate, distributed, ops, prune, score, sites
+from liar_ext import InputError, calibrate, ops, prune, score, sites
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.models.sites import get_consumer_weight
-from liar_ext.reconstruction.low_memory import in_file
-from liar_ext.selection.allocation import select
-from liar_ext.selection.error_curves import (
-    error_curve,
-    error_curves,
-    invert_in_place,
-    removal_order,
-)
+from liar_ext.reconstruction.ladder import in_file
+from liar_ext.selection.allocation import removal_order, select
+from liar_ext.selection.error_curves import error_curve, error_curves, invert_in_place
 
 DAMP = 1e-2
 
@@ -145,54 +138,29 @@ def test_a_curve_that_memory_has_no_room_for(tmp_path):
     at = [site for site in sites(model) if site.kind == "mlp"]
     bank = calibrate(model, [tiny_inputs(model, batch=8, seed=s) for s in range(2)], at)
     given = model, bank, at, score(model, bank, at, "wifv")
-    expected, elsewhere = error_curves(*given), {}
+    expected = error_curves(*given)
 
     def cramped():
         forked.cramp(30 << 20)
-        found = error_curves(*given, elsewhere=elsewhere)
-        assert torch.equal(found["0.mlp"], expected["0.mlp"])
-        assert elsewhere == {"0.mlp": "in a file"}
+        assert torch.equal(error_curves(*given)["0.mlp"], expected["0.mlp"])
 
     said = tmp_path / "said"
     assert forked.end(forked.fork(cramped, said)) == 0, said.read_text()
 
 
-def without_room(monkeypatch, rank: str | None = None) -> None:
-    """Let a curve find no memory but in a file: in this process, or at a rank."""
+def test_a_job_with_no_room_in_memory(monkeypatch):
+    ordinary, model = tiny("llama", dtype=torch.float64), tiny("llama", dtype=torch.float64)
+    before = prune(ordinary, batches(ordinary), 0.7)
 
     def curve(weight, gram, order, damp, holdout=None, allocate=None):
-        if allocate is None and os.environ.get("RANK") == rank:
+        if allocate is None:
             raise MemoryError
         return error_curve(weight, gram, order, damp, holdout, allocate)
 
     monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", curve)
-
-
-def test_a_job_says_where_memory_had_no_room(monkeypatch):
-    ordinary, model = tiny("llama", dtype=torch.float64), tiny("llama", dtype=torch.float64)
-    before = prune(ordinary, batches(ordinary), 0.7)
-    without_room(monkeypatch)
-    report = prune(model, batches(model), 0.7)
-    said = "error curves (0.attn and 5 more), which were computed in a file: give more memory."
-    assert f"An allocation failed in {said}" in report.warnings
-    assert not any("An allocation failed" in warning for warning in before.warnings)
-    assert report.plan == before.plan
+    assert prune(model, batches(model), 0.7).plan == before.plan
     for name, value in ordinary.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-
-
-def test_a_job_of_several_says_so_of_each_rank(tmp_path, monkeypatch):
-    without_room(monkeypatch, rank="1")
-    model = tiny("llama")
-
-    def job(rank: int) -> None:
-        distributed.join()
-        report = prune(model, batches(model), 0.7)
-        said = [warning for warning in report.warnings if "An allocation failed" in warning]
-        assert rank or (len(said) == 1 and "(0.mlp and 2 more), which were computed" in said[0])
-        distributed.leave()
-
-    assert forked.run(2, job, tmp_path) == [0, 0], (tmp_path / "err0").read_text()
 
 
 def test_neither_memory_nor_a_file(monkeypatch):

@@ -18,7 +18,7 @@ from liar_ext.models.plan import AUTO_TILE, LEAST_STEPS
 from liar_ext.models.slicing import allowed_counts, site_step
 from liar_ext.selection.allocation import check_budget, probe_plan
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.curve_allocation import predict_divergence, rounding
+from liar_ext.selection.error_curves import predict_divergence, rounding
 
 ATTN, MLP = sites(tiny("llama"))[:2]
 METHODS = ("uniform", "global", "curve")

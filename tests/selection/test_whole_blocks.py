@@ -15,12 +15,12 @@ from tiny import batches, outputs, same_weights, seen_at, tiny
 from liar_ext import InputError, load_pruned, prune, save_pruned, sites, verify_pruned
 from liar_ext.calibration.batches import read_batch
 from liar_ext.calibration.divergence import Divergence
-from liar_ext.models.depth import check_block_count
 from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.slicing import apply_plan
+from liar_ext.models.whole import check_block_count
 from liar_ext.reconstruction.ridge import LayerSums
 from liar_ext.reconstruction.solve import solve
-from liar_ext.selection.curve_allocation import probes_of
+from liar_ext.selection.error_curves import probes_of
 from liar_ext.selection.sensitivity import POSITIONS
 from liar_ext.selection.whole_blocks import choose_blocks
 

@@ -158,12 +158,6 @@ class Raising(OddModel):
         raise KeyError("no tokens today")
 
 
-class Random(OddModel):
-    def forward(self, input_ids, **_):
-        x = super().forward(input_ids).last_hidden_state
-        return BaseModelOutput(last_hidden_state=x + torch.rand(()))
-
-
 class DuetConfig(OddConfig):
     model_type = "duet"
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from liar_ext.suggest.instance import Call
-from liar_ext.suggest.trace import Trace
+from liar_ext.suggest.trace import Call, Trace
 
 
 class Block(nn.Module):

@@ -17,8 +17,6 @@ from liar_ext.models.registry import FAMILIES
 from liar_ext.suggest.suggest import suggest_family, suggest_for
 from liar_ext.system.errors import InputError
 
-SMALL = {"vocab_size": 40, "num_hidden_layers": 2}
-
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
@@ -40,7 +38,7 @@ def test_a_norm_over_all_heads_is_named_and_the_mlp_described():
     "gaze, reason",
     [
         (odd.MixedGaze, "gaze.tell.*heads are mixed by gaze.blend"),
-        (odd.BareGaze, "gaze.weight_of_all is the weight of no such layer"),
+        (odd.BareGaze, "no linear layer that attention writes was found"),
     ],
 )
 def test_attention_that_no_row_can_name_is_left_out(gaze, reason):
@@ -59,16 +57,15 @@ def test_experts_are_left_out_and_the_mlp_beside_them():
 def test_an_mlp_with_a_norm_over_its_channels_is_left_out():
     found = suggest_family(variant("Other", stratum_class=odd.NormedStratum)(OddConfig())).family
     assert found.mlp is None and found.attn.consumer == "gaze.tell"
-    assert "columns of fall depend on several rows of rise, through level" in found.without["mlp"]
+    assert "no linear layer that reads channels one by one" in found.without["mlp"]
 
 
 @pytest.mark.parametrize(
     "model_class, reason",
     [
         (odd.Loose, "no list of blocks"),
-        (odd.Between, "strata don't read what the one before put out"),
+        (odd.Between, "strata don't read, once each, what the one before gives"),
         (odd.Raising, "KeyError: 'no tokens today'"),
-        (odd.Random, "two equal forward passes give different outputs"),
         (variant("Sound", main_input_name="input_values"), "takes input_values"),
     ],
 )
@@ -108,7 +105,7 @@ def test_huge_sizes_without_names_are_refused():
     config = OddConfig(swell=2**34)
     with torch.device("meta"):
         model = OddModel(config)
-    with pytest.raises(InputError, match="weights where its config could not be made smaller"):
+    with pytest.raises(InputError, match="its config can't be made smaller"):
         suggest_family(model)
     with pytest.raises(InputError, match="more than 5,000 modules"):
         suggest_family(_with_layers(model, 10**9))
@@ -117,16 +114,6 @@ def test_huge_sizes_without_names_are_refused():
 def _with_layers(model, strata):
     model.config.strata = strata
     return model
-
-
-@pytest.mark.parametrize(
-    "field, value", [("hidden_size", -8), ("num_attention_heads", 0), ("num_hidden_layers", -1)]
-)
-def test_sizes_that_are_none_are_refused(field, value):
-    config = LlamaConfig(**SMALL)
-    setattr(config, field, value)
-    with pytest.raises(InputError, match=f"{field} must be a size of at least 1, got {value}"):
-        suggest_family(config)
 
 
 @pytest.mark.parametrize("thing", [None, "llama", nn.Linear(2, 2), {"model_type": "llama"}])

@@ -17,8 +17,7 @@ from liar_ext.models.family import Family, Stack, Wiring
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import sites
 from liar_ext.suggest.instance import Refused, make_instance
-from liar_ext.suggest.proof import prove
-from liar_ext.suggest.suggest import suggest_family
+from liar_ext.suggest.suggest import prove, suggest_family
 
 # Of kinds that differ: grouped and not, stacked in both ways, transposed, an input made for all
 # heads, images, the config in a part.

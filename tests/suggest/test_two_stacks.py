@@ -19,7 +19,7 @@ from liar_ext.models.family import Stack, Wiring
 from liar_ext.models.plan import Plan, SitePlan
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
-from liar_ext.suggest.proof import registered
+from liar_ext.suggest.sizes import registered
 from liar_ext.suggest.suggest import suggest_family
 from liar_ext.system.errors import InputError
 
@@ -130,9 +130,7 @@ def test_a_decoder_that_no_row_can_name_is_refused(echo, reason):
 def test_an_encoder_alone_is_refused():
     """What its config says has two stacks has one."""
     model = type("Half", (odd.OddModel,), {"config_class": DuetConfig})(DuetConfig())
-    with pytest.raises(
-        InputError, match="an encoder and a decoder are two lists of blocks, found strata"
-    ):
+    with pytest.raises(InputError, match="it has lists of blocks strata, and not 2"):
         suggest_family(model)
 
 
@@ -151,6 +149,6 @@ def test_a_self_attention_that_is_left_out_is_named(duet):
     found = suggest_family(model(DuetConfig())).family
     encoder, decoder = found.parts
     assert encoder.attn is None and decoder.attn is not None and decoder.cross_attn is not None
-    assert re.search("encoder: .*gaze.weight_of_all", found.without["attn"])
+    assert re.search("encoder: no linear layer that attention writes", found.without["attn"])
     with registered(found):
         assert {site.kind for site in sites(model(DuetConfig()))} == {"attn", "mlp"}

@@ -27,9 +27,9 @@ from liar_ext import (
 from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.export import export
 from liar_ext.export.verify import verify_everywhere
-from liar_ext.job.sharing import shares_budget, split_warnings
-from liar_ext.job.vocabulary import LOSSES
-from liar_ext.vocabulary.keep import Counted, choose
+from liar_ext.job.vocabulary import LOSSES, shares_budget, split_warnings
+from liar_ext.vocabulary.keep import Counted
+from liar_ext.vocabulary.pieces import choose
 
 KEPT = 384
 SHORT = ["--samples", "8", "--seq-len", "16", "--quiet", "--self-text", "0"]
@@ -362,7 +362,7 @@ def test_text_that_splits_more_than_that_which_chose_is_told_of():
     assert split_warnings([0.2, 0.201], {}) == []
     assert split_warnings([0.2, 0.22], {"tokens_per_byte": [0.2, 0.209]}) == []
     (said,) = split_warnings([0.2, 0.22], {})
-    assert "10% more tokens for the chosen text" in said
+    assert "10% more tokens for the text. Name" in said
     (said,) = split_warnings([0.2, 0.202], {"tokens_per_byte": [0.2, 0.208]})
     assert "4% more tokens for the held-out text, and 1% more for the text that chose it" in said
 
@@ -392,7 +392,7 @@ def test_the_same_job_again_and_a_smaller_one_after_it(alone, corpus, tmp_path):
         (["--keep-vocab", "0.75", "--max-memory", "1GiB"], "--max-memory"),
         (["--keep-vocab", "auto", "--vocab-text", "short.txt"], "auto holds out a fifth"),
         (["--vocab-scripts", "klingon", "--keep-vocab", "auto"], "must name Unicode scripts"),
-        (["--vocab-text", "a.txt"], "--vocab-text decides which tokens go"),
+        (["--vocab-text", "a.txt"], "--vocab-text and --vocab-scripts decide which tokens go"),
         (["--keep-vocab", "0.75", "--vocab-text", "self"], "name a text with --vocab-text"),
     ],
 )

@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 from small_tokenizers import KINDS, bpe, load, spec, texts, tokenizers
 
 from liar_ext.system.errors import InputError
-from liar_ext.vocabulary.keep import choose, counts_of, edited, order_of, size_of
-from liar_ext.vocabulary.pieces import BYTES, byte_alphabet, read_pieces
+from liar_ext.vocabulary.pieces import (
+    BYTES,
+    byte_alphabet,
+    choose,
+    counts_of,
+    edited,
+    order_of,
+    read_pieces,
+    size_of,
+)
 
 
 def cut(facts: dict, kept: set[int]) -> tuple[dict[int, int], dict]:

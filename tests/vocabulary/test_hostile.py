@@ -1,4 +1,4 @@
-"""Tokenizers that contradict themselves, or that the rules don't cover, are refused in one line."""
+"""Tokenizers that the rules don't cover are refused in one line."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import pytest
 from small_tokenizers import LETTERS, bpe, spec
 
 from liar_ext.system.errors import InputError
-from liar_ext.vocabulary.keep import edited
-from liar_ext.vocabulary.pieces import BYTES, byte_alphabet, read_pieces
+from liar_ext.vocabulary.pieces import BYTES, edited, read_pieces
 
-LEVEL = {"type": "ByteLevel"}
 WORDS = {"type": "WordPiece", "unk_token": "[UNK]", "max_input_chars_per_word": 9}
 
 
@@ -23,26 +21,12 @@ def changed(facts: dict, **model) -> dict:
 
 HOSTILE = {
     "another kind": (spec({"type": "WordLevel", "vocab": {"a": 0}}), "must be one of BPE"),
-    "no tokens": (spec(bpe([], [])), "has no tokens"),
-    "a merge into itself": (
-        spec(bpe(["a", "", "aa"], [("a", "")])),
-        "has an empty token",
-    ),
-    "an empty part": (spec(bpe(["a"], [("a", "")])), "joins no two tokens"),
-    "a merge of three": (changed(spec(bpe([*"abc"], [])), merges=["a b c"]), "joins no two"),
-    "a lost part": (spec(bpe(["a", "ab"], [("a", "b")])), "lacks the token 'b'"),
-    "a lost result": (spec(bpe(["a", "b"], [("a", "b")])), "lacks the token 'ab'"),
     "one number twice": (
         changed(spec(bpe(["a", "b"], [])), vocab={"a": 0, "b": 0}),
-        "two tokens of id 0",
+        "two tokens of one id",
     ),
-    "two numbers": (spec(bpe(["a", "b"], []), added=[("a", 1)]), "two ids, 0 and 1"),
+    "a piece twice": (unigram([["<unk>", 0.0], ["a", -1.0], ["a", -2.0]]), "a token twice"),
     "random merges": (spec(bpe([*LETTERS], [], dropout=0.1)), "draws merges at random"),
-    "missing bytes": (spec(bpe(byte_alphabet()[:200], []), LEVEL), "lacks the token"),
-    "missing fallback": (
-        spec(bpe([*BYTES[:-1], "a"], [], byte_fallback=True)),
-        "lacks the token '<0xFF>'",
-    ),
     "merges of fallback": (
         spec(bpe([*BYTES, BYTES[1] + BYTES[2]], [(BYTES[1], BYTES[2])], byte_fallback=True)),
         "merges bytes",
@@ -51,12 +35,6 @@ HOSTILE = {
         spec(bpe([*LETTERS, "a" * 600], [])),
         "has a token of 600 characters",
     ),
-    "a cycle": (spec(bpe(["a", "aa"], [("a", "aa")])), "lacks the token 'aaa'"),
-    "a negative number": (changed(spec(bpe(["a"], [])), vocab={"a": -1}), "a negative id"),
-    "no unknown": (spec(bpe(["a"], [], unk_token="<unk>")), "lacks the token '<unk>'"),
-    "a piece twice": (unigram([["<unk>", 0.0], ["a", -1.0], ["a", -2.0]]), "'a' twice"),
-    "no number": (unigram([["<unk>", 0.0], ["a", float("nan")]]), "score that is not finite"),
-    "an unknown far away": (unigram([["a", 0.0]], unk_id=7), "and 7 for unknown"),
     "another prefix": (
         spec({**WORDS, "continuing_subword_prefix": "@@", "vocab": {"[UNK]": 0}}),
         "by ##",

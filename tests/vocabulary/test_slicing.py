@@ -13,7 +13,7 @@ from tiny import MORE, TINY, VOCAB, batches, outputs, tiny, tiny_inputs
 
 from liar_ext import load_pruned, prune, save_pruned
 from liar_ext.system.errors import InputError
-from liar_ext.vocabulary.slicing import needed_tokens, slice_tokens, token_parameters
+from liar_ext.vocabulary.keep import needed_tokens, slice_tokens, token_parameters
 
 IMAGES = ("vit", "dinov2", "dinov2_swiglu", "dinov3_vit", "dinov3_vit gated")
 IMAGES += ("clip_vision_model", "siglip image classes", "siglip_vision_model")
@@ -136,7 +136,7 @@ def test_a_model_without_tokens_is_refused(family):
 def test_a_head_of_another_number_of_tokens_is_refused():
     model = tiny("mistral")
     model.lm_head = torch.nn.Linear(40, VOCAB + 3, bias=False)
-    with pytest.raises(InputError, match="has rows for"):
+    with pytest.raises(InputError, match="has a table of tokens of another size"):
         slice_tokens(model, [0, 1, 2, 3])
 
 

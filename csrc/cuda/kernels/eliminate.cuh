@@ -1,6 +1,6 @@
-// A panel of the greedy elimination of single features, one launch a step. liar_ext/ops/curve.py
-// has the formulas, wider units, and what comes before and after a panel. With width 1, N = V_uu /
-// H_uu is the cost, and the rows of unit u are
+// A panel of the greedy elimination of single features, one launch a step.
+// liar_ext/ops/reference.py has the formulas, wider units, and what comes before and after a panel.
+// With width 1, N = V_uu / H_uu is the cost, and the rows of unit u are
 //
 //     L = H_u: / √H_uu        R = V_u: / √H_uu − ½ N L
 //

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from liar_ext.models import plan
-from liar_ext.recipe import checks as check
+from liar_ext.models import recipe_checks as check
 from liar_ext.system.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -61,7 +61,7 @@ class Option:
     streamed: Works = True  # block by block (--max-memory)
     from_sums: Works = True  # from the statistics alone, without running the model over the text
     needs: str = ""  # option and value without which it says nothing
-    in_python: str = ""  # replacement in Python, if liar_ext.prune has no such keyword
+    in_python: bool = True  # whether liar_ext.prune has such a keyword
 
 
 def _field(*given: Any, **facts: Any) -> Any:
@@ -75,19 +75,19 @@ def option_of(each: Field) -> str:
     return each.metadata["option"] or "--" + each.name.replace("_", "-")
 
 
-_LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
-_DRAW = "liar_ext.calibration.texts.calibration_sequences makes the batches, and takes it"
 # What fields of a stage have in common.
-_model = partial(_field, group="model", affects="inputs", in_python=_LOAD)
-_text = partial(_field, group="calibration", affects="inputs", in_bank="text", in_python=_DRAW)
+_model = partial(_field, group="model", affects="inputs", in_python=False)
+_text = partial(_field, group="calibration", affects="inputs", in_bank="text", in_python=False)
 _budget = partial(_field, group="budget", affects="plan")
 _latency = partial(_budget, needs="of latency")
 _whole = partial(  # leaves a smaller model, which is then pruned
     _field, group="budget", affects="scores", with_bank=False, streamed=False, from_sums=False
 )
-_words = partial(_field, group="budget", affects="inputs", with_bank=False, streamed=False)
+_words = partial(
+    _field, group="budget", affects="inputs", with_bank=False, streamed=False, in_python=False
+)
 _solve = partial(_field, group="reconstruction", affects="weights")
-_report = partial(_field, group="evaluation", affects="report")
+_report = partial(_field, group="evaluation", affects="report", in_python=False)
 
 
 def _without_gradients(criterion: str) -> bool:
@@ -104,7 +104,6 @@ class Fields:
         "model folder, hub id, or GGUF file",
         common=True,
         option="MODEL",
-        in_python="it is the first argument",
     )
     dtype: str = _model("float32", check.one_of(DTYPES), "data type of the weights")
     device: str = _model(
@@ -128,7 +127,6 @@ class Fields:
         SELF_TEXT,
         check.number,
         "fraction of calibration text that a causal language model generates itself",
-        in_python="liar_ext.calibration.generated.write_sequences lets the model write",
     )
     random_tokens: float | str = _text(
         "auto",
@@ -136,18 +134,13 @@ class Fields:
         "fraction of random tokens; auto: 0.25 for language models that generate no text, else 0",
     )
     seq_len: int = _text(512, check.whole(1), "tokens per sequence")
-    batch_size: int = _text(
-        4,
-        check.whole(1),
-        "sequences per forward pass",
-        in_python="calibration_sequences(...).batches(batch_size) makes the batches",
-    )
+    batch_size: int = _text(4, check.whole(1), "sequences per forward pass")
     seed: int = _text(
         0,
         check.whole(0),
         "random seed for sampling and the train/validation split",
         affects="scores",
-        in_python="",
+        in_python=True,
     )
     memory: int | None = _field(
         None,
@@ -189,13 +182,11 @@ class Fields:
     )
     keep_hidden: float = _whole(
         1.0,
-        check.share("0.9 keeps 90 %"),
+        check.share,
         "fraction of the hidden size to keep; --keep counts the remaining heads and channels",
     )
     keep_blocks: float = _whole(
-        1.0,
-        check.share("0.75 keeps 75 %"),
-        "fraction of the blocks to keep; --keep counts the rest",
+        1.0, check.share, "fraction of the blocks to keep; --keep counts the rest"
     )
     keep_experts: float | int = _whole(
         1.0,
@@ -209,14 +200,12 @@ class Fields:
         check.vocabulary,
         "fraction of the tokens to keep, a number such as 32k, or auto; --of params counts them",
         read=check.read_tokens,
-        in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
     )
     vocab_text: tuple[str, ...] = _words(
         (),
         check.texts,
         "text that decides which tokens stay (default: the calibration text)",
         metavar="TEXT",
-        in_python="liar_ext.choose_tokens takes the text",
     )
     vocab_scripts: tuple[str, ...] = _words(
         (),
@@ -224,7 +213,6 @@ class Fields:
         "Unicode scripts all of whose tokens stay, such as latin,greek",
         metavar="SCRIPTS",
         read=lambda text: text.split(",") if isinstance(text, str) else text,
-        in_python="liar_ext.choose_tokens takes the scripts",
     )
     kinds: tuple[str, ...] = _budget(
         plan.KINDS,
@@ -289,21 +277,18 @@ class Fields:
         "measure quality before and after on this held-out text",
         common=True,
         metavar="TEXT",
-        in_python="give evaluate_on the batches of liar_ext.calibration.texts.evaluation_sequences",
     )
     eval_samples: int | None = _report(
         None,
         check.optional(check.whole(1)),
         "evaluate on N evenly spread windows, or texts of an encoder (default: all)",
         needs="eval TEXT",
-        in_python="liar_ext.calibration.texts.evaluation_sequences takes it, as samples",
     )
     certify: int = _report(
         0,
         check.whole(0),
         "report errors on N more sequences, from unused documents; 16 is a good number",
         with_bank=False,
-        in_python="give certify_on the batches; calibration_sequences(certify=...) draws them",
     )
 
     def __post_init__(self) -> None:
@@ -314,33 +299,24 @@ class Fields:
         for name in ("self_text", "random_tokens"):
             if getattr(self, name) != "auto":
                 plan.check_fraction("recipe", name, getattr(self, name))
-        table = self.latency_table is not None
-        for broken, rule in (
-            (
-                (self.vocab_text or self.vocab_scripts) and self.keep_vocab == 1.0,
-                f"vocab_{'text' if self.vocab_text else 'scripts'} decides which tokens go, and "
-                "keep_vocab keeps all; give both",
+        chosen, table = self.vocab_text or self.vocab_scripts, self.latency_table is not None
+        whole = self.keep_hidden == self.keep_blocks == 1.0
+        rules = {
+            "vocab_text and vocab_scripts decide which tokens go, and keep_vocab keeps all; give "
+            "keep_vocab, too": chosen and self.keep_vocab == 1.0,
+            f"a budget of kv_cache is spent on attention, got kinds={list(self.kinds)}; add attn, "
+            "or count another cost": self.of == "kv_cache" and "attn" not in self.kinds,
+            f"latency_table is for of='latency', got of={self.of!r}; leave one out": (
+                table and self.of != "latency"
             ),
-            (
-                self.of == "kv_cache" and "attn" not in self.kinds,
-                f"a budget of kv_cache is spent on attention, got kinds={list(self.kinds)}; add "
-                "attn, or count another cost",
+            "latency_table can't be of a model that is yet to lose hidden features or blocks; "
+            "leave it out, and the smaller model is measured": table and not whole,
+            f"seq_len must be at least 2 for text, got {self.seq_len}": (
+                self.calibration and self.seq_len < 2
             ),
-            (
-                table and self.of != "latency",
-                f"latency_table is for of='latency', got of={self.of!r}; leave one out",
-            ),
-            (
-                table and not self.keep_hidden == self.keep_blocks == 1.0,
-                "latency_table can't be of a model that is yet to lose hidden features or blocks; "
-                "leave it out, and the smaller model is measured",
-            ),
-            (
-                self.calibration and self.seq_len < 2,
-                f"seq_len must be at least 2 for text, got {self.seq_len}",
-            ),
-            (self.certify == 1, "certify must be 0, or at least 2 sequences, got 1"),
-        ):
+            "certify must be 0, or at least 2 sequences, got 1": self.certify == 1,
+        }
+        for rule, broken in rules.items():
             if broken:
                 raise InputError(f"recipe: {rule}")
         if self.schedule == "layerwise":

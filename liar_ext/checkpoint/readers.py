@@ -1,7 +1,8 @@
-"""What sentence-transformers does after the encoder: read from its files, built in plain torch.
+"""What stands around a model: its tokenizer or processor, and the chain of sentence-transformers.
 
-``modules.json`` names a chain of modules and a folder of settings for each. The names are looked up
-in a table and never imported. Folders and links that lead out of the model folder are refused.
+``modules.json`` of sentence-transformers names a chain of modules, and a folder of settings for
+each. The names are looked up in a table and never imported, the modules built in plain torch.
+Folders and links that lead out of the model folder are refused.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,10 +22,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from liar_ext.checkpoint.carrying import MODULES_FILE
-from liar_ext.checkpoint.inspection import WEIGHTS, check_inside, read_json
+from liar_ext.calibration.image_text import ImageTextReader, holds_images
+from liar_ext.calibration.media import AUDIO, IMAGES_WITH_TEXT, INPUTS, Reader
+from liar_ext.checkpoint.carrying import source_folder
+from liar_ext.checkpoint.folder import MODULES_FILE, PROCESSOR_FILES, TOKENIZER_FILES
+from liar_ext.checkpoint.inspection import (
+    WEIGHTS,
+    check_inside,
+    reach_hub,
+    read_config,
+    read_json,
+    reading,
+    stock_class,
+)
+from liar_ext.models.running import DECODER_IDS, inputs_read, known_tokens, predicts_next_token
 from liar_ext.system.errors import InputError, one_line, refusing
-from liar_ext.system.untrusted import UNREADABLE, read_value
+from liar_ext.system.files import UNREADABLE, read_value
 
 # Settings of the whole chain: the longest text, prompts, which similarity is meant.
 SETTINGS = re.compile(r"sentence_[a-z-]+_config\.json|config_sentence_transformers\.json")
@@ -242,3 +257,107 @@ def _cannot(why: str) -> InputError:
         f"sentence encoder: {why}; copy the folder without modules.json, for its token embeddings "
         "alone"
     )
+
+
+@contextmanager
+def only_file(path: Path) -> Iterator[dict[str, Any]]:
+    """Give the arguments that read a GGUF file and nothing beside it: no code, no adapter."""
+    with TemporaryDirectory() as room:
+        Path(room, "model.gguf").symlink_to(path.resolve())
+        given = {"pretrained_model_name_or_path": room, "gguf_file": "model.gguf"}
+        yield given | {"trust_remote_code": False}
+
+
+def load_tokenizer(name: str | os.PathLike[str], model: nn.Module) -> Any | None:
+    """Return the tokenizer of a model, or None where there is none.
+
+    Its ``liar_longest`` is the ``max_seq_length`` of sentence-transformers, if there is one.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(name)
+    if path.suffix == ".gguf":
+        with reading(path, "load_model"), only_file(path) as found:
+            return AutoTokenizer.from_pretrained(**found)
+    if model.main_input_name != "input_ids":
+        return None  # a vision model, which has a processor
+    if path.is_dir():
+        there = [file for file in TOKENIZER_FILES if (path / file).exists()]
+        if not there:
+            return None
+        for file in there:
+            if file.endswith("_config.json"):
+                read_json(path / file, "load_model")
+    with reading(f"the tokenizer of {name}", "load_model"):
+        given = {"config": model.config, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(name, **given)
+        special = set(tokenizer.all_special_tokens)  # which may have come later
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special |= {token.content for token in added if token.special}
+        known = tokenizer.get_vocab().items()
+        largest = max((index for token, index in known if token not in special), default=-1)
+    rows = known_tokens(model, inputs_read(model)["input_ids"])
+    if largest >= rows:
+        raise InputError(
+            f"load_model: the tokenizer of {name} has tokens up to {largest}, the model knows "
+            f"{rows}; put the tokenizer of this model there"
+        )
+    folder = None if predicts_next_token(model) else source_folder(os.fspath(name))
+    if folder is not None and (longest := longest_text(folder)) is not None:
+        tokenizer.liar_longest = longest
+    return tokenizer
+
+
+def kind_of(name: str, sources: Iterable[str | None] = ()) -> str | None:
+    """Return what a model reads by its config: "audio", "images", or None for text.
+
+    One that reads images and text is given "images with text" where any of the ``sources`` holds
+    images. What can't be told is text: the loader says what is wrong.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            fields = read_config(path, "load_model")
+        elif path.exists() or path.is_absolute() or path.suffix == ".gguf":
+            return None
+        else:
+            from transformers import AutoConfig
+
+            reach_hub(name)
+            fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+        alone = INPUTS.get(stock_class(fields, "load_model").main_input_name)
+        both = {"vision_config", "text_config"} <= fields.keys()
+        return IMAGES_WITH_TEXT if both and any(map(holds_images, filter(None, sources))) else alone
+    except Exception:  # transformers raises a dozen kinds
+        return None
+
+
+def load_reader(kind: str, name: str, model: Any) -> Reader:
+    """Return what makes the inputs of a model from files, without running code of its folder."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    path, given = Path(name), {"trust_remote_code": False}
+    wanted = (PROCESSOR_FILES, TOKENIZER_FILES)
+    there, texts = ([file for file in files if (path / file).exists()] for files in wanted)
+    if path.is_dir() and not there:
+        raise InputError(
+            f"load_model: {name} has no processor to read {kind} with; put its "
+            f"{PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of "
+            "your own"
+        )
+    for file in there:
+        read_json(path / file, "load_model")
+    with reading(f"the processor of {name}", "load_model"):
+        if kind == AUDIO:
+            processor = AutoFeatureExtractor.from_pretrained(name, **given)
+        else:  # by pillow, whose numbers don't depend on what else is installed
+            processor = AutoImageProcessor.from_pretrained(name, backend="pil", **given)
+        if kind == IMAGES_WITH_TEXT:
+            both = AutoProcessor.from_pretrained(name, **given)
+            both.image_processor = processor
+            return ImageTextReader(model, both)
+    tokenizer = None
+    if DECODER_IDS in inputs_read(model) and (texts or not path.is_dir()):
+        with reading(f"the tokenizer of {name}", "load_model"):
+            tokenizer = AutoTokenizer.from_pretrained(name, **given)
+    return Reader(kind, model, processor, tokenizer)

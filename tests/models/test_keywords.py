@@ -8,8 +8,8 @@ from typing import get_type_hints
 import pytest
 
 from liar_ext import Budget, InputError, Recipe
-from liar_ext.recipe.checks import CompressOptions, JobOptions, PruneOptions, TextOptions
-from liar_ext.recipe.fields import recipe_fields
+from liar_ext.models.recipe_checks import CompressOptions, JobOptions, PruneOptions, TextOptions
+from liar_ext.models.recipe_fields import recipe_fields
 
 WIDER = {"keep": float | Budget, "kinds": Sequence[str]}  # than the type of the field
 BESIDE = {"preset": str, "sites": str | Sequence[str]}
@@ -17,7 +17,7 @@ BESIDE = {"preset": str, "sites": str | Sequence[str]}
 
 def test_keywords_are_the_fields_with_their_types():
     types = get_type_hints(Recipe) | WIDER
-    used = {each.name: types[each.name] for each in recipe_fields(in_python="")}
+    used = {each.name: types[each.name] for each in recipe_fields(in_python=True)}
     assert get_type_hints(JobOptions) == used | BESIDE
     assert PruneOptions.__annotations__.keys() == {*used, *BESIDE, *TextOptions.__annotations__}
     others = {each.name: types[each.name] for each in recipe_fields()}
@@ -44,7 +44,7 @@ def test_a_recipe_is_built_from_a_preset_and_sites():
             {"sites": "ffn"},
             "sites must be all, attn, mlp, .*, got 'ffn'",
         ),
-        (None, {"preset": ["fast"]}, "preset must be one of fast, .*got list"),
+        (None, {"preset": ["fast"]}, "preset must be one of fast"),
     ],
 )
 def test_keywords_that_do_not_go_together_are_refused(start, choices, message):

@@ -1,17 +1,18 @@
-"""Vision encoders, alone and with text."""
+"""Vision encoders, alone and with text, and diffusion transformers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.decoders import ATTN, MLP, QKVO, ROW, counts, in_pictures
-from liar_ext.models.families.t5 import bart_attention
+from liar_ext.models.families.decoders import ATTN, MLP, QKVO, ROW, counted, in_pictures
+from liar_ext.models.families.encoders import bart_attention
 from liar_ext.models.family import (
     NO_STOCK,
     PICTURES,
     Family,
     Part,
     Stream,
+    Wiring,
     attention,
     like,
     mlp,
@@ -19,12 +20,8 @@ from liar_ext.models.family import (
     stream,
 )
 
-_ATTN = attention(
-    "attention",
-    QKVO,
-    numbers={"num_attention_heads": "heads"},
-    config={"num_attention_heads": "heads", "head_dim": "head_dim"},
-)
+_HEADS = {"num_attention_heads": "heads"}
+_ATTN = attention("attention", QKVO, numbers=_HEADS, config={**_HEADS, "head_dim": "head_dim"})
 _MLP = mlp("mlp.fc1 mlp.fc2")
 _STREAM = stream(
     [
@@ -123,11 +120,7 @@ ROWS += [
 ]
 
 _TEXT = replace(ROW, attn=ATTN, mlp=MLP)
-_QWEN2 = replace(
-    _TEXT,
-    attn=attention("self_attn", QKVO, numbers=counts("num_heads")),
-    without={"hidden": PICTURES, **NO_STOCK},
-)
+_QWEN2 = replace(_TEXT, attn=counted(), without={"hidden": PICTURES, **NO_STOCK})
 _LLAVA = in_pictures(_TEXT, "llava")
 ROWS += [
     *like(_LLAVA, "mistral3 llava llava_next llava_onevision video_llava internvl paligemma"),
@@ -135,4 +128,70 @@ ROWS += [
     *like(_LLAVA, "idefics3 smolvlm", blocks="text_model.layers"),
     *like(in_pictures(_QWEN2, "qwen2_vl"), "qwen2_vl qwen2_5_vl"),
     in_pictures(replace(_TEXT, attn=ROW.attn), "qwen3_vl"),
+]
+
+# Diffusion transformers of diffusers, by the names of their classes. Text and image have a stream
+# each. Both meet in joint attention, whose heads two layers read:
+#
+#     image   to_q, to_k, to_v ─────────┐            ┌──▶ to_out.0      image tokens
+#                                       ├─▶ heads ───┤
+#     text    add_{q,k,v}_proj ─────────┘            └──▶ to_add_out    text tokens
+_WITHOUT = {
+    "hidden": "norms get their scale and shift from the timestep, feature by feature",
+    "stock": "heads and channels: its config has one number of heads, and ties channels to it",
+}
+_APART = {**_WITHOUT, "layerwise": "a block passes on two streams, of text and of the image"}
+_NUMBERS = {"heads": "heads", "inner_dim": "features", "inner_kv_dim": "features"}
+_QKVO = "to_q to_k to_v to_out.0"
+
+
+def _attention(module: str) -> Wiring:
+    # The class keeps the size of all heads together, and their number.
+    size = f"inner_dim // {module}.heads"
+    return attention(module, _QKVO, size, _NUMBERS)
+
+
+def _joint(wiring: Wiring) -> tuple[Wiring, Wiring]:
+    """Return attention with the text, and that of a block that drops what the text reads."""
+    added = tuple(f"attn.add_{name}_proj" for name in "qkv")
+    alone = replace(
+        wiring, producers=(*wiring.producers, added[0]), key_value=(*wiring.key_value, *added[1:])
+    )
+    return replace(alone, also=("attn.to_add_out",)), alone
+
+
+def _net(module: str) -> Wiring:
+    return mlp(f"{module}.net.0.proj {module}.net.2", "")
+
+
+# The last block of SD3 drops the text.
+_SD3 = Part(
+    *("", "transformer_blocks", _joint(_attention("attn")), _net("ff")),
+    context_mlp=replace(_net("ff_context"), optional=True),
+    mask="",
+)
+_FLUX = attention("attn", _QKVO, numbers={"heads": "heads", "inner_dim": "features"})
+# What a block reads is one sequence of text and image, and one layer reads its heads and channels.
+_SINGLE = Part(
+    *("single", "single_transformer_blocks"),
+    replace(_FLUX, consumer="proj_out", columns="first"),
+    replace(mlp("proj_mlp proj_out", ""), columns="last"),
+    mask="",
+)
+ROWS += [
+    Family(
+        *("DiTTransformer2DModel", "transformer_blocks", _attention("attn1"), _net("ff")),
+        without=_WITHOUT,
+    ),
+    Family("SD3Transformer2DModel", parts=(_SD3,), without=_APART),
+    Family(
+        "FluxTransformer2DModel",
+        parts=(replace(_SD3, name="double", attn=_joint(_FLUX)), _SINGLE),
+        without=_APART,
+    ),
+    Family(
+        "QwenImageTransformer2DModel",
+        parts=(replace(_SD3, mlp=_net("img_mlp"), context_mlp=_net("txt_mlp")),),
+        without=_APART,
+    ),
 ]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import batches, tiny
 
 from liar_ext import cli, prune
-from liar_ext.recipe.fields import recipe_fields
+from liar_ext.models.recipe_fields import recipe_fields
 
 # Of a job in memory, where the budget is met by leaving channels and groups of heads.
 IN_MEMORY = {

@@ -13,7 +13,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from liar_ext.models.plan import KINDS, PARTS, Budget
-from liar_ext.system.errors import InputError, did_you_mean
+from liar_ext.system.errors import InputError, did_you_mean, refusing
 
 # What a check is: name and value in, the value in its own type out, or InputError.
 Check = Callable[[str, Any], Any]
@@ -31,15 +31,15 @@ def wrong(name: str, must: str, value: Any) -> InputError:
 
 def checked(
     must: str,
-    accepts: Callable[[Any], bool] = lambda value: True,
-    make: Callable[[Any], Any] = lambda value: value,
+    accepts: Callable[[Any], bool] | None = None,
+    make: Callable[[Any], Any] | None = None,
 ) -> Check:
     """Return the check of what a test accepts and ``make`` gives its type, or refuses."""
 
     def check(name: str, value: Any) -> Any:
         with suppress(ValueError, OverflowError):  # an integer beyond the largest float, for one
-            if accepts(value):
-                return make(value)
+            if accepts is None or accepts(value):
+                return value if make is None else make(value)
         raise wrong(name, must, value)
 
     return check
@@ -87,26 +87,16 @@ def optional(check: Check) -> Check:
 
 def whole(least: int) -> Check:
     """Return the check of an integer of at least ``least``."""
-
-    def check(name: str, value: Any) -> int:
-        if is_number(value, numbers.Integral) and least <= value <= MOST:
-            return int(value)
-        beyond = " and below 2^63" if isinstance(value, numbers.Integral) and value > MOST else ""
-        raise wrong(name, f"be an integer of at least {least}{beyond}", value)
-
-    return check
+    return checked(
+        f"be an integer of at least {least}, and below 2^63",
+        lambda value: is_number(value, numbers.Integral) and least <= value <= MOST,
+        int,
+    )
 
 
-def share(example: str) -> Check:
-    """Return the check of a number in (0, 1], with an example for the error."""
-
-    def check(name: str, value: Any) -> float:
-        found = number(name, value)
-        if 0.0 < found <= 1.0:
-            return found
-        raise InputError(f"recipe: {name} must be in (0, 1], got {found}; {example}")
-
-    return check
+share = checked(
+    "be in (0, 1], such as 0.9", lambda value: is_number(value) and 0 < value <= 1, float
+)
 
 
 def _share_or_count(value: Any) -> float | int:
@@ -178,23 +168,12 @@ def read_sites(text: Any) -> Any:
 
 
 def text(name: str, value: Any) -> str:
-    """Check a name or path."""
-    if not isinstance(value, str):
-        raise wrong(name, "be text", value)
-    if not value.strip():
-        raise InputError(f"recipe: {name} must not be empty, got {value!r}")
-    check_printable(f"recipe: {name}", value)
-    return value
-
-
-def check_printable(what: str, value: str) -> None:
-    """Raise InputError for text that no UTF-8 file holds, or no path."""
-    try:
+    """Check a name or path; no file holds one that is not UTF-8."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise wrong(name, "be text, not empty and without NUL", value)
+    with refusing(f"recipe: {name} must be UTF-8, got {value!r}", "rename it", UnicodeError):
         value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{what} must be UTF-8, got {shown(value)}; rename it") from None
-    if "\0" in value:
-        raise InputError(f"{what} must hold no NUL character, got {shown(value)}")
+    return value
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
@@ -228,16 +207,15 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
+
+
 def shown(value: Any) -> str:
     """Return a value for an error message: one short line, whatever it is."""
-    if isinstance(value, numbers.Integral) and abs(value) > MOST:
-        return f"an integer of {int(value).bit_length()} bits"
-    if not isinstance(value, str | numbers.Number | None):
-        kind = type(value).__name__
-        plain = isinstance(value, list | tuple) and len(value) <= 8
-        small = plain and all(isinstance(each, str | float | bool) for each in value)
-        return f"{kind} {reprlib.repr(value)[:80]}" if small else f"a {kind}"
-    return repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    with suppress(ValueError):  # of an integer with more digits than Python writes
+        return " ".join(SHORT.repr(value).split())
+    return f"a {type(value).__name__} that is too long"
 
 
 class TextOptions(TypedDict, total=False):

@@ -6,21 +6,20 @@ import json
 import math
 import os
 import re
-import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from liar_ext.models import recipe_checks as check
 from liar_ext.models.plan import Budget
-from liar_ext.recipe import checks as check
-from liar_ext.recipe.fields import GROUPS, PRESETS, Fields, recipe_fields
+from liar_ext.models.recipe_fields import GROUPS, PRESETS, Fields, recipe_fields
 from liar_ext.system.errors import InputError, did_you_mean, refusing
 
 VERSION = 1
+MOST_BYTES = 1 << 20  # of a file: a recipe takes one or two thousand
 # Fields that recipes had once, with the values that changed nothing.
 REMOVED: dict[str, tuple[Any, ...]] = {
     "at_least": (1,),
@@ -65,10 +64,9 @@ class Recipe(Fields):
             start, choices = None, {"keep": start, **choices}
         if isinstance(choices.get("keep"), Budget):
             budget = asdict(choices.pop("keep"))
-            twice = sorted(budget.keys() & choices.keys())
-            if twice:
+            if twice := sorted(budget.keys() & choices.keys()):
                 raise InputError(f"recipe: {', '.join(twice)} must be given once, in the Budget")
-            choices = {**budget, **choices}
+            choices |= budget
         if "sites" in choices:
             if "kinds" in choices:
                 raise InputError("recipe: sites and kinds are the same choice; leave one out")
@@ -113,8 +111,8 @@ class Recipe(Fields):
     def from_dict(cls, facts: Mapping[str, Any]) -> Recipe:
         """Return the recipe of some fields; what is missing is as by default.
 
-        Fields of older versions are dropped, with a warning, if they had their default. An unknown
-        field or version raises InputError.
+        Fields of older versions are dropped if they had no effect. An unknown field or version
+        raises InputError.
         """
         if not isinstance(facts, Mapping):
             said = f"recipe: must be a mapping of fields, got {check.shown(facts)}"
@@ -128,11 +126,7 @@ class Recipe(Fields):
                 f"recipe: version must be {VERSION}, got {check.shown(version)}; read it with the "
                 "liar_ext that wrote it"
             )
-        unused = [name for name, had in REMOVED.items() if name in facts and facts[name] in had]
-        if unused:
-            said = f"recipe: ignoring {', '.join(unused)}: removed options, at their defaults"
-            warnings.warn(said, stacklevel=2)
-        facts = {name: value for name, value in facts.items() if name not in unused}
+        facts = {name: each for name, each in facts.items() if each not in REMOVED.get(name, ())}
         digests = facts.pop("text_digests", {})
         _check_names(facts)
         return cls(**facts, text_digests=digests)
@@ -143,15 +137,9 @@ class Recipe(Fields):
 
     @classmethod
     def from_json(cls, written: str) -> Recipe:
-        """Read a recipe from JSON text, which names no field twice; see :meth:`from_dict`."""
-
-        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            if len(dict(pairs)) < len(pairs):
-                raise InputError("recipe: JSON must name each field once")
-            return dict(pairs)
-
+        """Read a recipe from JSON text; see :meth:`from_dict`."""
         with refusing("recipe: not JSON", "", ValueError, RecursionError):
-            facts = json.loads(written, object_pairs_hook=once)
+            facts = json.loads(written)
         return cls.from_dict(facts)
 
     def to_yaml(self) -> str:
@@ -169,17 +157,9 @@ class Recipe(Fields):
     @classmethod
     def from_yaml(cls, written: str) -> Recipe:
         """Read a recipe from YAML text, without tags or aliases; see :meth:`from_dict`."""
-        try:
+        # PyYAML raises anything at dates, numbers and nesting that Python can't hold.
+        with refusing("recipe: not YAML", "", Exception, own="recipe: "):
             facts = yaml.load(written, Loader=_Loader)  # noqa: S506  (a safe loader)
-        except InputError:
-            raise
-        except RecursionError as error:
-            raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
-        except NOT_YAML as error:
-            mark = getattr(error, "problem_mark", None)
-            at = f", line {mark.line + 1}" if mark else ""
-            problem = " ".join((getattr(error, "problem", None) or str(error)).split())
-            raise InputError(f"recipe: not YAML{at}: {problem[:120]}") from error
         return cls.from_dict(facts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -190,9 +170,15 @@ class Recipe(Fields):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe that :meth:`save` wrote, or a person did; InputError if it is none."""
-        written, is_json = read(path), Path(path).suffix == ".json"
+        hint = "give a file of YAML or JSON in UTF-8"
+        with refusing(f"recipe: can't read {os.fspath(path)!r}", hint, OSError, ValueError):
+            with Path(path).open("rb") as file:
+                written = file.read(MOST_BYTES + 1)
+            if len(written) > MOST_BYTES:
+                raise ValueError(f"it must have at most {MOST_BYTES} bytes")
+            text = written.decode("utf-8-sig")
         try:
-            return cls.from_json(written) if is_json else cls.from_yaml(written)
+            return cls.from_json(text) if Path(path).suffix == ".json" else cls.from_yaml(text)
         except InputError as error:
             raise InputError(f"{error} (in {path})") from None
 
@@ -207,21 +193,9 @@ if Recipe.__doc__:  # python -OO drops it
 def _check_names(choices: Mapping[str, Any]) -> None:
     known = [each.name for each in recipe_fields()]
     for name in choices:
-        if name in REMOVED:
-            raise InputError(
-                f"recipe: {name} was removed, got {check.shown(choices[name])}; leave it out, or "
-                "use the version of liar_ext that wrote the recipe"
-            )
         if name not in known:
             hint = did_you_mean(name, known, "docs/options.md has all of them")
             raise InputError(f"recipe: unknown field {check.shown(name)}; {hint}")
-
-
-MOST_BYTES = 1 << 20  # of a file: a recipe takes one or two thousand
-# The others: of dates and numbers that YAML promises and Python can't hold.
-NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, AttributeError, KeyError, TypeError)
-# YAML 1.1 takes 1e-3 for text, since it lacks a point.
-FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
@@ -233,14 +207,9 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        made: dict = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable) or key in made:
-                raise InputError(
-                    f"recipe: YAML must name each field once, line {key_node.start_mark.line + 1}"
-                )
-            made[key] = self.construct_object(value_node, deep=deep)
+        made = super().construct_mapping(node, deep)
+        if len(made) < len(node.value):
+            raise InputError("recipe: YAML must name each field once")
         return made
 
 
@@ -248,24 +217,10 @@ class _Dumper(yaml.SafeDumper):
     """The safe dumper, which puts what :class:`_Loader` takes for a number in quotes, too."""
 
 
+# YAML 1.1 takes 1e-3 for text, since it lacks a point.
+FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 for _each in (_Loader, _Dumper):
     _each.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
-
-
-def read(path: str | os.PathLike[str]) -> str:
-    """Return the text of a recipe's file; raise InputError for one that can't be a recipe."""
-    try:
-        with Path(path).open("rb") as file:
-            written = file.read(MOST_BYTES + 1)
-        if len(written) <= MOST_BYTES:
-            return written.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"recipe: can't read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(
-            f"recipe: {os.fspath(path)!r} must be a UTF-8 file of YAML or JSON"
-        ) from error
-    raise InputError(f"recipe: {path} must be at most {MOST_BYTES} bytes; is it a recipe?")
 
 
 def plain(value: Any) -> Any:
@@ -277,13 +232,9 @@ def plain(value: Any) -> Any:
 
 def yaml_lines(facts: Mapping[str, Any]) -> str:
     """Return lines of YAML, one for each field, lists in brackets."""
+    style = {"Dumper": _Dumper, "allow_unicode": True, "width": math.inf}
     lines = []
     for name, value in facts.items():
-        # Line ends other than \n would come back as spaces: they are escaped, with all that isn't
-        # ASCII beside them.
-        parts = chain(*value.items()) if isinstance(value, Mapping) else value
-        words = "".join(parts) if isinstance(value, list | Mapping) else str(value)
-        style = {"Dumper": _Dumper, "allow_unicode": words.isprintable(), "width": math.inf}
         flow = None if isinstance(value, list) else False  # None: brackets around what is inside
         lines.append(yaml.dump({name: value}, default_flow_style=flow, **style))
     return "".join(lines)
