@@ -182,14 +182,17 @@ def add_to_manifest(folder: Path, name: str) -> None:
 
 
 def strangers(folder: Path) -> list[str]:
-    """Return the entries of a folder that ``save_pruned`` didn't write, or not as they are now."""
-    found = [name for name in entries(folder) if name != MARKER_FILE]
-    if MANIFEST_FILE not in found:
-        return found
+    """Return the entries of a folder that ``save_pruned`` didn't write, or not as they are now.
+
+    Without a manifest all are strangers, and none is gone into: the folder may be ``/``.
+    """
+    own = MARKER_FILE, MANIFEST_FILE
+    if not os.path.lexists(folder / MANIFEST_FILE):
+        return sorted(set(os.listdir(folder)) - {MARKER_FILE})
     files = _listed(folder / MANIFEST_FILE)
     if files is None:
         return [MANIFEST_FILE]
-    found.remove(MANIFEST_FILE)
+    found = [name for name in entries(folder) if name not in own]
     return [n for n in found if n not in files or digest(folder / n) != files[n]]
 
 

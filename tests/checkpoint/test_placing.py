@@ -47,6 +47,11 @@ def test_a_file_of_the_user_is_not_deleted(name: str, folder: Path) -> None:
     assert os.listdir(folder.parent) == ["pruned"]
 
 
+def test_a_folder_without_a_manifest_is_not_gone_into(tmp_path: Path) -> None:
+    (tmp_path / "home" / "deep").mkdir(parents=True)
+    assert strangers(tmp_path) == ["home"]
+
+
 def test_a_file_that_the_user_changed_is_not_deleted(folder: Path) -> None:
     with open(folder / "model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
