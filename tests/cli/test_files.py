@@ -61,7 +61,7 @@ def test_a_model_of_waves_from_recordings_to_onnxruntime(recordings, tmp_path, c
     Wav2Vec2FeatureExtractor(sampling_rate=200).save_pretrained(tmp_path / "dense")
     options = ("--calibration", recordings / "calibration", "--samples", 8, "--keep", 0.6)
     weights = []
-    for name, more in (("whole", ()), ("blocks", ("--max-memory", "1GiB"))):
+    for name, more in (("whole", ()), ("blocks", ("--max-memory", "4GiB"))):
         way = ("--preset", "fast", "--out", tmp_path / name, "--quiet", *more)
         assert run("prune", tmp_path / "dense", *options, *way) == 0
         weights.append(load_model(tmp_path / name)[0].state_dict())
@@ -113,7 +113,7 @@ def test_a_bank_and_blocks_on_pictures(pictures, tmp_path, capsys):
     assert run("calibrate", pictures / "dense", *calibration, "-o", tmp_path / "sums") == 0
     options = ("--keep", 0.5, "--preset", "fast", "--quiet")
     bank = ("--bank", tmp_path / "sums", "--eval", pictures / "held_out")
-    ways = {"bank": bank, "whole": calibration, "blocks": (*calibration, "--max-memory", "1GiB")}
+    ways = {"bank": bank, "whole": calibration, "blocks": (*calibration, "--max-memory", "4GiB")}
     weights = {}
     for name, way in ways.items():
         assert run("prune", pictures / "dense", *way, *options, "--out", tmp_path / name) == 0

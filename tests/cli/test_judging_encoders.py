@@ -163,7 +163,7 @@ def test_blocks_of_an_encoder_are_judged_in_a_job(files, tmp_path, tokenizer, ki
     kind(tiny("bert").config).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     text = ("--calibration", files / "text.jsonl", "--eval", files / "held_out.jsonl")
-    options = ("--samples", 16, "--seq-len", 32, "--keep", 0.5, "--max-memory", "1GiB")
+    options = ("--samples", 16, "--seq-len", 32, "--keep", 0.5, "--max-memory", "4GiB")
     assert run("prune", tmp_path / "dense", *text, *options, "--out", tmp_path / "small") == 0
     found = json.loads((tmp_path / "small/liar/report.json").read_text())["evaluation"]
     (dense, tokenizer), (pruned, _) = (load_model(tmp_path / name) for name in ("dense", "small"))
