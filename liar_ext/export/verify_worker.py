@@ -90,6 +90,7 @@ def load(job: dict[str, Any]) -> nn.Module:
         import transformers
 
         settings |= {"trust_remote_code": True} if job["code"] else {}
+        settings["use_kernels"] = False  # transformers 5.25 takes kernels of the hub by default
         loader = getattr(transformers, job["loader"])
         model = loader.from_pretrained(job["folder"], use_safetensors=True, **settings)
     return (model if device == "auto" else model.to(device)).eval()
