@@ -313,6 +313,7 @@ def renumbered(model: nn.Module, kept: Sequence[int]) -> list[Number]:
     anything else differs, as a block of another kind would, InputError is raised.
     """
     from huggingface_hub.errors import StrictDataclassError
+    from transformers.cache_utils import DynamicCache
 
     part, blocks = stack_of(model)
     config = copy.deepcopy(model.config)
@@ -320,6 +321,10 @@ def renumbered(model: nn.Module, kept: Sequence[int]) -> list[Number]:
     what = f"blocks: no config of {model.config.model_type!r} says these blocks alone"
     with refusing(what, "leave keep_blocks out", ValueError, StrictDataclassError):
         config = type(config).from_dict(config.to_dict())  # as a loader reads it
+    kind = f"block {kept[0]} of this {family_of(model).name!r}"
+    what = f"blocks: {kind} keeps nothing of earlier tokens, so it can't be the first"
+    with refusing(what, "keep an earlier one too", AttributeError, ValueError):
+        DynamicCache(config=block_config(part, config)).get_seq_length()  # as models count tokens
     pairs = _pairs(model, kept, skeleton(type(model), model.config), skeleton(type(model), config))
     numbers: list[Number] = []
     for module, dense, fewer, moved in pairs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ BOUND = {
 
 # Kinds of blocks that differ: what they return, images beside text, experts, layers of two kinds.
 QUICK = "llama gpt2 bert vit gemma3 mixtral granitemoe lfm2 bamba qwen3_5 cohere2".split()
+QUICK += ["nemotron_h"]
 
 
 def plan_of(model: torch.nn.Module, kept: tuple[int, ...]) -> Plan:
@@ -75,6 +77,17 @@ def test_every_family_loses_a_block_or_says_why_not(name: str, tmp_path: Path) -
     for loaded in (stock, load_pruned(tmp_path / "two")):
         assert same_weights(loaded, model)
         torch.testing.assert_close(outputs(loaded), outputs(model), **close)
+
+
+def test_a_block_without_cache_is_not_the_first() -> None:
+    """From transformers 5.25 on the first block's cache counts tokens, and that of an MLP can't."""
+    model = tiny("nemotron_h")
+    with suppress(InputError):
+        apply_plan(model, plan_of(model, (1, 2, 3, 4)))
+    model(torch.tensor([[5, 6, 7]]))  # the model as it was, if that was refused
+    model = tiny("nemotron_h")
+    apply_plan(model, plan_of(model, (0, 1, 2, 3)))
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
 
 
 def test_kinds_of_blocks_move_with_them(tmp_path: Path) -> None:
