@@ -28,7 +28,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 PATHS = r"(?<![\w./-])((?:liar_ext|csrc|tests|bench|docs|demo|\.ci)/[\w./*{},-]*[\w*/}])"
 # What stands for a number in a command line of the docs.
-PLACEHOLDERS = {"GIB": "4", "F": "0.9", "N": "4", "LAMBDA": "0.01", "FORMAT": "gguf", "...": ""}
+PLACEHOLDERS = {"SIZE": "4GiB", "F": "0.9", "N": "4", "LAMBDA": "0.01", "FORMAT": "gguf", "...": ""}
 # Words of our own, for which the field has a term.
 SLANG = {
     r"who goes": "importance score, which units are pruned",
@@ -156,7 +156,7 @@ def test_a_wrong_command_line_would_be_seen():
         with pytest.raises(AssertionError):
             parses(line)
     parses("liar COMMAND --help")
-    parses("liar prune MODEL --calibration TEXT --out DIR [--memory GIB]")
+    parses("liar prune MODEL --calibration TEXT --out DIR [--memory SIZE]")
 
 
 @pages

@@ -101,20 +101,16 @@ def _quantity(
     """Return what reads a number and its unit."""
 
     def read(text: str) -> Any:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w*)", text.strip())
-        unit = units.get(found[2]) if found else None
-        if unit is None or not least <= float(found[1]) * unit < check.MOST:
+        found = check.quantity(text, units)
+        if found is None or not least <= found < check.MOST:
             must = f"must be a number and a unit, such as {examples}"
             raise argparse.ArgumentTypeError(f"{must}, got {check.shown(text)}")
-        return kind(float(found[1]) * unit)
+        return kind(found)
 
     return read
 
 
-BYTES = {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
-BYTES |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
-BYTES |= {each(unit): size for unit, size in BYTES.items() for each in (str.lower, str.upper)}
-read_size = _quantity("12GiB or 500MB", BYTES)
+read_size = _reader(check.size)
 read_count = _quantity("20000, 100k or 2M", {"": 1, "k": 1000, "M": 1_000_000})
 read_minutes = _quantity("5m, 1h or 90s", {"s": 1 / 60, "m": 1, "h": 60}, float, 0)
 read_number = _reader(check.number, float)

@@ -21,6 +21,9 @@ Check = Callable[[str, Any], Any]
 CRITERIA = dict.fromkeys(("magnitude", "obs", "random", "wanda", "wifv"), "moments")
 CRITERIA |= dict.fromkeys(("fisher", "snip", "taylor"), "gradient")
 THOUSAND = 1024  # 32k is 32,768 tokens, as vocabularies are counted
+BYTES = {f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}
+BYTES |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
+BYTES |= {each(unit): size for unit, size in BYTES.items() for each in (str.lower, str.upper)}
 MOST = 2**63 - 1  # what torch's generators, sizes and JSON readers take
 
 
@@ -124,6 +127,23 @@ vocabulary = checked(
 )
 
 
+def quantity(text: str, units: Mapping[str, float]) -> float | None:
+    """Read a number and its unit as so many units; None if text is not that."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w*)", text.strip())
+    return float(found[1]) * units[found[2]] if found and found[2] in units else None
+
+
+def _bytes(value: Any) -> int:
+    found = quantity(value, BYTES) if isinstance(value, str) else value
+    if found is None or not is_number(value, str | numbers.Integral) or not 1 <= found <= MOST:
+        raise ValueError(value)
+    return int(found)
+
+
+# An integer is of bytes.
+size = checked("be a number and a unit, such as 12GiB or 500MB", make=_bytes)
+
+
 def scripts(name: str, value: Any) -> tuple[str, ...]:
     """Check a list of Unicode scripts."""
     import regex
@@ -150,13 +170,6 @@ def read_number(text: str) -> float | int | str:
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
-    return text
-
-
-def read_gibibytes(text: str) -> int | str:
-    """Read GiB as bytes, with or without the unit."""
-    with suppress(ValueError, OverflowError):  # no number, or none that is finite
-        return int(float(text.removesuffix("GiB")) * 2**30)
     return text
 
 

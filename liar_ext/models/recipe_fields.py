@@ -142,15 +142,15 @@ class Fields:
         affects="scores",
         in_python=True,
     )
-    memory: int | None = _field(
+    memory: int | str | None = _field(
         None,
-        check.optional(check.whole(1)),
-        "memory for activation statistics, in Python in bytes; less takes more passes "
+        check.optional(check.size),
+        "memory for activation statistics, as 12GiB; less takes more passes "
         "(default: 32 GiB, or half of the free memory)",
         group="calibration",
         affects="report",
-        metavar="GIB",
-        read=check.read_gibibytes,
+        metavar="SIZE",
+        read=str,
         streamed=False,
     )
     keep: float = _budget(0.8, check.number, "fraction to keep, in (0, 1]", common=True)

@@ -34,7 +34,7 @@ GIVEN = {
     "seq_len": ("32", 32),
     "batch_size": ("2", 2),
     "seed": ("7", 7),
-    "memory": ("1.5", 3 << 29),
+    "memory": ("1.5GiB", 3 << 29),
     "keep": ("0.5", 0.5),
     "of": ("flops", "flops"),
     "latency_phase": ("decode", "decode"),

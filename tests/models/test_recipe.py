@@ -144,7 +144,7 @@ WRONG = {
     "seq_len": [0, -1, 1.0, None],
     "batch_size": [0, -1, 0.5, True],
     "seed": [-1, 2**70, 10**5000, 0.0, "0"],
-    "memory": [0, -1, 1.5, math.inf, "8"],
+    "memory": [0, -1, 1.5, True, math.inf, "8", "0GiB", "-1GiB", "1 lot", "9" * 400 + "GiB"],
     "keep": [0, 1.5, -1, math.nan, math.inf, "0.8", None, True, 10**400, [0.8]],
     "of": ["bytes", None],
     "latency_phase": ["train", None, 1],
@@ -360,7 +360,6 @@ def test_a_cheap_preset_stays_cheap():
     assert Recipe.preset("balanced").settled().schedule == "layerwise"
 
 
-@pytest.mark.parametrize("size", ["4", "4GiB", "4 GiB", " 4.0"])
-def test_memory_is_read_in_gib(size):
-    (memory,) = (each.metadata for each in recipe_fields() if each.name == "memory")
-    assert memory["read"](size) == 4 << 30
+@pytest.mark.parametrize("size", [4 << 30, "4GiB", "4 gib", " 4.0GIB", "4096MiB", "4294.967296MB"])
+def test_memory_is_a_size_with_its_unit_or_bytes(size):
+    assert Recipe(memory=size).memory == 4 << 30

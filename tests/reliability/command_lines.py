@@ -17,7 +17,7 @@ VALUES = {
     "--seq-len": ["0", "-1", "1", "x", "", str(2**63), "65", "100000"],
     "--batch-size": ["0", "-1", "1.5", "x", "", "-" + "9" * 30],
     "--seed": ["-1", str(2**70), "1.5", "nan", ""],
-    "--memory": ["nan", "inf", "-inf", "1e300", "0", "-1", "", "lots", "1e-400"],
+    "--memory": ["nan", "infGiB", "-1GiB", "0GiB", "-1", "", "lots", "12", "9" * 400 + "TB"],
     "--keep": ["0", "-1", "1.5", "80", "nan", "inf", "", "0,8", "0.01", "1e-300", "x" * 5000],
     "--of": ["bytes", "", "PARAMS"],
     "--tile": ["0", "-32", "32.0", "x", "", "AUTO", "9" * 30],
@@ -55,7 +55,7 @@ ADDED: list[Line] = [
     ("--bogus",),
     ("--seed",),
     ("extra",),
-    ("--memory", "1", "2"),
+    ("--memory", "1GiB", "2"),
     ("--eval", "{text}", "--eval-samples", "0"),
     ("--criterion", "taylor", "--schedule", "layerwise", "--reconstruct", "bias"),
 ]
@@ -119,7 +119,7 @@ OTHERS: list[Line] = [
     ("calibrate", "{model}", *SMALL),
     ("calibrate", "--out", "{new}", *SMALL),
     ("calibrate", "{model}", *SMALL, "--out", "{new}", "--keep", "0.7"),
-    ("calibrate", "{model}", *SMALL, "--out", "{new}", "--memory", "1"),
+    ("calibrate", "{model}", *SMALL, "--out", "{new}", "--memory", "1GiB"),
     *(("calibrate", m, *SMALL, "--out", "{new}") for m in MODELS),
     ("merge",),
     ("merge", "{bank}"),
@@ -174,7 +174,7 @@ OTHERS: list[Line] = [
         ("prune", "{model}", *SMALL, "--out", "{new}", *more)
         for more in (
             *(("--max-memory", size) for size in ("", "12", "GiB", "-1GiB", "0GiB", "1MiB", "x")),
-            ("--max-memory", "4GiB", "--memory", "1"),
+            ("--max-memory", "4GiB", "--memory", "1GiB"),
             ("--max-memory", "4GiB", "--criterion", "taylor"),
             ("--max-memory", "4GiB", "--keep-hidden", "0.9"),
             ("--max-memory", "4GiB", "--of", "latency"),
