@@ -154,7 +154,7 @@ def test_perplexity_is_reported_before_and_after():
         ({"damp": "lots"}, "damp must be"),
         ({"allocation": "fair"}, "allocation must be one of"),
         ({"kinds": ("ffn",)}, "kinds must be a list of some of"),
-        ({"memory": 0}, "memory must be an integer of at least 1, and below 2.63, got 0"),
+        ({"memory": 0}, "memory must be a number and a unit, such as 12GiB or 500MB, got 0"),
         ({"seed": 2**70}, "seed must be .* below 2.63, got 1180591620717411303424"),
         ({"criterium": "wifv"}, "no keyword criterium; did you mean criterion"),
     ],

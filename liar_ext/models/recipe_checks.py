@@ -248,7 +248,7 @@ class JobOptions(TypedDict, total=False):
     preset: str
     sites: str | Sequence[str]
     seed: int
-    memory: int | None
+    memory: int | str | None
     keep: float | Budget
     of: str
     latency_phase: str

@@ -120,7 +120,7 @@ def test_runs_are_as_long_as_the_limit_allows(sizes, limit, runs):
 def test_bad_memory_is_refused_at_once():
     model = tiny("llama")
     with pytest.raises(
-        InputError, match="memory must be an integer of at least 1, and below 2.63, got 0"
+        InputError, match="memory must be a number and a unit, such as 12GiB or 500MB, got 0"
     ):
         prune(model, [], 0.7, memory=0)
 
