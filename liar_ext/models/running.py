@@ -118,9 +118,10 @@ def complete_inputs(
     """
     found, needed = dict(inputs), inputs_read(model)
     config = needed.get("input_ids")  # of a model of transformers; images have tokens of their own
-    if "input_ids" in found and hasattr(config, "get_text_config") and "pixel_values" not in found:
-        _check_tokens(model, found["input_ids"], known_tokens(model, config))
+    if "input_ids" in found and hasattr(config, "get_text_config"):
         _check_length(model, found)
+        if "pixel_values" not in found:
+            _check_tokens(model, found["input_ids"], known_tokens(model, config))
     if DECODER_IDS in needed and not any("decoder_input" in name for name in found):
         found |= _decoder_inputs(model.config, found, labels or {})
     own_default = getattr(model.config, "decoder_start_token_id", None) is None
@@ -154,7 +155,9 @@ def _check_length(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     if mask is not None and mask.dim() == 2:
         tokens = int(mask.sum(1).max())
     named = (m for n, m in model.named_modules() if "position" in n or n.endswith("wpe"))
-    rows = (table.num_embeddings for table in named if isinstance(table, nn.Embedding))
+    rows = [table.num_embeddings for table in named if isinstance(table, nn.Embedding)]
+    # The rotations of GPT-J and CodeGen are a table, too.
+    rows += [len(b) for n, b in model.named_buffers() if n.endswith(".embed_positions")]
     # A table may begin with rows of padding. Others are of images, or count relative positions.
     if tokens > most and any(0 <= n - most <= 2 for n in rows):
         raise InputError(

@@ -173,7 +173,10 @@ def test_a_mask_that_is_none_is_refused(mask, said):
         list(read_batches([{"input_ids": ids, "attention_mask": mask}]))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "mpnet", "siglip_text_model"])
+TABLES = ["gpt2", "gptj", "codegen", "opt", "bert", "roberta", "mpnet", "siglip_text_model", "clip"]
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_sequences_longer_than_the_table_of_positions_are_refused(name):
     model = tiny(name)
     most = positions_of(model)
