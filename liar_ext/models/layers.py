@@ -108,6 +108,12 @@ def out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
             f"sites: {path} of {site} must be a linear layer with floating-point weights, got "
             f"{type(layer).__name__}; load the model dequantised"
         )
+    kind = type(weight.data)  # another one is quantised (torchao), or split (FSDP)
+    if kind is not Tensor or weight.dtype.itemsize < 2:
+        raise InputError(
+            f"sites: the weight of {path} of {site} must be an ordinary tensor of 16 bits or more, "
+            f"got {kind.__name__} of {weight.dtype}; load the model dequantised and unsplit"
+        )
     return tuple(weight.shape[::-1] if wiring.transposed else weight.shape)
 
 

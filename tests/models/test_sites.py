@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -206,4 +207,25 @@ def test_quantised_weights_are_refused() -> None:
     layer = model.model.layers[0].mlp.down_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(InputError, match="floating-point weights.*dequantised"):
+        sites(model)
+
+
+class Int4(torch.Tensor):
+    """As of torchao; weights that FSDP or tensor parallelism has split are subclasses, too."""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda weight: weight.as_subclass(Int4), "Int4 of torch.float32"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "Tensor of torch.float8_e4m3fn"),
+    ],
+)
+def test_weights_that_operators_of_torch_cannot_read_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], expected: str
+) -> None:
+    model = tiny("llama")
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight = nn.Parameter(change(layer.weight.detach()))
+    with pytest.raises(InputError, match=f"got {expected}; load the model dequantised"):
         sites(model)
