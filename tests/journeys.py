@@ -160,7 +160,7 @@ def check_job(name: str, folder: Path, fields: dict | None = None, **choices) ->
     report = prune(model, batches(model, 4), 0.6, **choices)
     assert any(site.removed for site in report.plan.sites.values())
     expected = outputs(model)
-    save_pruned(model, folder / "one", model.liar_plan)
+    save_pruned(model, folder / "one")
     fields = json.loads((folder / "one" / "config.json").read_text())
     stock = getattr(transformers, type(model).__name__)
     if fields["liar"]["layers"] == "equal":

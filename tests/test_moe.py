@@ -30,7 +30,7 @@ def even(request, tmp_path_factory):
     report = prune(
         model, batches(model, 2), 0.5, allocation="uniform", uniform_layers=True, kinds=kinds
     )
-    save_pruned(model, folder, report.plan, report=report)
+    save_pruned(model, folder, report=report)
     return name, model, report, folder
 
 
@@ -86,7 +86,7 @@ def test_a_folder_of_single_experts_is_loaded_and_pruned_twice(name: str, tmp_pa
     again = tiny(name)
     apply_plan(again, report.plan)
     assert [each.shape for each in again.parameters()] == [e.shape for e in model.parameters()]
-    save_pruned(model, tmp_path / "pruned", report.plan, report=report)
+    save_pruned(model, tmp_path / "pruned", report=report)
     assert verify_pruned(tmp_path / "pruned")["agrees"]
 
 

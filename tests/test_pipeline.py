@@ -376,7 +376,7 @@ def test_the_recipe_of_a_job_in_python_says_what_was_run(tmp_path):
     report = prune(model, batches(model), keep=0.7, schedule="one-pass", allocation="uniform")
     found = report.recipe
     assert (found.samples, found.seq_len, found.self_text, found.random_tokens) == (48, 16, 0, 0)
-    save_pruned(model, tmp_path / "out", report.plan, report=report)
+    save_pruned(model, tmp_path / "out", report=report)
     assert "repeats it" not in (tmp_path / "out/README.md").read_text()
 
 

@@ -64,7 +64,8 @@ def save_pruned(
     folder : path
         Where to write; its parents are made.
     plan : Plan, optional
-        The plan that was applied; by default that of the report.
+        The plan that was applied; by default that of the report, or the one that
+        :func:`liar_ext.prune` or :func:`load_pruned` left on the model.
     report : Report or mapping, optional
         Anything with ``save(folder)``, or a mapping for ``liar/report.json``; written last. If it
         has a dict ``seconds``, those of saving are put there as ``save``, and added to ``total``.
@@ -84,7 +85,8 @@ def save_pruned(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"save_pruned: needs the pruned model first, got {type(model).__name__}")
-    plan = getattr(report, "plan", None) if plan is None else plan
+    left = getattr(report, "plan", getattr(model, "liar_plan", None))
+    plan = left if plan is None else plan
     if not isinstance(plan, Plan):
         raise InputError(
             f"save_pruned: needs the plan that was applied, got {type(plan).__name__}; give it as "
