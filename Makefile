@@ -369,9 +369,11 @@ $(DOCS)/.installed: pyproject.toml
 	$(DOCS)/bin/pip install -q $$(sed -n '/^docs = /s/", "/ /g; s/^docs = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 	touch $@
 
+# vermin: no module may need a Python newer than 3.10; it would take torch.long for the type of Python 2.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vermin --quiet --violations --target=3.10- --exclude long liar_ext tests
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu')
 
 format: setup

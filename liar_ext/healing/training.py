@@ -116,8 +116,8 @@ def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str
         with refusing('heal: train="lora" needs peft', hint, Exception):
             from peft import LoraConfig, get_peft_model
         config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
-        quiet = warnings.catch_warnings(category=FutureWarning, action="ignore")
-        with torch.random.fork_rng(), quiet:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             torch.manual_seed(seed)
             model = get_peft_model(model, config)
     left, norms = set(), set()

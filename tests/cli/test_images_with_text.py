@@ -63,7 +63,8 @@ def test_a_job_is_that_of_batches_made_by_hand(name, examples, dense, tmp_path, 
     reader = ImageTextReader(model, seeing_processor(name))
     drawn = calibration_inputs([read_examples(text[1])], reader, samples=8)
     assert len(drawn) == 8 and any("pixel_values" in each for each in drawn.batches())
-    with warnings.catch_warnings(action="ignore"):  # of so little text
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of so little text
         report = prune(model, drawn.batches(), keep=0.5, schedule="one-pass")
     small, _ = load_model(tmp_path / "small")
     for key, expected in model.state_dict().items():
