@@ -39,7 +39,6 @@ if TYPE_CHECKING:  # what imports torch is imported for a job alone
     from liar_ext.report.report import Report
     from liar_ext.system.distributed import RankLost
 
-ALIASES = {"--text": "--calibration"}  # what another command calls an option
 SHARED = ("prune", "calibrate", "heal", "resume")  # commands that several ranks can share
 # Options of which each machine may have its own.
 OWN = ("quiet", "json", "progress", "out", "bank", "checkpoint")
@@ -101,7 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         known = top.of_command[options.command]
         given = rest[0].partition("=")[0]
-        hint = did_you_mean(ALIASES.get(given, given), known._option_string_actions)
+        hint = did_you_mean(given, known._option_string_actions)
         what = "option" if rest[0].startswith("-") else "argument"
         known.error(f"unknown {what} {rest[0]}" + (f"; {hint}" if hint else ""))
     return options

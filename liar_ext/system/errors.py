@@ -35,9 +35,23 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
+# What other tools, and other commands, call an option.
+ELSEWHERE = {
+    "keep": ("amount", "budget", "compression_ratio", "pruning_ratio", "ratio", "sparsity"),
+    "calibration": ("data", "dataset", "text"),
+    "text": ("calibration", "data", "dataset"),
+    "out": ("output", "output_dir", "save", "save_dir", "save_path"),
+    "samples": ("nsamples", "num_calibration_samples", "num_samples"),
+    "seq_len": ("max_length", "max_seq_length", "seqlen"),
+}
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: int = 1) -> str:
     """Return a question with the known names nearest to a wrong one, if some are near."""
-    near = difflib.get_close_matches(str(name)[:40], list(known), count)
+    plain = {each.strip("-").replace("-", "_"): each for each in known}
+    given = str(name)[:40].strip("-").replace("-", "_")
+    same = [own for own, others in ELSEWHERE.items() if given in others and own in plain]
+    near = [plain[own] for own in same or difflib.get_close_matches(given, plain, count)]
     return f"did you mean {', '.join(near)}?" if near else otherwise
 
 
