@@ -123,7 +123,7 @@ def resize(model: nn.Module) -> bool:
                 _set_sizes(path, outside[path], sizes)
     for path, (position, keyword, heads, *passed) in said.get("head_inputs", {}).items():
         module = base.get_submodule(path)
-        if not selections(module):
+        if not selection_of(module):
             select_heads(module, heads, position, keyword, *passed)
     return True
 
@@ -189,36 +189,37 @@ def config_numbers(module: nn.Module) -> dict[str, int]:
 def select_heads(module: nn.Module, heads: Any, position: int, keyword: str, *passed: Any) -> None:
     """Let a module take the slices of its heads from an argument made for all heads.
 
-    Hooks run in the order in which they were added, so that a second pruning selects from what
-    the first one left. ``passed`` is nothing, or an output and a table: then the next module gets
-    the argument as this one did, whole, or not at all where ``heads`` is None.
+    If it does so already, ``heads`` are of those that it takes. ``passed`` is nothing, or an output
+    and a table: then the next module gets the argument as this one did, whole, or not at all where
+    ``heads`` is None.
     """
-    facts = {"heads": None if heads is None else list(heads), "first": not selections(module)}
+    if known := _selecting(module):
+        if known["heads"] is not None:
+            known["heads"][:] = [known["heads"][index] for index in heads]
+        return
+    heads = None if heads is None else list(heads)
     output, table = passed or (None, "")
     if hasattr(module, table):
-        getattr(module, table).register_forward_hook(partial(_take_columns, **facts))
-    facts |= {"position": position, "keyword": keyword, "passed": passed}
+        getattr(module, table).register_forward_hook(partial(_take_columns, heads=heads))
+    facts = {"heads": heads, "position": position, "keyword": keyword, "passed": passed}
     module.register_forward_pre_hook(partial(_take_heads, **facts), with_kwargs=True)
     if passed:
         hook = partial(_pass_on, output=output, table=table, drop=heads is None)
         module.register_forward_hook(hook)
 
 
-def selections(module: nn.Module) -> list[partial]:
-    """Return what :func:`select_heads` has added to a module, in order."""
-    hooks = module._forward_pre_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, partial) and "heads" in hook.keywords]
-
-
 def selection_of(module: nn.Module) -> list[Any]:
-    """Return what ``head_inputs`` says of a module: nothing, or what its selections come to."""
-    found = [hook.keywords for hook in selections(module)]
-    if not found:
-        return []
-    first, heads = found[0], found[0]["heads"]
-    for then in found[1:]:
-        heads = heads and [heads[index] for index in then["heads"]]
-    return [first["position"], first["keyword"], heads, *first["passed"]]
+    """Return what ``head_inputs`` says of a module: nothing, or what it selects."""
+    known = _selecting(module)
+    heads = known.get("heads") and [*known["heads"]]
+    return [known["position"], known["keyword"], heads, *known["passed"]] if known else []
+
+
+def _selecting(module: nn.Module) -> dict[str, Any]:
+    """Return what :func:`select_heads` has told the hooks of a module, if it did."""
+    hooks = module._forward_pre_hooks.values()
+    told = (hook.keywords for hook in hooks if isinstance(hook, partial))
+    return next((each for each in told if "heads" in each), {})
 
 
 def _take_heads(
@@ -227,7 +228,6 @@ def _take_heads(
     kwargs: dict,
     *,
     heads: list[int] | None,
-    first: bool,
     position: int,
     keyword: str,
     passed: tuple,
@@ -236,7 +236,7 @@ def _take_heads(
     arguments = dict(enumerate(args)) | kwargs
     key = keyword if keyword in kwargs else position
     given = arguments.get(key)
-    if first and passed:
+    if passed:
         vars(module)[_WHOLE] = given
     if isinstance(given, torch.Tensor):
         arguments[key] = None if heads is None else given[:, heads]
@@ -244,11 +244,10 @@ def _take_heads(
 
 
 def _take_columns(
-    table: nn.Module, args: tuple, made: torch.Tensor, *, heads: list[int], first: bool
+    table: nn.Module, args: tuple, made: torch.Tensor, *, heads: list[int]
 ) -> torch.Tensor:
     """Select heads from the last dimension of what an embedding gives: a forward hook."""
-    if first:
-        vars(table)[_WHOLE] = made.movedim(-1, 0)[None]
+    vars(table)[_WHOLE] = made.movedim(-1, 0)[None]
     return made[..., heads]
 
 
