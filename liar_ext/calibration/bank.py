@@ -34,15 +34,15 @@ from liar_ext.calibration.saved_sums import (
     PARTS,
     UNSAID,
     Text,
-    Triangles,
     added,
     check_memory,
     check_source,
-    unpacked,
+    packed,
+    restored,
 )
 from liar_ext.calibration.taps import Moments, all_finite
 from liar_ext.system.errors import InputError, refusing
-from liar_ext.system.files import SEAL, Held, is_sealed, write_tensors
+from liar_ext.system.files import SEAL, is_sealed, write_tensors
 
 BANK_VERSION = 2
 SEQUENCES, DOCUMENTS = "sequences/digest", "documents/digest"
@@ -130,15 +130,11 @@ class MomentBank(Mapping[str, Moments]):
         """
         extras = {SEQUENCES: self.sequences, DOCUMENTS: self.documents}
         extras |= {} if self.text is None else pack(self.text)
-        tensors: dict[str, Tensor | Held] = {}
-        for name, sums in self.moments.items():
-            tensors |= {f"{name}.gram": Triangles(sums.gram), f"{name}.total": sums.total}
-            tensors |= {f"{name}.count": sums.count}
-        tensors |= {name: value for name, value in extras.items() if value is not None}
-        source = json.dumps(self.source, allow_nan=False)
+        tensors = {name: value for name, value in extras.items() if value is not None}
+        facts = {"liar_bank": str(BANK_VERSION), "source": json.dumps(self.source, allow_nan=False)}
         hint = "nothing was left behind, free space or name another file"
         with refusing(f"MomentBank.save: can't write {os.fspath(path)!r}", hint, OSError):
-            write_tensors(path, tensors, {"liar_bank": str(BANK_VERSION), "source": source})
+            write_tensors(path, packed(self.moments) | tensors, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, sums: bool = True) -> MomentBank:
@@ -182,7 +178,7 @@ class MomentBank(Mapping[str, Moments]):
                 if any(name.startswith("text/") for name in extras):
                     bank.text = unpack(tensors, count)
                 if sums:
-                    bank.moments = {name: _sums(file, name, d) for name, d in widths.items()}
+                    bank.moments = {name: _sums(file, name) for name in widths}
                 return bank
 
 
@@ -216,13 +212,12 @@ def _checked(header: Mapping[str, tuple[str, list[int]]]) -> tuple[dict[str, int
     return widths, extras
 
 
-def _sums(file: safe_open, name: str, d: int) -> Moments:
-    packed, total, count = (file.get_tensor(f"{name}.{part}") for part in PARTS)
-    gram = unpacked(packed, d)
-    finite = all(all_finite(part) for part in (packed, total, count))
-    if not finite or (gram.diagonal(dim1=1, dim2=2) < 0).any() or (count < 0).any():
+def _sums(file: safe_open, name: str) -> Moments:
+    sums = restored(file.get_tensor, name)
+    finite = all(map(all_finite, vars(sums).values()))
+    if not finite or (sums.gram.diagonal(dim1=1, dim2=2) < 0).any() or (sums.count < 0).any():
         raise ValueError(f"sums of {name} must be finite, sums of squares and counts not < 0")
-    return Moments(gram, total, count)
+    return sums
 
 
 def _combined(one: MomentBank, other: MomentBank) -> Source:

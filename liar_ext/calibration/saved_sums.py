@@ -249,32 +249,24 @@ class Triangles:
         return found
 
 
-def unpacked(triangles: Tensor, d: int) -> Tensor:
-    """Return the Gram matrices ``(2, d, d)`` of packed triangles, with zeros above."""
-    gram = triangles.new_zeros(FOLDS, d, d)
-    gram[:, torch.ones(d, d, dtype=torch.bool).tril_()] = triangles
-    return gram
-
-
 def packed(moments: Mapping[str, Moments]) -> dict[str, Tensor | Triangles]:
-    """Return moments by site name as tensors for a checkpoint."""
+    """Return moments by site name as tensors for a file: ``NAME.gram`` and the other parts."""
     found: dict[str, Tensor | Triangles] = {}
     for name, sums in moments.items():
-        found |= {f"gram/{name}": Triangles(sums.gram)}
-        found |= {f"total/{name}": sums.total, f"count/{name}": sums.count}
+        parts = Triangles(sums.gram), sums.total, sums.count
+        found |= {f"{name}.{part}": value for part, value in zip(PARTS, parts, strict=True)}
     return found
 
 
-def restored(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Moments]:
-    """Return packed moments of some sites; every rank must call this."""
-    found = {}
-    for name in names:
-        triangles, total, count = (tensors[f"{part}/{name}"] for part in PARTS)
-        d = total.shape[-1]
-        if triangles.shape != (FOLDS, d * (d + 1) // 2):
-            raise ValueError(f"gram/{name} must be triangles of {d} features")
-        found[name] = Moments(unpacked(triangles, d), total, count)
-    return found
+def restored(get: Callable[[str], Tensor], name: str) -> Moments:
+    """Return the moments of a site from :func:`packed` tensors, with zeros above the triangles."""
+    triangles, total, count = (get(f"{name}.{part}") for part in PARTS)
+    d = total.shape[-1]
+    if triangles.shape != (FOLDS, d * (d + 1) // 2):
+        raise ValueError(f"{name}.gram must be triangles of {d} features")
+    gram = triangles.new_zeros(FOLDS, d, d)
+    gram[:, torch.ones(d, d, dtype=torch.bool).tril_()] = triangles
+    return Moments(gram, total, count)
 
 
 class SavedSums:
@@ -309,7 +301,7 @@ class SavedSums:
                     "folder, or remove that file"
                 )
             for name in self._widths:  # one at a time
-                (its,) = restored(known[0], [name]).values()
+                its = restored(known[0].__getitem__, name)
                 for part in PARTS if is_first() else ():
                     getattr(moments[name], part).copy_(getattr(its, part))
             self.facts, self.done = source, int(batches)

@@ -220,9 +220,9 @@ class StreamedPasses(Passes):
     def _restore_sums(self, blocks: range) -> None:
         for index in blocks if self.walk.saved is not None else ():
             stored, _ = self.walk.saved.need(f"{SUMS}-{index}")
-            names = [name.removeprefix("total/") for name in stored if name.startswith("total/")]
+            names = [name.removesuffix(".gram") for name in stored if name.endswith(".gram")]
             with reading(stored.path):
-                self.kept |= restored(stored, names)
+                self.kept |= {name: restored(stored.__getitem__, name) for name in names}
 
 
 PROBE = "probe "  # and the name of its site: the name of a stream

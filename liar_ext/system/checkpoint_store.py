@@ -33,7 +33,7 @@ from liar_ext.system.files import (
     write_tensors,
 )
 
-VERSION = 8  # of the keys and their facts
+VERSION = 9  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
 JOB_FILE = f"{JOB}{SUFFIX}"
 UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)

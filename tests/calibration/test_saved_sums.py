@@ -140,9 +140,9 @@ def test_sums_of_something_else_are_refused(model, tmp_path):
         ("batches", "many"),
         ("source", {"tokens": "many"}),
         ("source", None),
-        ("total/0.attn", torch.zeros(2, 3, dtype=torch.float64)),
-        ("gram/0.attn", torch.zeros(1, dtype=torch.float64)),
-        ("count/0.attn", torch.zeros(2, dtype=torch.float64)),
+        ("0.attn.total", torch.zeros(2, 3, dtype=torch.float64)),
+        ("0.attn.gram", torch.zeros(1, dtype=torch.float64)),
+        ("0.attn.count", torch.zeros(2, dtype=torch.float64)),
     ],
 )
 def test_sums_that_a_stranger_has_written_are_refused(name, value, model, tmp_path):
