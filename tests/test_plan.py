@@ -15,14 +15,14 @@ def test_keep_outside_its_range(keep):
 
 @pytest.mark.parametrize("field", ["tile", "seq_len"])
 def test_other_fields_outside_their_range(field):
-    for wrong in (0, 1.5, "8", None):
+    for wrong in (0, 1.5, "8", None, True):
         with pytest.raises(InputError, match=field):
             Budget(0.5, **{field: wrong})
     with pytest.raises(InputError, match="of must be one of prunable, params, flops, kv_cache"):
         Budget(0.5, of="seconds")
 
 
-@pytest.mark.parametrize("kept", [(), (1, 0), (0, 0), (-1, 2), (3, 4)])
+@pytest.mark.parametrize("kept", [(), (1, 0), (0, 0), (-1, 2), (3, 4), (0.5, 1.5), (True,)])
 def test_site_plan_wants_ascending_units(kept):
     with pytest.raises(InputError, match="ascending indices in"):
         SitePlan(4, kept)
@@ -47,7 +47,9 @@ def test_a_plan_of_version_1_is_one_without_hidden_features():
     assert Plan.from_json(text % site) == Plan("llama", "head", {"0.mlp": SitePlan(4, (0, 3))})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 2}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"version": 99}', '{"version": 2}', "[" * 99999, "9" * 5000]
+)
 def test_what_is_not_a_plan(text):
     with pytest.raises(InputError, match="Plan: "):
         Plan.from_json(text)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from liar_ext.calibration.batches import Batch, completed, count_tokens
 from liar_ext.calibration.collect import check_not_padding
 from liar_ext.healing import OF_SIZE, RATE, TRAIN
-from liar_ext.models.recipe_checks import is_number
+from liar_ext.models.plan import is_number
 from liar_ext.models.running import LOGITS, device_of, output_of, predicts_next_token, token_weights
 from liar_ext.system.distributed import all_reduce, local_world_size, rank, world_size
 from liar_ext.system.environment import available_memory

@@ -29,10 +29,14 @@ MOST_BESIDE = 0.9  # of all sequences: nine for each of text
 AUTO_TILE, LEAST_STEPS = 32, 8
 
 
+def is_number(value: Any, kind: type = numbers.Real) -> bool:
+    """Tell whether a value is a number, and not true or false."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_tile(operation: str, value: Any) -> int | str:
     """Return a tile, or raise InputError unless it is an integer of at least 1 or ``"auto"``."""
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if integral and 1 <= value < 2**63:
+    if is_number(value, numbers.Integral) and 1 <= value < 2**63:
         return int(value)
     if isinstance(value, str) and value == "auto":
         return value
@@ -104,7 +108,7 @@ class Budget:
     latency_new_tokens: int = 32
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.keep, numbers.Real) and 0.0 < self.keep <= 1.0):
+        if not (is_number(self.keep) and 0.0 < self.keep <= 1.0):
             raise InputError(f"Budget: keep must be in (0, 1], got {self.keep!r}; 0.8 keeps 80 %")
         for name, known in (("of", BUDGET_UNITS), ("latency_phase", PHASES)):
             if (value := getattr(self, name)) not in known:
@@ -113,7 +117,7 @@ class Budget:
         object.__setattr__(self, "tile", check_tile("Budget", self.tile))
         for name in ("seq_len", "latency_batch", "latency_prompt", "latency_new_tokens"):
             value = getattr(self, name)
-            if not (isinstance(value, numbers.Integral) and value >= 1):
+            if not (is_number(value, numbers.Integral) and value >= 1):
                 raise InputError(f"Budget: {name} must be an integer of at least 1, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,8 +149,9 @@ class SitePlan:
     bias: bool = False  # whether the consumer gains one that the dense model lacks
 
     def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
-        if not self.kept or not ascending or self.kept[0] < 0 or self.kept[-1] >= self.units:
+        fits = all(is_number(unit, numbers.Integral) for unit in (self.units, *self.kept))
+        fits &= all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
+        if not self.kept or not fits or self.kept[0] < 0 or self.kept[-1] >= self.units:
             raise InputError(
                 f"SitePlan: kept must be ascending indices in [0, {self.units}) and not empty, "
                 f"got {self.kept[:8]}"
@@ -246,7 +251,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan from JSON text; raise InputError if it is none of a known version."""
-        wrong = (KeyError, TypeError, AttributeError, json.JSONDecodeError)
+        wrong = (KeyError, TypeError, AttributeError, ValueError, RecursionError)
         with refusing("Plan: not a plan", "copy its folder again", *wrong, named=True):
             data = json.loads(text)
             version = data.pop("version")

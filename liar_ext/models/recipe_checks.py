@@ -12,7 +12,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from liar_ext.models.plan import KINDS, PARTS, Budget
+from liar_ext.models.plan import KINDS, PARTS, Budget, is_number
 from liar_ext.system.errors import InputError, did_you_mean, refusing
 
 # What a check is: name and value in, the value in its own type out, or InputError.
@@ -46,11 +46,6 @@ def checked(
         raise wrong(name, must, value)
 
     return check
-
-
-def is_number(value: Any, kind: type = numbers.Real) -> bool:
-    """Tell whether a value is a number, and not true or false."""
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 number = checked(
