@@ -328,9 +328,14 @@ def _joined(documents: Iterator[str], seq_len: int) -> Iterator[str]:
 def _packed_windows(
     documents: Sequence[str], tokenizer, seq_len: int, prefix: list[int]
 ) -> list[list[int]]:
+    step = seq_len - len(prefix)
+    if step < 1:
+        raise InputError(
+            f"text: seq_len must be above {len(prefix)}, the special tokens a window begins "
+            f"with, got {seq_len}; raise it"
+        )
     joined = "\n\n".join(documents)
     tokens = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
-    step = seq_len - len(prefix)
     return [prefix + tokens[at : at + step] for at in range(0, len(tokens) - step + 1, step)]
 
 

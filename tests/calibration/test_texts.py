@@ -361,6 +361,11 @@ def test_a_short_document_beside_a_long_one_is_a_part_alone(tokenizer):
         draw([["ab " * 4000, "short"]], tokenizer, samples=4, seq_len=64)
 
 
+def test_a_window_has_room_beside_its_special_tokens(with_bos):
+    with pytest.raises(InputError, match="seq_len must be above 1, the special tokens"):
+        texts.evaluation_sequences(["abc" * 20], with_bos, seq_len=1)
+
+
 @pytest.mark.parametrize("documents", [["abc"], ["abc", "def"]])
 def test_too_short_to_calibrate(tokenizer, documents):
     with pytest.raises(InputError, match="too short: .* give more text or a smaller seq_len"):
