@@ -171,6 +171,8 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
     if fold is None:
         fold = (torch.arange(len(first), device=first.device) + sequences) % FOLDS
     rules = {"fold must be 0 or 1": (fold, (fold == 0) | (fold == 1))}
+    if source is not None:
+        rules["source must be a whole number"] = source, source % 1 == 0
     if weight is not None:
         rules["weight must be a finite number above 0"] = weight, weight.isfinite() & (weight > 0)
     for rule, (value, holds) in rules.items():

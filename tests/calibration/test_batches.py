@@ -113,6 +113,7 @@ def test_folds_and_padding_are_those_of_the_batch():
         ({"input_ids": IDS, "fold": torch.tensor([0, 2])}, r"fold must be 0 or 1"),
         ({"input_ids": IDS, "fold": torch.tensor([0])}, r"each of 2 .* got \[0\]"),
         ({"input_ids": IDS, "fold": torch.tensor([0.5, 1])}, "fold must be 0 or 1"),
+        ({"input_ids": IDS, "source": torch.zeros(3)}, "source must be a whole number for each"),
     ],
 )
 def test_anything_else_is_no_batch(batch, message):
