@@ -288,11 +288,10 @@ def _queue(
     generator: torch.Generator,
 ) -> list[list[int]]:
     """Return token rows of one source for one part, at random: enough for all of the part."""
+    pool = _packed_windows(pieces, tokenizer, text.seq_len, prefix) if text.packed else pieces
+    order = torch.randperm(len(pool), generator=generator).tolist()
     if text.packed:
-        windows = _packed_windows(pieces, tokenizer, text.seq_len, prefix)
-        order = torch.randperm(len(windows), generator=generator).tolist()
-        return [windows[i] for i in order[:share]]
-    order = torch.randperm(len(pieces), generator=generator).tolist()
+        return [pool[i] for i in order[:share]]
     chosen, tokens = (pieces[i] for i in order), share * text.seq_len
     size, rows = sum(map(len, pieces)), []
     reach = min(tokens, size // CHARACTERS)
@@ -330,10 +329,7 @@ def _packed_windows(
 ) -> list[list[int]]:
     step = seq_len - len(prefix)
     if step < 1:
-        raise InputError(
-            f"text: seq_len must be above {len(prefix)}, the special tokens a window begins "
-            f"with, got {seq_len}; raise it"
-        )
+        raise InputError(f"text: seq_len must exceed {len(prefix)} special tokens, got {seq_len}")
     joined = "\n\n".join(documents)
     tokens = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     return [prefix + tokens[at : at + step] for at in range(0, len(tokens) - step + 1, step)]
@@ -389,16 +385,16 @@ def tokenised(tokenizer: Any, documents: Sequence[str], seq_len: int) -> list[li
     return rows
 
 
-def padded(rows: Iterable[Sequence[int]], pad: int | None) -> dict[str, Tensor]:
+def padded(rows: Sequence[Sequence[int]], pad: int | None) -> dict[str, Tensor]:
     """Return token ids padded to the longest row, their mask, and their types if some differ."""
-    rows = list(rows)
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(tensors, batch_first=True, padding_value=pad or 0)
-    mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    types = [getattr(row, "types", ()) for row in rows]
+
+    def stacked(some: Iterable[Sequence[int]], value: int = 0) -> Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in some]
+        return pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    ones = ([1] * len(row) for row in rows)
+    inputs = {"input_ids": stacked(rows, pad or 0), "attention_mask": stacked(ones)}
+    types = [getattr(row, "types", ()) or [0] * len(row) for row in rows]
     if any(map(any, types)):
-        inputs[TYPES] = torch.zeros_like(ids)
-        for into, some in zip(inputs[TYPES], types, strict=True):
-            into[: len(some)] = torch.tensor(some, dtype=torch.long)
+        inputs[TYPES] = stacked(types)
     return inputs

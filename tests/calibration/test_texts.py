@@ -362,7 +362,7 @@ def test_a_short_document_beside_a_long_one_is_a_part_alone(tokenizer):
 
 
 def test_a_window_has_room_beside_its_special_tokens(with_bos):
-    with pytest.raises(InputError, match="seq_len must be above 1, the special tokens"):
+    with pytest.raises(InputError, match="seq_len must exceed 1 special tokens, got 1"):
         texts.evaluation_sequences(["abc" * 20], with_bos, seq_len=1)
 
 
