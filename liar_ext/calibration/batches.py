@@ -149,13 +149,15 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
                 "batches: a batch is input_ids, or a mapping of names to tensors of one row per "
                 f"sequence, got {name} of type {type(value).__name__}"
             )
+    for name in inputs.keys() & {"input_ids", DECODER_IDS}:
+        ids = inputs[name]
+        integral = ids.dtype in (torch.int32, torch.int64)  # which embeddings take
+        if not integral or ids.dim() != 2 or not ids.numel():
+            raise InputError(
+                f"batches: {name} must be int32 or int64 of shape (sequences, tokens), got "
+                f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
+            )
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    kinds = (torch.int32, torch.int64)  # which embeddings take
-    if ids is not None and (ids.dtype not in kinds or ids.dim() != 2 or not ids.numel()):
-        raise InputError(
-            "batches: input_ids must be int32 or int64 of shape (sequences, tokens), got "
-            f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
-        )
     if mask is not None and mask.dim() <= 2:  # of padding
         shape = mask.shape if ids is None else ids.shape
         if mask.shape != shape or not bool(((mask == 0) | (mask == 1)).all()):

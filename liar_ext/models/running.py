@@ -117,13 +117,18 @@ def complete_inputs(
     unknown, or a sequence longer than the table of positions.
     """
     found, needed = dict(inputs), inputs_read(model)
-    config = needed.get("input_ids")  # of a model of transformers; images have tokens of their own
-    if "input_ids" in found and hasattr(config, "get_text_config"):
-        _check_length(model, found)
-        if "pixel_values" not in found:
-            _check_tokens(model, found["input_ids"], known_tokens(model, config))
     if DECODER_IDS in needed and not any("decoder_input" in name for name in found):
         found |= _decoder_inputs(model.config, found, labels or {})
+    for name, masked in (("input_ids", "attention_mask"), (DECODER_IDS, DECODER_MASK)):
+        config = needed.get(name)  # of a model of transformers
+        if name in found and hasattr(config, "get_text_config"):
+            if "position_ids" not in found:
+                _check_length(model, name, found[name], found.get(masked))
+            if "pixel_values" not in found:  # images have tokens of their own
+                rows = known_tokens(model, config)
+                if name == DECODER_IDS:
+                    rows = len(model.get_decoder().get_input_embeddings().weight)
+                _check_tokens(model, name, found[name], rows)
     own_default = getattr(model.config, "decoder_start_token_id", None) is None
     optional = {DECODER_IDS} if own_default and "input_ids" in found else set()
     embedded = {name.replace("embeds", "ids").replace("inputs_", "input_") for name in found}
@@ -136,22 +141,21 @@ def complete_inputs(
     return found
 
 
-def _check_tokens(model: nn.Module, ids: Tensor, rows: int) -> None:
+def _check_tokens(model: nn.Module, name: str, ids: Tensor, rows: int) -> None:
     """Raise InputError for a token that a model has no embedding for: a GPU would name no cause."""
     least, most = (int(each) for each in ids.aminmax())
     if not 0 <= least <= most < rows:
         raise InputError(
-            f"batches: input_ids has token {most if least >= 0 else least}, and the tokens of "
+            f"batches: {name} has token {most if least >= 0 else least}, and the tokens of "
             f"{type(model).__name__} are 0 to {rows - 1}; use the model's own tokenizer"
         )
 
 
-def _check_length(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+def _check_length(model: nn.Module, name: str, ids: Tensor, mask: Tensor | None) -> None:
     """Raise InputError for a sequence of more tokens than a table of positions has rows for."""
-    tokens, most = inputs["input_ids"].shape[1], positions_of(model) or 0
-    if tokens <= most or "position_ids" in inputs:
+    tokens, most = ids.shape[1], positions_of(model) or 0
+    if tokens <= most:
         return
-    mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         tokens = int(mask.sum(1).max())
     named = (m for n, m in model.named_modules() if "position" in n or n.endswith("wpe"))
@@ -161,7 +165,7 @@ def _check_length(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     # A table may begin with rows of padding. Others are of images, or count relative positions.
     if tokens > most and any(0 <= n - most <= 2 for n in rows):
         raise InputError(
-            f"batches: input_ids has {tokens} tokens in a sequence, and {type(model).__name__} has "
+            f"batches: {name} has {tokens} tokens in a sequence, and {type(model).__name__} has "
             f"{most} positions; give sequences of at most {most}"
         )
 

@@ -174,6 +174,23 @@ def test_a_mask_that_is_none_is_refused(mask, said):
         list(read_batches([{"input_ids": ids, "attention_mask": mask}]))
 
 
+IDS_OF_BART = torch.full((2, 8), 3)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"labels": torch.full((2, 8), 1000)}, "has token 1000, and the tokens of Bart"),
+        ({"decoder_input_ids": torch.full((2, 8), -1)}, "has token -1, and the tokens of Bart"),
+        ({"decoder_input_ids": torch.full((2, 65), 3)}, "has 65 tokens in a sequence, and Bart"),
+        ({"decoder_input_ids": torch.ones(2, 8)}, "must be int32 or int64 of shape"),
+    ],
+)
+def test_what_a_decoder_reads_is_checked(more, said):
+    with pytest.raises(InputError, match=f"batches: decoder_input_ids {said}"):
+        calibrate(tiny("bart"), [{"input_ids": IDS_OF_BART, **more}])
+
+
 TABLES = ["gpt2", "gptj", "codegen", "opt", "bert", "roberta", "mpnet", "siglip_text_model", "clip"]
 
 
