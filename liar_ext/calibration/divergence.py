@@ -37,7 +37,7 @@ from liar_ext.models.running import (
 from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.models.whole import refuse_experts
 from liar_ext.system.distributed import gather, rank, world_size
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, refusing
 from liar_ext.system.progress import Bar
 
 # Logits that are compared at once: 16 rows of 50,000 stay in a processor's caches.
@@ -275,7 +275,9 @@ def collect_gradients(
         for index, batch in enumerate(read_batches(Bar(batches, desc="gradients"))):
             batch = batch.to(device)
             check_loss(model, batch)
-            loss, count = _summed_loss(model, batch)
+            failure = f"gradients: {type(model).__name__} can't compute the loss of batch {index}"
+            with refusing(failure, "give labels as its head takes them", IndexError, ValueError):
+                loss, count = _summed_loss(model, batch)
             if not torch.isfinite(loss):
                 raise InputError(
                     f"gradients: the loss must be finite, got {loss.item()} in batch {index}; "

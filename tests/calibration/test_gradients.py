@@ -223,7 +223,7 @@ def test_the_model_is_left_as_it_was():
         assert parameter.grad is None or parameter is used
     consumers = [model.get_submodule(site.consumer) for site in sites(model)]
     assert not any(consumer._forward_pre_hooks for consumer in consumers)
-    with pytest.raises(IndexError):  # whatever goes wrong in the middle
+    with pytest.raises(InputError):  # whatever goes wrong in the middle
         collect_gradients(model, [{"input_ids": torch.full((2, 3), 10**6)}], sites(model))
     assert not frozen.requires_grad and used.requires_grad and model.training
 
@@ -329,6 +329,14 @@ def test_unusable_batches():
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(InputError, match="the loss must be finite, got nan in batch 0"):
         collect_gradients(model, [inputs], at)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_labels_that_a_head_cannot_take_are_named(name: str):
+    model = tiny(name)
+    batch = {**tiny_inputs(model), "labels": torch.full((2,), 99)}
+    with pytest.raises(InputError, match="can't compute the loss of batch 0: .*give labels as"):
+        collect_gradients(model, [batch], sites(model))
 
 
 @pytest.mark.parametrize("task", ["regression", "spans"])
