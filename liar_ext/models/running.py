@@ -133,7 +133,7 @@ def complete_inputs(
     optional = {DECODER_IDS} if own_default and "input_ids" in found else set()
     embedded = {name.replace("embeds", "ids").replace("inputs_", "input_") for name in found}
     missing = needed.keys() - found.keys() - optional - embedded
-    if missing and len(needed) > 1:
+    if missing and not is_diffusion(model):  # one of diffusers says nothing of its inputs
         raise InputError(
             f"batches: {type(model).__name__} reads {' and '.join(needed)}, got "
             f"{', '.join(inputs)}; give batches with {', '.join(sorted(missing))}, too"

@@ -61,6 +61,16 @@ def test_what_are_no_batches(batches, said):
             use(tiny("llama"), batches)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [("vit", "input_ids", "pixel_values"), ("llama", "pixel_values", "input_ids")],
+)
+def test_a_batch_of_another_kind_of_model_is_refused(name, given, said):
+    batch = {given: torch.ones(2, 8, dtype=torch.long)}
+    with pytest.raises(InputError, match=f"reads {said}, got {given}; give batches with {said}"):
+        calibrate(tiny(name), [batch])
+
+
 @pytest.mark.parametrize("wrong", [-1, 1000])
 def test_a_token_that_the_model_lacks_is_named(wrong):
     model = tiny("llama")
