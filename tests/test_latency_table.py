@@ -87,6 +87,7 @@ def broken():
         "version": (2, None, "1"),
         "batch": ("x", None, [1]),
         "fixed": (-1.0, math.nan, None, "a"),
+        "spread": (-1.0, math.nan, math.inf, "inf"),
         "scale": (-2.0, math.nan, math.inf, {}),
         "rows": (None, "rows", [1], [[]]),
     }.items():
@@ -97,7 +98,7 @@ def broken():
         "units": (5, -1, None, "many"),
         "counts": ([1, 2], [2, 1, 4], [], None, [1, 2, 5], [-1, 2, 4]),
         "seconds": ([1.0], [3.0, 2.0, 1.0], [math.nan] * 3, [math.inf] * 3, [-1.0, 1.0, 2.0]),
-        "spread": ([], None),
+        "spread": ([], None, [0.1, 0.1, math.nan], ["inf"] * 3),
     }.items():
         for value in values:
             yield {**whole, "rows": [{**row, name: value}]}

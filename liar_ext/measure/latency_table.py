@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,8 +39,9 @@ class SizeRow:
     def __post_init__(self) -> None:
         counts, seconds = list(self.counts), list(self.seconds)
         ascending = counts == sorted({*counts, self.units}) and counts[0] >= 0
-        rising = seconds == sorted(seconds) and all(0.0 <= each < float("inf") for each in seconds)
-        if not ascending or not rising or not len(counts) == len(seconds) == len(self.spread):
+        known = all(0.0 <= each < math.inf for each in (*seconds, *self.spread))
+        fits = len(counts) == len(seconds) == len(self.spread) and seconds == sorted(seconds)
+        if not ascending or not known or not fits:
             raise InputError(
                 "latency: a row must have ascending counts up to all units, and seconds that never "
                 "fall and a spread for each of them"
@@ -139,8 +141,8 @@ class LatencyTable:
                 rows=tuple(map(_row, facts["rows"])),
                 where=named(facts.get("where")),
             )
-            if not all(0.0 <= each < float("inf") for each in (found.fixed, found.scale)):
-                raise ValueError("fixed and scale must be finite and at least 0")
+            if not all(0.0 <= each < math.inf for each in (found.fixed, found.spread, found.scale)):
+                raise ValueError("fixed, spread and scale must be finite and at least 0")
             return found
 
     @classmethod
