@@ -327,7 +327,7 @@ class Report:
         library = "diffusers" if "diffusers." in self.loading else "transformers"
         front = {
             "library_name": library,
-            **({} if path.is_absolute() or path.exists() else {"base_model": self.model}),
+            **({} if path.is_absolute() or os.path.exists(path) else {"base_model": self.model}),
             **({"license": license_name} if license_name else {}),
             "tags": ["pruned", "structured-pruning", "liar"],
         }

@@ -228,6 +228,10 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert "2,000 → 1,800 parameters (keep 0.9)" in read.summary()
 
 
+def test_a_long_name_of_a_model_is_no_path():
+    assert "base_model" in Report.from_dict({"model": "模" * 150}).to_card()
+
+
 def test_blocks_without_counts_have_no_line():
     assert Report.from_dict({"sites": [{"name": "blocks"}]}).lines() == []
 
