@@ -162,7 +162,7 @@ def scatter(
     Pruned models are filled and numbered, dense ones hollow. The vertical axis is logarithmic if
     values span more than a decade, and begins at zero unless lower is better.
     """
-    points = [each for each in points if each.value > 0]
+    points = [each for each in points if 0 < each.value < math.inf]
     if not any(each.number is not None for each in points):
         return None
     figure = figures(figsize=(WIDTH, 3.4), layout="constrained")

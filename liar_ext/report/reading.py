@@ -62,15 +62,21 @@ def section(value: Any) -> dict[str, Any]:
     return clean(mapping(value))
 
 
-def numbers(value: Any, least: float = 0.0) -> dict[str, float]:
-    """Read names and numbers of at least ``least``."""
+def numbers(value: Any) -> dict[str, float]:
+    """Read names and finite numbers of at least 0."""
     known = {key: each for key, each in section(value).items() if number(each) is not None}
-    return {key: each for key, each in known.items() if each >= least}
+    return {key: each for key, each in known.items() if each >= 0}
 
 
 def evaluation(value: Any) -> dict[str, dict[str, float]]:
-    """Read what was measured of the whole model; correlations may be negative."""
-    found = {of: numbers(each, -math.inf) for of, each in mapping(value).items()}
+    """Read what was measured of the whole model.
+
+    Correlations may be negative, and the perplexity of a broken model is infinite.
+    """
+    found = {
+        of: {n: v for n, v in section(each).items() if number(v) is not None or v == math.inf}
+        for of, each in mapping(value).items()
+    }
     return {of: each for of, each in found.items() if each}
 
 

@@ -12,6 +12,7 @@ from test_latency_table import table
 
 from liar_ext import Recipe, Report
 from liar_ext.reconstruction.solve import SiteRow, what_to_know
+from liar_ext.report.page import write_comparison, write_page
 from liar_ext.report.sections import sites
 from liar_ext.report.tables import Table, figure, to_markdown, to_text
 from liar_ext.system.progress import Clock
@@ -226,6 +227,20 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert "| 30 mlp layers, channels | 1536 | 32 | 960 to 1536 |" in read.to_markdown()
     assert "×1.250 predicted, ×1.235 measured (1.205–1.250)" in read.summary()
     assert "2,000 → 1,800 parameters (keep 0.9)" in read.summary()
+
+
+def test_an_infinite_perplexity_is_read_again(tmp_path):
+    dense = {"perplexity": 12.5, "tokens": 1000, "seq_len": 512}
+    pruned = {**dense, "perplexity": math.inf}
+    params = {"before": 2000, "after": 1500}
+    written = Report("m", params=params, evaluation={"dense": dense, "pruned": pruned})
+    written.save(tmp_path)
+    read = Report.load(tmp_path)
+    assert read.to_markdown() == written.to_markdown()
+    assert "12.50 →             inf" in read.summary()
+    (page,) = write_page(tmp_path, tmp_path / "page.html")
+    (compared,) = write_comparison([tmp_path], tmp_path / "compared.html")
+    assert "12.50 → inf" in page.read_text() and "×\u00a0inf" in compared.read_text()
 
 
 def test_a_long_name_of_a_model_is_no_path():
