@@ -159,11 +159,14 @@ class Judge:
 
     def advance(self, index: int, chosen: Chosen | None = None) -> None:
         """Take all past a block, which is in memory, without the experts that leave it."""
-        layers = [] if chosen is None else [chosen]
-        for name in self.ways if chosen is None else chosen.ways:
+        ways = {} if chosen is None else chosen.ways
+        for name in ways or self.ways:
             own = self.ways.setdefault(name, [])
             for fold, dense in enumerate(self.dense):
-                with without_experts(self.walk.model, layers, name, FOLDS - 1 - fold):
+                with ExitStack() as stack:
+                    if ways:
+                        scales = ways[name].by_fold[FOLDS - 1 - fold]
+                        stack.enter_context(without_experts(self.walk.model, chosen, scales))
                     if fold == len(own):
                         own.append(dense.branch("judged", index))
                     else:
@@ -203,18 +206,8 @@ def of_fold(batches: Iterable[Batch], fold: int) -> Iterator[Batch]:
 
 
 @contextmanager
-def without_experts(
-    model: nn.Module, layers: Sequence[Chosen], way: str, fold: int
-) -> Iterator[None]:
-    """Run a model as it would be without the experts that leave, the others scaled by a way."""
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(_sent_anew(model, layer, layer.ways[way].by_fold[fold]))
-        yield
-
-
-@contextmanager
-def _sent_anew(model: nn.Module, layer: Chosen, scales: Tensor) -> Iterator[None]:
+def without_experts(model: nn.Module, layer: Chosen, scales: Tensor) -> Iterator[None]:
+    """Run a model as it would be without the experts that leave a layer, the others scaled."""
     site, kept, given = layer.site, layer.kept, {}
     router, choice = router_of(model, site), choice_of(model, site)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -131,14 +132,15 @@ def test_a_model_is_run_as_if_experts_had_left(name: str) -> None:
     scales = [torch.rand(3, dtype=torch.float64) + 0.5 for _ in layers_of(model)]
     layers = []
     for site, each in zip(layers_of(model), scales, strict=True):
-        ways = {"it": type("Scales", (), {"by_fold": (each, each)})}
-        layers.append(Chosen(site, kept, ways, 0.0))
+        layers.append((Chosen(site, kept, {}, 0.0), each))
     before = outputs(model, inputs)
-    with without_experts(model, layers, "it", 0):
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(without_experts(model, *layer))
         found = outputs(model, inputs)
     assert torch.equal(outputs(model, inputs), before)
-    plan = {layer.site.team: SitePlan(count, (0, 2, 3)) for layer in layers}
-    weights = {layer.site.team: (s, None) for layer, s in zip(layers, scales, strict=True)}
+    plan = {layer.site.team: SitePlan(count, (0, 2, 3)) for layer, _ in layers}
+    weights = {layer.site.team: (each, None) for layer, each in layers}
     apply_plan(model, Plan(model.config.model_type, "auto", {}, experts=plan), weights)
     # Routers give weights in float32, which scales are multiplied into here, and not into W.
     torch.testing.assert_close(found, outputs(model, inputs), rtol=1e-4, atol=1e-5)
