@@ -64,6 +64,8 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
     with evaluating(model):
         for batch in read_batches(Bar(batches, desc="evaluate", shown=progress)):
             batch = batch.to(device)
+            if "input_ids" not in batch.inputs:
+                raise InputError("perplexity: each batch needs input_ids, the tokens to predict")
             ids = batch.inputs["input_ids"]
             mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
             inputs = complete_inputs(model, batch.inputs) | {"attention_mask": mask.to(ids.dtype)}

@@ -83,6 +83,8 @@ def measure_latency(
         If the model has no such phase, or not so many positions, or lies on several devices.
     """
     at = sites(model) if at is None else list(at)
+    if not at:
+        raise InputError("latency: there is no site to measure; give at least one")
     refuse_experts(at, "latency: seconds by size are measured of", 'use of="flops"')
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:

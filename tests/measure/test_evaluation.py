@@ -102,6 +102,8 @@ def test_nothing_to_predict_is_refused():
     for batches in ([], [torch.tensor([[5]])]):
         with pytest.raises(InputError, match="no token to predict"):
             perplexity(model, batches)
+    with pytest.raises(InputError, match="each batch needs input_ids"):
+        perplexity(model, [{"inputs_embeds": torch.ones(2, 5, 40)}])
     with pytest.raises(InputError, match="at least one batch"):
         kl_divergence(model, model, [])
 

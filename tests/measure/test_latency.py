@@ -157,6 +157,11 @@ def test_phases_and_lengths_that_a_model_lacks():
         Budget(0.8, "latency", latency_batch=0)
 
 
+def test_a_model_without_sites_is_refused():
+    with pytest.raises(InputError, match="no site to measure"):
+        measure_latency(tiny("llama"), Budget(0.8, "latency", **SHORT), [])
+
+
 def test_a_model_on_several_devices_is_refused():
     model = tiny("mistral")
     model.lm_head.to("meta")
