@@ -14,6 +14,7 @@ from liar_ext.models.plan import Budget, Plan, SitePlan
 from liar_ext.models.sites import Site, attn_unit_of
 from liar_ext.models.slicing import allowed_counts
 from liar_ext.selection.costs import Costs, choose
+from liar_ext.selection.criteria import check_given
 from liar_ext.system.errors import InputError
 
 
@@ -58,17 +59,40 @@ def allocate(
     Raises
     ------
     InputError
-        If the method is unknown, ``curve`` lacks its losses, or no plan can meet the budget.
+        If the method is unknown, scores or losses are missing or not finite, or no plan can meet
+        the budget.
     """
     problem = check_budget(at, budget, method, costs or Costs.of(at, budget, total))
-    if method == "curve" and losses is None:
-        raise InputError("allocate: method curve needs losses, such as those of error_curves")
+    _check_values(at, scores, "scores", lambda site: (site.units, site.d_in))
+    if method == "curve":
+        if losses is None:
+            raise InputError("allocate: method curve needs losses, such as those of error_curves")
+        _check_values(at, losses, "losses", lambda site: (site.units + 1,))
     if method == "global":
         scores = {site.name: _metric(site, scores[site.name]) for site in at}
     steps = _METHODS[method](problem, losses if method == "curve" else scores)
     pairs = zip(problem.teams, steps, strict=True)
     counts = {site.name: team.counts[step] for team, step in pairs for site in team.sites}
     return _plan(at, scores, counts, model_type, {**budget.to_dict(), "allocation": method})
+
+
+def _check_values(
+    at: Sequence[Site],
+    values: Mapping[str, Tensor],
+    what: str,
+    sizes: Callable[[Site], tuple[int, ...]],
+) -> None:
+    """Raise InputError unless every site has finite values, as many as one of some sizes."""
+    if not at:
+        raise InputError("allocate: there is no site to prune; give at least one")
+    check_given(at, values, f"allocate: {what}")
+    for site in at:
+        found, fits = values[site.name], sizes(site)
+        if len(found) not in fits or not found.isfinite().all():
+            raise InputError(
+                f"allocate: {what} must be {' or '.join(map(str, fits))} finite numbers for "
+                f"{site.name}, got {len(found)}; give those of the same sites of the same model"
+            )
 
 
 def even_plan(

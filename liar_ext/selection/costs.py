@@ -76,6 +76,8 @@ class Costs:
 
     def check(self, at: Sequence[Site]) -> None:
         """Raise InputError unless every site has a cost of at least 0 for every count."""
+        if not 0.0 <= self.total < math.inf:
+            raise InputError(f"allocate: the total cost must be at least 0, got {self.total}")
         for site in at:
             costs = self.by_count.get(site.name, ())
             known = all(0.0 <= cost < math.inf for cost in costs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +112,8 @@ def score(
     Raises
     ------
     InputError
-        If the criterion is unknown, lacks the batches that it needs, or its scores are not finite.
+        If the criterion is unknown, lacks the batches that it needs, or its scores are not finite,
+        or the bank lacks a site.
     """
     if per not in PER:
         raise InputError(f"score: per must be one of {', '.join(PER)}, got {per!r}")
@@ -126,6 +127,7 @@ def score(
             )
         with showing_bars(progress):
             gradients = collect_gradients(model, batches, at)
+    check_given(at, bank, "score: moments")
     scores = {}
     for site in at:
         moments, own = bank[site.name], gradients.get(site.name)
@@ -142,7 +144,7 @@ def score(
         )
         # Of an expert that no token reached only the weights are known.
         function = chosen if moments.tokens.sum() > 0 else magnitude
-        values = function(stats).to(device)
+        values = torch.as_tensor(function(stats), device=device)
         if values.shape not in ((site.units,), (site.d_in,)) or not torch.isfinite(values).all():
             raise InputError(
                 f"score: criterion {criterion} must give {site.units} finite scores at "
@@ -150,6 +152,15 @@ def score(
             )
         scores[site.name] = values if per == "feature" else site.per_unit(values)
     return scores
+
+
+def check_given(at: Iterable[Site], given: Mapping[str, object], what: str) -> None:
+    """Raise InputError unless there is something for every site."""
+    if missing := [site.name for site in at if site.name not in given]:
+        raise InputError(
+            f"{what} are missing for {', '.join(missing[:5])}; give those of the same sites of "
+            "the same model"
+        )
 
 
 @criterion("random")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,7 @@ from liar_ext.reconstruction.ladder import factor_with_damp, in_file, oom_fallba
 from liar_ext.reconstruction.solve import reconstruct_shared, with_bias
 from liar_ext.selection.allocation import allocate, probe_plan, removal_order
 from liar_ext.selection.costs import Costs
+from liar_ext.selection.criteria import check_given
 from liar_ext.system.errors import InputError, naming_memory
 from liar_ext.system.progress import Bar
 
@@ -72,10 +74,15 @@ def error_curves(
     Raises
     ------
     InputError
-        If λ leaves a Gram matrix singular.
+        If λ isn't finite or leaves a Gram matrix singular, or moments or scores of a site are
+        missing.
     MemoryError
         If there is no memory, and no room for a file either.
     """
+    if not 0.0 <= damp < math.inf:
+        raise InputError(f"error_curves: damp must be finite and at least 0, got {damp}")
+    check_given(at, bank, "error_curves: moments")
+    check_given(at, scores, "error_curves: scores")
     curves = {}
     for site in Bar(at, desc="curves", shown=progress):
         moments = bank[site.name]

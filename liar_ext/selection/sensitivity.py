@@ -19,6 +19,7 @@ from liar_ext.models.residual_stream import Weights
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.models.whole import why_lent
+from liar_ext.selection.criteria import check_given
 from liar_ext.system.checkpoint_store import Checkpoint, reading
 from liar_ext.system.distributed import gather, rank, world_size
 from liar_ext.system.errors import InputError
@@ -148,7 +149,9 @@ def site_divergences(
     """
     every = sites(model, attn_unit=plan.attn_unit)
     at = {site.name: site for site in every}
+    plan.check_sites(at, "site_divergences")
     parts = [at[name] for name, site_plan in plan.sites.items() if site_plan.removed]
+    check_given(parts, weights, "site_divergences: weights")
     probes = {", ".join(site.name for site in some): some for some in teams_of(parts).values()}
     blocks, places = blocks_before(model, every)
     given: list = []  # what the blocks of the dense model give

@@ -322,3 +322,21 @@ def test_select_breaks_ties_by_index():
     assert select(torch.zeros(5), 3) == (0, 1, 2)
     assert select(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2) == (1, 3)
     assert select(torch.tensor([9.0, 8.0, 1.0, 2.0]), 2, groups=2) == (0, 3)
+
+
+def test_values_that_are_not_those_of_the_sites_are_refused(llama, losses):
+    _, at, scores = llama
+    first, budget = at[0].name, Budget(0.5, "prunable")
+
+    def refused(said, at=at, scores=scores, budget=budget, method="curve", **more):
+        with pytest.raises(InputError, match=said):
+            allocate(at, scores, budget, method, **{"losses": losses, **more})
+
+    refused("there is no site", at=[])
+    refused("scores are missing for 0.attn, 0.mlp", scores={})
+    refused("losses are missing for 0.mlp", losses={first: losses[first]})
+    refused("losses must be 5 finite numbers for 0.attn, got 4", losses={**losses, **scores})
+    for values, name in ((scores, "scores"), (losses, "losses")):
+        damaged = {**values, first: values[first] * torch.nan}
+        refused(f"{name} must be .* finite numbers for 0.attn", **{name: damaged})
+    refused("the total cost must be at least 0, got nan", budget=Budget(0.5), total=float("nan"))

@@ -111,6 +111,8 @@ def test_unknown_and_broken_criteria(job):
     model, bank, at, _ = job
     with pytest.raises(InputError, match="unknown criterion 'best'; known: fisher, magnitude, obs"):
         score(model, bank, at, "best")
+    with pytest.raises(InputError, match="score: moments are missing for 0.attn, 0.mlp"):
+        score(model, {}, at)
     with pytest.raises(InputError, match="needs must be one of"):
         criterion("x", needs="magic")
 
@@ -118,11 +120,13 @@ def test_unknown_and_broken_criteria(job):
     def nan(stats):
         return torch.full((stats.weight.shape[1] // stats.width,), float("nan"))
 
+    criterion("listed")(lambda stats: [1.0, 2.0])
     try:
-        with pytest.raises(InputError, match="give 4 finite scores at 0.attn, or 32 by feature"):
-            score(model, bank, at, "nan")
+        for name in ("nan", "listed"):
+            with pytest.raises(InputError, match="give 4 finite scores at 0.attn, or 32 by featur"):
+                score(model, bank, at, name)
     finally:
-        del _CRITERIA["nan"], CRITERIA["nan"]
+        del _CRITERIA["nan"], _CRITERIA["listed"], CRITERIA["nan"], CRITERIA["listed"]
 
 
 @pytest.mark.parametrize("attn_unit", ["kv_group", "head"])

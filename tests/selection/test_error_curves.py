@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import forked
 import pytest
 import torch
@@ -112,6 +114,20 @@ def test_curves_of_a_model(attn_unit):
             for fold in range(FOLDS)
         )
         torch.testing.assert_close(curves[site.name], want / want[-1])
+
+
+def test_curves_of_what_is_missing_or_infinite_are_refused():
+    model = tiny("llama")
+    at = sites(model)
+    bank = calibrate(model, [tiny_inputs(model, batch=8)], at)
+    scores = score(model, bank, at, "wifv")
+    with pytest.raises(InputError, match="moments are missing for 0.attn"):
+        error_curves(model, {}, at, scores)
+    with pytest.raises(InputError, match="scores are missing for 0.attn"):
+        error_curves(model, bank, at, {})
+    for damp in (math.inf, math.nan, -1.0):
+        with pytest.raises(InputError, match="damp must be finite and at least 0"):
+            error_curves(model, bank, at, scores, damp=damp)
 
 
 def test_a_site_without_output_has_no_error():

@@ -135,6 +135,8 @@ def test_no_batch_is_refused():
     model, _, plan, weights = job("llama")
     with pytest.raises(InputError, match="must be finite, got none"):
         site_divergences(model, [], plan, weights)
+    with pytest.raises(InputError, match="weights are missing for 0.attn"):
+        site_divergences(model, [], plan, {})
     with pytest.raises(InputError, match="needs at least one batch"):
         kl_divergence(model, model, [])
 
