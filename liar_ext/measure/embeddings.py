@@ -228,12 +228,18 @@ def pair_quality(
 
     ``spearman``, the rank correlation of cosines and scores; without scores ``recall_at_1``, the
     fraction of first texts to which of all second texts their own is the nearest (of two ``texts``
-    that are the same either is right); ``pairs``.
+    that are the same either is right); ``pairs``. InputError is raised if embeddings aren't finite.
     """
+    if not all(torch.isfinite(each).all() for each in (first, second)):
+        raise InputError(
+            "evaluation: embeddings must be finite, got a NaN or an infinity; load the model in a "
+            "wider dtype"
+        )
     first, second = (nn.functional.normalize(each.double(), dim=1) for each in (first, second))
     if scores is not None:
         ranks = _ranks((first * second).sum(1)), _ranks(torch.tensor(scores, dtype=torch.double))
-        found = {"spearman": float(torch.corrcoef(torch.stack(ranks))[0, 1])}
+        # 0 where all cosines are alike.
+        found = {"spearman": float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num(nan=0.0))}
     else:
         nearest = torch.cat([(rows @ second.T).argmax(1) for rows in first.split(ROWS)]).tolist()
         right = sum(texts[at] == own for at, own in zip(nearest, texts, strict=True))
@@ -317,7 +323,9 @@ def read_pairs(path: str) -> Pairs:
                 """of STS-B take awk -F'\\t' '{print $6"\\t"$7"\\t"$5}'"""
             )
         rows.append((*(checked(text, where) for text in texts), *map(float, scores)))
-    if len({len(row) for row in rows}) != 1:
+    if not rows:
+        raise InputError(f"pairs: {path} has no lines; give one with two texts in each line")
+    if len({len(row) for row in rows}) > 1:
         raise InputError(f"pairs: {path} has lines with a score and without; give all one, or none")
     first, second, *scores = map(list, zip(*rows, strict=True))
     told = scores[0] if scores else second

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from liar_ext import InputError
-from liar_ext.measure.embeddings import Pairs, read_pairs
+from liar_ext.measure.embeddings import Pairs, pair_quality, read_pairs
 
 
 def test_a_line_is_a_pair_of_texts_with_a_score_or_without(tmp_path):
@@ -34,6 +35,7 @@ def test_a_line_is_a_pair_of_texts_with_a_score_or_without(tmp_path):
         ("a.tsv", "a\tb\t1", "all lines of .* end with 1.0; give more pairs"),
         ("a.tsv", "a\tb\t1\nd\te\t1", "all lines of .* end with 1.0"),
         ("a.tsv", "a\tb\nd\tb", "all lines of .* end with b"),
+        ("a.tsv", "\n\n", "a.tsv has no lines"),
         ("a.jsonl", '["a", "b"]\n{', "a.jsonl line 2 must have two texts"),
         ("a.jsonl", '["a", "b", true]\n["c", "d", 1]', "line 1 must have two texts"),
         ("a.jsonl", '["a", "b", 1, 2]\n3', "line 1 must have two texts"),
@@ -44,6 +46,15 @@ def test_what_is_no_pair_is_told(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=said):
         read_pairs(str(tmp_path / name))
+
+
+def test_embeddings_that_say_nothing_have_no_correlation():
+    """Ranks of NaNs would be those of their places."""
+    texts, scores, x = ["a", "b", "c"], [1.0, 2.0, 3.0], torch.eye(3)
+    assert pair_quality(x, x, texts, scores) == {"spearman": 0.0, "pairs": 3}
+    for known in (scores, None):
+        with pytest.raises(InputError, match="embeddings must be finite"):
+            pair_quality(x, x * torch.nan, texts, known)
 
 
 def test_a_file_that_is_missing_is_told(tmp_path):
