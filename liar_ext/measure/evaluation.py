@@ -68,7 +68,9 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
                 raise InputError("perplexity: each batch needs input_ids, the tokens to predict")
             ids = batch.inputs["input_ids"]
             mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
-            inputs = complete_inputs(model, batch.inputs) | {"attention_mask": mask.to(ids.dtype)}
+            inputs = complete_inputs(model, batch.inputs)
+            if inputs.get("attention_mask", ids).dim() == 2:  # else it says who sees whom
+                inputs["attention_mask"] = mask.to(ids.dtype)
             output = model(**inputs, use_cache=False)
             if getattr(output, "logits", None) is None or output.logits.shape[:2] != ids.shape:
                 raise InputError("perplexity: needs a causal language model with token logits")

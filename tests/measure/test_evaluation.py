@@ -66,6 +66,17 @@ def test_a_batch_needs_no_mask():
     assert perplexity(model, [{**batch, "labels": batch["input_ids"]}]) == whole
 
 
+@torch.no_grad()
+def test_a_mask_that_says_who_sees_whom_is_kept():
+    model, ids = tiny("llama"), tiny_inputs(tiny("llama"), batch=2, tokens=9)["input_ids"]
+    alone = torch.eye(9, dtype=torch.bool).expand(2, 1, 9, 9)
+    places = torch.arange(9).repeat(2)[:, None]
+    logits = model(ids.reshape(-1, 1), position_ids=places).logits.view(2, 9, -1)
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    found = perplexity(model, [{"input_ids": ids, "attention_mask": alone}])
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_only_causal_models_have_a_perplexity(family):
     model = tiny(family)
