@@ -212,8 +212,8 @@ class _Solver:
 
     def _fit_norm(self, path: str, norm: nn.Module, both: Moments, kept: Tensor) -> Solution:
         bias = getattr(norm, "bias", None)
-        slope, offset, solution = fit_norm(both, kept, bias is not None)
-        self.scales[path] = slope, offset
+        solution = fit_norm(both, kept, bias is not None)
+        slope, offset = self.scales[path] = solution.weight, solution.bias
         added = stream_of(self.model).norm_offset
         weight = slope * (norm.weight[kept].double() + added) - added
         new_bias = None if bias is None else slope * bias[kept].double() + offset
@@ -259,11 +259,11 @@ def lost_moments(both: Moments, kept: Tensor, slope: Tensor, offset: Tensor) -> 
     return Moments(gram, total, both.count)
 
 
-def fit_norm(both: Moments, kept: Tensor, with_offset: bool) -> tuple[Tensor, Tensor, Solution]:
+def fit_norm(both: Moments, kept: Tensor, with_offset: bool) -> Solution:
     """Fit scale s and offset c of each feature of a narrowed norm to what the dense norm puts out.
 
-    ``min Σ_t (s_j v_jt + c_j − x_jt)²`` for every j in K; c is 0 without ``with_offset``. Errors
-    are relative to ``Σ |x|²``, removed features included.
+    ``min Σ_t (s_j v_jt + c_j − x_jt)²`` for every j in K; c is 0 without ``with_offset``. They are
+    weight and bias of the solution. Errors are relative to ``Σ |x|²``, removed features included.
     """
     n = len(kept)
     here = torch.arange(n, device=kept.device)
@@ -294,5 +294,4 @@ def fit_norm(both: Moments, kept: Tensor, with_offset: bool) -> tuple[Tensor, Te
     slope, offset = fit(whole)
     held_out = sum(error(whole[1 - f : 2 - f], *fit(whole[f : f + 1])) for f in range(FOLDS))
     errors = (ratio(each, energy.sum()) for each in (error(whole, slope, offset), held_out))
-    solution = Solution(slope, offset, 0.0, *errors, 1.0, "norm only, least squares")
-    return slope, offset, solution
+    return Solution(slope, offset, 0.0, *errors, 1.0, "norm only, least squares")

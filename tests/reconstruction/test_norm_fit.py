@@ -31,7 +31,8 @@ def test_what_is_affine_is_fitted_exactly():
     v, x = problem()
     slope, offset = torch.tensor([2.0, -0.5, 1.0]), torch.tensor([0.3, 0.0, -1.0])
     x[..., KEPT] = v * slope + offset
-    got_slope, got_offset, solution = fit_norm(both(v, x), KEPT, with_offset=True)
+    solution = fit_norm(both(v, x), KEPT, with_offset=True)
+    got_slope, got_offset = solution.weight, solution.bias
     torch.testing.assert_close(got_slope, slope.double())
     torch.testing.assert_close(got_offset, offset.double())
     removed = [1, 4]
@@ -42,7 +43,8 @@ def test_what_is_affine_is_fitted_exactly():
 @pytest.mark.parametrize("with_offset", [True, False])
 def test_scales_are_least_squares_and_errors_those_of_the_tokens(with_offset):
     v, x = problem()
-    slope, offset, solution = fit_norm(both(v, x), KEPT, with_offset)
+    solution = fit_norm(both(v, x), KEPT, with_offset)
+    slope, offset = solution.weight, solution.bias
 
     def fit(v, x):
         columns = []
@@ -70,7 +72,8 @@ def test_scales_are_least_squares_and_errors_those_of_the_tokens(with_offset):
 def test_a_feature_without_spread_keeps_its_scale():
     v, x = problem()
     v[..., 1] = 0.7
-    slope, offset, solution = fit_norm(both(v, x), KEPT, with_offset=True)
+    solution = fit_norm(both(v, x), KEPT, with_offset=True)
+    slope, offset = solution.weight, solution.bias
     assert slope[1] == 1.0
     assert float(offset[1]) == pytest.approx(float(x[..., 2].mean()) - 0.7)
     assert 0 < solution.error < 1
