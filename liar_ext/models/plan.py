@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,14 +202,20 @@ class Plan:
     experts: Mapping[str, SitePlan] = field(default_factory=dict)
     blocks: SitePlan | None = None
 
-    def check_sites(self, held: Collection[str], operation: str) -> None:
-        """Raise InputError unless every site of the plan is in ``held``."""
+    def check_sites(self, held: Mapping[str, int], operation: str) -> None:
+        """Raise InputError unless every site of the plan is ``held``, with as many units."""
         missing = [name for name in self.sites if name not in held]
         if missing:
             raise InputError(
                 f"{operation}: model and moments must hold every site of the plan, missing "
                 f"{', '.join(missing[:5])}; give those that the plan was made from"
             )
+        for name, site in self.sites.items():
+            if site.units != held[name]:
+                raise InputError(
+                    f"{operation}: {name} has {held[name]} units, the plan counts {site.units}; "
+                    "give the model that the plan was made from"
+                )
 
     def after(self, first: Plan) -> Plan:
         """Return the plan that does what ``first`` does to a model, and then what this one does.

@@ -126,7 +126,7 @@ def solve_layerwise(
     left out.
     """
     every = [site for block in walk.blocks.layers for layer in block.values() for site in layer]
-    plan.check_sites({site.name for site in every}, "layerwise")
+    plan.check_sites({site.name: site.units for site in every}, "layerwise")
     solver = LayerwiseSolver(walk, plan, mode, damp, gone)
     planned = max((walk.blocks.index_of(s) for s in every if s.name in plan.sites), default=-1)
     count = planned + 1 if along is None and not gone else len(walk.blocks)

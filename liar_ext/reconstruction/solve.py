@@ -273,7 +273,8 @@ def reconstruct(
     """
     check_settings(mode, damp)
     by_name = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
-    plan.check_sites(by_name.keys() & bank.keys(), "reconstruct")
+    held = {name: site.units for name, site in by_name.items() if name in bank}
+    plan.check_sites(held, "reconstruct")
     weights, rows = {}, []
     routed = getattr(bank, "source", {}).get("routed", {})
     for name, kept in Bar(plan.sites.items(), desc="reconstruct", shown=progress):

@@ -149,7 +149,7 @@ def site_divergences(
     """
     every = sites(model, attn_unit=plan.attn_unit)
     at = {site.name: site for site in every}
-    plan.check_sites(at, "site_divergences")
+    plan.check_sites({site.name: site.units for site in every}, "site_divergences")
     parts = [at[name] for name, site_plan in plan.sites.items() if site_plan.removed]
     check_given(parts, weights, "site_divergences: weights")
     probes = {", ".join(site.name for site in some): some for some in teams_of(parts).values()}

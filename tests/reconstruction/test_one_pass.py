@@ -175,6 +175,9 @@ def test_a_plan_for_another_model_or_bank_is_refused():
         reconstruct(model, part, plan)
     with pytest.raises(InputError, match="reconstruct: .* missing 2.attn, 2.mlp"):
         reconstruct(tiny("llama", num_hidden_layers=2), bank, plan)
+    wider = Plan("llama", "kv_group", kept | {"1.mlp": SitePlan(48, (40,))})
+    with pytest.raises(InputError, match="1.mlp has 24 units, the plan counts 48"):
+        reconstruct(model, bank, wider)
     with pytest.raises(InputError, match="mode must be one of auto, none, bias, linear, affine"):
         reconstruct(model, bank, plan, mode="ridge")
     with pytest.raises(InputError, match='damp must be "auto" or a number >= 0'):

@@ -14,6 +14,8 @@ from tiny import TINY, outputs, tiny, tiny_inputs
 from liar_ext import (
     Budget,
     InputError,
+    Plan,
+    SitePlan,
     apply_plan,
     calibrate,
     kl_divergence,
@@ -137,6 +139,8 @@ def test_no_batch_is_refused():
         site_divergences(model, [], plan, weights)
     with pytest.raises(InputError, match="weights are missing for 0.attn"):
         site_divergences(model, [], plan, {})
+    with pytest.raises(InputError, match="0.mlp has 24 units, the plan counts 48"):
+        site_divergences(model, [], Plan("llama", "auto", {"0.mlp": SitePlan(48, (40,))}), {})
     with pytest.raises(InputError, match="needs at least one batch"):
         kl_divergence(model, model, [])
 
