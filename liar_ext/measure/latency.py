@@ -259,7 +259,7 @@ def _phases(model: nn.Module, budget: Budget) -> dict[str, int]:
     times = {"prefill": 1, "decode": budget.latency_new_tokens if generates else 0}
     times = {each: count for each, count in times.items() if count and phase in (each, "both")}
     decoded = max(budget.latency_new_tokens, MOST_RUNS + 1) if "decode" in times else 0
-    check_length(model, budget.latency_prompt, decoded)
+    check_length(model, budget.latency_prompt, decoded, "latency")
     return times
 
 

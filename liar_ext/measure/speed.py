@@ -254,14 +254,14 @@ def check_models(models: Mapping[str, nn.Module], settings: Settings) -> None:
         check_length(model, settings.prompt_length, settings.new_tokens)
 
 
-def check_length(model: nn.Module, prompt: int, new_tokens: int) -> None:
+def check_length(model: nn.Module, prompt: int, new_tokens: int, operation: str = "bench") -> None:
     """Raise InputError if a model that reads tokens has fewer positions than a request takes."""
     reads, positions = any(n.endswith("_ids") for n in inputs_read(model)), positions_of(model)
     needed = prompt + (new_tokens if predicts_next_token(model) else 0)
     if reads and positions is not None and needed > positions:
         raise InputError(
-            f"bench: {type(model).__name__} has {positions} positions, and prompt and new tokens "
-            f"take {needed}; give a smaller prompt length, or fewer new tokens"
+            f"{operation}: {type(model).__name__} has {positions} positions, and prompt and new "
+            f"tokens take {needed}; give a smaller prompt length, or fewer new tokens"
         )
 
 
