@@ -154,6 +154,7 @@ def _pictures(report: Report, svgs: dict[str, str | None]) -> list[dict[str, Any
 MOST_DRIFT = 1.1  # of a dense model's speed between measurements
 # What two measurements must share to be compared.
 CONDITIONS = ("dtype", "device", "threads", "prompt_length", "new_tokens", "cpu")
+LOW = ("perplexity", "divergence")  # measures of which a lower number is better
 SPEEDS = {"decode": "greedy tokens/s", "encode": "inputs/s"}
 What = tuple[str, int | None]  # a speed, and a batch size
 
@@ -191,7 +192,7 @@ def write_comparison(
     rows = [_row(run, what, measures) for run in runs]
     with pictures.drawing("compare") as figures:
         drawn = {
-            name: scatter(figures, quality_points(runs, name), name, lower_is_better=is_low(name))
+            name: scatter(figures, quality_points(runs, name), name, lower_is_better=name in LOW)
             for name in measures
         }
         drawn["speed"] = scatter(figures, speed_points(runs, what), SPEEDS[what[0]])
@@ -280,11 +281,6 @@ def measures_of(runs: Sequence[Run]) -> list[str]:
     return [name for name in tables.MEASURES if name in found] or ["perplexity"]
 
 
-def is_low(measure: str) -> bool:
-    """Tell whether a lower number is better."""
-    return measure in ("perplexity", "divergence")
-
-
 def quality_points(runs: Sequence[Run], measure: str) -> list[Point]:
     """Return the numbers of a measure, those of the dense models once each."""
     points = [
@@ -313,7 +309,7 @@ def _plots(
 ) -> list[dict[str, Any]]:
     shown = []
     for name in measures:
-        better = "Lower" if is_low(name) else "Higher"
+        better = "Lower" if name in LOW else "Higher"
         said = f"{better} is better. Filled: pruned, with its number in the table; hollow: dense."
         heading, missing = f"{name.capitalize()} against parameters", "liar prune with --eval TEXT"
         shown.append(picture(heading, svgs.get(name), said, f"Run {missing}."))
