@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -91,6 +92,11 @@ class DenseEncoder:
                 return
             rest = Bar(batches[1:], desc="evaluate")
             self._outputs = [first, *(DenseOutputs(dense, batch, positions) for batch in rest)]
+        if not any(map(len, self._outputs)):
+            raise InputError(
+                f"evaluation: no output of {type(dense).__name__}, the dense model, is finite; "
+                "load it in a wider dtype"
+            )
         self.own = {"divergence": 0.0, "agreement": 1.0, **facts}
         if first.name == "scores":
             self._scores = torch.cat([each.dense for each in self._outputs])
@@ -205,7 +211,10 @@ def shared_neighbours(x: Tensor, y: Tensor, count: int = NEIGHBOURS) -> float:
     """Return ``(1/n) Σ |N(xᵢ) ∩ N(yᵢ)| / count``, N the other rows with the greatest cosine.
 
     ``x`` and ``y`` are ``(n, features)``, of as many features as each has, and n is above count.
+    NaN if one of them isn't finite.
     """
+    if not all(torch.isfinite(each).all() for each in (x, y)):
+        return math.nan
     x, y = (nn.functional.normalize(each.double(), dim=1) for each in (x, y))
     shared = 0
     for rows in torch.arange(len(x)).split(ROWS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -215,6 +216,15 @@ def test_nothing_to_compare_is_refused():
     for other in (tiny("roberta"), tiny("bert", num_labels=1), tiny("bert", num_labels=3)):
         with pytest.raises(InputError, match="give the model that was pruned as the dense one"):
             encoder_similarity(classifier, other, [tiny_inputs(classifier)])
+
+
+def test_what_is_no_number_is_like_nothing():
+    x = torch.randn(20, 4)
+    assert math.isnan(shared_neighbours(x, x * torch.nan))
+    broken = tiny("bert")
+    broken.classifier.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="no output of Bert.*, the dense model, is finite"):
+        encoder_similarity(tiny("bert"), broken, [tiny_inputs(broken)])
 
 
 def test_spearman_shares_the_ranks_of_ties():
