@@ -9,9 +9,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -45,20 +44,15 @@ OWN = ("quiet", "json", "progress", "out", "bank", "checkpoint")
 HEALED = ("before", "after", "tokens", "seconds")  # what JSON says of training
 
 
-def _call(module: str, function: str, options: argparse.Namespace) -> int:
-    """Call a function of a module of commands, which imports torch, and return an exit code."""
-    code = getattr(import_module(f"liar_ext.cli.{module}"), function)(options)
-    return code if isinstance(code, int) else 0
-
-
-INFO = ("bench", "compare", "doctor", "export", "families", "report", "verify")
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    **{name: partial(_call, name, "run") for name in ("prune", "calibrate", "resume", "heal")},
-    **{name: partial(_call, "info", f"run_{name}") for name in INFO},
-    "compare-methods": partial(_call, "evaluate", "run_compare_methods"),
-    "eval": partial(_call, "evaluate", "run"),
-    "merge": partial(_call, "calibrate", "run_merge"),
-    "sweep": partial(_call, "calibrate", "run_sweep"),
+# Module and function of each command; they import torch, and return an exit code or None.
+COMMANDS = {
+    **{name: (name, "run") for name in ("prune", "calibrate", "resume", "heal")},
+    **{name: ("info", f"run_{name}") for name in ("bench", "compare", "doctor", "export")},
+    **{name: ("info", f"run_{name}") for name in ("families", "report", "verify")},
+    "compare-methods": ("evaluate", "run_compare_methods"),
+    "eval": ("evaluate", "run"),
+    "merge": ("calibrate", "run_merge"),
+    "sweep": ("calibrate", "run_sweep"),
 }
 
 
@@ -161,7 +155,8 @@ def _run(options: argparse.Namespace) -> tuple[int, object]:
 
     try:
         meet(options)
-        code = COMMANDS[options.command](options) or 0
+        module, function = COMMANDS[options.command]
+        code = getattr(import_module(f"liar_ext.cli.{module}"), function)(options) or 0
         print(end="", flush=True)
         leave()
         return code, None

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import (
-    FOLDS,
-    Batch,
-    Batches,
-    probe_batches,
-)
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, probe_batches
 from liar_ext.calibration.collect import Passes
 from liar_ext.calibration.divergence import DenseOutputs, Divergence
 from liar_ext.job.state import Evaluation, Job

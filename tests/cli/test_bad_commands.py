@@ -9,7 +9,6 @@ from reliability import commands
 
 from liar_ext import InputError
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.cli.main import COMMANDS
 from liar_ext.export import export
 from liar_ext.measure.evaluation import load_tasks
 from liar_ext.report.pictures import drawing
@@ -42,7 +41,7 @@ def test_what_is_bad_would_be_seen(inputs, monkeypatch, verdict):
             (work / "litter").write_text("")
         raise OSError("a line") if verdict == "left behind" else KeyError("x")
 
-    monkeypatch.setitem(COMMANDS, "verify", wrong)
+    monkeypatch.setattr("liar_ext.cli.info.run_verify", wrong)
     assert commands.attempt(["verify", "x"], work)[0] == verdict
 
 

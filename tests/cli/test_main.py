@@ -21,7 +21,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 
 from liar_ext import InputError, Report, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
-from liar_ext.cli.main import COMMANDS, parser, say
+from liar_ext.cli.main import parser, say
 from liar_ext.cli.options import error_lines
 from liar_ext.system.progress import no_bars
 
@@ -138,7 +138,7 @@ def test_too_little_memory_says_what_to_do(error, monkeypatch, capsys):
     def prune(options):
         raise error
 
-    monkeypatch.setitem(COMMANDS, "prune", prune)
+    monkeypatch.setattr("liar_ext.cli.prune.run", prune)
     assert run("prune", "model", "--calibration", "text", "--keep", 0.7, "--out", "out") == 2
     said = capsys.readouterr().err.replace("\nhint: ", "; ")
     assert said.startswith("error: ") and said.count("\n") == 1
@@ -149,7 +149,7 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
     def prune(options):
         raise RuntimeError("a shape is wrong")
 
-    monkeypatch.setitem(COMMANDS, "prune", prune)
+    monkeypatch.setattr("liar_ext.cli.prune.run", prune)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         run("prune", "model", "--calibration", "text", "--out", "out")
 
@@ -238,7 +238,8 @@ def test_text_that_does_not_vary_is_warned_of(llama_folder, tmp_path, capsys):
 
 
 def test_a_warning_is_a_line_where_python_makes_errors_of_warnings(monkeypatch, capsys):
-    monkeypatch.setitem(COMMANDS, "families", lambda _: warnings.warn("of the text", stacklevel=2))
+    families = "liar_ext.cli.info.run_families"
+    monkeypatch.setattr(families, lambda _: warnings.warn("of the text", stacklevel=2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run("families") == 0
