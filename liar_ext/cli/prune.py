@@ -31,7 +31,7 @@ from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import Job
 from liar_ext.models.recipe import Recipe
-from liar_ext.models.recipe_checks import CompressOptions, check_keywords
+from liar_ext.models.recipe_checks import CompressOptions, check_keywords, is_number
 from liar_ext.report.report import Report
 from liar_ext.report.sections import vocabulary_lines
 from liar_ext.system.distributed import alone, is_first
@@ -150,7 +150,7 @@ def _settle_healing(model: str, options: argparse.Namespace) -> None:
         if options.heal and why:
             warnings.warn(f"prune: the preset does not train the result, as {why}", stacklevel=2)
             options.heal = 0.0
-    elif not 0 <= options.heal < math.inf:
+    elif not 0 <= options.heal < 1e18:  # as --minutes of liar heal
         raise InputError(f"prune: heal must be a number of minutes, got {options.heal}")
     elif options.heal and why:
         raise InputError(
@@ -281,6 +281,8 @@ def compress(
             f"compress: model must be a folder, a hub id or a GGUF file, got a {kind}; "
             "liar_ext.prune takes a loaded model"
         )
+    if not isinstance(out, str | os.PathLike) or not os.fspath(out):
+        raise InputError(f"compress: out must be a folder to write, got {out!r}")
     max_memory, overwrite = options.pop("max_memory", None), options.pop("overwrite", False)
     minutes = options.pop("heal", None)
     given = dict(options, model=os.fspath(model))
@@ -310,8 +312,11 @@ def compress(
 
 
 def _read(kind: Callable[[str], Any], name: str, value: Any) -> Any:
-    """Read text as the command does; what is no text stays as it is."""
+    """Read text as the command does; a number, and None, stay as they are."""
     try:
-        return kind(value) if isinstance(value, str) else value
+        value = kind(value) if isinstance(value, str) else value
     except argparse.ArgumentTypeError as error:
         raise InputError(f"compress: {name} {error}") from None
+    if value is None or (is_number(value) and math.isfinite(value)):
+        return value
+    raise InputError(f"compress: {name} must be a number, or text such as 5m or 12GiB, got {value}")
