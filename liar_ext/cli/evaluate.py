@@ -346,12 +346,14 @@ def compare_methods(
 def methods_table(dense: Row, rows: Sequence[Row]) -> Table:
     """Return a row for the dense model, and one for each method over its seeds.
 
-    They are judged by the perplexity, or the first that there is of the measures of an encoder.
+    They are judged by the perplexity, or the first measure of an encoder that all of them have.
     """
     by_method = {"dense": [dense]}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
-    measure, cells = next(iter(measured(dense))), []
+    # Of fewer hidden features there is no cosine.
+    measure = next(name for name in measured(dense) if all(name in row for row in rows))
+    cells = []
     for method, runs in by_method.items():
         found = [row[measure] for row in runs]
         spread = (min(found), max(found)) if len(found) > 1 else (None, None)

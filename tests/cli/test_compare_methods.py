@@ -58,6 +58,9 @@ def test_an_encoder_is_compared_with_the_dense_one(tokenizer, corpus, capsys, tm
     found = json.loads(capsys.readouterr().out)
     assert found["dense"]["cosine"] == 1 and "perplexity" not in found["dense"]
     assert all(0 < row["cosine"] < 1 for row in found["runs"])
+    narrow = ["--methods", "liar", "--seeds", "0", "--keep=1", "--keep-hidden=0.5"]
+    assert cli.main(words(tmp_path, corpus, *narrow, "--eval-samples=16", "--quiet")) == 0
+    assert capsys.readouterr().out.split()[:3] == ["method", "parameters", "neighbours"]
 
 
 def test_the_table_has_mean_and_spread(llama_folder, corpus, capsys):
