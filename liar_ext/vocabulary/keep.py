@@ -23,6 +23,7 @@ from torch import nn
 from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint.folder import count_params
 from liar_ext.checkpoint.stock_config import dense_config, stock_of
+from liar_ext.models import recipe_checks as check
 from liar_ext.models.layers import narrow, owner_of
 from liar_ext.models.registry import config_parts, skeleton
 from liar_ext.models.running import device_of, evaluating, positions_of, predicts_next_token
@@ -187,25 +188,38 @@ def choose_tokens(
     Raises
     ------
     InputError
-        If the tokenizer or the model can't be cut, or too few tokens would stay.
+        If an argument is wrong, tokenizer or model can't be cut, or too few tokens would stay.
     """
+    keep, scripts = check.vocabulary("keep", keep), check.scripts("scripts", scripts)
+    if keep == "auto":
+        raise check.wrong("keep", "be a fraction or a number of tokens", keep)
+    if isinstance(texts, str):
+        raise check.wrong("texts", "be a list of texts", texts)
     return Counted(model, tokenizer, texts, scripts).choose(keep)
 
 
 def keep_tokens(model: nn.Module, tokenizer: Any, chosen: Choice | Sequence[int]) -> Any:
     """Slice a model in place to the tokens of a choice, and return the tokenizer that has them.
 
-    ``chosen`` may be the old ids of all tokens that stay, in their new order.
+    ``chosen`` may be the old ids of all tokens that stay, in their new order, in which those that
+    were only added to the tokenizer's own vocabulary are last.
 
     Raises
     ------
     InputError
-        If the model or the tokenizer can't be cut.
+        If the model or the tokenizer can't be cut, or not to these tokens in this order.
     """
     if not isinstance(chosen, Choice):
-        spec = spec_of(tokenizer)
-        new = json.dumps(edited(spec, read_pieces(spec), list(chosen)))
-        chosen = Choice(list(chosen), new, {})
+        spec, order = spec_of(tokenizer), list(chosen)
+        pieces = read_pieces(spec)
+        own = set(pieces.ids.values())
+        added = [at not in own for at in order]
+        if not order or len(pieces.names.keys() & order) < len(order) or added != sorted(added):
+            raise InputError(
+                "vocabulary: keep_tokens must be given tokens of the tokenizer, each once, and "
+                "those that were only added to it last; choose_tokens gives such an order"
+            )
+        chosen = Choice(order, json.dumps(edited(spec, pieces, order)), {})
     before = count_params(model)
     slice_tokens(model, chosen.order)
     gone = before - count_params(model)

@@ -406,6 +406,32 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert message in said and "Traceback" not in said and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"keep": float("nan")}, "keep must be a fraction"),
+        ({"keep": "auto"}, "keep must be a fraction or a number of tokens, got 'auto'"),
+        ({"scripts": ["klingon"]}, "name Unicode scripts such as"),
+        ({"scripts": "latin"}, "scripts must be a list of texts"),
+        ({"texts": "a text"}, "texts must be a list of texts"),
+    ],
+)
+def test_what_cannot_choose_tokens_is_refused_in_python(choices, message, folder):
+    given = {"texts": ["a text"], "keep": KEPT, **choices}
+    with pytest.raises(InputError, match=message):
+        choose_tokens(*load_model(folder), **given)
+
+
+def test_an_order_that_a_tokenizer_cannot_have_is_refused(folder):
+    model, tokenizer = load_model(folder)
+    tokenizer.add_tokens(["<extra>"])
+    rows, whole = model.get_input_embeddings(), list(range(TOKENS))
+    for order in ([], [*whole, 0], [-1, *whole], [TOKENS, *whole], [*whole, TOKENS + 1]):
+        with pytest.raises(InputError, match="tokens of the tokenizer, each once"):
+            keep_tokens(model, tokenizer, order)
+    assert model.get_input_embeddings() is rows and len(rows.weight) == TOKENS
+
+
 def test_in_python_text_is_drawn_afterwards(folder, corpus, tmp_path):
     model, tokenizer = load_model(folder)
     with pytest.raises(InputError, match="keep_vocab is no keyword in Python"):
