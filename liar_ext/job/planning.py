@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import FOLDS, Batches, check_batches, kept_batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batches, kept_batches, read_batches
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.block_source import BlockStore
@@ -95,9 +95,7 @@ class Sweep:
     known: Known = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.bank is None or self.batches is not None:
-            check_batches(self.batches)
-            self.batches = list(self.batches)
+        self.batches = kept_batches(self.batches)
         if self.bank is None:
             check_memory("sweep", sum(bytes_of_sums(site.d_in) for site in sites(self.model)))
             self.bank = calibrate(self.model, self.batches)
@@ -203,8 +201,7 @@ def sweep(
     """
     start = Recipe.build(recipe, **choices)
     keep = list(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
-    budgets = (asdict(each) if isinstance(each, Budget) else {"keep": each} for each in keep)
-    recipes = [replace(start, **each) for each in budgets]
+    recipes = [Recipe.build(start, keep=each) for each in keep]
     solves = on_result is not None or evaluate_on is not None
     points, dense, evaluator = [], None, Evaluator()
     evaluate_on = kept_batches(evaluate_on)
