@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.bank import MomentBank
-from liar_ext.calibration.batches import FOLDS, Batches, kept_batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batches, completed, kept_batches, read_batches
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.checkpoint.block_source import BlockStore
@@ -342,7 +342,7 @@ def _costs(job: Job, at: Sequence[Site]) -> list[str]:
 @torch.no_grad()
 def _rate(job: Job, at: Sequence[Site]) -> float:
     """Return the operations a second of a forward pass over one batch, timed at its second run."""
-    batch = next(read_batches(job.batches)).to(device_of(job.model))
+    batch = completed(job.model, next(read_batches(job.batches))).to(device_of(job.model))
     with evaluating(job.model):
         for _ in range(2):
             start = time.perf_counter()

@@ -57,6 +57,12 @@ def test_it_says_the_passes_that_the_job_takes(monkeypatch):
         assert said == f"passes over the calibration text: {taken} to calibrate"
 
 
+def test_an_encoder_with_a_decoder_needs_text_for_one_alone():
+    ids = torch.arange(3, 35).reshape(4, 8)
+    lines = describe(tiny("t5"), [{"input_ids": ids}], Recipe(keep=0.7))
+    assert any(line.startswith("time: about") for line in lines)
+
+
 def test_it_refuses_what_the_job_would():
     model = tiny("llama")
     with pytest.raises(InputError, match="no plan keeps 0.01"):
