@@ -69,8 +69,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         how = {"keep_text": not options.no_text, "checkpoint": saved}
         bank = calibrate(loaded.model, loaded.calibration, at, **how)
         if options.sensitivities:
-            given = loaded.model, loaded.calibration, bank
-            work = Sweep(*given, saved=saved, probe_keep=PROBE_KEEP)
+            work = Sweep(loaded.model, loaded.calibration, bank, saved=saved, probe_keep=PROBE_KEEP)
             work.plan(recipe)
             work.known.store_sensitivities(bank)
         if not is_first():
@@ -255,9 +254,8 @@ def run_sweep(options: argparse.Namespace) -> None:
 
     def save(pruned: nn.Module, report: Report) -> None:
         given.add_to(report, pruned)
-        saving = {"report": report, "tokenizer": given.tokenizer}
         with writing(folders[report.recipe.keep], options.overwrite) as path:
-            fill_folder(pruned, path, report.plan, **saving)
+            fill_folder(pruned, path, report.plan, report=report, tokenizer=given.tokenizer)
 
     more = {"bank": given.bank, "evaluate_on": given.evaluation}
     more["on_result"] = save if folders else None

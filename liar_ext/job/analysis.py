@@ -138,8 +138,8 @@ def passes_of(job: Job, base: Base, evaluation: Evaluation | None = None) -> Pas
         return None
     if job.walk is not None:
         return StreamedPasses(job, () if "experts" in base.gone else evaluation.along)
-    given = base.model, () if job.batches is None else job.batches, base.at, job.room
-    return Passes(*given, bank=job.bank, saved=job.saved)
+    batches = () if job.batches is None else job.batches
+    return Passes(base.model, batches, base.at, job.room, bank=job.bank, saved=job.saved)
 
 
 def analyze(job: Job, passes: Passes) -> Analysis:

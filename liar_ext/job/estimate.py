@@ -253,9 +253,8 @@ def bytes_by_blocks(
     ]
     fewer = 0
     if recipe.keep_experts != 1.0:
-        given = sum(map(tokens_of, batches)), at[0].d_out
-        layer = layers_of(store.model)[0]
-        cross["products"] = bytes_of_products(layer.experts, *given)
+        layer, rows = layers_of(store.model)[0], sum(map(tokens_of, batches))
+        cross["products"] = bytes_of_products(layer.experts, rows, at[0].d_out)
         held = held_by_experts(store.model, layer)  # of which one is taken without some, at a time
         fewer = max(getattr(each.owner, each.name).nbytes for each in held)
     widest = max(max(site.d_in, site.d_out) for site in at)

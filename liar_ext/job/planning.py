@@ -142,8 +142,7 @@ class Sweep:
             if batches is None:
                 raise InputError(f"sweep: {whole[0]} needs the calibration set; give batches")
             return Job(model, batches, recipe, known=Known(probe_keep=self.probe_keep))
-        given = model, self.batches, recipe, self.bank, self.known
-        return Job(*given, saved=self.saved)
+        return Job(model, self.batches, recipe, self.bank, self.known, self.saved)
 
 
 def sweep(

@@ -268,14 +268,14 @@ class ProbeStreams:
         for each in self.streams.values():
             each.advance(index)
         if group:
-            given = self.walk.model, bank, group, scores, curves, self.budget
-            here = probe_sites(*given, mode=self.mode)
+            model = self.walk.model
+            here = probe_sites(model, bank, group, scores, curves, self.budget, mode=self.mode)
             for name, team in teams_of(group).items():  # the experts of a layer together
                 some = [site for site in team if here.plan.sites[site.name].removed]
                 with ExitStack() as pruned:
                     for site in some:
-                        each = self.walk.model, site, here.plan, here.weights[site.name]
-                        pruned.enter_context(pruned_site(*each))
+                        weights = here.weights[site.name]
+                        pruned.enter_context(pruned_site(model, site, here.plan, weights))
                     if some:
                         self.streams[name] = self.dense.branch(PROBE + name, index)
             self.errors |= here.errors
@@ -286,8 +286,7 @@ class ProbeStreams:
         own = dict(zip(self.dense.numbers, self.dense.batches, strict=True))
         probes = {name: stream.answering_for for name, stream in self.streams.items()}
         with self.walk.begun(), self.walk.source.head():
-            given = self.walk.model, own, self.dense.answering_for, probes
-            values = mean_divergences(*given)
+            values = mean_divergences(self.walk.model, own, self.dense.answering_for, probes)
         measured = dict.fromkeys(self.errors, 0.0)
         for name, value in values.items():
             measured |= dict.fromkeys(self.teams[name], value)
