@@ -35,6 +35,7 @@ from liar_ext.job.vocabulary import SAME_VOCABULARY
 from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.plan import Plan
 from liar_ext.models.recipe import Recipe
+from liar_ext.models.running import inputs_read
 from liar_ext.report.reading import read_report
 from liar_ext.report.report import Report
 from liar_ext.report.sections import HEALED_BEFORE, healing_lines
@@ -188,13 +189,15 @@ def _load_teacher(folder: Path, name: str, dtype: str, device: str) -> tuple[nn.
 
 
 def _check_teacher(given: Given, model: nn.Module, folder: str) -> None:
-    """Refuse a dense model that reads text otherwise, or has other outputs."""
+    """Refuse a dense model that reads text otherwise, or has other inputs or outputs."""
     own, other = (_inner(each) for each in (load_tokenizer(folder, model), given.tokenizer))
     both = own is not None and other is not None
     if both and any(own.encode(text) != other.encode(text) for text in SAMPLES):
         raise InputError(
             f"heal: {given.recipe.model} reads text as other tokens than {folder}; {TEACHER}"
         )
+    if inputs_read(model).keys() != inputs_read(given.model).keys():
+        raise InputError(f"heal: {given.recipe.model} has other inputs than {folder}; {TEACHER}")
     mean_loss(model, Teacher(given.model), [next(small(given.judging)).select([0])])
 
 

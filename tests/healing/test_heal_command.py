@@ -349,7 +349,12 @@ def test_fewer_tokens_are_found_by_name_in_each_model_before(fewer, corpus, tmp_
 def test_a_teacher_with_other_tokens_is_refused(pruned, fewer, corpus, tmp_path, capsys):
     more = ("--keep", 1, "--keep-vocab", 320, "--quiet")
     assert cli.main(quick(fewer[0], corpus[0], tmp_path / "least", *more)) == 0
+    load_model(fewer[0])[1].save_pretrained(tmp_path / "t5")
+    tiny("t5", vocab_size=TOKENS).save_pretrained(tmp_path / "t5")
+    short = quick(tmp_path / "t5", corpus[0], tmp_path / "two", "--keep", 0.8, "--quiet")
+    assert cli.main(short) == 0
     for folder, teacher, said in (
+        (tmp_path / "two", fewer[0], "has other inputs than"),
         (pruned, fewer[0], "reads text as other tokens"),
         (fewer[1], tmp_path / "least", "lacks tokens of"),
         (pruned, pruned, "is the folder to train"),
