@@ -152,14 +152,13 @@ def _size(count: int | None) -> str:
     return "unknown" if count is None else f"{count / (1 << 30):.1f} GiB"
 
 
-# Options of the command that are no options of a format.
-OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "progress", "json")
+# Options of the command that export() has no keywords for.
+OWN = ("command", "folder", "to", "out", "quiet", "json")
 
 
 def run_export(options: argparse.Namespace) -> None:
     """Export, and print what was written and how to load it."""
     own = {name: value for name, value in vars(options).items() if name not in OWN}
-    own |= {"overwrite": options.overwrite, "progress": options.progress}
     done = export(options.folder, options.to, options.out, **own)
     lines = [f"{path}: {done.format}, {done.bytes / 1e6:,.1f} MB" for path in done.paths]
     if not options.quiet or not done.paths:
