@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import regex
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from liar_ext.system.errors import InputError
 
 STEP = 64  # vocabularies are multiples of it: kernels and tensor parallelism divide by it
 CHUNK = 256  # documents that are tokenized at once
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as byte fallback spells them
-PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 KINDS = ("BPE", "WordPiece", "Unigram")
 MOST_CHARACTERS = 512  # of a token; its derivation takes their square
 SHARED = r"[\p{Script=Common}\p{Script=Inherited}]"
@@ -97,10 +96,8 @@ class Pieces:
     def _text_of(self, name: str) -> str:
         """Return what a token writes, "" if it is a part of a character."""
         if self.byte_level:
-            try:
-                return bytes(map(_BYTE_OF.__getitem__, name)).decode()
-            except (KeyError, UnicodeDecodeError):
-                return ""
+            text = decoders.ByteLevel().decode([name])
+            return "" if "\ufffd" in text else text
         name = name.removeprefix("##") if self.kind == "WordPiece" else name
         return name.removesuffix(self.suffix) if self.suffix else name
 
@@ -144,7 +141,7 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
     if kind == "BPE":  # of a pair that is there twice the last one counts
         ranks = {_pair(merge): rank for rank, merge in enumerate(model["merges"])}
     if level:
-        always |= {ids[each] for each in byte_alphabet() if each in ids}
+        always |= {ids[each] for each in pre_tokenizers.ByteLevel.alphabet() if each in ids}
     if kind == "Unigram":  # the score of unknown characters depends on the lowest one
         scores = [score for _, score in vocab]
         always |= {scores.index(min(scores))}
@@ -165,15 +162,6 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(merge.split(" ") if isinstance(merge, str) else merge)
-
-
-def byte_alphabet() -> list[str]:
-    """Return the character that stands for each byte in byte-level tokenizers."""
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in PRINTED else chr(next(others)) for byte in range(256)]
-
-
-_BYTE_OF = {sign: byte for byte, sign in enumerate(byte_alphabet())}
 
 
 def _refused(what: str) -> InputError:

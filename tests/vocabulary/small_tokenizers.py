@@ -8,12 +8,19 @@ from typing import Any
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from liar_ext.vocabulary.pieces import BYTES, byte_alphabet
+from liar_ext.vocabulary.pieces import BYTES
 
 LETTERS = "abc"
 UNKNOWN = "é\N{SNOWMAN}"
 KINDS = ("byte-level", "byte-fallback", "BPE", "WordPiece", "Unigram", "Unigram-bytes")
 PLAIN = {"type": "Whitespace"}
+PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+
+
+def byte_alphabet() -> list[str]:
+    """Return the character that stands for each byte in byte-level tokenizers."""
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in PRINTED else chr(next(others)) for byte in range(256)]
 
 
 def spec(model: dict[str, Any], pre_tokenizer: dict[str, Any] | None = None, added=()) -> dict:

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import KINDS, bpe, load, spec, texts, tokenizers
+from small_tokenizers import KINDS, bpe, byte_alphabet, load, spec, texts, tokenizers
 
 from liar_ext.system.errors import InputError
 from liar_ext.vocabulary.pieces import (
     BYTES,
-    byte_alphabet,
     choose,
     counts_of,
     edited,
