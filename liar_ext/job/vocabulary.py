@@ -244,7 +244,7 @@ def smallest(counted: Counted, quality: VocabularyQuality) -> tuple[Choice | Non
         found = quality.compare(*smaller_copy(counted.model, counted.tokenizer, choice))
         loss = quality.loss(found)
         curve[size] = [size, loss, found["tokens_per_byte"][1]]
-        if loss <= most and (best is None or size < len(best.order)):
+        if loss <= most:  # sizes that are tried are below all good ones before
             best = replace(choice, facts=choice.facts | {"held_out": found})
         return loss <= most
 
