@@ -124,7 +124,7 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
         ids = {name: at for at, (name, _) in enumerate(vocab)}
     added = {
         each["content"]: each["id"]
-        for each in spec.get("added_tokens") or []
+        for each in spec["added_tokens"]
         if rows is None or each["id"] < rows or not each.get("special")  # which may come later
     }
     both = {**ids, **added}
@@ -139,7 +139,7 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
     falls_back = bool(model.get("byte_fallback"))
     ranks, suffix, always = {}, model.get("end_of_word_suffix") or "", set(added.values())
     if kind == "BPE":  # of a pair that is there twice the last one counts
-        ranks = {_pair(merge): rank for rank, merge in enumerate(model["merges"])}
+        ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
     if level:
         always |= {ids[each] for each in pre_tokenizers.ByteLevel.alphabet() if each in ids}
     if kind == "Unigram":  # the score of unknown characters depends on the lowest one
@@ -158,10 +158,6 @@ def read_pieces(spec: Mapping[str, Any], rows: int | None = None) -> Pieces:
         bare = ({name, name.removeprefix(inner), name.removesuffix(suffix)} for name in ids)
         always |= {at for at, some in zip(ids.values(), bare, strict=True) if 1 in map(len, some)}
     return Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown, level)
-
-
-def _pair(merge: str | Sequence[str]) -> tuple[str, ...]:
-    return tuple(merge.split(" ") if isinstance(merge, str) else merge)
 
 
 def _refused(what: str) -> InputError:
@@ -311,11 +307,10 @@ def edited(spec: Mapping[str, Any], pieces: Pieces, order: list[int]) -> dict[st
         model["vocab"] = {name: at for at, name in found}
     if pieces.kind == "BPE":
         known = model["vocab"].keys()
-        merges = [(merge, *_pair(merge)) for merge in model["merges"]]
-        model["merges"] = [m for m, a, b in merges if known >= {a, b, a + b}]
-    for each in spec.get("added_tokens") or []:
+        model["merges"] = [[a, b] for a, b in model["merges"] if known >= {a, b, a + b}]
+    for each in spec["added_tokens"]:
         each["id"] = new.setdefault(each["id"], len(new))  # beyond the rows, if it has none
-    spec["added_tokens"] = sorted(spec.get("added_tokens") or [], key=lambda each: each["id"])
+    spec["added_tokens"].sort(key=lambda each: each["id"])
     if spec.get("padding"):
         spec["padding"]["pad_id"] = _moved(spec["padding"]["pad_id"], new, "padding")
     if spec.get("post_processor"):
