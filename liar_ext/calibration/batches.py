@@ -147,7 +147,8 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
         if not fits and not (name in WHOLE and isinstance(value, list)):
             raise InputError(
                 "batches: a batch is input_ids, or a mapping of names to tensors of one row per "
-                f"sequence, got {name} of type {type(value).__name__}"
+                f"sequence, got {name} of type {type(value).__name__}; "
+                "calibration_sequences([texts], tokenizer).batches() makes them from text"
             )
     for name in inputs.keys() & {"input_ids", DECODER_IDS}:
         ids = inputs[name]

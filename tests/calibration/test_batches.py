@@ -119,6 +119,7 @@ def test_folds_and_padding_are_those_of_the_batch():
     [
         ({"input_ids": [[1, 2]]}, "got input_ids of type list"),
         ([1, 2], "got input_ids of type list"),
+        ("some text", r"got input_ids of type str; calibration_sequences\("),
         ({"fold": torch.zeros(2)}, "holds no input of the model"),
         ({"input_ids": IDS, "fold": torch.tensor([0, 2])}, r"fold must be 0 or 1"),
         ({"input_ids": IDS, "fold": torch.tensor([0])}, r"each of 2 .* got \[0\]"),
