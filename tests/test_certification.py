@@ -129,10 +129,11 @@ def test_the_report_tells_certified_from_cross_validated(tmp_path):
     assert "ertified" not in plain.to_markdown() + plain.summary()
 
 
-def test_no_text_certifies_nothing():
+def test_too_little_text_certifies_nothing():
     model = tiny("llama")
-    with pytest.raises(InputError, match="certify: needs at least one batch"):
-        prune(model, batches(model), 0.7, certify_on=[])
+    for count, some in enumerate(([], [{"input_ids": torch.ones(1, 8, dtype=torch.long)}])):
+        with pytest.raises(InputError, match=f"certify_on needs at least 2 sequences, got {count}"):
+            prune(model, batches(model), 0.7, certify_on=some)
 
 
 def test_hidden_states_of_two_sizes_are_refused_before_the_model_is_changed():

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import nn
 
-from liar_ext.calibration.batches import Batches, check_batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batches, check_batches, read_batches
 from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights
 from liar_ext.calibration.divergence import DenseOutputs, check_loss, check_owned
 from liar_ext.calibration.saved_sums import digest_of, fingerprint_of, room_for_sums
@@ -46,6 +46,9 @@ def prepare(job: Job) -> Job:
     """Return a job with its recipe resolved; raise InputError for whatever can't work."""
     if job.batches is not None:
         check_batches(job.batches)
+    fresh = None if job.certify_on is None else sum(map(len, read_batches(job.certify_on)))
+    if fresh is not None and fresh < FOLDS:
+        raise InputError(f"prune: certify_on needs at least {FOLDS} sequences, got {fresh}")
     model, auto = job.model, job.recipe.schedule == "auto"
     notes = [*job.notes, *getattr(model, "liar_notes", [])]
     known = job.known or Known.of_bank(job.bank)
