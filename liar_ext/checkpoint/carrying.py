@@ -28,7 +28,7 @@ from liar_ext.checkpoint.folder import (
 from liar_ext.checkpoint.inspection import fields_of, lies_inside
 from liar_ext.models.sites import sites
 from liar_ext.system.errors import InputError, one_line, refusing
-from liar_ext.system.files import UNREADABLE, listing, mapping, read_object, read_value
+from liar_ext.system.files import UNREADABLE, listing, mapping, read_json, read_value
 from liar_ext.system.progress import quiet
 
 DIMENSIONS = ("word_embedding_dimension", "embedding_dimension")  # of pooling, old and new
@@ -151,7 +151,7 @@ def _modules(source: Path, said: list[str]) -> list[str]:
     if not path.is_file():
         return []
     try:
-        names = [str(module["path"]) for module in read_value(path)[0]]
+        names = [str(module["path"]) for module in read_value(path)]
     except (*UNREADABLE, KeyError, TypeError) as error:
         said.append(f"{path} can't be read, so no module it names goes along: {one_line(error)}")
         return []
@@ -171,7 +171,7 @@ def _fit_modules(folder: Path, hidden: int) -> list[str]:
     said, configs, narrowed = [], {}, False
     for path in sorted(folder.glob("*/config.json")):
         with suppress(*UNREADABLE):
-            configs[path] = mapping(read_value(path)[0])
+            configs[path] = mapping(read_value(path))
     for path, fields in configs.items():
         wrong = {name: hidden for name in DIMENSIONS if fields.get(name, hidden) != hidden}
         if wrong:
@@ -231,7 +231,7 @@ def kept_tokens(folder: Path, operation: str) -> list[int] | None:
     """Return the ids that a folder's tokens had in its dense model; None if it has them all."""
     if not (folder / VOCABULARY_FILE).is_file():
         return None
-    kept = read_object(folder / VOCABULARY_FILE, operation)[0].get("kept")
+    kept = read_json(folder / VOCABULARY_FILE, operation).get("kept")
     if not isinstance(kept, list) or not kept or {type(each) for each in kept} != {int}:
         raise InputError(
             f"{operation}: {folder / VOCABULARY_FILE} is damaged; copy the folder again"
@@ -243,7 +243,7 @@ def compare_tokenization(folder: Path) -> bool | None:
     """Tell whether a folder's tokenizer reads the stored texts as it did; None without any."""
     if not (folder / VOCABULARY_FILE).is_file():
         return None
-    facts = read_object(folder / VOCABULARY_FILE, "verify")[0]
+    facts = read_json(folder / VOCABULARY_FILE, "verify")
     checks = [mapping(each) for each in listing(facts.get("checks"))]
     if not all(isinstance(each.get("text"), str) for each in checks):
         raise InputError(f"verify: {folder / VOCABULARY_FILE} is damaged; copy the folder again")

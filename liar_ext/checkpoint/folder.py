@@ -230,7 +230,7 @@ def digest(path: Path) -> str | None:
 def _listed(path: Path) -> dict[str, str] | None:
     """Return the digests by name; None if the manifest can't be read."""
     try:
-        return dict(read_value(path)[0]["files"])
+        return dict(read_value(path)["files"])
     except (*UNREADABLE, KeyError, TypeError):
         return None
 

@@ -27,7 +27,7 @@ from liar_ext.checkpoint.folder import (
 )
 from liar_ext.checkpoint.stock_config import auto_names, model_class
 from liar_ext.system.errors import InputError, asking_hub, one_line, refusing
-from liar_ext.system.files import mapping, read_object
+from liar_ext.system.files import mapping, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DIFFUSION = "diffusion_pytorch_"  # what diffusers begins both names with
@@ -103,11 +103,6 @@ def refuse_diffusion(operation: str, what: str) -> NoReturn:
         f"{operation}: {what}; in Python, liar_ext.prune(pipeline.transformer, batches) prunes it "
         "and liar_ext.load_pruned loads the result, see docs/howto/diffusion.md"
     )
-
-
-def read_json(path: Path, operation: str) -> dict[str, Any]:
-    """Return the object in a JSON file; refuse any other file, or what is too large or deep."""
-    return read_object(path, operation)[0]
 
 
 def lies_inside(path: Path, folder: Path) -> bool:

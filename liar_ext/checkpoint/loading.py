@@ -26,7 +26,6 @@ from liar_ext.checkpoint.inspection import (
     inspect_folder,
     reach_hub,
     read_config,
-    read_json,
     read_marked_config,
     reading,
     stock_class,
@@ -38,6 +37,7 @@ from liar_ext.models.plan import Plan
 from liar_ext.models.registry import config_parts, counts_layers, skeleton
 from liar_ext.models.slicing import apply_plan
 from liar_ext.system.errors import InputError, one_line, refusing
+from liar_ext.system.files import read_json
 from liar_ext.system.progress import obedient_bar, quiet
 
 SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}

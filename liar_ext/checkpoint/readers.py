@@ -31,13 +31,12 @@ from liar_ext.checkpoint.inspection import (
     check_inside,
     reach_hub,
     read_config,
-    read_json,
     reading,
     stock_class,
 )
 from liar_ext.models.running import DECODER_IDS, inputs_read, known_tokens, predicts_next_token
 from liar_ext.system.errors import InputError, one_line, refusing
-from liar_ext.system.files import UNREADABLE, read_value
+from liar_ext.system.files import UNREADABLE, read_json, read_value
 
 # Settings of the whole chain: the longest text, prompts, which similarity is meant.
 SETTINGS = re.compile(r"sentence_[a-z-]+_config\.json|config_sentence_transformers\.json")
@@ -170,7 +169,7 @@ def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
     path, chain = _inside(folder, PurePosixPath(MODULES_FILE)), []
     what, kinds = f"sentence encoder: {folder} holds no readable {MODULES_FILE}", UNREADABLE
     with refusing(what, "copy the folder again", *kinds, KeyError, TypeError, named=True):
-        entries, _ = read_value(path)
+        entries = read_value(path)
         if not isinstance(entries, list) or not 0 < len(entries) <= MOST_MODULES:
             raise ValueError(f"it must be a list of 1 to {MOST_MODULES} modules")
         named = [(str(entry["type"]), entry["path"]) for entry in entries]

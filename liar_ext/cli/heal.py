@@ -143,7 +143,7 @@ def _write(
     """Write the healed folder; its report has the JSON of the pruned one, but for the healing."""
 
     def save(folder: Path) -> None:
-        facts, _ = read_report(options.folder, "heal")
+        facts = read_report(options.folder, "heal")
         report.save(folder)
         text = json.dumps(facts | {"heal": report.to_dict()["heal"]}, indent=1)
         (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")

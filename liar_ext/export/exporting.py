@@ -21,7 +21,7 @@ from liar_ext.checkpoint.folder import (
     strangers,
     write_manifest,
 )
-from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
+from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.placing import (
     NO_PATH,
     beside,
@@ -32,7 +32,7 @@ from liar_ext.checkpoint.placing import (
 )
 from liar_ext.export import FORMATS, Exported, Format
 from liar_ext.system.errors import InputError, install, one_line, refusing
-from liar_ext.system.files import atomic_write, begins_with
+from liar_ext.system.files import atomic_write, begins_with, read_json
 from liar_ext.system.progress import no_bars
 
 

@@ -20,7 +20,7 @@ from liar_ext.checkpoint.folder import (
     count_params,
     run_on,
 )
-from liar_ext.checkpoint.inspection import read_config, read_json
+from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.loading import read_plan
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import dense_config, equal_config, how_to_load
@@ -33,6 +33,7 @@ from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan, unit_slices
 from liar_ext.models.whole import refuse_experts
 from liar_ext.system.errors import InputError, typed
+from liar_ext.system.files import read_json
 
 
 def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:

@@ -16,7 +16,7 @@ from liar_ext.checkpoint.folder import REPORT_JSON
 from liar_ext.models.plan import Budget
 from liar_ext.models.sites import Site
 from liar_ext.system.errors import InputError, refusing
-from liar_ext.system.files import mapping, named, read_object, text
+from liar_ext.system.files import mapping, named, read_json, text
 
 VERSION = 1
 
@@ -152,7 +152,7 @@ class LatencyTable:
         InputError is raised if the file can't be read, or holds no table.
         """
         path = Path(path)
-        facts, _ = read_object(path / REPORT_JSON if path.is_dir() else path, "latency")
+        facts = read_json(path / REPORT_JSON if path.is_dir() else path, "latency")
         return cls.from_dict(mapping(facts.get("latency")).get("table") or facts)
 
 

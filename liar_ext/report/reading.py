@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from liar_ext.checkpoint.folder import REPORT_JSON
+from liar_ext.checkpoint.folder import REPORT_JSON, digest
 from liar_ext.measure.speed import BENCH_VERSION, Benchmark, ModelFacts, Quartiles, Rate
 from liar_ext.models.recipe import Recipe
 from liar_ext.reconstruction.solve import SiteRow
 from liar_ext.report.sections import speed
-from liar_ext.system import files
 from liar_ext.system.errors import InputError
-from liar_ext.system.files import count, listing, mapping, number, text
+from liar_ext.system.files import count, listing, mapping, number, read_json, text
 
 MOST_NAMES, MOST_ITEMS, MOST_DEPTH = 200, 4096, 8  # of objects and lists
 MOST_LINES = 200  # of warnings
@@ -24,23 +24,22 @@ MOST_LINES = 200  # of warnings
 MISFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
-def read_report(folder: str | os.PathLike[str], operation: str) -> tuple[dict[str, Any], str]:
-    """Return the fields of a folder's report, and its SHA-256; InputError if it has none."""
+def read_report(folder: str | os.PathLike[str], operation: str) -> dict[str, Any]:
+    """Return the fields of a folder's report; InputError if it has none."""
     path = Path(folder, REPORT_JSON)
     if not os.path.isfile(path):
         raise InputError(
             f"{operation}: {folder} has no {REPORT_JSON}; give a folder that liar prune wrote, "
             "or save_pruned with report="
         )
-    return files.read_object(path, operation)
+    return read_json(path, operation)
 
 
 def report_digest(folder: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a folder's report, "" if it has none."""
-    try:
-        return read_report(folder, "report")[1]
-    except InputError:
-        return ""
+    with suppress(OSError):
+        return digest(Path(os.path.realpath(Path(folder, REPORT_JSON)))) or ""
+    return ""
 
 
 def clean(value: Any, depth: int = MOST_DEPTH) -> Any:
@@ -111,8 +110,7 @@ def bench_file(folder: str | os.PathLike[str]) -> Path:
 
 def read_bench(path: Path) -> Benchmark:
     """Return a stored benchmark; InputError if the file is none."""
-    fields, _ = files.read_object(path, "report")
-    facts = section(fields)
+    facts = section(read_json(path, "report"))
     try:
         found = Benchmark(
             pruned=_model(**facts["pruned"]),

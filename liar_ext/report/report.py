@@ -160,7 +160,7 @@ class Report:
         InputError
             If the folder has none, or it is no JSON object that can be read.
         """
-        return cls.from_dict(reading.read_report(folder, operation)[0])
+        return cls.from_dict(reading.read_report(folder, operation))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the report, ``liar/report.json`` and ``.md``, and the recipe into ``folder``."""

@@ -177,26 +177,26 @@ def write_whole(path: Path, data: str, operation: str, option: str) -> None:
         file.write(data.encode())
 
 
-def read_object(path: Path, operation: str) -> tuple[dict[str, Any], str]:
-    """Return the object of a JSON file, and the SHA-256 of the file; InputError if it is none."""
+def read_json(path: Path, operation: str) -> dict[str, Any]:
+    """Return the object in a JSON file; refuse any other file, or what is too large or deep."""
     if not os.path.lexists(path):
         raise InputError(f"{operation}: there is no file {path}")
     with refusing(f"{operation}: {path} can't be read", "copy it again", *UNREADABLE):
-        value, data = read_value(path)
+        value = read_value(path)
         if not isinstance(value, dict):
             raise ValueError(f"it is a {type(value).__name__} and no object")
-    return value, hashlib.sha256(data).hexdigest()
+    return value
 
 
-def read_value(path: Path) -> tuple[Any, bytes]:
-    """Return the value of a JSON file, and its bytes; raises one of ``UNREADABLE``."""
+def read_value(path: Path) -> Any:
+    """Return the value of a JSON file; raises one of ``UNREADABLE``."""
     if not path.is_file():
         raise ValueError("it is no ordinary file")
     with open(path, "rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes, which is too many")
-    return json.loads(data.decode("utf-8")), data
+    return json.loads(data.decode("utf-8"))
 
 
 def text(value: Any, most: int = MOST_TEXT) -> str:
