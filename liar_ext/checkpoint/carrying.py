@@ -159,6 +159,8 @@ def _modules(source: Path, said: list[str]) -> list[str]:
     for name in filter(None, names):
         parts = PurePosixPath(name).parts
         below = len(parts) == 1 and parts[0] not in ("..", OWN_FOLDER) and not name.startswith("/")
+        if below and not os.path.isdir(source / name):  # nor has it a name that no file can have
+            continue
         if below and lies_inside(source / name, source):
             found.append(name)
         else:

@@ -187,9 +187,9 @@ def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
 def _inside(folder: Path, name: PurePosixPath) -> Path:
     """Return a file of the folder; refuse a link that leads out of it."""
     path = folder / name
-    check_inside(path, folder)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, False of a name that no file can have
         raise InputError(f"{path} is missing, or no file; copy the folder again")
+    check_inside(path, folder)
     return path
 
 

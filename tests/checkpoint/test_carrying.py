@@ -100,6 +100,16 @@ def test_nothing_from_outside_of_the_folder_goes_along(source: Path, tmp_path: P
     assert sum("leads" in warning for warning in report.warnings) == 6  # each once
 
 
+def test_a_module_with_a_name_that_no_file_can_have_is_left_out(source: Path, tmp_path) -> None:
+    paths = ["a\0b", "\ud800", "a" * 300]
+    text = json.dumps([*MODULES, *({"path": path} for path in paths)])
+    (source / "modules.json").write_text(text)
+    model, plan = pruned("bert")
+    save_pruned(model, tmp_path / "out", plan, source=source)
+    assert (tmp_path / "out/1_Pooling/config.json").is_file()
+    assert (tmp_path / "out/modules.json").read_text() == text
+
+
 def test_a_module_that_is_a_link_is_not_walked(source: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "private.txt").write_text("of the user")

@@ -298,6 +298,8 @@ HOSTILE = {
     "pooling of a number": ([("models.Pooling", "p")], {"p": {"pooling_mode": 7}}, "asks for 7"),
     "prompts": ([("models.Pooling", "p")], {"p": {"include_prompt": False}}, "leaves prompts out"),
     "a missing folder": ([("models.Pooling", "p")], {}, "is missing"),
+    "a path of no character": ([("models.Pooling", "\ud800")], {}, "is missing"),
+    "too long a path": ([("models.Pooling", "p" * 300)], {}, "copy the folder again"),
     "activation": (
         [("models.Pooling", "p"), ("models.Dense", "d")],
         {"p": POOLING, "d": {"activation_function": "os.system"}},
