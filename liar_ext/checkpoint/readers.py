@@ -225,8 +225,8 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
     *package, activation = activation.split(".")
     if activation not in ACTIVATIONS or package[:2] != ["torch", "nn"]:
         raise _cannot(f"{name} names the activation {activation[:80]!r}, which isn't known")
-    ends = {fields.get("module_input_name"), fields.get("module_output_name")}
-    if ends - {None, "sentence_embedding"}:
+    ends = fields.get("module_input_name"), fields.get("module_output_name")
+    if any(end not in (None, "sentence_embedding") for end in ends):
         raise _cannot(f"{name} reads or writes something else than the sentence's embedding")
     if not os.path.lexists(folder / path / WEIGHTS):
         raise _cannot(f"{path} has no {WEIGHTS}, and other formats can run code when they are read")

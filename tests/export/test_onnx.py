@@ -305,6 +305,11 @@ HOSTILE = {
         {"p": POOLING, "d": {"activation_function": "os.system"}},
         "names the activation 'system'",
     ),
+    "another input": (
+        [("models.Pooling", "p"), ("models.Dense", "d")],
+        {"p": POOLING, "d": {"module_input_name": []}},
+        "reads or writes something else",
+    ),
     "pickled weights": (
         [("models.Pooling", "p"), ("models.Dense", "d")],
         {"p": POOLING, "d": {"activation_function": "torch.nn.Tanh"}},
