@@ -185,10 +185,10 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
         said = entry if isinstance(entry, dict) else {}
         if not all(isinstance(said.get(name), str) for name in ("format", "path")):
             raise InputError(f"export: {path} has an entry without format or path; remove it")
-        at = folder / said["path"]
-        if "\0" in said["path"] or any(map(_is_special, [at, *(at / "onnx").glob("*")])):
-            name = said["path"][:80]
-            raise InputError(f"export: {path} names {name!r}, no file and no folder; remove it")
+        at, name = folder / said["path"], said["path"][:80]
+        with refusing(f"export: {path} names {name!r}", "remove it", OSError):
+            if "\0" in said["path"] or any(map(_is_special, [at, *(at / "onnx").glob("*")])):
+                raise InputError(f"export: {path} names {name!r}, no file and no folder; remove it")
     return entries
 
 

@@ -78,6 +78,7 @@ def test_a_record_that_cannot_be_is_refused_and_no_pipe_is_opened(folder):
         ("gguf", "pipe", "no file and no folder"),
         ("onnx", "graph", "no file and no folder"),
         ("gguf", "a\0b", "no file and no folder"),
+        ("gguf", "a" * 300, "names 'aaa.*too long"),
         (["gguf"], "pipe", "without format or path"),
         ("gguf", 3, "without format or path"),
     ):
