@@ -16,11 +16,10 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,10 @@ def main() -> None:
     if len(jobs) > 1:
         from transformers import AutoModel  # noqa: F401  (so that no child has to)
     for job in jobs:
-        print(json.dumps(apart(job) if len(jobs) > 1 else do(job)), flush=True)
+        if len(jobs) > 1:
+            do_apart(job)
+        else:
+            print(json.dumps(do(job)), flush=True)
 
 
 def do(job: dict[str, Any]) -> dict[str, Any]:
@@ -52,29 +54,20 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def apart(job: dict[str, Any]) -> dict[str, Any]:
-    """Do a job in a child; return its row, or the last line that it said."""
-    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as said:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                for stream in (1, 2):
-                    os.dup2(said.fileno(), stream)
-                os.write(answer.fileno(), json.dumps(do(job)).encode())
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for file in (answer, said):
-            file.seek(0)
-        if code == 0:
-            return json.load(answer)
-        lines = said.read().decode(errors="replace").split("\n")
-        return {"error": ([line for line in lines if line.strip()] or [f"exit code {code}"])[-1]}
+def do_apart(job: dict[str, Any]) -> None:
+    """Do a job in a child, which prints its row, or what went wrong."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with redirect_stdout(sys.stderr):
+                answer = do(job)
+        except BaseException as error:
+            answer = {"error": traceback.format_exception_only(error)[-1]}
+        print(json.dumps(answer), flush=True)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        print(json.dumps({"error": f"exit code {code}"}), flush=True)
 
 
 def load(job: dict[str, Any]) -> nn.Module:
