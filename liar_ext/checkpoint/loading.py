@@ -44,11 +44,8 @@ SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_co
 # Transformers 5.25 takes kernels of the hub by default: code of others, and other bits.
 PLAINLY = {"use_kernels": False}
 
-# Arguments that would have transformers run code of the folder, or read other files of it.
-REFUSED_ARGUMENTS = (
-    *("trust_remote_code", "use_safetensors", "custom_generate", "adapter_kwargs"),
-    "ignore_mismatched_sizes",
-)
+# More arguments that would have transformers run code of the folder, or read other files of it.
+REFUSED_ARGUMENTS = ("custom_generate", "adapter_kwargs")
 
 
 def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
