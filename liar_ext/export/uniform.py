@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,7 @@ import torch
 from torch import nn
 
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.folder import (
-    PLAN_FILE,
-    RECIPE_YAML,
-    REPORT_JSON,
-    VOCABULARY_FILE,
-    count_params,
-    run_on,
-)
+from liar_ext.checkpoint.folder import PLAN_FILE, RECIPE_YAML, REPORT_JSON, count_params, run_on
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.loading import read_plan
 from liar_ext.checkpoint.saving import save_pruned
@@ -84,8 +76,6 @@ def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:
     report["uniform"] = {"source": folder.name, "params": counts}
     report["loading"] = how_to_load(padded, wide)
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
-    if (folder / VOCABULARY_FILE).is_file():
-        shutil.copyfile(folder / VOCABULARY_FILE, out / VOCABULARY_FILE)
     return _notes(folder, plan, wide, counts, difference)
 
 
