@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from liar_ext.checkpoint.inspection import inspect_folder
+from liar_ext.checkpoint.inspection import read_config
 from liar_ext.export import is_unequal
 from liar_ext.system.errors import InputError
 
@@ -16,11 +16,11 @@ SERVED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 
 def export(folder: Path, out: Path) -> list[str]:
     """Return how vLLM takes ``folder``; refuse one that it doesn't, with what to do instead."""
-    found = inspect_folder(folder, "export")
+    fields = read_config(folder, "export")
     command = f"vllm serve {folder}"
-    if not is_unequal(found.config):
+    if not is_unequal(fields):
         return [f"Nothing to write for equal layers: {command}."]
-    kind = str(found.config.get("model_type"))[:40]
+    kind = str(fields.get("model_type"))[:40]
     if kind not in SERVED:
         raise InputError(
             f"export: --to vllm: unequal layers are built for {', '.join(SERVED)}, not for {kind}; "
