@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from liar_ext.checkpoint.folder import (
@@ -26,7 +25,7 @@ from liar_ext.checkpoint.folder import (
     OLD_MARK_VERSION,
 )
 from liar_ext.checkpoint.stock_config import auto_names, model_class
-from liar_ext.system.errors import InputError, asking_hub, one_line, refusing
+from liar_ext.system.errors import InputError, asking_hub, refusing
 from liar_ext.system.files import mapping, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -306,11 +305,9 @@ def reach_hub(name: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def reading(what: Any, operation: str) -> Iterator[None]:
-    """Turn whatever transformers raises at a damaged file into one line."""
+    """Turn whatever transformers raises at a damaged file into one line; errors of memory pass."""
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
         hint = "give a folder, a hub id or a GGUF file that transformers can load"
         if "trust_remote_code" in str(error):
@@ -318,9 +315,8 @@ def reading(what: Any, operation: str) -> Iterator[None]:
                 "it needs code of its own, which liar_ext doesn't run; take a model whose class is "
                 "in transformers"
             )
-        raise InputError(
-            f"{operation}: can't load {what}: {type(error).__name__}: {one_line(error)}; {hint}"
-        ) from error
+        with refusing(f"{operation}: can't load {what}", hint, Exception, named=True):
+            raise
 
 
 def stock_class(fields: Mapping[str, Any], operation: str) -> Any:

@@ -325,6 +325,17 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
         load_pruned(tmp_path / "pruned")
 
 
+def test_lack_of_memory_is_no_fault_of_the_folder(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
+
+    tiny("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(RuntimeError, match="allocate 9 TB") as caught:
+        load_model(tmp_path)
+    assert not isinstance(caught.value, InputError)
+
+
 def test_load_model_takes_dense_and_pruned_folders(tmp_path: Path) -> None:
     dense = tiny("qwen2")
     dense.save_pretrained(tmp_path / "dense")
