@@ -75,7 +75,7 @@ def inspect_folder(path: Path, operation: str) -> Folder:
     tensors: dict[str, tuple[int, ...]] = {}
     kinds = (OSError, SafetensorError, ValueError, OverflowError)
     for file in _weight_files(path, operation):
-        _check_file(file, operation)
+        check_file(file, operation)
         with refusing(f"{operation}: {file} is damaged", "copy the folder again", *kinds):
             with safe_open(file, framework="pt") as it:
                 tensors |= {name: tuple(it.get_slice(name).get_shape()) for name in it.keys()}  # noqa: SIM118
@@ -127,7 +127,7 @@ def _check_texts(path: Path, operation: str) -> None:
         read = name.endswith(TEXTS) and not name.endswith(".index.json")
         if read and not name.startswith(".") and not file.is_dir():
             check_inside(file, path)
-            _check_file(file, operation)
+            check_file(file, operation)
 
 
 def _weight_files(path: Path, operation: str) -> list[Path]:
@@ -156,7 +156,8 @@ def _weight_files(path: Path, operation: str) -> list[Path]:
     return [path / name for name in sorted(names)]
 
 
-def _check_file(path: Path, operation: str) -> None:
+def check_file(path: Path, operation: str) -> None:
+    """Refuse what is missing or no ordinary file, or has a name that no file can have."""
     if not os.path.isfile(path):
         raise InputError(
             f"{operation}: {path} is missing, or no ordinary file; copy the folder again"

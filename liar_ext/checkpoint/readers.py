@@ -28,6 +28,7 @@ from liar_ext.checkpoint.carrying import source_folder
 from liar_ext.checkpoint.folder import MODULES_FILE, PROCESSOR_FILES, TOKENIZER_FILES
 from liar_ext.checkpoint.inspection import (
     WEIGHTS,
+    check_file,
     check_inside,
     reach_hub,
     read_config,
@@ -35,7 +36,7 @@ from liar_ext.checkpoint.inspection import (
     stock_class,
 )
 from liar_ext.models.running import DECODER_IDS, inputs_read, known_tokens, predicts_next_token
-from liar_ext.system.errors import InputError, one_line, refusing
+from liar_ext.system.errors import InputError, refusing
 from liar_ext.system.files import UNREADABLE, read_json, read_value
 
 # Settings of the whole chain: the longest text, prompts, which similarity is meant.
@@ -104,10 +105,7 @@ class Sentence:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text(text, encoding="utf-8")
         for name, tensors in self.tensors.items():
-            try:
-                save_file(tensors, out / name)
-            except SafetensorError as error:  # of a full disk, for one
-                raise OSError(f"{name} can't be saved: {one_line(error)}") from error
+            save_file(tensors, out / name)
 
 
 def read_sentence(folder: Path) -> Sentence | None:
@@ -187,8 +185,7 @@ def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
 def _inside(folder: Path, name: PurePosixPath) -> Path:
     """Return a file of the folder; refuse a link that leads out of it."""
     path = folder / name
-    if not os.path.isfile(path):  # unlike Path's, False of a name that no file can have
-        raise InputError(f"{path} is missing, or no file; copy the folder again")
+    check_file(path, "sentence encoder")
     check_inside(path, folder)
     return path
 

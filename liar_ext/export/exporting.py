@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from liar_ext.checkpoint.folder import (
     EXPORTS_FILE,
     MARKER_FILE,
@@ -87,7 +89,7 @@ def export(
         target = target.parent.resolve() / target.name  # a link is not followed: it is in the way
     _check_target(target, folder.resolve(), overwrite)
     hint = "nothing was left behind, free space or choose another output"
-    with refusing(f"export: can't write {target}", hint, OSError):
+    with refusing(f"export: can't write {target}", hint, OSError, SafetensorError):
         clean_leftovers(target)
         with beside(target) as room, nullcontext() if progress else no_bars():
             made = room / target.name
