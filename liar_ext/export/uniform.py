@@ -67,6 +67,8 @@ def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:
     before, plan = _rounds(plan, whole, found)
     wide = _widest(model, config, plan, multiple_of)
     padded = type(model)(copy.deepcopy(config)).to(model.dtype).eval()
+    if model.can_generate():
+        padded.generation_config = model.generation_config
     apply_plan(padded, wide)
     _fill(padded, model, plan, wide)
     difference = _difference(model, padded)

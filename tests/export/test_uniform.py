@@ -48,6 +48,14 @@ def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
     assert f"--recipe {tmp_path / 'model/liar/recipe.yaml'} --uniform" in done.notes[1]
 
 
+def test_it_generates_by_the_settings_of_its_folder(tmp_path):
+    model, plan = pruned("llama", make_plan)
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [1, 2], 7
+    again, _ = exported(model, plan, tmp_path)
+    assert again.generation_config.eos_token_id == [1, 2]
+    assert again.generation_config.max_new_tokens == 7
+
+
 def test_whole_blocks_may_be_gone(tmp_path):
     model = tiny("llama")
     plan = make_plan(model)
