@@ -36,6 +36,7 @@ RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
 }
 DETAILS = {"ByteLevel": "use_regex", "Digits": "individual_digits", "Split": "pattern"}
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+MARKS = ("continuing_subword_prefix", "end_of_word_suffix")  # of tokens, as in CLIP
 NEVER = -1e6  # score of a token that no merge makes
 
 
@@ -51,6 +52,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, model: nn.Module) -> list[str]:
     fields = json.loads(backend.to_str())
     if fields["model"].get("type") != "BPE":
         raise _refusal(f"{fields['model'].get('type')}, not BPE")
+    if any(fields["model"].get(mark) for mark in MARKS):
+        raise _refusal("whose tokens show where a word begins or ends")
     tokens, types, notes = _tokens(tokenizer, fields, rows)
     joins_by_score = bool(fields["model"].get("byte_fallback"))
     rule, more = ("default", []) if joins_by_score else _rule(fields)
@@ -135,6 +138,8 @@ def _rule(fields: Mapping[str, Any]) -> tuple[str, list[str]]:
         parts.append((kind, detail.get("Regex") if kind == "Split" else detail))
         if step.get("add_prefix_space") or step.get("invert"):
             raise _refusal("that adds a space in front, or splits by what it keeps")
+        if step.get("behavior", "Isolated") != "Isolated":
+            raise _refusal(f"that splits text in the way {step['behavior']}")
     rule = tuple(parts), bool(fields["model"].get("ignore_merges"))
     if rule not in RULES:
         raise _refusal(f"that splits text by {str(parts)[:120]}")

@@ -43,9 +43,9 @@ SPLITS = {
 WHOLE = [name for (_, whole), name in RULES.items() if whole]
 
 
-def byte_level(split, *, ignore_merges=False, bos=False, size=500):
+def byte_level(split, *, ignore_merges=False, bos=False, size=500, suffix=""):
     """Train a byte-level BPE, with two special tokens and one that is added."""
-    core = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    core = Tokenizer(models.BPE(ignore_merges=ignore_merges, end_of_word_suffix=suffix))
     core.pre_tokenizer = pre_tokenizers.Sequence(split) if len(split) > 1 else split[0]
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -53,6 +53,7 @@ def byte_level(split, *, ignore_merges=False, bos=False, size=500):
         vocab_size=size,
         special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=alphabet,
+        end_of_word_suffix=suffix,
         show_progress=False,
     )
     core.train_from_iterator([*TEXTS * 3, "dogs dogs foxes 12 345 67"], trainer)
@@ -188,6 +189,13 @@ def changed(tokenizer, **steps):
             lambda: byte_level([pre_tokenizers.Split(Regex("a+"), "isolated"), *SPLITS["gpt-2"]]),
             "splits text by",
         ),
+        (
+            lambda: byte_level(
+                [pre_tokenizers.Split(Regex(THREE[1]), "removed"), SPLITS["qwen2"][1]]
+            ),
+            "splits text in the way Removed",
+        ),
+        (lambda: byte_level(SPLITS["gpt-2"], suffix="</w>"), "where a word begins or ends"),
         (
             lambda: changed(sentence_pieces(True), normalizer=normalizers.Replace("a", "b")),
             "with a replacement of",
