@@ -63,7 +63,7 @@ def export(
 
     stored = stored_dtype(read_config(folder, "export"))
     stored = stored if stored in DTYPES else "float32"
-    kind = (quantize or DTYPES[stored]).lower()
+    kind = str(quantize or DTYPES[stored]).lower()
     if kind not in FLOATS:
         check_type(kind)
     model, tokenizer = load_model(folder, stored)

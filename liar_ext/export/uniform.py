@@ -39,8 +39,10 @@ def export(folder: Path, out: Path, *, multiple_of: int = 1) -> list[str]:
         The MLP gets a multiple of this many channels, as group quantisation and hardware want it,
         if the dense model has as many.
     """
-    if multiple_of < 1:
-        raise InputError(f"export: --multiple-of must be at least 1, got {multiple_of}")
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise InputError(
+            f"export: --multiple-of must be an integer of at least 1, got {multiple_of!r}"
+        )
     fields = read_config(folder, "export")
     if not is_unequal(fields):
         raise InputError(

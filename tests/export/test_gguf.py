@@ -230,8 +230,10 @@ def test_quantising_says_which_matrices_stay(tmp_path):
 
 def test_quantising_needs_a_quantiser_and_a_type_of_its(tmp_path, monkeypatch):
     folder = save(tiny("llama"), tmp_path / "model")
-    with pytest.raises(InputError, match="must be one of f32, f16, bf16, q4_0, .* got 'int3'"):
-        export(folder, "gguf", quantize="int3")
+    for wrong in ("int3", 8):
+        found = f"must be one of f32, f16, bf16, q4_0, .* got '{wrong}'"
+        with pytest.raises(InputError, match=found):
+            export(folder, "gguf", quantize=wrong)
     monkeypatch.setattr("liar_ext.export.llama_cpp.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="put llama-quantize on the PATH, or pip install"):

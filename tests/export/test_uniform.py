@@ -173,8 +173,9 @@ def test_channels_to_a_multiple(tmp_path):
     assert again.config.intermediate_size == 16
     assert max(len(plan.sites[f"{block}.mlp"].kept) for block in range(3)) == 13
     same_outputs(model, again)
-    with pytest.raises(InputError, match="at least 1, got 0"):
-        export(tmp_path / "model", "uniform", tmp_path / "other", multiple_of=0)
+    for wrong in (0, 1.5, "16"):
+        with pytest.raises(InputError, match=f"integer of at least 1, got {wrong!r}"):
+            export(tmp_path / "model", "uniform", tmp_path / "other", multiple_of=wrong)
 
 
 def test_equal_layers_are_refused(tmp_path):
