@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ from liar_ext.export.llama_cpp import LIBRARY, ROUTER, check_type, quantize_file
 from liar_ext.models.layers import get_path
 from liar_ext.models.sites import sites
 from liar_ext.models.whole import router_of
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, refusing
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = {str(dtype).removeprefix("torch."): kind for kind, dtype in FLOATS.items()}
@@ -134,7 +135,9 @@ def _write(writer: Any, tensors: list[Written]) -> None:
         each.announce(writer)
     try:
         writer.write_header_to_file()
-        writer.write_kv_data_to_file()
+        what = "export: --to gguf: a number of config.json is out of the range of its type"
+        with refusing(what, "copy the folder again", OverflowError, struct.error):
+            writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for each in tensors:
             writer.write_tensor_data(each.data())

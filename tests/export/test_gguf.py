@@ -323,6 +323,7 @@ def tampered(folder, **fields):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"rms_norm_eps": 1e308}, "out of the range of its type"),
         ({"rms_norm_eps": float("nan")}, "llama.cpp can't run model.gguf .*eps"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 9.0}}, "nan"),
         ({"rope_parameters": "x"}, "can't load"),
