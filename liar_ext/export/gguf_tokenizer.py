@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.system.errors import InputError
+from liar_ext.system.errors import InputError, refusing
 
 WORDS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -161,7 +161,9 @@ def _add_special(writer: Any, tokenizer: Any, rows: int) -> None:
     for name, index in ids.items():
         if isinstance(index, int) and index < rows:
             getattr(writer, f"add_{name}_token_id")(index)
-    text = tokenizer("a").input_ids
+    what = "export: --to gguf: the tokenizer can't read text"
+    with refusing(what, "copy the folder again", TypeError, ValueError):
+        text = tokenizer("a").input_ids
     writer.add_add_bos_token(ids["bos"] is not None and text[:1] == [ids["bos"]])
     writer.add_add_eos_token(ids["eos"] is not None and text[-1:] == [ids["eos"]])
     template = getattr(tokenizer, "chat_template", None)

@@ -7,6 +7,7 @@ import json
 import gguf
 import pytest
 import transformers
+from folders import change
 from folders import tokenizer as word_level
 from llama_cpp_py_sync import Llama
 from tiny import tiny
@@ -210,6 +211,13 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(make, words, tmp_path):
     with pytest.raises(InputError, match=words):
         exported(make(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_that_cannot_read_is_refused(tmp_path):
+    byte_level(SPLITS["gpt-2"]).save_pretrained(tmp_path / "model")
+    change(tmp_path / "model/tokenizer_config.json", model_max_length={})
+    with pytest.raises(InputError, match="the tokenizer can't read text"):
+        exported(None, tmp_path / "model", rows=600)
 
 
 def test_the_rules_are_those_of_transformers():
