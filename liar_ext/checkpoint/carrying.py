@@ -64,7 +64,7 @@ def source_folder(name: str) -> Path | None:
     """Return the model folder that a model was loaded from, or what the hub's cache has of it."""
     if os.path.isdir(name):  # unlike Path's, False for no name, and for one that no file can have
         return Path(name) if (Path(name) / "config.json").is_file() else None
-    if name.count("/") != 1 or Path(name).suffix == ".gguf":
+    if not name or name.count("/") > 1 or Path(name).suffix == ".gguf":
         return None
     from huggingface_hub import snapshot_download
 

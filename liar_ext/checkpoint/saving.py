@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -213,10 +214,13 @@ def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokeni
     found, said = source_folder(name), []
     if found is not None:
         said = carry(found, folder, model, tokenizer=tokenizer)
-    elif name and not os.path.isdir(name):
+    elif name and (source is not None or not os.path.isdir(name)):
         said = [f"What else {name} holds could not be read, and stays behind."]
     if isinstance(getattr(report, "warnings", None), list):
         report.warnings += [each for each in said if each not in report.warnings]
+    else:
+        for each in said:
+            warnings.warn(each, stacklevel=4)
     if hasattr(report, "to_card"):
         text = report.to_card(license_of(found))
         (folder / saved.CARD_FILE).write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from folders import as_in_the_hubs_cache, pruned, tokenizer
@@ -13,7 +14,7 @@ from tiny import batches, tiny
 
 from liar_ext import load_pruned, prune, save_pruned
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.carrying import MOST_CARD, license_of
+from liar_ext.checkpoint.carrying import MOST_CARD, license_of, source_folder
 from liar_ext.checkpoint.placing import check_folder
 from liar_ext.report.report import Report
 
@@ -167,6 +168,19 @@ def test_only_a_model_folder_is_a_source(name: str, tmp_path: Path, monkeypatch)
     told = [f"What else {name} holds could not be read, and stays behind."]
     assert report.warnings == (told if name and not (tmp_path / name).is_dir() else [])
     assert not {"private.txt", "other.json"} & names(tmp_path / "out")
+
+
+def test_a_source_without_a_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    model, plan = pruned("llama")
+    with pytest.warns(UserWarning, match="What else .*empty holds could not be read"):
+        save_pruned(model, tmp_path / "out", plan, source=tmp_path / "empty")
+
+
+def test_a_name_of_the_hub_needs_no_owner(source: Path, monkeypatch) -> None:
+    known = {"gpt2": source}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: known[name])
+    assert source_folder("gpt2") == source and source_folder("gpt3") is None
 
 
 @pytest.mark.parametrize("text", ["", "[" * 10**5, '{"path": 1}', "[1]", '[{"path": null}]'])
