@@ -127,8 +127,8 @@ def calibration_sequences(
         )
     if not callable(tokenizer):
         raise InputError(
-            f"calibration: needs the tokenizer of the model, got {tokenizer!r}; load_model of "
-            "liar_ext.checkpoint gives it beside the model"
+            f"calibration: needs the tokenizer of the model, got {tokenizer!r}; "
+            "liar_ext.load_model gives it beside the model"
         )
     text = replace(text or Text(), **choices)
     if not text.packed:  # as long as an encoder reads them, and of as many tokens
