@@ -98,7 +98,10 @@ def test_the_recipe_of_a_job_in_python_says_what_it_lacks(tmp_path, capsys):
         ({"keep": 1.5}, r"keep must be in \(0, 1\]"),
     ],
 )
-def test_what_cannot_be_used_is_refused_before_anything_is_read(choices, message):
+def test_what_cannot_be_used_is_refused_before_anything_is_read(
+    choices, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         compress(**{"model": "nowhere", "text": "nowhere.txt", "out": "out", **choices})
 
@@ -117,5 +120,7 @@ def test_the_lines_of_the_readme_need_no_plan_and_take_paths(corpus, tokenizer, 
     report = liar_ext.prune(model, drawn.batches(), keep=0.7, preset="fast")
     liar_ext.save_pruned(model, tmp_path / "out", report=report)
     assert liar_ext.Plan.load(tmp_path / "out/liar/plan.json") == report.plan
+    liar_ext.save_pruned(model, tmp_path / "other")  # by the plan that is left on the model
+    assert liar_ext.Plan.load(tmp_path / "other/liar/plan.json") == report.plan
     with pytest.raises(InputError, match="save_pruned: needs the plan"):
-        liar_ext.save_pruned(model, tmp_path / "other")
+        liar_ext.save_pruned(tiny("llama"), tmp_path / "dense")
