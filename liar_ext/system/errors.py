@@ -52,7 +52,8 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: in
     given = str(name)[:40].strip("-").replace("-", "_")
     same = [own for own, others in ELSEWHERE.items() if given in others and own in plain]
     near = [plain[own] for own in same or difflib.get_close_matches(given, plain, count)]
-    return f"did you mean {', '.join(near)}?" if near else otherwise
+    meaning = ", the fraction that stays" if same == ["keep"] else ""  # of others what goes
+    return f"did you mean {', '.join(near)}{meaning}?" if near else otherwise
 
 
 def typed(path: object) -> str:

@@ -83,7 +83,7 @@ def test_the_recipe_of_a_job_in_python_says_what_it_lacks(tmp_path, capsys):
     ("choices", "message"),
     [
         ({"keeep": 0.5}, "compress: there is no keyword keeep; did you mean keep?"),
-        ({"sparsity": 0.5}, "there is no keyword sparsity; did you mean keep?"),
+        ({"sparsity": 0.5}, "there is no keyword sparsity; did you mean keep, the"),
         ({"dataset": "t"}, "there is no keyword dataset; did you mean text?"),
         ({"overwite": True}, "did you mean overwrite?"),
         ({"calibration": "a.txt"}, "calibration is no keyword in Python: give it as text"),

@@ -465,7 +465,7 @@ def refuse(llama_folder, corpus, tmp_path, capsys):
         ("prnue", "there is no command prnue\nhint: did you mean prune?"),
         ("prune m --keeep 1", "unknown option --keeep\nhint: did you mean --keep?"),
         ("prune m --text t", "unknown option --text\nhint: did you mean --calibration?"),
-        ("prune m --sparsity 0.5", "unknown option --sparsity\nhint: did you mean --keep?"),
+        ("prune m --sparsity 0.5", "unknown option --sparsity\nhint: did you mean --keep, the"),
         ("prune m --nsamples=8", "unknown option --nsamples=8\nhint: did you mean --samples?"),
         ("prune m --model m", "unknown option --model\nhint: liar prune --help shows"),
         ("prune m --preset fats", "got 'fats'\nhint: did you mean fast?"),
