@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -251,16 +251,20 @@ def predicts_next_token(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the key-value cache off while the context is open."""
+    """Switch dropout, the key-value cache and autocast off while the context is open."""
     modes = [(module, module.training) for module in model.modules()]
     # Parts of a model may have a config of their own.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     caching = [each for each in configs.values() if getattr(each, "use_cache", False)]
+    kinds = {parameter.device.type for parameter in model.parameters()}
     model.eval()
     for config in caching:
         config.use_cache = False
     try:
-        yield
+        with ExitStack() as stack:
+            for kind in filter(torch.amp.is_autocast_available, kinds):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -1,4 +1,4 @@
-"""Models whose layers are no plain ones, and arguments of another kind, are refused."""
+"""Odd models and arguments of another kind are refused; what is around a job changes nothing."""
 
 from __future__ import annotations
 
@@ -127,3 +127,13 @@ def test_one_budget_is_a_sweep_too():
     model = tiny("llama")
     (point,) = sweep(model, batches(model, 2), keep=0.9, preset="fast")
     assert point.plan.sites
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
+def test_autocast_around_a_job_changes_nothing(schedule):
+    plain, cast = tiny("llama"), tiny("llama")
+    prune(plain, batches(plain), keep=0.6, schedule=schedule)
+    with torch.autocast("cpu", torch.bfloat16):
+        prune(cast, batches(cast), keep=0.6, schedule=schedule)
+    for name, expected in plain.state_dict().items():
+        assert torch.equal(cast.state_dict()[name], expected), name
