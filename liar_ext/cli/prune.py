@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -30,8 +29,9 @@ from liar_ext.job.planning import describe, describe_streamed
 from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.state import Job
+from liar_ext.models import recipe_checks as check
 from liar_ext.models.recipe import Recipe
-from liar_ext.models.recipe_checks import CompressOptions, check_keywords, is_number
+from liar_ext.models.recipe_checks import CompressOptions, check_keywords
 from liar_ext.report.report import Report
 from liar_ext.report.sections import vocabulary_lines
 from liar_ext.system.distributed import alone, is_first
@@ -298,8 +298,8 @@ def compress(
         **{name: each if each is None else os.fspath(each) for name, each in places.items()},
         command="prune",
         preset=options.get("preset"),
-        max_memory=_read(kinds.read_size, "max_memory", max_memory),
-        heal=_read(kinds.read_minutes, "heal", minutes),
+        max_memory=None if max_memory is None else check.size("max_memory", max_memory),
+        heal=_minutes(minutes),
         overwrite=overwrite,
         quiet=True,
         json=False,
@@ -311,12 +311,12 @@ def compress(
     return report
 
 
-def _read(kind: Callable[[str], Any], name: str, value: Any) -> Any:
-    """Read text as the command does; a number, and None, stay as they are."""
+def _minutes(value: Any) -> float | None:
+    """Read a time as the command does; a number, and None, stay as they are."""
     try:
-        value = kind(value) if isinstance(value, str) else value
+        value = kinds.read_minutes(value) if isinstance(value, str) else value
     except argparse.ArgumentTypeError as error:
-        raise InputError(f"compress: {name} {error}") from None
-    if value is None or (is_number(value) and math.isfinite(value)):
-        return value
-    raise InputError(f"compress: {name} must be a number, or text such as 5m or 12GiB, got {value}")
+        raise InputError(f"compress: heal {error}") from None
+    if value is not None and not check.is_number(value):
+        raise InputError(f"compress: heal must be a number of minutes, or 5m, got {value!r}")
+    return value
