@@ -86,9 +86,10 @@ def _text(options: argparse.Namespace) -> Result:
     documents = read_documents(options.text) if options.text else None
     pairs = read_pairs(options.pairs) if options.pairs else None
     model, tokenizer = _load(options, options.model)
+    causal = _is_causal(options, model)
     check_seq_len(model, tokenizer, options.seq_len)
     how = {"seq_len": options.seq_len, "samples": options.samples}
-    if _is_causal(options, model):
+    if causal:
         windows = evaluation_sequences(documents, tokenizer, **how).batches(options.batch_size)
         return _perplexity(options, model, windows, "windows of")
     dense, reads, result = _dense(options, needed=documents is not None)

@@ -145,7 +145,7 @@ def test_what_an_evaluation_of_encoders_lacks_is_told(
         ((files / "small", "--tasks", "a"), "--tasks needs a causal language model, got Be"),
         ((files / "small", "--tasks", "a", *against[:2]), "--against goes with --text"),
         ((llama_folder, "--text", text, *against), "--against is for encoders, got Llama"),
-        ((llama_folder, *pairs), "--pairs is for encoders, got"),
+        ((llama_folder, *pairs[:2], "--seq-len", 10**6), "--pairs is for encoders, got"),
     ):
         assert run("eval", *arguments) == 2
         assert f"error: {said}" in capsys.readouterr().err
